@@ -1,0 +1,283 @@
+"""The synthetic persons: what they promise to a dataset's user, and how hard they are."""
+
+import hashlib
+import json
+import pickle
+import random
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from passreid_models import synthetic
+from passreid_models.synthetic import SyntheticPersons, contact_sheet, draw
+
+SMALL = (64, 32)
+
+
+def digest(images: list[Image.Image]) -> str:
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+
+def clear_caches() -> None:
+    for cached in (synthetic.identity, synthetic.camera, synthetic._scene, synthetic._grain):
+        cached.cache_clear()
+
+
+def retrieval_map(distance: np.ndarray, pids: np.ndarray, camids: np.ndarray) -> float:
+    """Mean average precision where images of the query's identity and camera are not in the gallery."""
+    precisions = []
+    for row, pid, camid in zip(distance, pids, camids, strict=True):
+        keep = ~((pids == pid) & (camids == camid))
+        hits = np.flatnonzero((pids[keep] == pid)[np.argsort(row[keep], kind="stable")])
+        precisions.append(np.mean(np.arange(1, len(hits) + 1) / (hits + 1)))
+    return float(np.mean(precisions))
+
+
+def manhattan(features: np.ndarray) -> np.ndarray:
+    return np.stack([np.abs(features - f).sum(1) for f in features])
+
+
+# ---- Determinism
+
+
+def test_images_do_not_depend_on_the_order_of_drawing_or_on_caches():
+    data = SyntheticPersons(3, 6, 3, seed=5, size=SMALL)
+    forwards = [data[i][0] for i in range(len(data))]
+    clear_caches()
+    backwards = [data[i][0] for i in reversed(range(len(data)))][::-1]
+    assert digest(forwards) == digest(backwards)
+
+
+def test_another_process_draws_the_same_bytes():
+    code = (
+        "import hashlib; from passreid_models.synthetic import SyntheticPersons;"
+        "d = SyntheticPersons(2, 4, 4, seed=3, size=(64, 32));"
+        "print(hashlib.sha256(b''.join(d[i][0].tobytes() for i in range(len(d)))).hexdigest())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    data = SyntheticPersons(2, 4, 4, seed=3, size=SMALL)
+    assert out.stdout.strip() == digest([image for image, _, _ in data])
+
+
+def test_global_random_state_is_neither_used_nor_changed():
+    data = SyntheticPersons(1, 4, 2, size=SMALL)
+    clear_caches()
+    np.random.seed(1), random.seed(1)
+    first = digest([image for image, _, _ in data])
+    after = np.random.random(), random.random()
+    clear_caches()
+    np.random.seed(2), random.seed(2)
+    assert digest([image for image, _, _ in data]) == first
+    np.random.seed(1), random.seed(1)
+    assert after == (np.random.random(), random.random())
+
+
+def test_every_part_of_the_key_changes_the_image():
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    assert len({draw(*key, size=SMALL).tobytes() for key in keys}) == len(keys)
+
+
+def test_identities_and_cameras_keep_their_look_whatever_the_dataset_around_them():
+    whole, tail = SyntheticPersons(6, 4, 2, size=SMALL), SyntheticPersons(2, 8, 2, size=SMALL, first_id=4)
+    pid, camid, image = 4, 1, whole[4 * 4 + 1][0]
+    assert tail[1][1:] == (pid, camid)
+    assert tail[1][0].tobytes() == image.tobytes()
+
+
+# ---- The contract of a dataset
+
+
+@pytest.mark.parametrize("size", [(256, 128), (128, 64), (384, 128)])
+def test_items_are_rgb_images_of_the_asked_size_with_labels(size):
+    data = SyntheticPersons(2, 5, 3, size=size, first_id=7)
+    assert len(data) == 10
+    image, pid, camid = data[9]
+    assert (image.mode, image.size) == ("RGB", size[::-1])
+    assert (pid, camid) == (8, 1)
+    assert type(pid) is int
+    assert type(camid) is int
+    assert np.asarray(image).std() > 10  # a picture, not a flat colour
+
+
+def test_labels_are_known_without_drawing_and_agree_with_the_items():
+    data = SyntheticPersons(3, 5, 2, size=SMALL, first_id=2)
+    assert data.pids == [2] * 5 + [3] * 5 + [4] * 5
+    assert data.camids == [0, 1, 0, 1, 0] * 3
+    assert [item[1:] for item in data] == list(zip(data.pids, data.camids, strict=True))
+
+
+def test_negative_indices_count_from_the_end_and_others_are_refused():
+    data = SyntheticPersons(2, 3, 1, size=SMALL)
+    assert data[-1][0].tobytes() == data[5][0].tobytes()
+    for index in (6, -7):
+        with pytest.raises(IndexError, match="6 images"):
+            data[index]
+
+
+def test_pickles_are_small_and_draw_the_same():
+    data = SyntheticPersons(10_000, 8, 4, size=SMALL)
+    data[0]
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled)[79_999][0].tobytes() == data[79_999][0].tobytes()
+
+
+def test_data_loader_workers_draw_what_this_process_draws():
+    data = SyntheticPersons(2, 4, 2, size=SMALL)
+    batches = DataLoader(data, batch_size=3, num_workers=2, collate_fn=list)  # type: ignore[arg-type]
+    loaded = [item for batch in batches for item in batch]
+    assert digest([item[0] for item in loaded]) == digest([item[0] for item in data])
+    assert [item[1] for item in loaded] == data.pids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_ids=0), "num_ids must be an integer of at least 1, got 0"),
+        (dict(num_ids=2, images_per_id=0), "images_per_id .* got 0"),
+        (dict(num_ids=2, cameras=2.5), "cameras .* got 2.5"),
+        (dict(num_ids=2, seed=-1), "seed must be an integer of at least 0, got -1"),
+        (dict(num_ids=2, first_id=-3), "first_id .* got -3"),
+        (dict(num_ids=2, size=(256,)), r"size must be \(height, width\).* got \(256,\)"),
+        (dict(num_ids=2, size=(8, 128)), r"got \(8, 128\)"),
+        (dict(num_ids=2, size=128), "got 128"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_was_given(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticPersons(**arguments)
+
+
+# ---- Difficulty
+
+
+def test_colour_histograms_do_better_than_chance_but_do_not_solve_it():
+    data = SyntheticPersons(60, 8, 4, size=(128, 64))
+    pids, camids = np.array(data.pids), np.array(data.camids)
+    rgb, striped = [], []
+    for image, _, _ in data:
+        bins = np.asarray(image, int) // 32
+        rgb.append(np.bincount((bins @ (64, 8, 1)).ravel(), minlength=512))
+        hsv = np.asarray(image.convert("HSV"), int) // (16, 64, 64) @ (16, 4, 1)
+        striped.append(np.concatenate([np.bincount(s.ravel(), minlength=256) / s.size for s in np.array_split(hsv, 6)]))
+    chance = retrieval_map(np.random.default_rng(0).random((len(pids), len(pids))), pids, camids)
+    assert 1.3 * chance < retrieval_map(manhattan(np.array(rgb) / (128 * 64)), pids, camids) < 0.15
+    assert 1.3 * chance < retrieval_map(manhattan(np.array(striped)), pids, camids) < 0.35
+
+
+def test_the_clothes_tell_identities_apart_once_cameras_are_accounted_for():
+    """Mean colours along the image's middle, standardised in each camera: what is left is mostly the person."""
+    data = SyntheticPersons(60, 8, 4, size=(128, 64))
+    pids, camids = np.array(data.pids), np.array(data.camids)
+    middle = [np.asarray(i.resize((16, 32), Image.Resampling.BOX), float)[2:30, 5:11] for i, _, _ in data]
+    features = np.stack([m.reshape(28, 2, 3, 3).mean(2).ravel() for m in middle])
+    for camid in range(4):
+        here = camids == camid
+        features[here] = (features[here] - features[here].mean(0)) / features[here].std(0)
+    assert retrieval_map(manhattan(features), pids, camids) > 0.2
+
+
+# ---- Market-1501 on disk
+
+NAME = re.compile(r"(\d{4})_c(\d)s1_\d{6}_01\.jpg")
+
+
+def read_names(folder: Path) -> list[tuple[int, int]]:
+    return [(int(m[1]), int(m[2])) for m in (NAME.fullmatch(path.name) for path in sorted(folder.iterdir())) if m]
+
+
+def test_market1501_folders_hold_disjoint_identities_and_every_query_has_a_match_in_another_camera(tmp_path):
+    data = SyntheticPersons(5, 6, 3, size=SMALL)
+    root = data.write_market1501(tmp_path / "deep" / "market", train_ids=2, distractors=4)
+    train, query, gallery = (read_names(root / f) for f in ("bounding_box_train", "query", "bounding_box_test"))
+    assert {pid for pid, _ in train} == {1, 2}
+    assert {pid for pid, _ in query} == {3, 4, 5}
+    assert {pid for pid, _ in gallery} == {0, 3, 4, 5}
+    assert sorted(query) == [(pid, camera) for pid in (3, 4, 5) for camera in (1, 2, 3)]
+    assert (len(train), len(gallery)) == (12, 9 + 4)
+    cameras = defaultdict(set)
+    for pid, cam in gallery:
+        cameras[pid].add(cam)
+    assert all(cameras[pid] - {cam} for pid, cam in query)
+    with Image.open(root / "query" / "0003_c1s1_000000_01.jpg") as image:
+        assert image.size == SMALL[::-1]
+        error = np.abs(np.asarray(image, float) - np.asarray(data[12][0], float)).mean()
+    assert error < 12  # the named person, up to JPEG's losses
+    assert json.loads((root / "synthetic_persons.json").read_text())["images"] == 5 * 6 + 4
+    assert [path.name for path in root.parent.iterdir()] == ["market"]
+
+
+def test_worker_processes_write_the_same_files_and_replace_an_older_set(tmp_path):
+    data = SyntheticPersons(2, 6, 2, size=SMALL)
+    alone = data.write_market1501(tmp_path / "alone")
+    SyntheticPersons(4, 6, 2, size=SMALL).write_market1501(tmp_path / "pool")
+    pool = data.write_market1501(tmp_path / "pool", workers=2)
+    files = [{p.relative_to(root): p.read_bytes() for p in root.rglob("*.jpg")} for root in (alone, pool)]
+    assert len(files[0]) == 12
+    assert files[0] == files[1]
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    data = SyntheticPersons(2, 4, 2, size=SMALL)
+    with pytest.raises(FileExistsError, match="did not write; give a new or an empty folder"):
+        data.write_market1501(tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        data.write_market1501(tmp_path / "thesis.txt")
+    own = data.write_market1501(tmp_path / "own")
+    (own / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="own holds files"):
+        data.write_market1501(own)
+    assert (tmp_path / "thesis.txt").read_text() == (own / "notes.txt").read_text() == "mine"
+
+
+def test_an_interrupted_write_leaves_the_old_data_and_no_half(tmp_path, monkeypatch):
+    root = SyntheticPersons(2, 4, 2, size=SMALL).write_market1501(tmp_path / "market")
+    before = sorted(p.name for p in root.rglob("*"))
+    save, calls = synthetic._save, []
+
+    def full_disk(*args):
+        if len(calls) == 3:
+            raise OSError("disk full")
+        calls.append(save(*args))
+
+    monkeypatch.setattr(synthetic, "_save", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        SyntheticPersons(4, 4, 2, size=SMALL).write_market1501(root)
+    assert sorted(p.name for p in root.rglob("*")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["market"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (dict(cameras=1), {}, "2 to 9 cameras .* got cameras=1"),
+        (dict(cameras=4, images_per_id=5), {}, "at least cameras \\+ 2 .* images_per_id=5"),
+        (dict(cameras=2), dict(train_ids=9), "between 0 and num_ids = 4, got 9"),
+        (dict(cameras=2), dict(distractors=-1), "distractors .* got -1"),
+        (dict(cameras=2), dict(workers=-1), "workers .* got -1"),
+    ],
+)
+def test_layouts_that_cannot_be_evaluated_are_refused_before_anything_is_written(tmp_path, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticPersons(4, **arguments, size=SMALL).write_market1501(tmp_path / "market", **options)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Contact sheet
+
+
+def test_contact_sheet_places_images_row_by_row():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    sheet = contact_sheet([Image.new("RGB", (4, 6), colour) for colour in colours], columns=2)
+    assert sheet.size == (10, 14)
+    assert [sheet.getpixel(at) for at in ((0, 0), (6, 0), (0, 8), (6, 8))] == [*colours, (255, 255, 255)]
+    with pytest.raises(ValueError, match="at least one image"):
+        contact_sheet([])
