@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from passreid_models import synthetic
+from passreid_models.synthetic import dataset, scene
 from passreid_models.synthetic import SyntheticPersons, contact_sheet, draw
 
 SMALL = (64, 32)
@@ -26,7 +27,7 @@ def digest(images: list[Image.Image]) -> str:
 
 
 def clear_caches() -> None:
-    for cached in (synthetic.identity, synthetic.camera, synthetic._scene, synthetic._grain):
+    for cached in (synthetic.identity, synthetic.camera, scene._scene, scene._grain):
         cached.cache_clear()
 
 
@@ -241,14 +242,14 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
 def test_an_interrupted_write_leaves_the_old_data_and_no_half(tmp_path, monkeypatch):
     root = SyntheticPersons(2, 4, 2, size=SMALL).write_market1501(tmp_path / "market")
     before = sorted(p.name for p in root.rglob("*"))
-    save, calls = synthetic._save, []
+    save, calls = dataset._save, []
 
     def full_disk(*args):
         if len(calls) == 3:
             raise OSError("disk full")
         calls.append(save(*args))
 
-    monkeypatch.setattr(synthetic, "_save", full_disk)
+    monkeypatch.setattr(dataset, "_save", full_disk)
     with pytest.raises(OSError, match="disk full"):
         SyntheticPersons(4, 4, 2, size=SMALL).write_market1501(root)
     assert sorted(p.name for p in root.rglob("*")) == before

@@ -1,0 +1,160 @@
+"""The generator as a map-style dataset, in memory or on disk in the Market-1501 layout."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from passreid_models.synthetic.scene import draw
+
+_MARKER = "synthetic_persons.json"
+_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+
+
+def _at_least(lowest: int, **given: int) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
+            raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+
+
+class SyntheticPersons:
+    """A map-style dataset of `(image, pid, camid)`: a PIL RGB image and two labels that count from 0.
+
+    Args:
+        num_ids: Number of identities; their pids are `first_id` to `first_id + num_ids - 1`.
+        images_per_id: Images of each identity, spread over the cameras in turn.
+        cameras: Number of cameras.
+        seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
+        size: (height, width) of the images in pixels.
+        first_id: The first pid, to get identities that no other part of the world holds.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, num_ids: int, images_per_id: int = 8, cameras: int = 4, seed: int = 0,
+                 size: tuple[int, int] = (256, 128), first_id: int = 0) -> None:  # fmt: skip
+        _at_least(1, num_ids=num_ids, images_per_id=images_per_id, cameras=cameras)
+        _at_least(0, seed=seed, first_id=first_id)
+        if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 16:
+            raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {size!r}")
+        self.num_ids, self.images_per_id, self.cameras = int(num_ids), int(images_per_id), int(cameras)
+        self.seed, self.first_id, self.size = int(seed), int(first_id), (int(size[0]), int(size[1]))
+
+    def __len__(self) -> int:
+        return self.num_ids * self.images_per_id
+
+    def _key(self, index: int) -> tuple[int, int, int]:
+        who, nth = divmod(index, self.images_per_id)
+        return self.first_id + who, nth % self.cameras, nth // self.cameras  # pid, camid, k
+
+    @property
+    def pids(self) -> list[int]:
+        """The identity of every image."""
+        return [self._key(i)[0] for i in range(len(self))]
+
+    @property
+    def camids(self) -> list[int]:
+        """The camera of every image."""
+        return [self._key(i)[1] for i in range(len(self))]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images")
+        pid, camid, k = self._key(int(index) % len(self))
+        return draw(self.seed, pid, camid, k, self.size), pid, camid
+
+    def write_market1501(self, root: str | os.PathLike[str], train_ids: int | None = None, distractors: int = 0,
+                         workers: int = 0, quality: int = 92) -> Path:  # fmt: skip
+        """Write the images as JPEG files in the layout of Market-1501, and return the folder.
+
+        Names are `PPPP_cCsS_FFFFFF_NN.jpg`, with PPPP the pid + 1 and C the camid + 1. Each test identity has one query
+        image a camera, its other images are the gallery. The folder appears at once, complete.
+
+        Args:
+            root: A folder that does not exist, is empty, or was written by this method (it is replaced).
+            train_ids: The first so many identities train, the others test; by default half.
+            distractors: Gallery images of people who are in no query, with pid 0000.
+            workers: Processes that draw; 0 draws in this one.
+            quality: Of the JPEG files.
+
+        Raises:
+            ValueError: If some queries would have no match in another camera, or an argument is out of range.
+            FileExistsError: If the folder holds anything else.
+        """
+        train_ids = self.num_ids // 2 if train_ids is None else train_ids
+        _at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
+        if train_ids > self.num_ids:
+            raise ValueError(f"train_ids must be between 0 and num_ids = {self.num_ids}, got {train_ids}")
+        if not 2 <= self.cameras <= 9 or self.images_per_id < self.cameras + 2:
+            raise ValueError(
+                "the Market-1501 layout takes 2 to 9 cameras and images_per_id of at least cameras + 2 (queries and a"
+                f" gallery of two cameras), got cameras={self.cameras} and images_per_id={self.images_per_id}"
+            )
+        root = Path(root)
+        self._check_own(root)
+        jobs = list(self._jobs(train_ids, distractors))
+        root.parent.mkdir(parents=True, exist_ok=True)
+        unfinished, old = (root.parent / f".{root.name}.{os.getpid()}.{state}" for state in ("unfinished", "old"))
+        try:
+            for folder in _FOLDERS:
+                (unfinished / folder).mkdir(parents=True)
+            save = partial(_save, self.seed, self.size, unfinished, quality)
+            if workers > 0:
+                with ProcessPoolExecutor(workers) as pool:
+                    list(pool.map(save, jobs, chunksize=16))
+            else:
+                list(map(save, jobs))
+            recipe = {**vars(self), "train_ids": train_ids, "distractors": distractors, "images": len(jobs)}
+            (unfinished / _MARKER).write_text(json.dumps(recipe, indent=2) + "\n")
+            if root.exists():
+                root.rename(old)
+            unfinished.rename(root)
+        finally:
+            for leftover in (unfinished, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return root
+
+    def _check_own(self, root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
+        names = {path.name for path in root.iterdir()} if root.exists() else set()
+        if names and (_MARKER not in names or names - {*_FOLDERS, _MARKER}):
+            raise FileExistsError(
+                f"{root} holds files that write_market1501 did not write; give a new or an empty folder"
+            )
+
+    def _jobs(self, train_ids: int, distractors: int) -> Iterator[tuple[int, int, int, str]]:
+        """(pid, camid, k, file) of every image to write."""
+        for i in range(len(self)):
+            pid, camid, k = self._key(i)
+            folder = (
+                "bounding_box_train" if pid - self.first_id < train_ids else ("bounding_box_test" if k else "query")
+            )
+            yield pid, camid, k, f"{folder}/{pid + 1:04d}_c{camid + 1}s1_{k:06d}_01.jpg"
+        for i in range(distractors):
+            camid = i % self.cameras
+            yield (1 << 42) + i, camid, 0, f"bounding_box_test/0000_c{camid + 1}s1_{i:06d}_01.jpg"
+
+
+def _save(seed: int, size: tuple[int, int], root: Path, quality: int, job: tuple[int, int, int, str]) -> None:
+    pid, camid, k, file = job
+    draw(seed, pid, camid, k, size).save(root / file, quality=quality)
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+    """Paste images of one size, row by row, into one picture to look at."""
+    if not images or columns < 1:
+        raise ValueError(f"contact_sheet takes at least one image and one column, got {len(images)} and {columns}")
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (width + 2), i // columns * (height + 2)))
+    return sheet
