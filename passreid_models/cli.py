@@ -1,0 +1,218 @@
+"""The command line: arguments only, the work is in the rooms. Imports come late, so that ``--help`` is quick."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``passreid``.
+
+    Returns:
+        Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as e:
+        print(f"passreid: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("passreid: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Run ``passreid-train``, which is not there yet."""
+    print(
+        "passreid-train: the trainer comes with a later version; examples/pretrain_minimal.py trains today",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from passreid_models import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="passreid", description="Part-aware person re-identification models for timm."
+    )
+    parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="rank generated persons with the bundled weights, offline")
+    demo.add_argument("--model", default="pass_vit_tiny_patch16", help="a model with weights (default: %(default)s)")
+    demo.add_argument("--out", type=Path, default=Path("passreid_demo.png"), help="picture to write (%(default)s)")
+    demo.add_argument("--ids", type=int, default=40, help="persons (default: %(default)s)")
+    demo.add_argument(
+        "--make-data", type=Path, metavar="DIR", help="write the persons to DIR, in the Market-1501 layout, and stop"
+    )
+    demo.set_defaults(run=_demo)
+
+    embed = commands.add_parser("embed", help="images to descriptors")
+    embed.add_argument("images", nargs="+", help="image files and folders")
+    embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
+    embed.add_argument("--model", default="pass_vit_tiny_patch16", help="default: %(default)s")
+    embed.add_argument("--device", help="default: the accelerator, if there is one")
+    embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    embed.add_argument("--batch-size", type=int, default=64)
+    embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+    embed.add_argument("--flip", action="store_true", help="add the mirrored image's descriptor")
+    embed.add_argument("--parts", action="store_true", help="write the part tokens too")
+    embed.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    embed.set_defaults(run=_embed)
+
+    convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
+    convert.add_argument("checkpoint", type=Path, help="any published layout: .pth, .pth.tar, .safetensors")
+    convert.add_argument("folder", type=Path, help="output, new or empty")
+    convert.add_argument("--model", help="registered name; by default the one that the tensors fit")
+    convert.add_argument("--network", choices=("teacher", "student"), default="teacher")
+    convert.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="of the descriptor")
+    convert.add_argument("--neck", choices=("none", "single", "multi"), help="in the model; default by the layout")
+    convert.add_argument("--mean-std", choices=("imagenet", "0.5"), help="statistics of the training images")
+    convert.add_argument("--img-size", type=_size, metavar="HxW", help="when other than the file's")
+    convert.add_argument("--resize", choices=("auto", "bicubic", "bilinear"), default="auto", help="of the positions")
+    convert.add_argument("--num-heads", type=int, help="where the architecture is not a registered one")
+    convert.set_defaults(run=_convert)
+
+    weights = commands.add_parser("weights", help="list, pull, verify, publish").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    listing = weights.add_parser("list", help="all known weights")
+    listing.add_argument("architecture", nargs="?", default="", help="only of this architecture")
+    listing.add_argument("--json", action="store_true", help="the manifest's rows as JSON")
+    listing.set_defaults(run=_weights_list)
+    pull = weights.add_parser("pull", help="download, verify, convert and cache published weights")
+    pull.add_argument("name", help="architecture.tag")
+    pull.add_argument("--from", dest="source", type=Path, metavar="FILE", help="the authors' file, downloaded by hand")
+    pull.add_argument("--force", action="store_true", help="again, though they are in the cache")
+    pull.set_defaults(run=_weights_pull)
+    verify = weights.add_parser("verify", help="hash bundled and cached weights again")
+    verify.add_argument("name", nargs="?", default="", help="only these")
+    verify.set_defaults(run=_weights_verify)
+    publish = weights.add_parser("publish", help="push a folder to the Hugging Face Hub")
+    publish.add_argument("folder", type=Path)
+    publish.add_argument("repo_id", metavar="ORG/NAME")
+    publish.add_argument("--private", action="store_true")
+    publish.add_argument("--revision", help="branch")
+    publish.add_argument("--dry-run", action="store_true", help="show the files and the card, push nothing")
+    publish.set_defaults(run=_weights_publish)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        height, width = map(int, text.lower().split("x"))
+        if min(height, width) < 16 or height % 16 or width % 16:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected HEIGHTxWIDTH in multiples of 16 such as 384x128, got {text!r}"
+        ) from None
+    return height, width
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from passreid_models import demo
+
+    if args.make_data:
+        print(demo.make_data(args.make_data, args.ids))
+    else:
+        print(demo.run(args.model, args.out, args.ids))
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    import torch
+
+    from passreid_models.embed import Embedder, check_format, find_images, save_features
+
+    check_format(args.output, args.parts)
+    names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
+    embed = Embedder(
+        args.model, args.device, getattr(torch, args.dtype), args.batch_size, fusion=args.fusion, flip=args.flip
+    )
+    errors: dict[int, str] | None = None if args.strict else {}
+    descriptors, parts = embed(names, parts=True, errors=errors)
+    failed = errors or {}
+    for reason in failed.values():
+        print(f"passreid: left out: {reason}", file=sys.stderr)
+    rows = [i for i in range(len(names)) if i not in failed]
+    if rows:
+        save_features(args.output, [names[i] for i in rows], descriptors[rows], parts[rows] if args.parts else None)
+        print(f"{len(rows)} descriptors of width {embed.dim} -> {args.output}")
+    if failed:
+        print(f"passreid: {len(failed)} of {len(names)} images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from passreid_models.local_dir import convert_checkpoint
+
+    report = convert_checkpoint(
+        args.checkpoint,
+        args.folder,
+        args.model,
+        network=args.network,
+        fusion=args.fusion,
+        neck="" if args.neck == "none" else args.neck,
+        mean_std=args.mean_std,
+        img_size=args.img_size,
+        pos_embed_resize=args.resize,
+        num_heads=args.num_heads,
+    )
+    print(report)
+    print(f'written: timm.create_model("local-dir:{args.folder}", pretrained=True)')
+    return 0
+
+
+def _weights_list(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from passreid_models import weights
+
+    rows = weights.list_weights(args.architecture)
+    if not rows:
+        raise ValueError(f"no weights of {args.architecture!r}; see `passreid weights list`")
+    if args.json:
+        print(json.dumps([asdict(w) for w in rows], indent=2))
+        return 0
+    print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  data")
+    for w in rows:
+        here = "bundled" if w.bundled_file else "cached" if weights.cached_folder(w.name) else "-"
+        accuracy = [f"{w.accuracy[k]:.1f}" if w.accuracy else "-" for k in ("mAP", "rank1")]
+        size = "x".join(map(str, w.input_size))
+        print(f"{w.name:<53}{here:<9}{size:<9}{accuracy[0]:>6}{accuracy[1]:>8}  {w.data}")
+    return 0
+
+
+def _weights_pull(args: argparse.Namespace) -> int:
+    from passreid_models.weights import pull
+
+    print(pull(args.name, args.source, args.force))
+    return 0
+
+
+def _weights_verify(args: argparse.Namespace) -> int:
+    from passreid_models.weights import verify
+
+    states = verify(args.name)
+    for name, state in states:
+        print(f"{name:<53}{state}")
+    return 1 if any(state in ("damaged", "missing") for _, state in states) else 0
+
+
+def _weights_publish(args: argparse.Namespace) -> int:
+    from passreid_models.publish import publish
+
+    url, sizes = publish(args.folder, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run)
+    for name, size in sizes.items():
+        print(f"{size:>12,}  {name}")
+    print(url or f"nothing was pushed to {args.repo_id} (--dry-run)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Images in, descriptors out: files, folders, PIL images, arrays, tensors, and boxes of a video frame."""
+
+import csv
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from passreid_models.convert import ARCHITECTURES
+from passreid_models.runtime import atomic_file
+
+__all__ = ["Embedder", "ImageError", "find_images", "save_features"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+FORMATS = (".safetensors", ".npz", ".csv")
+PREFETCH = 2  # batches that are decoded ahead of the model
+_LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or used; the message names it."""
+
+
+class Embedder:
+    """Descriptors of person images by a PASS model.
+
+    Size, interpolation and statistics of the preprocessing come from the model's pretrained cfg alone.
+
+    Example:
+        >>> embed = Embedder("pass_vit_tiny_patch16")
+        >>> descriptors = embed(["a.jpg", "folder/", pil_image, array])  # [N, 384]
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module = "pass_vit_tiny_patch16",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
+        fusion: str | None = None,
+        flip: bool = False,
+        workers: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: Name for ``timm.create_model`` (also ``hf-hub:`` and ``local-dir:``), loaded with its weights; or a
+                model, which is left as it is.
+            device: Default: CUDA, else MPS, else CPU.
+            dtype: Of weights and activations, such as ``torch.bfloat16``; descriptors are float32 always.
+            batch_size: Images that go through the model at a time.
+            fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
+            flip: Add the descriptor of the mirrored image.
+            workers: Threads that decode images; one per core, 8 at most, by default.
+
+        Raises:
+            ValueError: If ``batch_size`` is less than 1, the model is none of this package or gives no descriptors, or
+                the device is not there.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if isinstance(model, str):
+            if ":" not in model and model.split(".")[0] not in ARCHITECTURES:
+                raise ValueError(f"unknown model {model!r}; known: {', '.join(ARCHITECTURES)}")
+            network: Any = timm.create_model(model, pretrained=True, num_classes=0, global_pool=fusion)
+        else:
+            network = deepcopy(model)
+        if not hasattr(network, "forward_parts"):
+            raise ValueError(f"{type(network).__name__} is no PASS model: it has no part tokens to embed with")
+        if fusion is not None:
+            network.reset_classifier(0, fusion)
+        if not network.global_pool:
+            raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
+        from timm.data import create_transform, resolve_data_config  # takes torchvision along
+
+        self.device, self.dtype = _usable(device), dtype or torch.float32
+        self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.batch_size, self.flip = batch_size, flip
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
+        # a model made with img_size= keeps the size of its cfg
+        self.transform = create_transform(**resolve_data_config({"input_size": self.input_size}, model=self.model))
+        # the unsupervised multi-neck feature is compared as it comes (SPEC of the published models)
+        self.l2_normalize = self.model.neck != "multi"
+
+    @property
+    def dim(self) -> int:
+        """Width C of a descriptor."""
+        return self.model.head_hidden_size
+
+    def __call__(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        parts: bool = False,
+        bgr: bool = False,
+        errors: dict[int, str] | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Descriptors of images, in their order.
+
+        Args:
+            images: One image or many: paths; folders (their images, recursively, in the order of ``find_images``); PIL
+                images; uint8 arrays ``[H, W, 3]`` or ``[H, W]``; uint8 tensors ``[3, H, W]``; float tensors
+                ``[3, H, W]`` or ``[B, 3, H, W]``, which are taken as preprocessed.
+            parts: Return the part tokens too.
+            bgr: Arrays have the channel order of OpenCV.
+            errors: Where given, an unreadable image gets a row of NaN and an entry ``{row: reason}`` here; otherwise it
+                raises.
+            progress: Show a bar, on a terminal, when the work takes more than a few seconds.
+
+        Returns:
+            Descriptors, float32 ``[N, C]`` on the CPU, L2-normalised unless the weights say otherwise; with ``parts``
+            the pair of them and the L2-normalised parts ``[N, P, D]``.
+
+        Raises:
+            ImageError: If an image cannot be read and ``errors`` is None.
+            FileNotFoundError: If a folder holds no image.
+        """
+        items = list(self._flatten([images] if isinstance(images, str | os.PathLike) or _is_image(images) else images))
+        descriptors = torch.empty(len(items), self.dim)
+        part_tokens = torch.empty(len(items), self.model.num_parts, self.model.embed_dim)
+        bar = tqdm(total=len(items), unit="img", delay=3, disable=None if progress else True)
+        row = 0
+        with bar, torch.inference_mode():
+            for batch in self._batches(items, bgr):
+                good = [x for x in batch if isinstance(x, Tensor)]
+                for i, failure in enumerate(batch, row):
+                    if isinstance(failure, ImageError):
+                        if errors is None:
+                            raise failure
+                        errors[i] = str(failure)
+                rows = torch.tensor([isinstance(x, Tensor) for x in batch])
+                block, part_block = descriptors[row : row + len(batch)], part_tokens[row : row + len(batch)]
+                block[~rows], part_block[~rows] = torch.nan, torch.nan
+                if good:
+                    block[rows], part_block[rows] = self._forward(torch.stack(good))
+                row += len(batch)
+                bar.update(len(batch))
+        return (descriptors, part_tokens) if parts else descriptors
+
+    def crops(self, frame: np.ndarray | Image.Image, boxes: Any, *, bgr: bool = False, parts: bool = False) -> Any:
+        """Descriptors of the persons in a video frame.
+
+        Args:
+            frame: ``[H, W, 3]`` uint8 or a PIL image.
+            boxes: ``[N, 4]`` x1, y1, x2, y2 in pixels; cut at the frame's border.
+            bgr: The frame has the channel order of OpenCV.
+            parts: Return the part tokens too.
+
+        Returns:
+            As a call of the Embedder.
+
+        Raises:
+            ValueError: If the boxes have another shape, or one has no pixel inside the frame.
+        """
+        image = _open(frame, bgr)
+        corners = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, dtype=float)
+        if corners.size and (corners.ndim != 2 or corners.shape[1] != 4):
+            raise ValueError(f"boxes must be [N, 4], x1, y1, x2, y2; got the shape {corners.shape}")
+        corners = corners.reshape(-1, 4)
+        limits = np.array([image.width, image.height] * 2)
+        with np.errstate(invalid="ignore"):
+            pixels = np.nan_to_num(np.clip(np.round(corners), 0, limits)).astype(int)
+        no_box = np.isnan(corners).any(1)
+        empty = np.flatnonzero(no_box | (pixels[:, 0] >= pixels[:, 2]) | (pixels[:, 1] >= pixels[:, 3]))
+        if len(empty):
+            raise ValueError(
+                f"box {empty[0]} {corners[empty[0]].tolist()} has no pixel inside the frame of "
+                f"{image.width}x{image.height}; boxes are x1, y1, x2, y2"
+            )
+        return self([image.crop(tuple(box)) for box in pixels.tolist()], parts=parts, progress=False)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(self.device, self.dtype, non_blocking=True)
+        tokens = self.model.forward_features(x)
+        descriptors = self.model.forward_head(tokens, pre_logits=True)
+        parts = tokens[:, 1 : self.model.num_prefix_tokens]
+        if self.flip:
+            mirrored = self.model.forward_features(x.flip(-1))
+            descriptors = (descriptors + self.model.forward_head(mirrored, pre_logits=True)) / 2
+            parts = parts + mirrored[:, 1 : self.model.num_prefix_tokens]
+        descriptors = descriptors.float()
+        if self.l2_normalize:
+            descriptors = F.normalize(descriptors, dim=-1)
+        return descriptors.cpu(), F.normalize(parts.float(), dim=-1).cpu()
+
+    def _flatten(self, images: Any) -> Iterator[Any]:
+        """Single images: folders become files, batched tensors rows."""
+        for image in images:
+            if isinstance(image, str | os.PathLike) and os.path.isdir(image):
+                yield from find_images(image)
+            elif isinstance(image, Tensor) and image.ndim == 4:
+                yield from image
+            else:
+                yield image
+
+    def _batches(self, items: list[Any], bgr: bool) -> Iterator[list[Tensor | ImageError]]:
+        """Preprocessed batches; those to come are decoded by threads while the model is at work."""
+        pending: deque[list[Future[Tensor | ImageError]]] = deque()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="passreid-decode")
+        try:
+            for start in range(0, len(items), self.batch_size):
+                batch = items[start : start + self.batch_size]
+                pending.append([pool.submit(self._load, item, bgr) for item in batch])
+                if len(pending) > PREFETCH:
+                    yield [future.result() for future in pending.popleft()]
+            while pending:
+                yield [future.result() for future in pending.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, item: Any, bgr: bool) -> Tensor | ImageError:
+        name = os.fspath(item) if isinstance(item, str | os.PathLike) else f"a {type(item).__name__}"
+        try:
+            if isinstance(item, Tensor) and item.is_floating_point():
+                if tuple(item.shape) != self.input_size:
+                    expected = "x".join(map(str, self.input_size))
+                    raise ValueError(f"float tensors are taken as preprocessed, {expected}; got {tuple(item.shape)}")
+                return item.float().cpu()
+            image = _open(item, bgr)
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            return self.transform(image)
+        except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+            reason = "no such file" if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
+            return ImageError(f"{name}: {reason}")
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:  # AssertionError: torch was built without it
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from None
+
+
+def _is_image(images: Any) -> bool:
+    return isinstance(images, Image.Image | np.ndarray | Tensor)
+
+
+def _open(item: Any, bgr: bool) -> Image.Image:
+    """Any supported image as PIL RGB, upright."""
+    if isinstance(item, str | os.PathLike):
+        with Image.open(item) as file:
+            return _to_rgb(file)
+    if isinstance(item, Image.Image):
+        with _LOCKS[id(item) // 16 % len(_LOCKS)]:
+            return _to_rgb(item)
+    if isinstance(item, Tensor):
+        if item.dtype != torch.uint8 or item.ndim != 3 or item.shape[0] not in (1, 3):
+            raise ValueError(f"expected a uint8 tensor [3, H, W], got {item.dtype} {tuple(item.shape)}")
+        return Image.fromarray(item.permute(1, 2, 0).squeeze(2).cpu().numpy()).convert("RGB")
+    if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3):
+            raise ValueError(f"expected a uint8 array [H, W, 3] or [H, W], got {item.dtype} {item.shape}")
+        return Image.fromarray(item[..., ::-1] if bgr and item.ndim == 3 else item).convert("RGB")
+    raise ValueError("expected a path, a PIL image, an array or a tensor")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("a floating-point image has no known range: convert it to 8 bits first")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Image files below a folder, sorted by path; hidden files and folders are left out.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    root = Path(folder)
+    found = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(root).parts)
+    )
+    if not found:
+        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {root}")
+    return found
+
+
+def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, parts: Tensor | None = None) -> None:
+    """Write descriptors with the names of their images; the suffix chooses the format.
+
+    ``.safetensors``: tensors ``descriptors`` ``[N, C]`` and ``parts`` ``[N, P, D]``, ``names`` a JSON list in the
+    metadata. ``.npz``: the same as arrays. ``.csv``: a row an image, the name first, without parts.
+
+    Raises:
+        ValueError: If the suffix is none of these, parts are wanted as CSV, or there is not one name a descriptor.
+    """
+    path = Path(path)
+    check_format(path, parts is not None)
+    tensors = {"descriptors": descriptors.contiguous()} | ({} if parts is None else {"parts": parts.contiguous()})
+    for key, tensor in tensors.items():
+        if len(tensor) != len(names):
+            raise ValueError(f"{len(names)} names for {len(tensor)} rows of {key}")
+    with atomic_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(tensors, temporary, metadata={"names": json.dumps(list(names))})
+        elif path.suffix == ".npz":
+            arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
+            np.savez(temporary, names=np.array(names, dtype=str), **arrays)
+        else:
+            with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                writer = csv.writer(file)
+                writer.writerow(["name", *(f"f{i}" for i in range(descriptors.shape[1]))])
+                writer.writerows([name, *map(repr, row)] for name, row in zip(names, descriptors.tolist(), strict=True))
+
+
+def check_format(path: Path, parts: bool) -> None:
+    """Raise ValueError if ``save_features`` could not write ``path``: better before the work than after it."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: features are written as one of {', '.join(FORMATS)}")
+    if parts and path.suffix == ".csv":
+        raise ValueError(f"{path}: parts do not fit into a CSV file, use .safetensors or .npz")

@@ -1,0 +1,527 @@
+"""The [PART]-token ViT of PASS as timm models: the class, its conv stem, its necks and the timm entrypoints.
+
+A PASS network is timm's ``VisionTransformer`` with a class token, P register tokens (the part tokens) and position
+embeddings on the patches alone. Tokens come out as ``[CLS, PART_1 .. PART_P, patches]``.
+
+Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
+"""
+
+import logging
+from collections import OrderedDict
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from passreid_models import weights
+from passreid_models.convert import (
+    ARCHITECTURES,
+    STATISTICS,
+    CheckpointError,
+    load_report,
+    pretrained_filter_fn,
+    read_checkpoint,
+    unwrap_checkpoint,
+)
+
+__all__ = ["ConvStem", "PassVisionTransformer", "fuse_tokens"]
+
+_logger = logging.getLogger(__name__)
+
+POOLS = ("cat", "mean", "parts", "token", "")
+NECKS = ("", "single", "multi")
+TOKEN_STD = 0.02  # of CLS, a part token and a part position; a folded part token is the sum of two
+
+
+def fuse_tokens(tokens: Tensor, fusion: str) -> Tensor:
+    """Fuse prefix tokens ``[B, T, D]`` into one descriptor per image.
+
+    Args:
+        tokens: CLS in row 0, the part tokens behind it.
+        fusion: ``cat`` ``[g, m]`` ``[B, 2D]``, ``mean`` ``(g + m) / 2`` ``[B, D]``, ``parts`` all tokens
+            ``[B, T * D]``, ``token`` CLS alone ``[B, D]``; g is CLS, m the mean part (PASS, section 3.4).
+    """
+    if fusion == "token":
+        return tokens[:, 0]
+    if fusion == "parts":
+        return tokens.flatten(1)
+    g = tokens[:, 0]
+    m = tokens[:, 1:].mean(dim=1)
+    if fusion == "cat":
+        return torch.cat([g, m], dim=1)
+    return (g + m) / 2
+
+
+def fused_width(fusion: str, embed_dim: int, num_parts: int) -> int:
+    """Width of a descriptor; ``''`` (unpooled) counts as one token."""
+    return embed_dim * {"cat": 2, "mean": 1, "parts": 1 + num_parts, "token": 1, "": 1}[fusion]
+
+
+class SingleNeck(nn.Module):
+    """BatchNorm and L2 normalisation of the fused vector ``[B, C]``: the feature of the published USL models."""
+
+    def __init__(self, width: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(width, device=device, dtype=dtype)
+        self.bn.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.bn(x), dim=-1)
+
+
+class MultiNeck(nn.Module):
+    """BatchNorm and L2 normalisation of each token, then fusion: the feature of the published UDA models.
+
+    The T BatchNorms of width D are one of width T * D.
+    """
+
+    def __init__(self, num_tokens: int, embed_dim: int, fusion: str, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.bn = nn.BatchNorm1d(num_tokens * embed_dim, device=device, dtype=dtype)
+        self.bn.bias.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = F.normalize(self.bn(tokens.flatten(1)).reshape(tokens.shape), dim=-1)
+        return fuse_tokens(normed, self.fusion)
+
+
+class IBN(nn.Module):
+    """InstanceNorm on the first half of the channels, BatchNorm on the other (IBN-a, arXiv 1807.09441)."""
+
+    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        half = channels // 2
+        self.instance_norm = nn.InstanceNorm2d(half, affine=True, device=device, dtype=dtype)
+        self.batch_norm = nn.BatchNorm2d(channels - half, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.split([self.instance_norm.num_features, self.batch_norm.num_features], dim=1)
+        return torch.cat([self.instance_norm(a.contiguous()), self.batch_norm(b.contiguous())], dim=1)
+
+
+class ConvStem(PatchEmbed):
+    """Patch embedding by a convolutional stem with IBN: the "ICS" variant of TransReID-SSL (arXiv 2111.12084).
+
+    Only the projection differs from ``PatchEmbed``: three 3-fold conv layers at half resolution, then a conv of
+    stride 8. The patch size stays 16.
+    """
+
+    def __init__(
+        self, img_size: Any = None, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **kwargs: Any
+    ) -> None:
+        super().__init__(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
+        if self.patch_size != (16, 16):
+            raise ValueError(f"the conv stem has patches of 16x16 pixels, got patch_size={patch_size}")
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        conv = nn.Sequential(
+            nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd),
+            IBN(64, **dd),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(64, 64, 3, padding=1, bias=False, **dd),
+            IBN(64, **dd),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(64, 64, 3, padding=1, bias=False, **dd),
+            nn.BatchNorm2d(64, **dd),
+            nn.ReLU(inplace=True),
+        )
+        proj = nn.Conv2d(64, embed_dim, 8, stride=8, bias=kwargs.get("bias", True), **dd)
+        self.proj = nn.Sequential(OrderedDict(conv=conv, proj=proj))
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        if patch_size is not None and patch_size not in (16, (16, 16), [16, 16]):
+            raise ValueError(f"the conv stem has patches of 16x16 pixels, got patch_size={patch_size}")
+        super().set_input_size(img_size=img_size)
+
+
+class PassVisionTransformer(VisionTransformer):
+    """Vision Transformer with a class token and ``num_parts`` part tokens (PASS, arXiv 2203.03931).
+
+    ``model(x)`` of images ``[B, 3, H, W]`` is the descriptor ``[B, head_hidden_size]`` (or the logits when
+    ``num_classes`` > 0). Positions of CLS and parts are folded into their tokens.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = (256, 128),
+        *,
+        num_parts: int = 3,
+        global_pool: str | None = None,
+        neck: str = "",
+        num_classes: int = 0,
+        weight_init: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            img_size: Height and width in pixels.
+            num_parts: Number of part tokens, P; 0 gives a plain CLS-token ViT.
+            global_pool: Fusion of the prefix tokens: ``cat``, ``mean``, ``parts``, ``token`` or ``''`` (all tokens,
+                unpooled); ``cat`` by default, ``token`` without parts.
+            neck: ``''``, ``single`` or ``multi``: the normalisation that the published USL and UDA features end with.
+                It has no part in an unpooled model.
+            num_classes: Width of the classifier; 0 for descriptors.
+            weight_init: As in timm.
+            **kwargs: Arguments of ``timm.models.vision_transformer.VisionTransformer``.
+
+        Raises:
+            ValueError: If ``global_pool`` or ``neck`` has an unknown value or asks for parts that do not exist.
+        """
+        if num_parts < 0:
+            raise ValueError(f"num_parts must be 0 or more, got {num_parts}")
+        global_pool = ("cat" if num_parts else "token") if global_pool is None else global_pool
+        _check_pool(global_pool, num_parts)
+        if neck not in NECKS:
+            raise ValueError(f"neck must be one of {NECKS}, got {neck!r}")
+        super().__init__(
+            img_size=img_size,
+            num_classes=0,
+            global_pool="token",
+            class_token=True,
+            reg_tokens=num_parts,
+            no_embed_class=True,
+            weight_init="skip",
+            **kwargs,
+        )
+        self.pos_embed: nn.Parameter  # made by the parent
+        self.num_parts = num_parts
+        self.neck = neck
+        self.fc_norm = self._build_neck(global_pool)
+        self.reset_classifier(num_classes, global_pool)
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def _dd(self) -> dict[str, Any]:
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}
+
+    def _build_neck(self, global_pool: str) -> nn.Module:
+        if self.neck == "" or global_pool == "":
+            return nn.Identity()
+        if self.neck == "single":
+            return SingleNeck(fused_width(global_pool, self.embed_dim, self.num_parts), **self._dd())
+        return MultiNeck(self.num_prefix_tokens, self.embed_dim, global_pool, **self._dd())
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise all weights; tokens as PASS does (a folded part token is the sum of two of std 0.02)."""
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.cls_token, std=TOKEN_STD)
+        if self.reg_token is not None:
+            trunc_normal_(self.reg_token, std=TOKEN_STD * 2**0.5)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier and, optionally, the fusion.
+
+        Raises:
+            ValueError: If a single neck would have to change its width.
+        """
+        if global_pool is not None:
+            _check_pool(global_pool, self.num_parts)
+            if isinstance(self.fc_norm, SingleNeck) and global_pool:
+                width = fused_width(global_pool, self.embed_dim, self.num_parts)
+                if width != self.fc_norm.bn.num_features:
+                    raise ValueError(
+                        f"the single neck normalises vectors of width {self.fc_norm.bn.num_features}; "
+                        f"global_pool={global_pool!r} gives {width}"
+                    )
+            if isinstance(self.fc_norm, MultiNeck):
+                self.fc_norm.fusion = global_pool
+            if global_pool == "":
+                self.fc_norm = nn.Identity()
+            elif isinstance(self.fc_norm, nn.Identity):  # pooled again: the neck comes back, untrained
+                self.fc_norm = self._build_neck(global_pool).train(self.training)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head_hidden_size = fused_width(self.global_pool, self.embed_dim, self.num_parts)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **self._dd()) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """As in timm; before 1.0.31 its own keeps the positions as they are when only the shape of the grid changes."""
+        old, old_grid = self.pos_embed, self.patch_embed.grid_size
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        grid = self.patch_embed.grid_size
+        if self.pos_embed is old and grid != old_grid:
+            resampled = resample_abs_pos_embed(old, list(grid), list(old_grid), num_prefix_tokens=0)
+            self.pos_embed = nn.Parameter(resampled, requires_grad=old.requires_grad)
+
+    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+        """Descriptor of output tokens ``[B, T + N, D]``; with a multi neck, which fuses itself, the prefix tokens."""
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if pool_type == "":
+            return x
+        tokens = x[:, : self.num_prefix_tokens]
+        if self.neck == "multi":
+            return tokens
+        return fuse_tokens(tokens, pool_type)
+
+    def forward_parts(self, x: Tensor) -> dict[str, Tensor]:
+        """Output tokens by name: ``cls`` ``[B, D]``, ``parts`` ``[B, P, D]``, ``patches`` ``[B, N, D]``."""
+        tokens = self.forward_features(x)
+        return {
+            "cls": tokens[:, 0],
+            "parts": tokens[:, 1 : 1 + self.num_parts],
+            "patches": tokens[:, 1 + self.num_parts :],
+        }
+
+    def forward_views(self, x: Tensor, part_index: Tensor | None = None) -> Tensor:
+        """Prefix tokens of a batch of views of any size that the patches divide.
+
+        A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from
+        (PASS, section 3.2); local views of all areas go through in one call. Positions are resampled to the views'
+        grid, bicubic and antialiased, and left as they are at the native size.
+
+        Args:
+            x: Views ``[B, 3, H, W]``.
+            part_index: Area of each local view, 0-based, int64 ``[B]``; None for global views.
+
+        Returns:
+            ``[B, 1 + P, D]`` for global views, ``[B, 2, D]`` (CLS, PART) for local ones.
+
+        Raises:
+            ValueError: If the patches do not divide the views, or ``part_index`` does not fit the batch or the model.
+        """
+        patch_h, patch_w = self.patch_embed.patch_size
+        if x.shape[-2] % patch_h or x.shape[-1] % patch_w:
+            raise ValueError(
+                f"views of {x.shape[-2]}x{x.shape[-1]} pixels are not divided by {patch_h}x{patch_w} patches"
+            )
+        if part_index is not None and (self.reg_token is None or part_index.shape != (len(x),)):
+            raise ValueError(
+                f"part_index must hold one part per view: got shape {tuple(part_index.shape)} for {len(x)} views of a "
+                f"model with {self.num_parts} parts"
+            )
+        patches = self.patch_embed.proj(x)  # [B, D, h, w]
+        grid = list(patches.shape[-2:])
+        patches = self.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        patches = patches + resample_abs_pos_embed(
+            self.pos_embed, grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0
+        )
+        prefix = [self.cls_token.expand(len(x), -1, -1)]
+        if self.reg_token is not None:
+            parts = self.reg_token.expand(len(x), -1, -1)
+            prefix.append(parts if part_index is None else self.reg_token[0, part_index].unsqueeze(1))
+        tokens = torch.cat([*prefix, patches], dim=1)
+        tokens = self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
+        tokens = checkpoint_seq(self.blocks, tokens) if self.grad_checkpointing else self.blocks(tokens)
+        return self.norm(tokens[:, : sum(p.shape[1] for p in prefix)])
+
+
+def _check_pool(global_pool: str, num_parts: int) -> None:
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool must be one of {POOLS}, got {global_pool!r}")
+    if not num_parts and global_pool not in ("token", ""):
+        raise ValueError(f"global_pool={global_pool!r} needs part tokens and num_parts is 0: use 'token' or ''")
+
+
+def _cfg(architecture: str, entry: weights.Weight | None = None) -> dict[str, Any]:
+    """timm's pretrained cfg of an architecture, or of one of its weights."""
+    arch = ARCHITECTURES[architecture]
+    stem = "patch_embed.proj.conv.0" if arch.conv_stem else "patch_embed.proj"
+    cfg: dict[str, Any] = dict(
+        input_size=(3, *arch.img_size),
+        fixed_input_size=True,
+        crop_pct=1.0,
+        crop_mode="squash",
+        interpolation="bicubic",
+        pool_size=None,
+        num_classes=0,
+        first_conv=stem,
+        classifier="head",
+        license="apache-2.0",
+        paper_ids="arXiv:2203.03931",
+        paper_name="PASS: Part-Aware Self-Supervised Pre-Training for Person Re-Identification",
+        origin_url="https://github.com/CASIA-IVA-Lab/PASS-reID",
+    )
+    if entry is not None:
+        mean, std = STATISTICS[entry.mean_std]
+        cfg.update(
+            url=entry.url,
+            file=str(entry.bundled_file) if entry.bundled_file else None,
+            input_size=(3, *entry.input_size),
+            interpolation=entry.interpolation,
+            mean=mean,
+            std=std,
+            license=entry.license,
+            description=f"{entry.task}, {entry.data}",
+        )
+    return cfg
+
+
+def _default_cfgs() -> dict[str, dict[str, Any]]:
+    """One cfg a weight. The bundled one is the default (``*``), never a published one; without it there is none."""
+    cfgs = {}
+    for architecture in ARCHITECTURES:
+        entries = weights.list_weights(architecture)
+        for entry in entries:
+            cfgs[entry.name + ("*" if entry.bundled_file else "")] = _cfg(architecture, entry)
+        if not any(entry.bundled_file for entry in entries):
+            cfgs[f"{architecture}.*"] = _cfg(architecture)  # last, or timm makes the first tag with weights the default
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def _create_pass_vit(
+    variant: str,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pos_embed_resize: str = "auto",
+    **kwargs: Any,
+) -> PassVisionTransformer:
+    """Build a registered model; find, check and convert its weights.
+
+    The weights come from the overlay (``state_dict``, ``file``, ``hf_hub_id``, ``url``), the folder or Hub repository
+    that the name points to, or ``weights.resolve`` for a tag. Fusion and neck follow the tag unless given.
+    """
+    arch = ARCHITECTURES[variant]
+    if isinstance(pretrained_cfg, str):
+        weights.get_weight(f"{variant}.{pretrained_cfg}")  # an unknown tag is refused with the known ones
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    entry = weights.find_weight(variant, cfg.tag or "")
+    source = cfg.source
+    if pretrained:
+        cfg = _read_weights(variant, cfg, pretrained_cfg, pretrained_cfg_overlay or {}, kwargs.get("cache_dir"))
+
+    model_args: dict[str, Any] = dict(
+        embed_dim=arch.embed_dim,
+        depth=arch.depth,
+        num_heads=arch.num_heads,
+        num_parts=arch.num_parts,
+        embed_layer=ConvStem if arch.conv_stem else PatchEmbed,
+    )
+    if entry is not None:
+        model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
+    origin = cfg.file or cfg.hf_hub_id or "the given state dict"
+    try:
+        model = build_model_with_cfg(
+            PassVisionTransformer,
+            variant,
+            pretrained,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=partial(
+                pretrained_filter_fn,
+                resize=pos_embed_resize,
+                infer_statistics="mean" not in (pretrained_cfg_overlay or {}),
+            ),
+            feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
+            **dict(model_args, **kwargs),
+        )
+    except CheckpointError as e:
+        raise CheckpointError(f"{origin}: {e}") from None
+    for m in (model, getattr(model, "model", model)):  # of features_only, the wrapper and the model in it
+        m.pretrained_cfg.pop("state_dict", None)  # it was only the way in
+    if source:
+        model.pretrained_cfg["source"] = source
+    if pretrained:
+        load_report(model).source = str(origin)
+    return model
+
+
+def _read_weights(variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None) -> Any:
+    """The cfg with the weights read into its ``state_dict``, where that is not left to timm.
+
+    timm's own reader refuses the numpy scalars of the published files and does not compare hashes; that of 1.0.28
+    fails on a folder with two safetensors files, such as the extras beside the model.
+    """
+    if cfg.state_dict:
+        return cfg
+    if cfg.source == "local-dir":
+        file = Path(cfg.file) / "model.safetensors"
+        if not file.is_file():  # a folder of another make
+            return cfg
+    elif cfg.source == "hf-hub":
+        if cfg.hf_hub_filename:
+            return cfg
+        file = weights.download_hub(cfg.hf_hub_id, cache=cache_dir)
+    elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
+        file = cfg.file
+    elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):
+        return replace(cfg, file=None)
+    else:
+        file = weights.resolve(variant, cfg.tag or "")
+        if pretrained_cfg is None:
+            _say_default(f"{variant}.{cfg.tag}")
+    checkpoint = read_checkpoint(file)
+    try:
+        tensors, _ = unwrap_checkpoint(checkpoint)
+    except CheckpointError as e:
+        raise CheckpointError(f"{file}: {e}") from None
+    return replace(cfg, source="", file=str(file), state_dict=tensors)
+
+
+@cache
+def _say_default(name: str) -> None:
+    architecture, tag = name.split(".")
+    others = ", ".join(w.tag for w in weights.list_weights(architecture) if w.tag != tag) or "none"
+    _logger.warning(f"{architecture}: loading the bundled {name}, trained on synthetic persons; other tags: {others}")
+
+
+@register_model
+def pass_vit_tiny_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """PASS ViT-Ti/16 at 256x128, 192 wide: this package's own size, for tests and small devices."""
+    return _create_pass_vit("pass_vit_tiny_patch16", pretrained, **kwargs)
+
+
+@register_model
+def pass_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """PASS ViT-S/16 at 256x128, 384 wide (arXiv 2203.03931)."""
+    return _create_pass_vit("pass_vit_small_patch16", pretrained, **kwargs)
+
+
+@register_model
+def pass_vit_base_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """PASS ViT-B/16 at 256x128, 768 wide (arXiv 2203.03931)."""
+    return _create_pass_vit("pass_vit_base_patch16", pretrained, **kwargs)
+
+
+@register_model
+def pass_vit_small_ics_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """PASS ViT-S/16 with the conv stem of TransReID-SSL; no weights were published."""
+    return _create_pass_vit("pass_vit_small_ics_patch16", pretrained, **kwargs)
+
+
+@register_model
+def pass_vit_base_ics_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """PASS ViT-B/16 with the conv stem of TransReID-SSL; no weights were published."""
+    return _create_pass_vit("pass_vit_base_ics_patch16", pretrained, **kwargs)
+
+
+@register_model
+def transreid_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """TransReID-SSL ViT-S/16, CLS token only (arXiv 2111.12084): the published baseline of PASS."""
+    return _create_pass_vit("transreid_vit_small_patch16", pretrained, **kwargs)
+
+
+@register_model
+def transreid_vit_small_ics_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """TransReID-SSL ViT-S/16 with the conv stem, CLS token only (arXiv 2111.12084)."""
+    return _create_pass_vit("transreid_vit_small_ics_patch16", pretrained, **kwargs)
+
+
+@register_model
+def transreid_vit_base_ics_patch16(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """TransReID-SSL ViT-B/16 with the conv stem, CLS token only (arXiv 2111.12084)."""
+    return _create_pass_vit("transreid_vit_base_ics_patch16", pretrained, **kwargs)
+
+
+@register_model
+def test_pass_vit(pretrained: bool = False, **kwargs: Any) -> PassVisionTransformer:
+    """A 64-wide PASS ViT of 3 blocks at 64x32, for tests."""
+    return _create_pass_vit("test_pass_vit", pretrained, **kwargs)
