@@ -1,0 +1,53 @@
+"""Throughput of pass_vit_small_patch16 against timm's vit_small_patch16_224 at 256x128, in turn in one process.
+
+vs_timm_fp32, vs_timm_bf16      images a second of ours over timm's, the median of the rounds
+"""
+
+import argparse
+import statistics
+
+import common
+import timm
+import torch
+
+import passreid_models  # noqa: F401  registers the models
+
+SIZE, BATCH = (256, 128), 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 15")
+    parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
+    args = parser.parse_args()
+    device, rounds = common.pick_device(args.device), 2 if args.quick else 15
+    batches = 20 if device.type == "cuda" else 1  # of a round
+
+    rows, figures = [], {}
+    for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        models = {
+            "pass_vit_small_patch16": timm.create_model("pass_vit_small_patch16", num_classes=0),
+            "vit_small_patch16_224": timm.create_model("vit_small_patch16_224", img_size=SIZE, num_classes=0),
+        }
+        x = torch.randn(BATCH, 3, *SIZE).to(device, dtype)
+
+        def forward(model: torch.nn.Module, x: torch.Tensor = x) -> None:
+            for _ in range(batches):
+                model(x)
+            common.synchronize(device)
+
+        with torch.inference_mode():
+            models = {name: model.eval().to(device, dtype) for name, model in models.items()}
+            runs = {name: lambda model=model: forward(model) for name, model in models.items()}
+            seconds = common.in_turn(runs, rounds)
+        for name, times in seconds.items():
+            rows.append((f"{name} {label}", f"{BATCH * batches / statistics.median(times):.1f} images/s"))
+        ours, timms = seconds.values()
+        figures[f"vs_timm_{label}"] = common.median_ratio(timms, ours)
+        rows.append((f"ratio {label}", f"{figures[f'vs_timm_{label}']:.3f}"))
+    title = f"forward at 256x128, batch {BATCH}, medians of {rounds} rounds; {common.machine(device)}"
+    common.report(title, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,444 @@
+"""The commands: what they print and write, their exit codes, and one sentence for a mistake."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import passreid_models
+from passreid_models import cli, convert, weights
+from passreid_models.embed import Embedder
+from passreid_models.synthetic import SyntheticPersons
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "test_pass_vit"
+    passreid_models.save_pretrained(timm.create_model("test_pass_vit"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_name(model_dir) -> str:
+    return f"local-dir:{model_dir}"
+
+
+@pytest.fixture(scope="module")
+def official_file(tmp_path_factory) -> Path:
+    """A backbone as the authors publish it: token and position apart."""
+    torch.manual_seed(1)
+    tensors = timm.create_model("test_pass_vit").state_dict()
+    half = {"cls_token": tensors.pop("cls_token") / 2, "reg_token": tensors.pop("reg_token") / 2}
+    tensors |= {"cls_token": half["cls_token"], "cls_pos": half["cls_token"]}
+    for i in range(3):
+        token = half["reg_token"][:, i : i + 1].clone()
+        tensors |= {f"part_token{i + 1}": token, f"part{i + 1}_pos": token}
+    path = tmp_path_factory.mktemp("official") / "backbone.pth"
+    torch.save({"teacher": {f"module.backbone.{k}": v for k, v in tensors.items()}, "epoch": 100}, path)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    data = SyntheticPersons(3, images_per_id=1, cameras=1, size=(64, 32))
+    for i in range(3):
+        data[i][0].save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PASSREID_HUB_NAMESPACE", raising=False)
+
+
+def run(*args: object) -> int:
+    """The exit code, wherever argparse or the command decides it."""
+    try:
+        return cli.main([str(a) for a in args])
+    except SystemExit as e:
+        return int(e.code)
+
+
+def refused(capsys, *args: object) -> str:
+    """The one sentence with which a command is refused."""
+    capsys.readouterr()
+    assert run(*args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("passreid: ")
+    return lines[0]
+
+
+# ---- embed
+
+
+def test_embed_writes_the_descriptors_of_files_and_folders_with_their_names(images, model_name, tmp_path, capsys):
+    out = tmp_path / "features.safetensors"
+    assert run("embed", images / "2.png", images, "-o", out, "--model", model_name) == 0
+    assert capsys.readouterr().out == f"4 descriptors of width 128 -> {out}\n"
+    names = [str(images / name) for name in ("2.png", "0.png", "1.png", "2.png")]
+    with safe_open(out, "pt") as file:
+        assert list(file.keys()) == ["descriptors"]
+        assert json.loads(file.metadata()["names"]) == names
+        assert torch.allclose(file.get_tensor("descriptors"), Embedder(model_name)(names), atol=1e-6)
+
+
+def test_embed_hands_its_options_to_the_embedder(images, model_name, tmp_path):
+    options = ("--fusion", "mean", "--flip", "--parts", "--batch-size", 2, "--dtype", "bfloat16", "--device", "cpu")
+    assert run("embed", images, "-o", tmp_path / "f.npz", "--model", model_name, *options) == 0
+    embed = Embedder(model_name, "cpu", torch.bfloat16, batch_size=2, fusion="mean", flip=True)
+    descriptors, parts = embed(images, parts=True)
+    with np.load(tmp_path / "f.npz") as file:
+        assert np.array_equal(file["descriptors"], descriptors.numpy())
+        assert np.array_equal(file["parts"], parts.numpy())
+        assert file["descriptors"].shape == (3, 64)
+
+
+def test_embed_leaves_out_unreadable_images_by_name_and_exits_with_1(images, model_name, tmp_path, capsys):
+    (images / "1.png").write_bytes(b"damaged")
+    missing = tmp_path / "missing.jpg"
+    assert run("embed", images, missing, "-o", tmp_path / "f.csv", "--model", model_name) == 1
+    out, err = capsys.readouterr()
+    assert out == f"2 descriptors of width 128 -> {tmp_path / 'f.csv'}\n"
+    lines = err.splitlines()
+    assert lines[0].startswith(f"passreid: left out: {images / '1.png'}: cannot identify image file")
+    assert lines[1:] == [
+        f"passreid: left out: {missing}: no such file",
+        "passreid: 2 of 4 images could not be read",
+    ]
+    rows = (tmp_path / "f.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["name", str(images / "0.png"), str(images / "2.png")]
+    assert "nan" not in "".join(rows[1:])
+
+
+def test_embed_strict_stops_at_an_unreadable_image_and_writes_nothing(images, model_name, tmp_path, capsys):
+    out, missing = tmp_path / "f.npz", tmp_path / "missing.jpg"
+    sentence = refused(capsys, "embed", images, missing, "-o", out, "--model", model_name, "--strict")
+    assert sentence == f"passreid: {missing}: no such file"
+    assert not out.exists()
+
+
+def test_embed_of_nothing_but_unreadable_images_writes_no_file_and_exits_with_1(model_name, tmp_path, capsys):
+    out = tmp_path / "f.npz"
+    assert run("embed", tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", out, "--model", model_name) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "passreid: 2 of 2 images could not be read"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "reason"),
+    [
+        ("f.txt", [], "features are written as one of .safetensors, .npz, .csv"),
+        ("f", [], "features are written as one of .safetensors, .npz, .csv"),
+        ("f.csv", ["--parts"], "parts do not fit into a CSV file, use .safetensors or .npz"),
+    ],
+)
+def test_embed_refuses_an_output_that_it_cannot_write_before_any_work(
+    output, options, reason, images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("passreid_models.embed.Embedder", lambda *a, **k: pytest.fail("the model was loaded"))
+    sentence = refused(capsys, "embed", images, "-o", tmp_path / output, *options)
+    assert sentence == f"passreid: {tmp_path / output}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "pass_vit_tyni"], "unknown model 'pass_vit_tyni'; known: pass_vit_tiny_patch16, "),
+        (["--model", "resnet50"], "unknown model 'resnet50'; known: "),
+        (["--model", "pass_vit_small_patch16.nope"], "there are no weights 'pass_vit_small_patch16.nope'; known: "),
+        (["--model", "pass_vit_base_ics_patch16"], "pass_vit_base_ics_patch16 has no bundled weights"),
+        (["--model", "local-dir:/no/such/folder"], "/no/such/folder"),
+        (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+    ],
+)
+def test_embed_refuses_wrong_options_in_one_sentence(options, reason, images, model_name, tmp_path, capsys):
+    options = options if "--model" in options else [*options, "--model", model_name]
+    assert reason in refused(capsys, "embed", images, "-o", tmp_path / "f.npz", *options)
+    assert not (tmp_path / "f.npz").exists()
+
+
+def test_embed_refuses_a_folder_without_images(model_name, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    sentence = refused(capsys, "embed", tmp_path / "empty", "-o", tmp_path / "f.npz", "--model", model_name)
+    assert sentence.startswith("passreid: no images")
+    assert str(tmp_path / "empty") in sentence
+
+
+# ---- convert
+
+
+def test_convert_prints_the_report_and_writes_what_timm_loads(official_file, tmp_path, capsys):
+    folder = tmp_path / "converted"
+    assert run("convert", official_file, folder) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{official_file}: pre-training checkpoint, teacher\n")
+    assert "folded     cls_token" in out
+    assert "part_token3 + part3_pos" in out
+    assert out.endswith(f'written: timm.create_model("local-dir:{folder}", pretrained=True)\n')
+    torch.manual_seed(1)
+    original = timm.create_model("test_pass_vit").state_dict()
+    converted = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    assert original.keys() == converted.keys()
+    assert all(torch.allclose(original[k], v, atol=1e-6) for k, v in converted.items())
+
+
+def test_convert_hands_its_options_on(official_file, tmp_path):
+    options = ("--fusion", "mean", "--mean-std", "0.5", "--img-size", "96x32", "--model", "test_pass_vit")
+    assert run("convert", official_file, tmp_path / "out", *options) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "test_pass_vit"
+    assert config["fusion"] == "mean"
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+    assert config["pretrained_cfg"]["input_size"] == [3, 96, 32]
+    assert load_file(tmp_path / "out" / "model.safetensors")["pos_embed"].shape == (1, 6 * 2, 64)
+
+
+@pytest.fixture
+def not_ours(tmp_path) -> dict[str, Path]:
+    """Files that are no checkpoint of this family, by a part of the reason."""
+    folder = tmp_path / "not_ours"
+    folder.mkdir()
+    (folder / "notes.pth").write_text("root:x:0:0: a text file\n")
+    (folder / "empty.pth").touch()
+    (folder / "page.pth").write_text("<html>Quota exceeded</html>")
+    (folder / "short.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    resnet = {"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}
+    torch.save(resnet, folder / "resnet.pth")
+    save_file(resnet, folder / "resnet.safetensors")
+    torch.save([1, 2], folder / "list.pth")
+    return {
+        "no checkpoint at": folder / "missing.pth",
+        f"{folder / 'notes.pth'} is not a PyTorch checkpoint": folder / "notes.pth",
+        f"{folder / 'empty.pth'} is not a PyTorch checkpoint": folder / "empty.pth",
+        f"{folder / 'page.pth'} is not a PyTorch checkpoint": folder / "page.pth",
+        "is not a whole safetensors file": folder / "short.safetensors",
+        "resnet.pth: this is a ResNet": folder / "resnet.pth",
+        "resnet.safetensors: this is a ResNet": folder / "resnet.safetensors",
+        "expected a dictionary of named tensors, got a list": folder / "list.pth",
+        "it is a folder": folder,
+    }
+
+
+def test_convert_refuses_what_is_no_checkpoint_of_this_family_in_one_sentence(not_ours, tmp_path, capsys):
+    for reason, path in not_ours.items():
+        sentence = refused(capsys, "convert", path, tmp_path / "out")
+        assert reason in sentence
+        assert str(path) in sentence
+        assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_a_folder_with_content_and_leaves_it_as_it_is(official_file, tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    sentence = refused(capsys, "convert", official_file, tmp_path / "precious")
+    assert sentence == f"passreid: {tmp_path / 'precious'} exists and is not an empty folder: name another"
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("size", ["384", "axb", "384x", "384x128x3", "0x0", "-16x16", "250x128"])
+def test_convert_refuses_image_sizes_that_are_none(size, official_file, tmp_path, capsys):
+    assert run("convert", official_file, tmp_path / "out", f"--img-size={size}") == 2
+    err = capsys.readouterr().err
+    assert f"expected HEIGHTxWIDTH in multiples of 16 such as 384x128, got '{size}'" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--model", "nope"], "unknown model 'nope'; known: "),
+        (["--model", "pass_vit_small_patch16"], "use test_pass_vit"),
+        (["--network", "student"], "no student, only: teacher, epoch"),
+        (["--num-heads", "0"], "64 wide, which cannot be split over 0 heads"),
+        (["--num-heads", "3"], "64 wide, which cannot be split over 3 heads"),
+    ],
+)
+def test_convert_refuses_options_that_do_not_fit_the_file(options, reason, official_file, tmp_path, capsys):
+    assert reason in refused(capsys, "convert", official_file, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- weights
+
+
+def test_weights_list_shows_every_row_of_the_manifest(capsys):
+    assert run("weights", "list") == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "data"]
+    assert [row.split()[0] for row in rows] == [w.name for w in weights.list_weights()]
+    row = next(row for row in rows if row.startswith("pass_vit_small_patch16.lup_market1501 "))
+    assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "Market-1501"]
+
+
+def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):
+    assert run("weights", "list", "pass_vit_base_patch16") == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert rows
+    assert all(row.startswith("pass_vit_base_patch16.") for row in rows)
+
+
+def test_weights_list_json_is_the_manifest(capsys):
+    assert run("weights", "list", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((weights.weights_dir() / "manifest.json").read_text())
+
+
+def test_weights_verify_says_ok_of_bundled_files_and_not_pulled_of_the_others(capsys):
+    assert run("weights", "verify") == 0
+    states = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert states == {w.name: "ok" if w.bundled_file else "not pulled" for w in weights.list_weights()}
+
+
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("not pulled", 0), ("damaged", 1), ("missing", 1)])
+def test_weights_verify_exits_with_1_when_a_file_is_not_what_it_was(state, code, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "verify", lambda name: [("a.b", "ok"), ("c.d", state)])
+    assert run("weights", "verify") == code
+    assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["c.d", state]
+
+
+@pytest.mark.parametrize(
+    ("command", "quoted"), [("pull", "'nope.tag'"), ("verify", "'nope.tag'"), ("list", "'nope.tag'")]
+)
+def test_weights_refuses_unknown_names(command, quoted, capsys):
+    sentence = refused(capsys, "weights", command, "nope.tag")
+    assert quoted in sentence
+    assert "passreid weights list" in sentence
+
+
+def test_weights_pull_of_an_unknown_tag_lists_the_known_ones(capsys):
+    sentence = refused(capsys, "weights", "pull", "pass_vit_base_patch16.nope")
+    known = ", ".join(w.name for w in weights.list_weights("pass_vit_base_patch16"))
+    assert sentence.endswith(f"known: {known}")
+
+
+def test_weights_pull_from_a_file_that_is_missing_names_it(tmp_path, capsys):
+    sentence = refused(capsys, "weights", "pull", "pass_vit_small_patch16.lup", "--from", tmp_path / "missing.pth")
+    assert str(tmp_path / "missing.pth") in sentence
+
+
+def test_publish_dry_run_shows_the_files_and_asks_nobody(model_dir, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda *a, **k: pytest.fail("the Hub was asked"))
+    assert run("weights", "publish", model_dir, "org/name", "--dry-run") == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    sizes = {row.split()[1]: int(row.split()[0].replace(",", "")) for row in rows}
+    assert sizes["model.safetensors"] == (model_dir / "model.safetensors").stat().st_size
+    assert sizes.keys() == {"model.safetensors", "config.json", "README.md"}
+    assert last == "nothing was pushed to org/name (--dry-run)"
+
+
+def test_publish_refuses_other_folders_and_other_names(model_dir, tmp_path, capsys):
+    assert "has no model.safetensors" in refused(capsys, "weights", "publish", tmp_path, "org/name", "--dry-run")
+    assert "expected a repository org/name, got 'name'" in refused(
+        capsys, "weights", "publish", model_dir, "name", "--dry-run"
+    )
+
+
+# ---- demo
+
+
+def test_demo_prints_a_table_and_draws_each_query_with_its_hits(model_name, tmp_path, capsys):
+    picture = tmp_path / "ranking.png"
+    assert run("demo", "--model", model_name, "--out", picture, "--ids", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 generated persons, 3 queries, 21 gallery images, 4 cameras"
+    assert lines[2].split() == ["descriptor", "width", "mAP", "Rank-1"]
+    assert [line.split()[-3] for line in lines[3:6]] == ["128", "384", "128"]
+    assert [line.split()[0] for line in lines[3:6]] == [model_name, "pixels,", "chance"]
+    assert lines[-1] == f"the first 3 queries and their best 8 hits: {picture}"
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.size == (9 * (64 + 8) + 8, 3 * (128 + 8))  # 1 query and 8 hits a row, each in a frame of 4
+        pixels = np.asarray(image.convert("RGB"))
+    frames = {
+        tuple(pixels[136 * row + 2, 72 * column + 8 * bool(column) + 8]) for row in range(3) for column in range(9)
+    }
+    assert frames == {(0, 0, 0), (0, 128, 0), (255, 0, 0)}  # queries black, right hits green, wrong ones red
+    assert all(tuple(pixels[136 * row + 2, 8]) == (0, 0, 0) for row in range(3))
+
+
+def test_demo_of_one_person_is_refused(model_name, tmp_path, capsys):
+    sentence = refused(capsys, "demo", "--model", model_name, "--out", tmp_path / "a.png", "--ids", 1)
+    assert sentence == "passreid: ranking needs 2 persons or more, got 1"
+
+
+def test_demo_make_data_writes_the_layout_of_market1501(tmp_path, capsys):
+    folder = tmp_path / "persons"
+    assert run("demo", "--make-data", folder, "--ids", 2) == 0
+    assert capsys.readouterr().out == f"20 images of 2 generated persons under 8 cameras -> {folder}\n"
+    names = {
+        part: sorted(path.name for path in (folder / part).iterdir())
+        for part in ("bounding_box_train", "query", "bounding_box_test")
+    }
+    assert [len(v) for v in names.values()] == [10, 8, 2]
+    assert {name[:4] for name in names["bounding_box_train"]} == {"0001"}
+    assert names["query"] == [f"0002_c{camera}s1_000000_01.jpg" for camera in range(1, 9)]
+
+
+def test_demo_make_data_refuses_a_folder_of_other_files_and_leaves_it_as_it_is(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    sentence = refused(capsys, "demo", "--make-data", tmp_path, "--ids", 2)
+    assert str(tmp_path) in sentence
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+# ---- The rest
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"passreid-models {passreid_models.__version__}\n"
+
+
+def test_no_command_and_an_unknown_one_are_refused_with_the_usage(capsys):
+    for args in ([], ["train-everything"], ["weights"]):
+        assert run(*args) == 2
+        assert capsys.readouterr().err.startswith("usage: passreid")
+
+
+def test_passreid_train_says_what_trains_today(capsys):
+    assert cli.train([]) == 2
+    script = capsys.readouterr().err.split("; ")[1].split()[0]
+    assert (Path(__file__).parents[1] / script).is_file()
+
+
+def test_interrupting_ends_with_130_and_one_line(monkeypatch, capsys):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "list_weights", interrupt)
+    assert run("weights", "list") == 130
+    assert capsys.readouterr().err == "passreid: interrupted\n"
+
+
+def test_an_error_of_the_program_itself_is_not_passed_off_as_the_users(monkeypatch):
+    def broken(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(weights, "list_weights", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("weights", "list")
+
+
+def test_choices_of_the_command_line_are_those_of_the_library():
+    actions = {
+        action.dest: action
+        for command in ("embed", "convert")
+        for action in cli._parser()._subparsers._group_actions[0].choices[command]._actions
+    }
+    assert set(actions["mean_std"].choices) == set(convert.STATISTICS)
+    assert set(actions["resize"].choices) == set(convert.RESIZE_METHODS)
+    assert set(actions["fusion"].choices) | {""} == set(passreid_models.pass_vit.POOLS)
+    assert {"" if c == "none" else c for c in actions["neck"].choices} == set(passreid_models.pass_vit.NECKS)

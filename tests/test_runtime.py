@@ -1,0 +1,274 @@
+"""What is written is written whole: after an exception, after kill -9, and when processes compete."""
+
+import hashlib
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from passreid_models.runtime import atomic_file, atomic_folder, lock, sha256
+
+RUNTIME = Path(__file__).parent.parent / "passreid_models" / "runtime.py"  # needs no torch: children start quickly
+
+CHILD = f"""
+import importlib.util, itertools, os, signal, sys
+spec = importlib.util.spec_from_file_location("runtime", {str(RUNTIME)!r})
+runtime = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runtime)
+
+def die_at(step):
+    '''kill -9 of this process just before its file-system operation of this number, from 0.'''
+    steps = itertools.count()
+    def hook(event, args):
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")) and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+"""
+
+
+def child(code: str, *args: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD + code, *map(str, args)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def killed_at_every_step(code: str, prepare: Callable[[int], Path]) -> Iterator[tuple[Path, int]]:
+    """Run ``code`` in children, each killed one operation later, until one is done; yields path and exit code."""
+    for step in itertools.count():
+        path = prepare(step)
+        process = child(f"die_at({step})\n{code}", path)
+        process.communicate(timeout=60)
+        yield path, process.returncode
+        if process.returncode == 0:
+            return
+        assert process.returncode == -9
+        assert step < 50
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ atomic_file
+
+
+def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path):
+    path = tmp_path / "new folder" / "record.json"
+    with atomic_file(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    assert path.read_text() == "old"
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(path.parent) == ["record.json"]
+
+
+def test_the_temporary_file_keeps_the_suffix_by_which_writers_choose_a_format(tmp_path):
+    with atomic_file(tmp_path / "features.npz") as temporary:
+        assert temporary.name == "features.npz"
+        temporary.touch()
+
+
+def test_an_exception_keeps_the_old_file_and_leaves_no_litter(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with atomic_file(path) as temporary:
+            temporary.write_text("half of")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["record.json"]
+
+
+def test_a_writer_that_wrote_nothing_is_an_error_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_file(path):
+        pass
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["record.json"]
+
+
+def test_a_kill_at_any_step_leaves_the_old_file_or_the_new(tmp_path):
+    def prepare(step: int) -> Path:
+        path = tmp_path / str(step) / "record.json"
+        path.parent.mkdir()
+        path.write_text("old")
+        return path
+
+    code = "with runtime.atomic_file(sys.argv[1]) as file: file.write_text('new')"
+    seen = []
+    for path, status in killed_at_every_step(code, prepare):
+        seen.append((path.read_text(), status))
+    assert {text for text, _ in seen} == {"old", "new"}
+    assert seen[0] == ("old", -9)
+    assert seen[-1] == ("new", 0)
+
+
+# ---------------------------------------------------------------------------------------------------- atomic_folder
+
+
+def filled(path: Path, text: str) -> Path:
+    path.mkdir(parents=True)
+    for name in ("a", "b"):
+        (path / name).write_text(text)
+    return path
+
+
+def content(path: Path) -> list[tuple[str, str]]:
+    return [(name, (path / name).read_text()) for name in names(path)]
+
+
+OLD, NEW = ([("a", text), ("b", text)] for text in ("old", "new"))
+
+
+def write(folder: Path, text: str = "new") -> None:
+    for name in ("a", "b"):
+        (folder / name).write_text(text)
+
+
+def test_a_folder_appears_whole_at_the_end(tmp_path):
+    path = tmp_path / "parent" / "model"
+    with atomic_folder(path) as new:
+        write(new)
+        assert not path.exists()
+    assert content(path) == NEW
+    assert names(path.parent) == ["model"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    with atomic_folder(path) as new:
+        write(new)
+    assert content(path) == NEW
+
+
+def test_a_folder_with_content_stays_unless_it_is_to_be_overwritten(tmp_path):
+    path = filled(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="not empty"), atomic_folder(path) as new:
+        write(new)
+    assert content(path) == OLD
+    assert names(tmp_path) == ["model"]
+
+
+def test_overwriting_leaves_no_file_of_the_old_folder(tmp_path):
+    path = filled(tmp_path / "model", "old")
+    (path / "extras").touch()
+    with atomic_folder(path, overwrite=True) as new:
+        write(new)
+    assert content(path) == NEW
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exception_keeps_the_old_folder_and_leaves_no_litter(tmp_path, overwrite):
+    path = filled(tmp_path / "model", "old")
+
+    def interrupted() -> None:
+        with atomic_folder(path, overwrite) as new:
+            (new / "a").write_text("half of")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert content(path) == OLD
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_kill_at_any_step_leaves_a_whole_folder_the_old_one_maybe_beside(tmp_path):
+    def prepare(step: int) -> Path:
+        return filled(tmp_path / str(step) / "model", "old")
+
+    code = """
+with runtime.atomic_folder(sys.argv[1], overwrite=True) as new:
+    for name in ("a", "b"):
+        (new / name).write_text("new")
+"""
+    places = []
+    for path, _ in killed_at_every_step(code, prepare):
+        beside = path.parent / ".model.old"
+        assert content(path if path.exists() else beside) in (OLD, NEW)
+        places.append("beside" if not path.exists() else content(path)[0][1])
+        with atomic_folder(path, overwrite=True) as new:  # and the next one is not in the way of what a kill left
+            write(new, "next")
+        assert content(path) == [("a", "next"), ("b", "next")]
+        assert not beside.exists()
+    assert [place for place, _ in itertools.groupby(places)] == ["old", "beside", "new"]
+    assert places.count("beside") == 1
+
+
+def test_a_kill_at_any_step_leaves_a_new_folder_whole_or_absent(tmp_path):
+    code = """
+with runtime.atomic_folder(sys.argv[1]) as new:
+    for name in ("a", "b"):
+        (new / name).write_text("new")
+"""
+    for path, _ in killed_at_every_step(code, lambda step: tmp_path / str(step) / "model"):
+        assert not path.exists() or content(path) == NEW
+    assert path.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- lock
+
+HOLD = "lock = runtime.lock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read(); lock.release()"
+
+
+def test_a_lock_held_by_another_process_is_waited_for(tmp_path):
+    path = tmp_path / "cache" / "weights"
+    holder = child(HOLD, path)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(Timeout):
+        lock(path).acquire(timeout=0.1)
+    with lock(tmp_path / "cache" / "others"):  # the lock of something else is free
+        holder.communicate(timeout=60)
+    with lock(path).acquire(timeout=60):
+        assert not path.exists()  # the lock is beside, the name stays free
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    holder = child(HOLD, tmp_path / "weights")
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.communicate(timeout=60)
+    start = time.monotonic()
+    with lock(tmp_path / "weights").acquire(timeout=60):
+        assert time.monotonic() - start < 30
+
+
+def test_processes_take_turns_under_the_lock(tmp_path):
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    code = """
+from pathlib import Path
+path = Path(sys.argv[1])
+for _ in range(50):
+    with runtime.lock(path):
+        path.write_text(str(int(path.read_text()) + 1))
+"""
+    processes = [child(code, counter) for _ in range(3)]
+    for process in processes:
+        process.communicate(timeout=60)
+    assert counter.read_text() == "150"
+
+
+# ----------------------------------------------------------------------------------------------------------- sha256
+
+
+def test_sha256_is_that_of_the_standard_and_of_long_files(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")  # FIPS 180-2, example 1
+    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    path.write_bytes(bytes(range(256)) * 5000)
+    assert sha256(str(path)) == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
