@@ -8,6 +8,7 @@ between all views, PART k between the global views and the local views of area k
 
 import argparse
 import math
+import random
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -38,7 +39,9 @@ class Views(Dataset):
 
         def view(size, scale, blur, solarize=0.0):
             crop = T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)
-            blurs = T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], blur)
+            blurs = T.RandomApply(
+                [T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))], blur
+            )
             return T.Compose(
                 [crop, T.RandomHorizontalFlip(), jitter, gray, blurs, T.RandomSolarize(128, solarize), *tensor]
             )
@@ -143,7 +146,7 @@ def main(args):
                     with torch.no_grad():
                         targets = teacher(global_views)
                     outputs = student(global_views, local_views)
-                loss = pass_loss(outputs, targets, centers, 0.04)  # in float32
+                loss = pass_loss(outputs, targets, centers, args.teacher_temp)  # in float32
                 if not loss.isfinite():
                     raise SystemExit(f"step {step}: the loss is {loss.item()}")
                 optimizer.zero_grad()
@@ -165,7 +168,7 @@ def main(args):
                 if step % 50 == 0 or step == steps:
                     speed = step * args.batch / (time.time() - start)
                     print(f"step {step}/{steps}  loss {loss.item():.3f}  lr {lr:.2e}  {speed:.1f} images/s", flush=True)
-                if step % 250 == 0 or step == steps:
+                if step % 100 == 0 or step == steps:
                     save_pretrained(teacher.backbone, args.out, overwrite=True)
 
 
@@ -183,5 +186,6 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak, for a batch of 256")
     parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher, at the start")
+    parser.add_argument("--teacher-temp", type=float, default=0.04, help="published: 0.04; lower learns sooner")
     parser.add_argument("--workers", type=int, default=1)
     main(parser.parse_args())

@@ -406,7 +406,7 @@ def _create_pass_vit(
         num_parts=arch.num_parts,
         embed_layer=ConvStem if arch.conv_stem else PatchEmbed,
     )
-    if entry is not None:
+    if entry is not None and kwargs.get("num_parts") != 0:
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
     origin = cfg.file or cfg.hf_hub_id or "the given state dict"
     try:

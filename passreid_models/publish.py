@@ -1,12 +1,13 @@
 """A ``local-dir:`` folder on the Hugging Face Hub: the model card, and the push."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from passreid_models.convert import read_checkpoint
-from passreid_models.weights import WeightsUnavailableError, list_weights
+from passreid_models.weights import WeightsUnavailableError, list_weights, short_error
 
 __all__ = ["model_card", "publish"]
 
@@ -32,7 +33,7 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
         license_name="see-provenance" if license == "other" else None,
         pipeline_tag="image-feature-extraction",
         tags=["timm", "person-re-identification", "pass-reid"],
-        datasets=[weight.data] if weight else None,
+        datasets=[_dataset_id(weight.data)] if weight else None,
     )
     height, width = cfg["input_size"][1:]
     rows = {
@@ -84,6 +85,11 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 {CITATION}
 ```
 """
+
+
+def _dataset_id(data: str) -> str:
+    """The name at the head of a description, in the form that the Hub's metadata take: ``LUPerson (4.18M images)``."""
+    return "-".join(re.split(r"[(,;:]", data)[0].split())
 
 
 def publish(
@@ -145,6 +151,7 @@ def publish(
                 repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {config['architecture']}"
             )
         except Exception as e:  # the client's HTTP library is its own affair, and so are its exceptions
-            first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-            raise WeightsUnavailableError(f"the Hub refused {repo_id}: {first}; is HF_TOKEN set?") from None
+            status = getattr(getattr(e, "response", None), "status_code", None)
+            advice = "; is HF_TOKEN set, and allowed to write?" if status in (401, 403) else ""
+            raise WeightsUnavailableError(f"the Hub refused {repo_id}: {short_error(e)}{advice}") from None
     return str(commit.commit_url), sizes

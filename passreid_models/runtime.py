@@ -17,12 +17,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last, since some writers choose the format by it
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+        new = Path(work) / "new"
+        new.mkdir()
+        yield new / path.name
+        _settle(new)
+        (new / path.name).replace(path)
 
 
 @contextmanager
@@ -41,12 +41,21 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         new = Path(work) / "new"
         new.mkdir()
         yield new
+        _settle(new)
         old = path.parent / f".{path.name}.old"
         if overwrite and path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
         new.replace(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Bring new files to the disk, with the permissions that the umask gives: safetensors makes them private."""
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
 
 
 def lock(path: str | Path) -> FileLock:

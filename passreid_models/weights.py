@@ -9,6 +9,7 @@ A tag is looked for in this order: bundled file, local cache, Hugging Face Hub, 
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -280,7 +281,7 @@ def _download_drive(weight: Weight, folder: Path) -> Path:
     try:
         done = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
     except Exception as e:  # gdown passes on whatever requests, Drive's pages and the file system raise
-        raise WeightsUnavailableError(f"the download from Google Drive failed ({_first_line(e)}); {by_hand}") from None
+        raise WeightsUnavailableError(f"the download from Google Drive failed ({short_error(e)}); {by_hand}") from None
     if not done or not file.is_file():
         raise WeightsUnavailableError(f"the download from Google Drive gave no file; {by_hand}")
     return file
@@ -302,7 +303,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
         try:
             path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
         except Exception as e:  # the client's HTTP library is its own affair, and so are its exceptions
-            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {_first_line(e)}") from None
+            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
         blob = Path(path).resolve()
         if len(blob.name) != 64 or sha256(blob) == blob.name:
             return Path(path)
@@ -310,9 +311,13 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     raise CheckpointError(f"{filename} of {hub_id} arrives damaged: its SHA-256 is not the one the Hub states")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def short_error(error: Exception) -> str:
+    """An exception of a network client in one line; the Hub's begin with a line that holds the status alone."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    status = re.match(r"\d{3} (Client|Server) Error", lines[0])
+    return f"{status[0]}: {lines[1]}" if status and len(lines) > 1 else lines[0]
 
 
 def verify(name: str = "") -> list[tuple[str, str]]:

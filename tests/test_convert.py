@@ -46,6 +46,15 @@ VARIANTS = [f"{neck}neck_{fusion}" for neck in ("single", "multi") for fusion in
 WAYS = ["overlay", "local-dir"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small, more threads only wait for each other, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def golden(name: str) -> dict[str, Tensor]:
     return {k: v.float() for k, v in safetensors.torch.load_file(DATA / f"{name}.safetensors").items()}
 
@@ -835,6 +844,8 @@ def test_an_output_folder_with_content_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match=r"notes\.txt exists and is not an empty folder"):
         convert_checkpoint(DATA / "upstream_backbone.pth", out / "notes.txt", num_heads=2)
     assert (out / "notes.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="not an empty folder"):  # said before a large file is read
+        convert_checkpoint(DATA / "absent.pth", out, num_heads=2)
     shutil.rmtree(out)
     out.mkdir()
     convert_checkpoint(DATA / "upstream_backbone.pth", out, num_heads=2)  # an empty folder is taken

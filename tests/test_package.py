@@ -1,8 +1,10 @@
 """The package as a whole: a quiet import, public names, documentation that is true, one version.
 
-Python in README.md runs here, fence by fence in one namespace, in a folder that holds generated persons:
+Python in README.md runs here, fence by fence in one namespace, in a folder that holds
 
-    a.jpg  b.jpg  c.jpg  query.jpg  frame.jpg  images/*.jpg  gallery/*.jpg
+    query.jpg  a.jpg  b.jpg  frame.jpg  my_crops/*.jpg      generated persons
+    official.pth                                            a PASS ViT-S of random weights as the authors publish them
+    my_model/                                               what `passreid convert official.pth my_model/` wrote
 
 A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on the line before it.
 """
@@ -21,6 +23,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+import timm
+import torch
 from PIL import Image
 
 import passreid_models
@@ -40,27 +44,21 @@ def modules() -> list[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def fresh_import() -> dict[str, Any]:
+def fresh_import(tmp_path_factory) -> dict[str, Any]:
     """What `import passreid_models` does in a new process where every warning is an error."""
     code = """if True:
         import json, sys
+        from pathlib import Path
         import timm
         before = set(sys.modules)
         import passreid_models
-        json.dump({"before": sorted(before), "added": sorted(set(sys.modules) - before)}, open(sys.argv[1], "w"))
+        modules = {"before": sorted(before), "added": sorted(set(sys.modules) - before)}
+        Path(sys.argv[1]).write_text(json.dumps(modules))
     """
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "modules.json"
-        process = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code, str(file)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        modules = json.loads(file.read_text()) if file.exists() else {}
+    file = tmp_path_factory.mktemp("import") / "modules.json"
+    command = [sys.executable, "-W", "error", "-c", code, str(file)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    modules = json.loads(file.read_text()) if file.exists() else {"before": [], "added": []}
     return {"code": process.returncode, "out": process.stdout, "err": process.stderr, **modules}
 
 
@@ -210,25 +208,36 @@ def test_python_fences_are_found_with_their_lines_and_reasons():
     ]
 
 
+def save_official(path: Path) -> None:
+    """A PASS ViT-S of random weights in the layout of the authors' pre-training file: token and position apart."""
+    tensors = timm.create_model("pass_vit_small_patch16").state_dict()
+    cls, parts = tensors.pop("cls_token"), tensors.pop("reg_token")
+    tensors |= {"cls_token": cls, "cls_pos": torch.zeros_like(cls)}
+    for i, part in enumerate(parts.split(1, dim=1), start=1):
+        tensors |= {f"part_token{i}": part.clone(), f"part{i}_pos": torch.zeros_like(part)}
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in tensors.items()}}, path)
+
+
 @pytest.fixture
-def folder_of_images(tmp_path, monkeypatch) -> Path:
-    data = SyntheticPersons(4, images_per_id=3, cameras=3, seed=11)
+def readme_folder(tmp_path, monkeypatch) -> Path:
+    data = SyntheticPersons(4, images_per_id=2, cameras=2, seed=11)
     images = [data[i][0] for i in range(len(data))]
-    names = ["a", "b", "c", "query", *(f"images/{i}" for i in range(4)), *(f"gallery/{i}" for i in range(4))]
-    for folder in ("images", "gallery"):
-        (tmp_path / folder).mkdir()
+    names = ["query", "a", "b", *(f"my_crops/{i}" for i in range(5))]
+    (tmp_path / "my_crops").mkdir()
     for name, image in zip(names, images, strict=True):
         image.save(tmp_path / f"{name}.jpg")
     frame = Image.new("RGB", (640, 360), "gray")
     for i in range(4):
         frame.paste(images[i], (20 + 160 * i, 60))
     frame.save(tmp_path / "frame.jpg")
+    save_official(tmp_path / "official.pth")
+    passreid_models.convert_checkpoint(tmp_path / "official.pth", tmp_path / "my_model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
-def test_every_python_fence_of_the_readme_runs_or_says_why_not(folder_of_images):
+def test_every_python_fence_of_the_readme_runs_or_says_why_not(readme_folder):
     text = (ROOT / "README.md").read_text()
     fences = python_fences(text)
     assert any(fence.reason is None for fence in fences)

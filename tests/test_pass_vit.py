@@ -43,6 +43,15 @@ FROZEN = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small, more threads only wait for each other, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def create(name: str = "pass_vit_small_patch16", lively: bool = True, **kwargs) -> PassVisionTransformer:
     """A two-block model in eval mode; ``lively`` weights make every token and position count."""
     torch.manual_seed(0)
@@ -526,6 +535,7 @@ def test_bad_views_are_refused(name, size, part_index, message):
 # ---- Torchscript and fx
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("name", "pool"), [p for p in NAME_POOLS if p[0] in STEMS or p[1] in ("cat", "token")])
 def test_torchscript_script_and_trace_equal_eager(name, pool):
     model, x = create(name, global_pool=pool), images()

@@ -187,9 +187,10 @@ def test_rank_gives_the_whole_gallery_when_it_is_smaller_than_topk():
 
 
 def test_rank_of_no_queries_is_empty_with_the_right_width():
-    ranking = rank(torch.empty(0, 2), line([0.2, 0.9, 0.1]), topk=2)
-    assert ranking.indices.shape == ranking.similarities.shape == (0, 2)
-    assert ranking.indices.dtype == torch.int64
+    for topk, width in ((2, 2), (5, 3)):
+        ranking = rank(torch.empty(0, 2), line([0.2, 0.9, 0.1]), topk=topk)
+        assert ranking.indices.shape == ranking.similarities.shape == (0, width)
+        assert ranking.indices.dtype == torch.int64
 
 
 def test_rank_puts_unreadable_images_last():

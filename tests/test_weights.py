@@ -50,7 +50,7 @@ transreid_vit_small_ics_patch16.lup_dino 18FL9JaJNlo15-UksalcJRXX-0dgo4Mz4 256 c
 transreid_vit_base_ics_patch16.lup_dino 1ZFMCBZ-lNFMeBD5K8PtJYJfYEk5D9isd 256 cls - tokens imagenet bicubic - -
 pass_vit_small_patch16.lup_msmt17_uda_source 1rXr-uV5I5osgu6lhW_UfeguOvAW0nXgx 256 cat multi before 0.5 bilinear - -
 pass_vit_small_patch16.lup_market1501_uda_source 1QQXU8x4EuxCMJ4hPi-NkAvNeenNz7AJy 256 mean multi before 0.5 bilinear - -
-"""
+"""  # noqa: E501
 ROWS = [line.split() for line in OFFICIAL.strip().splitlines()]
 NAMES = [row[0] for row in ROWS]
 FEATURES = {  # where the descriptor is taken, and whether it is normalised once more
@@ -190,6 +190,11 @@ def stand_in(root: Path, rows: list[dict], wheel: bool = False) -> Path:
     return folder
 
 
+def import_path(root: Path) -> str:
+    """PYTHONPATH with ``root`` before what was there."""
+    return os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def manifest_row(name: str, **source: object) -> dict:
     """A row for ``test_pass_vit``, otherwise that of the official file."""
     row = {**dataclasses.asdict(get_weight(LUP)), "name": name, "input_size": [64, 32]}
@@ -237,9 +242,14 @@ def test_the_default_is_the_bundled_file_and_a_named_tag_never_becomes_it(tmp_pa
     folder = stand_in(tmp_path / "site", [*rows, manifest_row(LUP, drive_id="ID")], wheel=True)
     (tmp_path / "synth").rename(folder / "test_pass_vit.synth")
     torch.save(model.state_dict(), tmp_path / "stored.pt")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "PASSREID_CACHE": str(tmp_path)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": import_path(tmp_path / "site"),
+        "HF_HUB_OFFLINE": "1",
+        "PASSREID_CACHE": str(tmp_path),
+    }
     command = [sys.executable, "-c", DEFAULTS]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     got = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
     assert got["file"] == str(tmp_path / "site" / "passreid_models" / "__init__.py")  # the wheel's layout was read
@@ -569,7 +579,7 @@ def killed_pulls(tmp_path: Path, monkeypatch, file: Path, start: Path | None) ->
         else:
             cache.mkdir()
         process = in_child(_pull_and_die, step, cache, file)
-        process.join(60)
+        process.join(600)
         monkeypatch.setenv("PASSREID_CACHE", str(cache))
         yield weights.cached_folder(LUP), process.exitcode
         pull(LUP, file)  # the lock is free, and what the kill left is cleared away
@@ -632,7 +642,7 @@ def test_parallel_pulls_download_once_and_agree(tmp_path, cache, small):
     log = tmp_path / "log"
     processes = [in_child(_pull_slowly, cache, tmp_path / "file.pth", log, None) for _ in range(3)]
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert [p.exitcode for p in processes] == [0, 0, 0]
     folder = weights.cached_folder(LUP)
     assert log.read_text().splitlines() == [get_weight(LUP).source["drive_id"]] + 3 * [str(folder)]
@@ -645,7 +655,7 @@ def test_parallel_pulls_of_different_files_leave_one_of_them_whole(tmp_path, cac
     expected = [official_file(file, seed) for seed, file in enumerate(files)]
     processes = [in_child(_pull_slowly, cache, file, tmp_path / "log", file) for file in files]
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert [p.exitcode for p in processes] == [0, 0, 0]
     assert sum(holds(weights.cached_folder(LUP), e) for e in expected) == 1
     assert verify(LUP) == [(LUP, "ok")]
