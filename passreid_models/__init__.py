@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from passreid_models import pass_vit as _pass_vit  # noqa: F401  registers the models
-from passreid_models.convert import CheckpointError, LoadReport, load_report
+from passreid_models.checkpoint import CheckpointError
+from passreid_models.fit import LoadReport, load_report
 from passreid_models.local_dir import convert_checkpoint, save_pretrained
 from passreid_models.weights import list_weights
 

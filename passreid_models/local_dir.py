@@ -17,18 +17,9 @@ import timm
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from passreid_models.convert import (
-    ARCHITECTURES,
-    STATISTICS,
-    Architecture,
-    CheckpointError,
-    LoadReport,
-    architecture_name,
-    convert_state_dict,
-    load_report,
-    read_checkpoint,
-    unwrap_checkpoint,
-)
+from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.convert import ARCHITECTURES, STATISTICS, Architecture, architecture_name, convert_state_dict
+from passreid_models.fit import LoadReport, load_report
 from passreid_models.runtime import atomic_folder, sha256
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
@@ -113,7 +104,7 @@ def convert_checkpoint(
         mean_std: ``imagenet`` or ``0.5``.
         interpolation: PIL resampling of test images.
         img_size: Height and width in pixels, when they shall differ from the file's.
-        pos_embed_resize: See ``convert.resize_pos_embed``.
+        pos_embed_resize: See ``fit.resize_pos_embed``.
         num_heads: Attention heads; tensors do not show them. Needed when the width is no multiple of 64.
         info: Further top-level entries of ``config.json``.
 

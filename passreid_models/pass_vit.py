@@ -7,14 +7,12 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 """
 
 import logging
-from collections import OrderedDict
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
@@ -27,124 +25,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from passreid_models import weights
-from passreid_models.convert import (
-    ARCHITECTURES,
-    STATISTICS,
-    CheckpointError,
-    load_report,
-    pretrained_filter_fn,
-    read_checkpoint,
-    unwrap_checkpoint,
-)
+from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.convert import ARCHITECTURES, STATISTICS
+from passreid_models.fit import load_report, pretrained_filter_fn
+from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width
 
-__all__ = ["ConvStem", "PassVisionTransformer", "fuse_tokens"]
+__all__ = ["PassVisionTransformer"]
 
 _logger = logging.getLogger(__name__)
 
 POOLS = ("cat", "mean", "parts", "token", "")
 NECKS = ("", "single", "multi")
 TOKEN_STD = 0.02  # of CLS, a part token and a part position; a folded part token is the sum of two
-
-
-def fuse_tokens(tokens: Tensor, fusion: str) -> Tensor:
-    """Fuse prefix tokens ``[B, T, D]`` into one descriptor per image.
-
-    Args:
-        tokens: CLS in row 0, the part tokens behind it.
-        fusion: ``cat`` ``[g, m]`` ``[B, 2D]``, ``mean`` ``(g + m) / 2`` ``[B, D]``, ``parts`` all tokens
-            ``[B, T * D]``, ``token`` CLS alone ``[B, D]``; g is CLS, m the mean part (PASS, section 3.4).
-    """
-    if fusion == "token":
-        return tokens[:, 0]
-    if fusion == "parts":
-        return tokens.flatten(1)
-    g = tokens[:, 0]
-    m = tokens[:, 1:].mean(dim=1)
-    if fusion == "cat":
-        return torch.cat([g, m], dim=1)
-    return (g + m) / 2
-
-
-def fused_width(fusion: str, embed_dim: int, num_parts: int) -> int:
-    """Width of a descriptor; ``''`` (unpooled) counts as one token."""
-    return embed_dim * {"cat": 2, "mean": 1, "parts": 1 + num_parts, "token": 1, "": 1}[fusion]
-
-
-class SingleNeck(nn.Module):
-    """BatchNorm and L2 normalisation of the fused vector ``[B, C]``: the feature of the published USL models."""
-
-    def __init__(self, width: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm1d(width, device=device, dtype=dtype)
-        self.bn.bias.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.bn(x), dim=-1)
-
-
-class MultiNeck(nn.Module):
-    """BatchNorm and L2 normalisation of each token, then fusion: the feature of the published UDA models.
-
-    The T BatchNorms of width D are one of width T * D.
-    """
-
-    def __init__(self, num_tokens: int, embed_dim: int, fusion: str, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.fusion = fusion
-        self.bn = nn.BatchNorm1d(num_tokens * embed_dim, device=device, dtype=dtype)
-        self.bn.bias.requires_grad_(False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        normed = F.normalize(self.bn(tokens.flatten(1)).reshape(tokens.shape), dim=-1)
-        return fuse_tokens(normed, self.fusion)
-
-
-class IBN(nn.Module):
-    """InstanceNorm on the first half of the channels, BatchNorm on the other (IBN-a, arXiv 1807.09441)."""
-
-    def __init__(self, channels: int, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        half = channels // 2
-        self.instance_norm = nn.InstanceNorm2d(half, affine=True, device=device, dtype=dtype)
-        self.batch_norm = nn.BatchNorm2d(channels - half, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.split([self.instance_norm.num_features, self.batch_norm.num_features], dim=1)
-        return torch.cat([self.instance_norm(a.contiguous()), self.batch_norm(b.contiguous())], dim=1)
-
-
-class ConvStem(PatchEmbed):
-    """Patch embedding by a convolutional stem with IBN: the "ICS" variant of TransReID-SSL (arXiv 2111.12084).
-
-    Only the projection differs from ``PatchEmbed``: three 3-fold conv layers at half resolution, then a conv of
-    stride 8. The patch size stays 16.
-    """
-
-    def __init__(
-        self, img_size: Any = None, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, **kwargs: Any
-    ) -> None:
-        super().__init__(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
-        if self.patch_size != (16, 16):
-            raise ValueError(f"the conv stem has patches of 16x16 pixels, got patch_size={patch_size}")
-        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
-        conv = nn.Sequential(
-            nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd),
-            IBN(64, **dd),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, 64, 3, padding=1, bias=False, **dd),
-            IBN(64, **dd),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, 64, 3, padding=1, bias=False, **dd),
-            nn.BatchNorm2d(64, **dd),
-            nn.ReLU(inplace=True),
-        )
-        proj = nn.Conv2d(64, embed_dim, 8, stride=8, bias=kwargs.get("bias", True), **dd)
-        self.proj = nn.Sequential(OrderedDict(conv=conv, proj=proj))
-
-    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        if patch_size is not None and patch_size not in (16, (16, 16), [16, 16]):
-            raise ValueError(f"the conv stem has patches of 16x16 pixels, got patch_size={patch_size}")
-        super().set_input_size(img_size=img_size)
 
 
 class PassVisionTransformer(VisionTransformer):
@@ -282,7 +174,7 @@ class PassVisionTransformer(VisionTransformer):
         """Prefix tokens of a batch of views of any size that the patches divide.
 
         A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from
-        (PASS, section 3.2); local views of all areas go through in one call. Positions are resampled to the views'
+       ; local views of all areas go through in one call. Positions are resampled to the views'
         grid, bicubic and antialiased, and left as they are at the native size.
 
         Args:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from passreid_models.convert import read_checkpoint
+from passreid_models.checkpoint import read_checkpoint
 from passreid_models.weights import WeightsUnavailableError, list_weights, short_error
 
 __all__ = ["model_card", "publish"]

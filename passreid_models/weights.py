@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from passreid_models.convert import CheckpointError
+from passreid_models.checkpoint import CheckpointError
 from passreid_models.local_dir import convert_checkpoint
 from passreid_models.runtime import atomic_file, lock, sha256
 

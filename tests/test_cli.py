@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import passreid_models
-from passreid_models import cli, convert, weights
+from passreid_models import cli, convert, fit, weights
 from passreid_models.embed import Embedder
 from passreid_models.synthetic import SyntheticPersons
 
@@ -439,6 +439,6 @@ def test_choices_of_the_command_line_are_those_of_the_library():
         for action in cli._parser()._subparsers._group_actions[0].choices[command]._actions
     }
     assert set(actions["mean_std"].choices) == set(convert.STATISTICS)
-    assert set(actions["resize"].choices) == set(convert.RESIZE_METHODS)
+    assert set(actions["resize"].choices) == set(fit.RESIZE_METHODS)
     assert set(actions["fusion"].choices) | {""} == set(passreid_models.pass_vit.POOLS)
     assert {"" if c == "none" else c for c in actions["neck"].choices} == set(passreid_models.pass_vit.NECKS)

@@ -22,20 +22,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from passreid_models.convert import (
-    CheckpointError,
-    LoadReport,
-    convert_state_dict,
-    fit_to_model,
-    guess_grid,
-    load_report,
-    pretrained_filter_fn,
-    read_checkpoint,
-    resize_pos_embed,
-    unwrap_checkpoint,
-)
+from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.convert import convert_state_dict, guess_grid
+from passreid_models.fit import LoadReport, fit_to_model, load_report, pretrained_filter_fn, resize_pos_embed
+from passreid_models.layers import ConvStem, fuse_tokens
 from passreid_models.local_dir import convert_checkpoint, save_pretrained
-from passreid_models.pass_vit import ConvStem, fuse_tokens
 
 DATA = Path(__file__).parent / "data"
 PASS = "pass_vit_small_patch16"

@@ -1,4 +1,4 @@
-"""The pre-training on one page: its loss equals the official code's, and it trains from a folder to loadable weights."""
+"""Pre-training on one page: its loss equals the official code's, and it makes weights that load."""
 
 import importlib.util
 import subprocess

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from passreid_models import local_dir
-from passreid_models.convert import CheckpointError, load_report
+from passreid_models.checkpoint import CheckpointError
+from passreid_models.fit import load_report
 from passreid_models.local_dir import convert_checkpoint, save_pretrained
 
 TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from passreid_models import pass_vit
 from passreid_models.convert import ARCHITECTURES, STATISTICS
-from passreid_models.pass_vit import IBN, ConvStem, MultiNeck, PassVisionTransformer, SingleNeck, fuse_tokens
+from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens
+from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.weights import WeightsUnavailableError, list_weights
 
 NAMES = list(ARCHITECTURES)

@@ -16,8 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from passreid_models import synthetic
-from passreid_models.synthetic import dataset, scene
-from passreid_models.synthetic import SyntheticPersons, contact_sheet, draw
+from passreid_models.synthetic import SyntheticPersons, contact_sheet, dataset, draw, scene
 
 SMALL = (64, 32)
 

@@ -23,7 +23,9 @@ from timm.models import get_pretrained_cfg, list_models
 
 import passreid_models
 from passreid_models import cli, weights
-from passreid_models.convert import ARCHITECTURES, CheckpointError, load_report
+from passreid_models.checkpoint import CheckpointError
+from passreid_models.convert import ARCHITECTURES
+from passreid_models.fit import load_report
 from passreid_models.local_dir import save_pretrained
 from passreid_models.runtime import sha256
 from passreid_models.weights import Weight, WeightsUnavailableError, get_weight, list_weights, pull, resolve, verify

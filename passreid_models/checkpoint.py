@@ -1,0 +1,98 @@
+"""Checkpoint files to flat tensors, without running any code from them."""
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the model; the message names the keys."""
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Read a safetensors file or a pickled PyTorch checkpoint, without running any code from it.
+
+    Besides tensors, ``argparse.Namespace`` and numpy scalars are let in: the published files hold both.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is no checkpoint, is cut short, or wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}" + (": it is a folder" if path.is_dir() else ""))
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except SafetensorError as e:
+            raise CheckpointError(f"{path} is not a whole safetensors file ({e}): download it again") from None
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if blocked := re.search(r"GLOBAL (\S+)", str(e)):
+            raise CheckpointError(
+                f"{path} was refused: it asks to run {blocked[1]} while loading; checkpoints are opened for their "
+                "tensors alone, since a pickle can run any code"
+            ) from None
+        if (opcode := re.search(r"Unsupported operand (\d+)", str(e))) and 140 <= int(opcode[1]) <= 151:
+            raise CheckpointError(
+                f"{path} was refused: pickle protocol 4 cannot be opened without letting it run code; save it again "
+                "with the default protocol of torch.save, or as safetensors"
+            ) from None
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
+    except Exception as e:  # the unpickler trips over anything in a file that is no pickle
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+        what = "is cut short or damaged: download it again" if is_zip else "is not a PyTorch checkpoint"
+        raise CheckpointError(f"{path} {what} ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]})") from None
+
+
+def _safe_globals() -> list[Any]:
+    import numpy as np
+
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    dtypes = [getattr(np.dtypes, name) for name in ("Float32DType", "Float64DType", "Int64DType")]
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
+
+
+def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateDict, str]:
+    """Flat tensors of one network of a checkpoint object, and what kind of wrapping they came in.
+
+    Args:
+        checkpoint: What ``read_checkpoint`` returned.
+        network: ``teacher`` or ``student``, where the file holds both.
+
+    Raises:
+        CheckpointError: If there are no named tensors, or the wanted network is not there.
+    """
+    if network not in ("teacher", "student"):
+        raise ValueError(f"network must be 'teacher' or 'student', got {network!r}")
+    layout = ""
+    if isinstance(checkpoint, Mapping) and ("teacher" in checkpoint or "student" in checkpoint):
+        if network not in checkpoint:
+            raise CheckpointError(f"the pre-training file has no {network}, only: {', '.join(map(str, checkpoint))}")
+        checkpoint, layout = checkpoint[network], f"pre-training checkpoint, {network}"
+    for name in ("state_dict", "model"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
+            checkpoint, layout = checkpoint[name], layout or f"'{name}' of a training checkpoint"
+    tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)} if isinstance(checkpoint, Mapping) else {}
+    if not tensors or not all(isinstance(k, str) for k in tensors):
+        raise CheckpointError(f"expected a dictionary of named tensors, got {_describe(checkpoint)}")
+    return tensors, layout
+
+
+def _describe(obj: Any) -> str:
+    if isinstance(obj, Mapping):
+        return f"a dictionary with the keys {', '.join(map(str, list(obj)[:6])) or '(none)'}"
+    return f"a {type(obj).__name__}"
