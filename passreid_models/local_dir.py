@@ -56,7 +56,7 @@ def save_pretrained(
         m.embed_dim, len(m.blocks), m.blocks[0].attn.num_heads, m.num_parts, registered.conv_stem, img_size
     )
     differing = {k: v for k, v in asdict(actual).items() if v != getattr(registered, k)}
-    model_args = {**differing, "img_size": list(img_size), "global_pool": m.global_pool, "neck": m.neck}
+    model_args = {**m._overrides, **differing, "img_size": list(img_size), "global_pool": m.global_pool, "neck": m.neck}
     descriptor = {"fusion": m.global_pool, "neck": m.neck, "l2_normalize": m.neck != "multi"}
     with atomic_folder(folder, overwrite) as new:
         save_for_hf(

@@ -72,6 +72,8 @@ class PassVisionTransformer(VisionTransformer):
         Raises:
             ValueError: If ``global_pool`` or ``neck`` has an unknown value or asks for parts that do not exist.
         """
+        if "fc_norm" in kwargs:
+            raise ValueError("fc_norm is the place of the neck here: use neck='', 'single' or 'multi'")
         if num_parts < 0:
             raise ValueError(f"num_parts must be 0 or more, got {num_parts}")
         global_pool = ("cat" if num_parts else "token") if global_pool is None else global_pool
@@ -269,6 +271,9 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
+_NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
+
+
 def _create_pass_vit(
     variant: str,
     pretrained: bool = False,
@@ -323,6 +328,7 @@ def _create_pass_vit(
         model.pretrained_cfg["source"] = source
     if pretrained:
         load_report(model).source = str(origin)
+    model._overrides = {k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES}  # for save_pretrained
     return model
 
 

@@ -57,15 +57,12 @@ def rank(query: Tensor, gallery: Tensor, topk: int = 5, chunk: int = 256) -> Ran
     _check_pair(query, gallery)
     if topk < 1:
         raise ValueError(f"topk must be 1 or more, got {topk}")
-    topk = min(topk, len(gallery))
     gallery = F.normalize(gallery.float(), dim=1)
     indices, similarities = [], []
     for part in F.normalize(query.float(), dim=1).split(chunk):
         sorted_ = _similarities(part, gallery).sort(dim=1, descending=True, stable=True)
         similarities.append(sorted_.values[:, :topk])
         indices.append(sorted_.indices[:, :topk])
-    if not indices:
-        return Ranking(torch.empty(0, topk, dtype=torch.int64), torch.empty(0, topk))
     return Ranking(torch.cat(indices), torch.cat(similarities))
 
 

@@ -468,6 +468,28 @@ def test_a_wrong_file_leaves_the_old_weights(tmp_path, cache, small, wrong):
         assert verify(LUP) == [(LUP, "ok")]
 
 
+def test_a_disk_that_fills_up_at_the_record_leaves_the_old_weights(tmp_path, cache, small, monkeypatch):
+    expected = official_file(tmp_path / "old.pth", seed=1)
+    official_file(tmp_path / "new.pth", seed=2)
+    pull(LUP, tmp_path / "old.pth")
+    write = Path.write_text
+
+    def disk_full(path: Path, text: str) -> None:
+        if path.name == f"{LUP}.json":
+            write(path, text[: len(text) // 2])
+            raise OSError("No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            pull(LUP, tmp_path / "new.pth")
+    assert holds(weights.cached_folder(LUP), expected)
+    assert verify(LUP) == [(LUP, "ok")]
+    pull(LUP, tmp_path / "old.pth")
+    assert litter(cache) == []
+
+
 def test_another_file_replaces_the_old_one(tmp_path, cache, small):
     official_file(tmp_path / "old.pth", seed=1)
     expected = official_file(tmp_path / "new.pth", seed=2)
@@ -607,7 +629,11 @@ def test_a_pull_killed_at_any_step_leaves_whole_weights_or_none(tmp_path, small,
 @pytest.mark.parametrize("renewed", ["another file", "the same file"])
 def test_a_pull_killed_at_any_step_leaves_the_old_weights_or_the_new(tmp_path, small, monkeypatch, renewed):
     old = official_file(tmp_path / "old.pth", seed=1)
-    new = official_file(tmp_path / "new.pth", seed=2 if renewed == "another file" else 1)
+    if renewed == "another file":
+        new = official_file(tmp_path / "new.pth", seed=2)
+    else:  # byte for byte: the archive in a file of torch.save holds its name
+        new = old
+        shutil.copy(tmp_path / "old.pth", tmp_path / "new.pth")
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "start"))
     pull(LUP, tmp_path / "old.pth")
     which = []
