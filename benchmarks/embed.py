@@ -27,10 +27,10 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="128 images and 2 rounds instead of 1,000 and 5")
+    parser.add_argument("--quick", action="store_true", help="128 images and 2 rounds instead of 1,000 and 3")
     parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
     args = parser.parse_args()
-    device, count, rounds = common.pick_device(args.device), 128 if args.quick else 1000, 2 if args.quick else 5
+    device, count, rounds = common.pick_device(args.device), 128 if args.quick else 1000, 2 if args.quick else 3
     embed = Embedder(timm.create_model("pass_vit_small_patch16"), device=device, batch_size=BATCH)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("repo_id", metavar="ORG/NAME")
     publish.add_argument("--private", action="store_true")
     publish.add_argument("--revision", help="branch")
-    publish.add_argument("--dry-run", action="store_true", help="show the files and the card, push nothing")
+    publish.add_argument("--dry-run", action="store_true", help="show the files, push nothing")
     publish.set_defaults(run=_weights_publish)
     return parser
 

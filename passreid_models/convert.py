@@ -202,6 +202,17 @@ def _convert_necks(bottlenecks: StateDict, num_parts: int, ignored: dict[str, st
     return neck, "single" if len(names) == 1 else "multi"
 
 
+def published_descriptor(converted: Converted) -> dict[str, str]:
+    """Fusion (``global_pool``) and neck of the descriptor that the layout was published with, as far as it tells.
+
+    Unsupervised features are taken after the neck, supervised ones before it.
+    """
+    settings = {"neck": converted.neck_kind if converted.task == "unsupervised" else ""}
+    if converted.fusion:
+        settings["global_pool"] = converted.fusion
+    return settings
+
+
 def guess_grid(num_patches: int) -> Grid | None:
     """Grid of a person image with that many patches: twice or three times as high as wide; else None."""
     for ratio in (2, 3):

@@ -32,6 +32,8 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
     Returns:
         A table: accuracy of the model beside that of pooled pixels and of chance.
     """
+    if Path(picture).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{picture}: name a picture file such as ranking.png")
     if num_ids < 2:
         raise ValueError(f"ranking needs 2 persons or more, got {num_ids}")
     data = SyntheticPersons(num_ids, images_per_id=8, cameras=4, seed=DEMO_SEED)

@@ -96,7 +96,7 @@ class Embedder:
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
         # a model made with img_size= keeps the size of its cfg
         self.transform = create_transform(**resolve_data_config({"input_size": self.input_size}, model=self.model))
-        # the unsupervised multi-neck feature is compared as it comes (SPEC of the published models)
+        # the published unsupervised multi-neck feature is compared as it comes
         self.l2_normalize = self.model.neck != "multi"
 
     @property

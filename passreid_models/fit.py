@@ -171,16 +171,20 @@ def _explain(report: LoadReport, unexpected: list[str], converted: Converted, ex
     same = (found.embed_dim, found.num_parts) == (width, parts) and len(report.missing) + len(unexpected) == 0
     name = architecture_name(found)
     advice = f": use {name}" if name and not same else ""
+    if report.missing and all(k.startswith("fc_norm.") for k in report.missing):
+        advice = ": the file has no such neck, use neck=''"
+    elif found.embed_dim == width and found.num_parts not in (0, parts) and not found.conv_stem:
+        advice = f": use {name} with num_parts={found.num_parts}" if name else f": use num_parts={found.num_parts}"
     return f"the checkpoint does not fit the model: {'; '.join(problems)}; {described}{advice}"
 
 
 def pretrained_filter_fn(
-    state_dict: Any, model: nn.Module, resize: str = "auto", infer_statistics: bool = True
+    state_dict: Any, model: nn.Module, resize: str = "auto", keep: tuple[str, ...] = ()
 ) -> StateDict:
     """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; keeps the LoadReport.
 
-    With ``infer_statistics`` the mean/std and interpolation of a raw official file are written to
-    ``model.pretrained_cfg``, since they belong to the weights; where its layout does not tell them, a warning says so.
+    Mean, std and interpolation of a raw official file are written to ``model.pretrained_cfg``, since they belong to the
+    weights, but for those named in ``keep``; where the layout does not tell them, a warning says so.
 
     Raises:
         CheckpointError: If the checkpoint does not fit.
@@ -197,12 +201,14 @@ def pretrained_filter_fn(
     chosen, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
     if "head.weight" in model.state_dict() and "head.weight" not in chosen:
         report.notes.append("head: a new classifier, initialised at random")
-    if infer_statistics and converted.task:  # a raw official file: what it was trained with is known
+    if converted.task:  # a raw official file: what it was trained with is known
         mean, std = IMAGENET if converted.task == "pretrain" else HALF
-        if tuple(cfg["mean"]) != mean:
+        interpolation = "bilinear" if converted.task == "supervised" else "bicubic"
+        known = {"mean": mean, "std": std, "interpolation": interpolation}
+        cfg.update({k: v for k, v in known.items() if k not in keep})
+        if "mean" not in keep:
             report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout}")
-        cfg.update(mean=mean, std=std, interpolation="bilinear" if converted.task == "supervised" else "bicubic")
-    elif infer_statistics and converted.folded:  # a raw official backbone, pre-trained or fine-tuned
+    elif converted.folded and "mean" not in keep:  # a raw official backbone, pre-trained or fine-tuned
         _logger.warning(
             f"the file does not tell its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
             "(pretrained_cfg_overlay=dict(mean=..., std=...) sets them)"

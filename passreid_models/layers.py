@@ -82,7 +82,7 @@ class IBN(nn.Module):
 class ConvStem(PatchEmbed):
     """Patch embedding by a convolutional stem with IBN: the "ICS" variant of TransReID-SSL (arXiv 2111.12084).
 
-    Only the projection differs from ``PatchEmbed``: three 3-fold conv layers at half resolution, then a conv of
+    Only the projection differs from ``PatchEmbed``: a 7x7 conv of stride 2, two 3x3 convs, then a conv of
     stride 8. The patch size stays 16.
     """
 

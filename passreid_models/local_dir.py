@@ -18,7 +18,14 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
-from passreid_models.convert import ARCHITECTURES, STATISTICS, Architecture, architecture_name, convert_state_dict
+from passreid_models.convert import (
+    ARCHITECTURES,
+    STATISTICS,
+    Architecture,
+    architecture_name,
+    convert_state_dict,
+    published_descriptor,
+)
 from passreid_models.fit import LoadReport, load_report
 from passreid_models.runtime import atomic_folder, sha256
 
@@ -68,6 +75,10 @@ def save_pretrained(
         )
         config = json.loads((new / "config.json").read_text())
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
+        if not getattr(m, "_has_own_cfg", False):  # weights of another make than the tag's: claim nothing for them
+            config["pretrained_cfg"].update(license="other")
+            config["pretrained_cfg"].pop("tag", None)
+            config["pretrained_cfg"].pop("description", None)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}
@@ -133,9 +144,9 @@ def convert_checkpoint(
         if not converted.fusion and converted.task == "unsupervised":
             notes.append("fusion: the tensors do not tell, 'cat' assumed")
     if neck is None:
-        neck = converted.neck_kind if converted.task == "unsupervised" else ""
+        neck = published_descriptor(converted)["neck"]
     if mean_std is None:
-        mean_std = "0.5" if "supervised" in converted.task else "imagenet"
+        mean_std = "0.5" if converted.task in ("supervised", "unsupervised") else "imagenet"
         if not converted.task:
             notes.append("mean/std: the tensors do not tell, ImageNet's assumed")
     mean, std = STATISTICS[mean_std]
@@ -156,6 +167,7 @@ def convert_checkpoint(
         )
     except CheckpointError as e:
         raise CheckpointError(str(e).replace("the given state dict", str(source))) from None
+    model._has_own_cfg = "." in name  # a tag is named by who knows that the file is its: pull
     report = load_report(model)
     report.source, report.layout = str(source), converted.layout
     report.notes += notes

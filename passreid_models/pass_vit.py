@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from passreid_models import weights
 from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
-from passreid_models.convert import ARCHITECTURES, STATISTICS
+from passreid_models.convert import ARCHITECTURES, STATISTICS, convert_state_dict, published_descriptor
 from passreid_models.fit import load_report, pretrained_filter_fn
 from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width
 
@@ -175,9 +175,9 @@ class PassVisionTransformer(VisionTransformer):
     def forward_views(self, x: Tensor, part_index: Tensor | None = None) -> Tensor:
         """Prefix tokens of a batch of views of any size that the patches divide.
 
-        A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from
-       ; local views of all areas go through in one call. Positions are resampled to the views'
-        grid, bicubic and antialiased, and left as they are at the native size.
+        A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from; local
+        views of all areas go through in one call. Positions are resampled to the views' grid, bicubic and antialiased,
+        and left as they are at the native size.
 
         Args:
             x: Views ``[B, 3, H, W]``.
@@ -293,8 +293,10 @@ def _create_pass_vit(
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     entry = weights.find_weight(variant, cfg.tag or "")
     source = cfg.source
+    overlay = pretrained_cfg_overlay or {}
     if pretrained:
-        cfg = _read_weights(variant, cfg, pretrained_cfg, pretrained_cfg_overlay or {}, kwargs.get("cache_dir"))
+        cfg = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
+    origin = cfg.file or cfg.hf_hub_id or "the given state dict"
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -305,8 +307,12 @@ def _create_pass_vit(
     )
     if entry is not None and kwargs.get("num_parts") != 0:
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
-    origin = cfg.file or cfg.hf_hub_id or "the given state dict"
+    given = any(overlay.get(k) for k in ("state_dict", "file"))
     try:
+        if pretrained and given and pretrained_cfg is None:  # no tag: the layout tells the descriptor
+            found = convert_state_dict(cfg.state_dict)
+            if found.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
+                model_args.update(published_descriptor(found))
         model = build_model_with_cfg(
             PassVisionTransformer,
             variant,
@@ -315,7 +321,7 @@ def _create_pass_vit(
             pretrained_filter_fn=partial(
                 pretrained_filter_fn,
                 resize=pos_embed_resize,
-                infer_statistics="mean" not in (pretrained_cfg_overlay or {}),
+                keep=tuple(overlay),
             ),
             feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
             **dict(model_args, **kwargs),
@@ -328,7 +334,9 @@ def _create_pass_vit(
         model.pretrained_cfg["source"] = source
     if pretrained:
         load_report(model).source = str(origin)
-    model._overrides = {k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES}  # for save_pretrained
+    # for save_pretrained: what makes the same model again, and whether the cfg's tag and licence are the weights' own
+    model._overrides = {k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES}
+    model._has_own_cfg = pretrained and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
     return model
 
 

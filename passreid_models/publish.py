@@ -33,7 +33,7 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
         license_name="see-provenance" if license == "other" else None,
         pipeline_tag="image-feature-extraction",
         tags=["timm", "person-re-identification", "pass-reid"],
-        datasets=[_dataset_id(weight.data)] if weight else None,
+        datasets=_dataset_ids(weight.data) if weight else None,
     )
     height, width = cfg["input_size"][1:]
     rows = {
@@ -87,9 +87,9 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 """
 
 
-def _dataset_id(data: str) -> str:
-    """The name at the head of a description, in the form that the Hub's metadata take: ``LUPerson (4.18M images)``."""
-    return "-".join(re.split(r"[(,;:]", data)[0].split())
+def _dataset_ids(data: str) -> list[str]:
+    """Names in a description, in the form that the Hub's metadata take: ``LUPerson (4.18M images), MSMT17``."""
+    return ["-".join(name.split()) for name in re.sub(r"\(.*?\)", "", data).split(",")]
 
 
 def publish(
@@ -123,7 +123,7 @@ def publish(
     for name in PUBLISHED[:2]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
     read_checkpoint(folder / "model.safetensors")  # a damaged file stays here
     try:

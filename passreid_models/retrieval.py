@@ -35,8 +35,8 @@ class RetrievalMetrics:
         return float(self.cmc[0])
 
 
-def rank(query: Tensor, gallery: Tensor, topk: int = 5, chunk: int = 256) -> Ranking:
-    """The ``topk`` most similar gallery images of each query, by cosine similarity.
+def rank(query: Tensor, gallery: Tensor, topk: int = 5, metric: str = "cosine", chunk: int = 256) -> Ranking:
+    """The ``topk`` most similar gallery images of each query.
 
     Equal similarities are ordered by gallery index; rows of NaN (unreadable images) come last, with -inf. Memory grows
     with ``chunk`` x G, not with Q x G.
@@ -45,10 +45,12 @@ def rank(query: Tensor, gallery: Tensor, topk: int = 5, chunk: int = 256) -> Ran
         query: Descriptors ``[Q, C]``, or one ``[C]``.
         gallery: Descriptors ``[G, C]``.
         topk: Hits wanted; all G where the gallery is smaller.
+        metric: ``cosine``, or ``euclidean``, whose similarity is the negative squared distance: for the multi-neck UDA
+            weights, whose descriptors are compared as they come.
         chunk: Queries compared at a time.
 
     Returns:
-        Indices into the gallery and cosine similarities, ``[Q, K]`` each.
+        Indices into the gallery and similarities, ``[Q, K]`` each.
 
     Raises:
         ValueError: If the shapes do not match, the gallery is empty, or ``topk`` is less than 1.
@@ -57,10 +59,10 @@ def rank(query: Tensor, gallery: Tensor, topk: int = 5, chunk: int = 256) -> Ran
     _check_pair(query, gallery)
     if topk < 1:
         raise ValueError(f"topk must be 1 or more, got {topk}")
-    gallery = F.normalize(gallery.float(), dim=1)
+    query, gallery = _prepare(query, metric), _prepare(gallery, metric)
     indices, similarities = [], []
-    for part in F.normalize(query.float(), dim=1).split(chunk):
-        sorted_ = _similarities(part, gallery).sort(dim=1, descending=True, stable=True)
+    for part in query.split(chunk):
+        sorted_ = _similarities(part, gallery, metric).sort(dim=1, descending=True, stable=True)
         similarities.append(sorted_.values[:, :topk])
         indices.append(sorted_.indices[:, :topk])
     return Ranking(torch.cat(indices), torch.cat(similarities))
@@ -74,6 +76,7 @@ def evaluate(
     query_camids: ArrayLike,
     gallery_camids: ArrayLike,
     max_rank: int = 50,
+    metric: str = "cosine",
     chunk: int = 256,
 ) -> RetrievalMetrics:
     """mAP and CMC by the Market-1501 protocol.
@@ -89,6 +92,7 @@ def evaluate(
         query_camids: Cameras ``[Q]``.
         gallery_camids: Cameras ``[G]``.
         max_rank: Length of the CMC curve.
+        metric: ``cosine`` or ``euclidean``, as in ``rank``.
         chunk: Queries compared at a time.
 
     Raises:
@@ -105,11 +109,10 @@ def evaluate(
     ):
         if ids.shape != (len(features),):
             raise ValueError(f"{name} must hold one entry an image, {len(features)}; got the shape {ids.shape}")
-    gallery = F.normalize(gallery.float(), dim=1)
-    query = F.normalize(query.float(), dim=1)
+    query, gallery = _prepare(query, metric), _prepare(gallery, metric)
     precisions, cmc = [], np.zeros(max_rank)
     for start in range(0, len(query), chunk):
-        sorted_ = _similarities(query[start : start + chunk], gallery).sort(dim=1, descending=True, stable=True)
+        sorted_ = _similarities(query[start : start + chunk], gallery, metric).sort(dim=1, descending=True, stable=True)
         for q, order in enumerate(sorted_.indices.cpu().numpy(), start):
             same = g_pids[order] == q_pids[q]
             kept = (g_pids[order] != -1) & ~(same & (g_cams[order] == q_cams[q]))
@@ -126,9 +129,18 @@ def evaluate(
     return RetrievalMetrics(float(np.mean(precisions)), torch.from_numpy(cmc / count).float(), count)
 
 
-def _similarities(query: Tensor, gallery: Tensor) -> Tensor:
-    """Cosines of unit vectors ``[Q, G]``; NaN, which torch sorts above all numbers, becomes -inf."""
-    return (query @ gallery.T).nan_to_num(nan=-torch.inf)
+def _prepare(descriptors: Tensor, metric: str) -> Tensor:
+    if metric not in ("cosine", "euclidean"):
+        raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
+    return F.normalize(descriptors.float(), dim=1) if metric == "cosine" else descriptors.float()
+
+
+def _similarities(query: Tensor, gallery: Tensor, metric: str) -> Tensor:
+    """Similarities ``[Q, G]`` of prepared descriptors; NaN, which torch sorts above all numbers, becomes -inf."""
+    products = query @ gallery.T
+    if metric == "euclidean":
+        products = 2 * products - query.square().sum(1, keepdim=True) - gallery.square().sum(1)
+    return products.nan_to_num(nan=-torch.inf)
 
 
 def _check_pair(query: Tensor, gallery: Tensor) -> None:

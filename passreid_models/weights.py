@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from passreid_models.checkpoint import CheckpointError
+from passreid_models.checkpoint import CheckpointError, read_checkpoint
+from passreid_models.convert import convert_state_dict
 from passreid_models.local_dir import convert_checkpoint
 from passreid_models.runtime import atomic_file, lock, sha256
 
@@ -176,7 +177,11 @@ def cached_folder(name: str) -> Path | None:
 
 def _read_record(name: str) -> dict[str, Any] | None:
     path = cache_dir() / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        record = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:  # written by something else: pull again
+        return None
+    return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
 
 
 def pull(name: str, source: str | Path | None = None, force: bool = False) -> Path:
@@ -234,6 +239,7 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
         raise CheckpointError(
             f"{file} is not {weight.name}: its SHA-256 is {digest[:12]}.., the published file's {expected[:12]}.."
         )
+    _check_is(weight, file)
     folder = cache_dir() / f"{weight.name}-{digest[:12]}"
     if folder == old:  # it may be damaged, and stays until the record names the new one
         folder = folder.with_name(f"{folder.name}b")
@@ -259,6 +265,29 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
     with atomic_file(cache_dir() / f"{weight.name}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
     return folder
+
+
+def _check_is(weight: Weight, file: Path) -> None:
+    """Raise CheckpointError if the layout shows that ``file`` is another checkpoint than the tag's."""
+    try:
+        found = convert_state_dict(read_checkpoint(file))
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if str(file) in str(e) else f"{file}: {e}") from None
+    tasks = {"supervised": "supervised"}
+    tasks |= dict.fromkeys(("unsupervised", "unsupervised domain adaptation"), "unsupervised")
+    task = tasks.get(weight.task, "pretrain")
+    (height, width), (found_height, found_width) = weight.input_size, found.architecture.img_size
+    wrong = []
+    if found.task != task and (found.task, task) != ("", "pretrain"):  # a bare backbone shows no task
+        wrong.append(f"task {found.task or 'unknown'}, not {task}")
+    if found.neck_kind != weight.neck:
+        wrong.append(f"neck {found.neck_kind or 'none'}, not {weight.neck or 'none'}")
+    if found.fusion not in ("", weight.fusion):
+        wrong.append(f"fusion {found.fusion}, not {weight.fusion}")
+    if found_height * width != found_width * height:
+        wrong.append(f"images {found_height // found_width} times as high as wide, not {height // width}")
+    if wrong:
+        raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(wrong)}")
 
 
 def _by_hand(weight: Weight) -> str:

@@ -281,7 +281,7 @@ def test_weights_list_shows_every_row_of_the_manifest(capsys):
     assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "data"]
     assert [row.split()[0] for row in rows] == [w.name for w in weights.list_weights()]
     row = next(row for row in rows if row.startswith("pass_vit_small_patch16.lup_market1501 "))
-    assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "Market-1501"]
+    assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "LUPerson,", "Market-1501"]
 
 
 def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):

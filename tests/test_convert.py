@@ -865,3 +865,28 @@ def test_a_model_comes_back_from_its_folder_bit_for_bit(fusion, neck, tmp_path):
     x = torch.randn(2, 3, 96, 32)
     assert (again.global_pool, again.neck, again.num_parts) == (fusion, neck, 2)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("neck", ["single", "multi"])
+@pytest.mark.parametrize("fusion", ["cat", "mean"])
+def test_an_untagged_model_takes_the_published_descriptor_of_a_raw_file_from_its_layout(neck, fusion):
+    file = DATA / f"upstream_unsupervised_{neck}neck_{fusion}.pth.tar"
+    given = {"global_pool": fusion} if neck == "multi" else {}  # tensors of a multi neck do not tell the fusion
+    overlay = {"file": str(file)}
+    dims = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model(
+        "pass_vit_small_patch16", pretrained=True, pretrained_cfg_overlay=overlay, **dims, **given
+    ).eval()
+    images = safetensors.torch.load_file(DATA / "images.safetensors")["images"].float()
+    expected = safetensors.torch.load_file(DATA / f"unsupervised_{neck}neck_{fusion}.safetensors")["features"]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_an_overlay_says_of_the_preprocessing_wins_over_the_layout():
+    overlay = {"file": str(DATA / "upstream_supervised_singleneck_cat.pth"), "interpolation": "bicubic"}
+    dims = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    cfg = timm.create_model(
+        "pass_vit_small_patch16", pretrained=True, pretrained_cfg_overlay=overlay, **dims
+    ).pretrained_cfg
+    assert (tuple(cfg["mean"]), cfg["interpolation"]) == ((0.5, 0.5, 0.5), "bicubic")

@@ -31,7 +31,9 @@ EXTRAS = {"classifier.weight": torch.ones(3, 128)}
 
 def written(folder: Path, name: str = "test_pass_vit", extras: dict | None = None, **kwargs: object) -> Path:
     torch.manual_seed(1)
-    save_pretrained(timm.create_model(name, **kwargs), folder, extras, {"provenance": PROVENANCE})
+    model = timm.create_model(name, **kwargs)
+    model._has_own_cfg = "." in name  # as if pulled
+    save_pretrained(model, folder, extras, {"provenance": PROVENANCE})
     return folder
 
 
@@ -64,7 +66,7 @@ def test_the_metadata_follow_the_conventions_of_timm_and_the_hub(card):
     assert data.pipeline_tag == "image-feature-extraction"
     assert data.license == "other"
     assert data.license_name  # the Hub asks for it beside "other"
-    assert data.datasets == ["Market-1501"]
+    assert data.datasets == ["LUPerson", "Market-1501"]
     assert {"timm", "person-re-identification"} <= set(data.tags)
 
 
@@ -76,9 +78,11 @@ def test_the_datasets_of_every_tag_have_the_form_of_the_hubs_ids(weight):
     datasets = ModelCard(
         model_card({**config, "pretrained_cfg": {**cfg, "interpolation": "bicubic"}}, "a/b")
     ).data.datasets
-    assert len(datasets) == 1
-    assert re.split(r"\W", weight.data)[0] in datasets[0]
-    validate_repo_id(datasets[0])
+    assert datasets[0] in ("LUPerson", "generated-persons")
+    assert ("MSMT17" in datasets) == ("msmt17" in weight.tag)
+    assert ("Market-1501" in datasets) == ("market1501" in weight.tag)
+    for dataset in datasets:
+        validate_repo_id(dataset)
 
 
 def test_the_card_states_what_the_tag_is_and_where_it_comes_from(card):
@@ -104,6 +108,14 @@ def test_the_cards_usage_is_valid_python_of_this_repository(card):
     assert "timm.create_model('hf-hub:org/pass-small', pretrained=True, num_classes=0)" in calls
     assert "Embedder('hf-hub:org/pass-small')" in calls
     assert "torch.randn(1, 3, 64, 32)" in calls
+
+
+def test_weights_of_another_make_do_not_take_the_claims_of_a_tag(tmp_path):
+    save_pretrained(timm.create_model("pass_vit_small_patch16.lup_market1501", **TINY), tmp_path / "model")
+    card = ModelCard(model_card(config_of(tmp_path / "model"), "org/mine"))
+    assert card.data.license == "other"
+    assert card.data.datasets is None
+    assert "92.2" not in card.text
 
 
 def test_a_model_of_no_tag_claims_no_data_and_no_accuracy(tmp_path):

@@ -241,3 +241,17 @@ def test_ids_of_another_number_are_refused_by_name(golden, wrong):
 def test_data_of_one_camera_is_refused_with_the_likely_cause():
     with pytest.raises(ValueError, match="is this data of a single camera"):
         evaluate(torch.eye(2), torch.eye(2), [1, 2], [1, 2], [0, 0], [0, 0])
+
+
+def test_euclidean_ranks_by_distance_and_agrees_with_cosine_on_unit_vectors():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    found = rank(query, gallery, topk=40, metric="euclidean")
+    distances = torch.cdist(query, gallery)
+    assert torch.equal(found.indices, distances.argsort(dim=1, stable=True))
+    torch.testing.assert_close(-found.similarities, distances.sort(dim=1).values.square(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found.indices, rank(query, gallery, topk=40).indices)
+    units = [torch.nn.functional.normalize(x, dim=1) for x in (query, gallery)]
+    assert torch.equal(rank(*units, topk=40, metric="euclidean").indices, rank(*units, topk=40).indices)
+    with pytest.raises(ValueError, match="'cosine' or 'euclidean', got 'l1'"):
+        rank(query, gallery, metric="l1")

@@ -807,3 +807,18 @@ def test_offline_nothing_is_downloaded_and_the_error_says_how_to_go_on(cache, sm
     with pytest.raises(WeightsUnavailableError, match=r"HF_HUB_OFFLINE is set .* by hand and run `passreid weights"):
         timm.create_model(LUP, pretrained=True)
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("golden", "shown"),
+    [
+        ("upstream_pretrain_checkpoint.pth", "task pretrain, not supervised; neck none, not multi"),
+        ("upstream_unsupervised_multineck_cat.pth.tar", "task unsupervised, not supervised"),
+        ("upstream_supervised_singleneck_cat.pth", "neck single, not multi"),
+        ("upstream_supervised_multineck_mean.pth", "fusion mean, not cat"),
+    ],
+)
+def test_a_published_file_of_another_tag_is_refused_by_what_its_layout_shows(cache, golden, shown):
+    with pytest.raises(CheckpointError, match=f"is not pass_vit_small_patch16.lup_market1501: .* shows .*{shown}"):
+        pull("pass_vit_small_patch16.lup_market1501", Path(__file__).parent / "data" / golden)
+    assert weights.cached_folder("pass_vit_small_patch16.lup_market1501") is None
