@@ -198,12 +198,14 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
         The folder, as ``local-dir:`` takes it.
 
     Raises:
-        ValueError: If there are no such weights.
+        ValueError: If there are no such weights, or they are bundled and a file is given.
         WeightsUnavailableError: If the download fails; the message says how to go on.
         CheckpointError: If the file has the wrong SHA-256 or does not fit the architecture.
     """
     weight = get_weight(name)
     if weight.bundled_file:
+        if source is not None:
+            raise ValueError(f"{name} is bundled with the package and takes no file")
         return weight.bundled_file.parent
     with lock(cache_dir() / name):
         old = cached_folder(name)

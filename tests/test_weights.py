@@ -822,3 +822,10 @@ def test_a_published_file_of_another_tag_is_refused_by_what_its_layout_shows(cac
     with pytest.raises(CheckpointError, match=f"is not pass_vit_small_patch16.lup_market1501: .* shows .*{shown}"):
         pull("pass_vit_small_patch16.lup_market1501", Path(__file__).parent / "data" / golden)
     assert weights.cached_folder("pass_vit_small_patch16.lup_market1501") is None
+
+
+def test_bundled_weights_take_no_file(tmp_path):
+    bundled = next(w for w in list_weights() if w.bundled_file)
+    with pytest.raises(ValueError, match="is bundled with the package and takes no file"):
+        pull(bundled.name, tmp_path / "other.pth")
+    assert pull(bundled.name) == bundled.bundled_file.parent
