@@ -37,13 +37,7 @@ VARIANTS = [f"{neck}neck_{fusion}" for neck in ("single", "multi") for fusion in
 WAYS = ["overlay", "local-dir"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small, more threads only wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def golden(name: str) -> dict[str, Tensor]:

@@ -44,13 +44,7 @@ FROZEN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small, more threads only wait for each other, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def create(name: str = "pass_vit_small_patch16", lively: bool = True, **kwargs) -> PassVisionTransformer:

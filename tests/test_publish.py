@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,15 +38,6 @@ def written(folder: Path, name: str = "test_pass_vit", extras: dict | None = Non
 
 def config_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    def refuse(*args: object) -> None:
-        raise AssertionError(f"asked the network for {args}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 # ---------------------------------------------------------------------------------------------------------- the card

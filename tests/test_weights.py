@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -153,7 +152,7 @@ def test_an_unknown_tag_is_refused_with_the_known_ones(pretrained):
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in {w.architecture for w in BUNDLED}])
-def test_without_a_bundled_file_there_is_no_default_and_the_error_lists_the_tags(architecture, offline):
+def test_without_a_bundled_file_there_is_no_default_and_the_error_lists_the_tags(architecture, no_network):
     with pytest.raises(ValueError, match=f"{architecture} has no bundled weights, so pretrained=True needs a tag") as e:
         timm.create_model(architecture, pretrained=True)
     listed = [name for name in NAMES if name.startswith(architecture + ".")]
@@ -162,7 +161,7 @@ def test_without_a_bundled_file_there_is_no_default_and_the_error_lists_the_tags
 
 
 @pytest.mark.parametrize("weight", BUNDLED, ids=lambda w: w.name)
-def test_a_bundled_file_is_the_one_the_manifest_states_and_the_default_of_its_architecture(weight, offline):
+def test_a_bundled_file_is_the_one_the_manifest_states_and_the_default_of_its_architecture(weight, no_network):
     assert weight.bundled_file.stat().st_size == weight.source["bytes"]
     assert sha256(weight.bundled_file) == weight.source["sha256"]
     assert verify(weight.name) == [(weight.name, "ok")]
@@ -294,15 +293,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    def refuse(*args: object) -> None:
-        raise AssertionError(f"asked the network for {args}")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
 def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Tensor) -> dict[str, torch.Tensor]:
     """Write a file in the authors' layout, supervised with ``base.`` and unsupervised with ``module.`` before the keys.
 
@@ -351,7 +341,7 @@ def litter(cache: Path, name: str = LUP) -> list[str]:
     return [p.name for p in cache.iterdir() if p.name not in known]
 
 
-def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, small, offline):
+def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, small, no_network):
     expected = official_file(tmp_path / "transformer_120.pth", prefix="base.")
     folder = pull(MARKET, tmp_path / "transformer_120.pth")
     assert folder.parent == cache
@@ -387,7 +377,7 @@ def test_pull_takes_from_the_manifest_what_the_tensors_do_not_tell(tmp_path, cac
 
 
 @pytest.mark.parametrize("prefix", ["", "base.", "module."])
-def test_a_pulled_tag_loads_offline_and_as_a_folder(tmp_path, cache, small, offline, monkeypatch, prefix):
+def test_a_pulled_tag_loads_offline_and_as_a_folder(tmp_path, cache, small, no_network, monkeypatch, prefix):
     name = {"": LUP, "base.": MARKET, "module.": UDA}[prefix]
     expected = official_file(tmp_path / "file.pth", prefix=prefix)
     folder = pull(name, tmp_path / "file.pth")
