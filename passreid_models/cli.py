@@ -1,9 +1,14 @@
 """The command line: arguments only, the work is in the rooms. Imports come late, so that ``--help`` is quick."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from passreid_models.ssl.config import TrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence.
     """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        return train(argv[1:])
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -24,12 +32,77 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Run ``passreid-train``, which is not there yet."""
-    print(
-        "passreid-train: the trainer comes with a later version; examples/pretrain_minimal.py trains today",
-        file=sys.stderr,
+    """Run ``passreid-train``.
+
+    Returns:
+        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite; 2 a user's mistake, in one
+        sentence; 128 + the signal, when one stopped the run (its state is saved).
+    """
+    from passreid_models.ssl.loop import NonFiniteLossError, Stopped, train
+
+    try:
+        print(train(_train_config(sys.argv[1:] if argv is None else argv)))
+        return 0
+    except Stopped as e:
+        print(f"passreid-train: {e}", file=sys.stderr)
+        return 128 + e.signum if e.signum else 0
+    except (ValueError, OSError) as e:
+        print(f"passreid-train: {e}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as e:
+        print(f"passreid-train: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("passreid-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train_config(argv: Sequence[str]) -> "TrainConfig":
+    """The configuration from defaults, then the preset, then the YAML file, then the flags."""
+    from dataclasses import fields
+    from itertools import pairwise
+
+    from jsonargparse import ArgumentParser
+
+    from passreid_models.ssl.config import PRESETS, TrainConfig
+
+    switches = {f.name for f in fields(TrainConfig) if f.type in (bool, "bool")}
+    parser = ArgumentParser(
+        prog="passreid-train",
+        description="Pre-train a PASS model on person crops. Options take dashes or underscores; a YAML file has "
+        "the same names.",
     )
-    return 2
+    parser.add_argument("--config", action="config", help="YAML file of a run")
+    parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
+    parser.add_argument("data", nargs="?", default="", help="folder, text list, tar file, or synthetic:ids=1000")
+    parser.add_class_arguments(TrainConfig, skip={"data"})
+    words = _normalise(argv, switches)
+    preset = next((value for word, value in pairwise(words) if word == "--preset"), "")
+    parser.set_defaults(PRESETS.get(preset, {}))
+    first = [i for i, w in enumerate(words) if w == "--config" or (i and words[i - 1] == "--config")]
+    words = [words[i] for i in first] + [w for i, w in enumerate(words) if i not in first]  # flags win over the file
+    values = parser.parse_args(words).as_dict()
+    if not values["data"]:
+        raise ValueError("data: expected a folder of person crops, such as passreid-train my_crops/")
+    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+
+
+def _normalise(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """``--batch-size=64 --size 256x128 --compile`` in the words of jsonargparse."""
+    words: list[str] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            words += [name.replace("-", "_").replace("__", "--", 1), *([value] if equals else [])]
+        else:
+            words.append(word)
+    done: list[str] = []
+    for i, word in enumerate(words):
+        done.append(f"[{word.replace('x', ',')}]" if re.fullmatch(r"\d+x\d+", word) else word)
+        following = words[i + 1].lower() if i + 1 < len(words) else ""
+        if word[2:] in switches and following not in ("true", "false", "yes", "no"):
+            done.append("true")
+    return done
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +148,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--resize", choices=("auto", "bicubic", "bilinear"), default="auto", help="of the positions")
     convert.add_argument("--num-heads", type=int, help="where the architecture is not a registered one")
     convert.set_defaults(run=_convert)
+
+    commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
+
+    plot = commands.add_parser("plot", help="draw the curves of a training run")
+    plot.add_argument("folder", type=Path, metavar="RUN", help="folder of passreid-train")
+    plot.add_argument("--out", type=Path, help="picture to write (default: RUN/curves.png)")
+    plot.set_defaults(run=_plot)
 
     weights = commands.add_parser("weights", help="list, pull, verify, publish").add_subparsers(
         required=True, metavar="COMMAND"
@@ -164,6 +244,13 @@ def _convert(args: argparse.Namespace) -> int:
     )
     print(report)
     print(f'written: timm.create_model("local-dir:{args.folder}", pretrained=True)')
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from passreid_models.viz import plot_run
+
+    print(plot_run(args.folder, args.out))
     return 0
 
 

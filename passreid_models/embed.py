@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -258,10 +258,10 @@ def _open(item: Any, bgr: bool) -> Image.Image:
     """Any supported image as PIL RGB, upright."""
     if isinstance(item, str | os.PathLike):
         with Image.open(item) as file:
-            return _to_rgb(file)
+            return to_rgb(file)
     if isinstance(item, Image.Image):
         with _LOCKS[id(item) // 16 % len(_LOCKS)]:
-            return _to_rgb(item)
+            return to_rgb(item)
     if isinstance(item, Tensor):
         if item.dtype != torch.uint8 or item.ndim != 3 or item.shape[0] not in (1, 3):
             raise ValueError(f"expected a uint8 tensor [3, H, W], got {item.dtype} {tuple(item.shape)}")
@@ -273,9 +273,10 @@ def _open(item: Any, bgr: bool) -> Image.Image:
     raise ValueError("expected a path, a PIL image, an array or a tensor")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
+        image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":

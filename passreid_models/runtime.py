@@ -1,4 +1,4 @@
-"""What every part of the package shares with the operating system: atomic writes, locks, checksums."""
+"""What every part shares with the operating system and other processes: atomic writes, locks, seeds, all-reduce."""
 
 import hashlib
 import os
@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from filelock import FileLock
+from torch import Tensor
 
 
 @contextmanager
@@ -69,3 +72,22 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed torch for one step of one process, so that no generator's state need be saved."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1)
+
+
+def world() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of ``x`` over all processes; ``x`` itself in a single one. The only all-reduce of the package."""
+    if world()[1] == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world()[1]

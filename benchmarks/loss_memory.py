@@ -1,0 +1,168 @@
+"""Peak memory and time of projection heads and loss, forward and backward, the lean path against the plain reading.
+
+peak_ratio      peak memory above inputs and parameters, ours over plain: each in a process of its own
+time_ratio      seconds, ours over plain, in turn in one process, the median of the rounds
+
+Given: the 26 token outputs of the student (CLS of 11 views, each PART of 5) and the 8 of the teacher, 384 wide. On the
+CPU the peak is that of the resident pages, with every tensor of 1 MiB or more in a mapping of its own (glibc keeps it
+for later otherwise, and the figure is that of its habits). The times are with glibc as it is.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import common
+import plain
+import torch
+from torch import Tensor, nn
+
+from passreid_models.ssl.heads import ProjectionHead
+from passreid_models.ssl.loss import PASSLoss
+from passreid_models.ssl.network import Projections
+
+DIM, PROTOTYPES, BATCH, TEACHER_TEMP = 384, 65536, 64, 0.04
+VIEWS = (11, 5, 5, 5)  # of the student, for CLS and each PART; the teacher has 2 of each
+MIB = 2**20
+OWN_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
+
+
+def tokens(views: tuple[int, ...], batch: int, device: torch.device, requires_grad: bool) -> list[Tensor]:
+    return [torch.randn(v, batch, DIM, device=device, requires_grad=requires_grad) for v in views]
+
+
+class Ours:
+    def __init__(self, prototypes: int, device: torch.device) -> None:
+        heads = [nn.ModuleList(ProjectionHead(DIM, prototypes) for _ in VIEWS).to(device) for _ in range(2)]
+        self.student, self.teacher = heads[0], heads[1].requires_grad_(False)
+        self.criterion = PASSLoss(prototypes, len(VIEWS) - 1).to(device)
+
+    def __call__(self, student: list[Tensor], teacher: list[Tensor]) -> float:
+        targets, outputs = self.project(self.teacher, teacher), self.project(self.student, student)
+        loss, _ = self.criterion.lean(outputs, targets, TEACHER_TEMP)
+        loss.backward()
+        return loss.item()
+
+    @staticmethod
+    def project(heads: nn.ModuleList, x: list[Tensor]) -> Projections:
+        features = [head.features(t) for head, t in zip(heads, x, strict=True)]
+        return Projections(features, [head.prototypes for head in heads])
+
+
+class Plain:
+    def __init__(self, prototypes: int, device: torch.device) -> None:
+        heads = [nn.ModuleList(plain.Head(DIM, 2048, 256, prototypes) for _ in VIEWS).to(device) for _ in range(2)]
+        self.student, self.teacher = heads[0], heads[1].requires_grad_(False)
+        self.centers = [torch.zeros(prototypes, device=device) for _ in VIEWS]
+
+    def __call__(self, student: list[Tensor], teacher: list[Tensor]) -> float:
+        with torch.no_grad():
+            targets = self.project(self.teacher, teacher)
+        loss = plain.plain_loss(self.project(self.student, student), targets, self.centers, TEACHER_TEMP)
+        loss.backward()
+        return loss.item()
+
+    @staticmethod
+    def project(heads: nn.ModuleList, x: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [head(t.flatten(0, 1)).split(t.shape[1]) for head, t in zip(heads, x, strict=True)]
+
+
+IMPLEMENTATIONS: dict[str, type[Ours] | type[Plain]] = {"ours": Ours, "plain": Plain}
+
+
+def prepare(name: str, batch: int, prototypes: int, device: torch.device) -> Callable[[], float]:
+    """Parameters, inputs and one small pass, so that a run adds no code and no scratch space of its own."""
+    torch.manual_seed(0)
+    heads = IMPLEMENTATIONS[name](prototypes, device)
+    small = (tokens(VIEWS, 1, device, True), tokens((2,) * len(VIEWS), 1, device, False))
+    student, teacher = tokens(VIEWS, batch, device, True), tokens((2,) * len(VIEWS), batch, device, False)
+
+    def run(inputs: tuple[list[Tensor], list[Tensor]] = (student, teacher)) -> float:
+        loss = heads(*inputs)
+        heads.student.zero_grad()
+        for x in inputs[0]:
+            x.grad = None
+        return loss
+
+    run(small)
+    return run
+
+
+def status(field: str) -> int:
+    """Bytes of a line of this process's /proc status."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+
+
+def peak_of(run: Callable[[], float], device: torch.device) -> tuple[int, float]:
+    """Bytes that a run takes above what is there before it, and the loss."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        loss = run()
+        return torch.cuda.max_memory_allocated(device) - before, loss
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, from here
+    before = status("VmRSS")
+    loss = run()
+    return status("VmHWM") - before, loss
+
+
+def in_process(name: str, args: argparse.Namespace, device: torch.device) -> tuple[int, float]:
+    command = [sys.executable, __file__, "--device", device.type, "--measure", name, "--threads", str(args.threads)]
+    command += ["--batch", str(args.batch), "--prototypes", str(args.prototypes)]
+    output = subprocess.run(
+        command, env=os.environ | OWN_MAPPINGS, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return tuple(json.loads(output.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1 round instead of 5")
+    parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--prototypes", type=int, default=PROTOTYPES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", choices=list(IMPLEMENTATIONS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device, rounds = common.pick_device(args.device), 1 if args.quick else 5
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        print(json.dumps(peak_of(prepare(args.measure, args.batch, args.prototypes, device), device)))
+        return
+
+    available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / MIB
+    peaks = {name: in_process(name, args, device) for name in IMPLEMENTATIONS}
+    rows = [("memory available before, host", f"{available:.1f} GiB")]
+    rows += [(f"{name}, peak", f"{peak / MIB:.0f} MiB") for name, (peak, _) in peaks.items()]
+    rows += [(f"{name}, loss", f"{loss:.4f}") for name, (_, loss) in peaks.items()]
+
+    runs = {name: prepare(name, args.batch, args.prototypes, device) for name in IMPLEMENTATIONS}
+
+    def timed(run: Callable[[], float]) -> None:
+        run()
+        common.synchronize(device)
+
+    seconds = common.in_turn({name: partial(timed, run) for name, run in runs.items()}, rounds)
+    rows += [(f"{name}, time", f"{statistics.median(times):.2f} s") for name, times in seconds.items()]
+    figures = {
+        "peak_ratio": peaks["ours"][0] / peaks["plain"][0],
+        "time_ratio": common.median_ratio(seconds["ours"], seconds["plain"]),
+    }
+    rows += [(name, f"{value:.3f}") for name, value in figures.items()]
+    sizes = f"batch {args.batch}, {args.prototypes:,} prototypes"
+    title = f"heads and loss, forward and backward, {sizes}, medians of {rounds} rounds; {common.machine(device)}"
+    common.report(title, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Saving a run and going on from it: ViT-S, K = 65,536, on a CPU.
+
+save_s              to write a checkpoint, until it is on the disk
+size_mib            of the checkpoint
+resume_s            from the start of a new process to the end of its first step
+  start_s             of which: imports, networks, the checkpoint read into them
+  step_s              of which: the first views and the first step
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+import torch
+
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.ssl.run import RunFolder
+from passreid_models.ssl.sources import open_source
+from passreid_models.ssl.trainer import Trainer
+from passreid_models.ssl.views import MultiCrop
+
+SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_dim=128, bottleneck_dim=32)
+
+
+def make_config(folder: str, quick: bool) -> TrainConfig:
+    settings = SMALL if quick else {}
+    return TrainConfig(
+        data="synthetic:ids=8,images=4", out=folder, batch_size=4, epochs=100, workers=0, device="cpu", **settings
+    )
+
+
+def first_batch(trainer: Trainer) -> Batch:
+    """The views that the trainer's next step is about, from its own loader."""
+    config = trainer.config
+    crop = MultiCrop(*config.view_sizes(config.epochs), config.view_areas, config.local_views // config.num_areas)
+    dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
+    sampler = StepSampler(trainer.num_images, config.batch_size, trainer.step + 1, config.seed, trainer.step)
+    return next(prefetch(make_loader(dataset, sampler, 0, False), trainer.device))
+
+
+def make_trainer(config: TrainConfig) -> Trainer:
+    return Trainer(config, len(open_source(config.data)), torch.device("cpu"))
+
+
+def resume(config: TrainConfig) -> tuple[float, float]:
+    """In a process of its own: read the newest checkpoint and take one step; the times before it and after."""
+    trainer = make_trainer(config)
+    _, state = RunFolder(config.out).load_latest()
+    trainer.load_state(state)
+    ready = time.time()
+    trainer.training_step([first_batch(trainer)])
+    return ready, time.time()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="test_pass_vit with K = 1,024")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", help="to write the run to; default: the system's temporary one")
+    parser.add_argument("--resume", metavar="RUN", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.resume:
+        print(json.dumps(resume(make_config(args.resume, args.quick))))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        rows, figures = measure(make_config(folder, args.quick), args)
+    model = "test_pass_vit, K = 1,024" if args.quick else "ViT-S, K = 65,536"
+    common.report(f"save and resume, {model}; {common.machine(torch.device('cpu'))}", rows, figures)
+
+
+def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, float | None]]:
+    trainer = make_trainer(config)
+    trainer.training_step([first_batch(trainer)])  # the optimiser has its moments from here on
+    run = RunFolder(config.out)
+    run.open()
+    start = time.perf_counter()
+    checkpoint = run.save(trainer.state(), config.keep)
+    save_s = time.perf_counter() - start
+    run.close()
+    size_mib = Path(checkpoint).stat().st_size / 2**20
+    del trainer
+
+    command = [sys.executable, __file__, "--resume", config.out, "--threads", str(args.threads)]
+    start_at = time.time()
+    output = subprocess.run(command + ["--quick"] * args.quick, check=True, stdout=subprocess.PIPE, text=True).stdout
+    ready_at, end_at = json.loads(output.splitlines()[-1])
+    figures = {
+        "save_s": save_s, "size_mib": size_mib, "resume_s": end_at - start_at,
+        "start_s": ready_at - start_at, "step_s": end_at - ready_at,
+    }  # fmt: skip
+    rows = [(name, f"{value:.2f} {'MiB' if name == 'size_mib' else 's'}") for name, value in figures.items()]
+    return rows, figures
+
+
+if __name__ == "__main__":
+    main()

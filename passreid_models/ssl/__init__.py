@@ -1,0 +1,1 @@
+"""Part-wise self-distillation (PASS): views, heads, loss and trainer."""

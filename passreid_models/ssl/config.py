@@ -1,0 +1,271 @@
+"""The configuration of a pre-training run: one dataclass for Python, the command line and YAML files."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from passreid_models.convert import ARCHITECTURES
+
+Area = tuple[float, float]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the published ViT-S run: 8 processes of 128 images
+    "pass-vit-s-lup": {"model": "pass_vit_small_patch16", "batch_size": 1024, "epochs": 100},
+    "pass-vit-b-lup": {"model": "pass_vit_base_patch16", "batch_size": 512, "epochs": 100},
+    # 2 to 8 cores or one small GPU, thousands of images: fewer prototypes, half the resolution in the first epochs, a
+    # teacher that follows sooner, since 0.996 averages over 250 steps
+    "laptop": {
+        "model": "pass_vit_tiny_patch16",
+        "batch_size": 64,
+        "epochs": 50,
+        "coarse_epochs": 40,
+        "warmup_epochs": 2,
+        "num_prototypes": 4096,
+        "hidden_dim": 1024,
+        "lr": 2e-3,
+        "momentum": 0.99,
+    },
+}
+# what a resumed run may change: nothing here touches the weights
+FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of ``passreid-train``; the defaults are the published ones but for the batch size.
+
+    Args:
+        data: Folder of person crops, text list, tar file, or ``synthetic:ids=1000,seed=1``.
+        out: Folder of the run.
+        model: Registered architecture.
+        init: Weights to continue from: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a
+            checkpoint file; empty for random ones.
+        resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
+        parts: Number of part tokens and of areas; by default the architecture's; 0 is plain DINO.
+        areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
+            height, for 3 parts the published halves.
+        size: Height and width of global views in pixels.
+        local_size: Height and width of local views; half of ``size`` by default.
+        local_views: Local views of an image, over all areas.
+        global_scale: Area of a global crop, as a fraction of the image.
+        local_scale: Area of a local crop, as a fraction of its area.
+        coarse_epochs: Epochs at half the resolution, first; not in the paper.
+        epochs: Passes over the data.
+        batch_size: Images of a step, over all processes and micro-batches.
+        accumulate: Micro-batches of a process in a step: the loss is the mean of theirs, and the centres move once, so
+            that it is that of the joint batch (BatchNorm of a conv stem excepted).
+        lr: Peak learning rate for a batch of 256; scaled linearly.
+        min_lr: Learning rate at the end.
+        warmup_epochs: Of the learning rate, from 0; by default a tenth of ``epochs``.
+        weight_decay: At the start.
+        weight_decay_end: At the end.
+        momentum: Of the teacher, at the start; 1 at the end.
+        teacher_temp: Temperature of the teacher.
+        warmup_teacher_temp: Its value in the first epoch.
+        warmup_teacher_temp_epochs: Epochs of its linear warm-up.
+        student_temp: Temperature of the student.
+        center_momentum: Of the centres.
+        num_prototypes: Outputs of a projection head, K.
+        hidden_dim: Hidden width of a projection head.
+        bottleneck_dim: Width of the normalised features.
+        norm_last_layer: Keep the gains of the prototypes at 1.
+        freeze_last_layer_epochs: First epochs without an update of the prototypes.
+        drop_path: Stochastic depth of the student's last block, growing linearly over the blocks.
+        clip: Largest norm of a gradient; 0 does not clip.
+        clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
+        device: ``auto``, or a torch device.
+        loss_chunk: Samples whose logits are held at a time; 0 holds all of them.
+        grad_checkpointing: Recompute activations, for less memory.
+        compile: Compile the backbones.
+        sync_bn: Synchronise the BatchNorms of a conv stem over processes.
+        workers: Loader processes, of each training process; by default by the number of cores.
+        seed: Of weights, order, views and stochastic depth.
+        save_minutes: Longest time between two checkpoints.
+        save_epochs: Epochs between two checkpoints.
+        keep: Checkpoints to keep.
+        log_steps: Steps between two lines of the log.
+        max_minutes: Save and stop after so many minutes; 0 does not.
+        max_unreadable: Largest share of unreadable images.
+        skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
+        probe: Labelled folder to rank after an epoch: ``PPPP_cC...`` names or a folder for each identity.
+        probe_epochs: Epochs between two probes.
+        tensorboard: Write TensorBoard files too.
+    """
+
+    data: str = ""
+    out: str = "run"
+    model: str = "pass_vit_small_patch16"
+    init: str = ""
+    resume: str = ""
+    parts: int | None = None
+    areas: list[Area] | None = None
+    size: tuple[int, int] = (256, 128)
+    local_size: tuple[int, int] | None = None
+    local_views: int = 9
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.1, 0.8)
+    coarse_epochs: int = 0
+    epochs: int = 100
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float | None = None
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    momentum: float = 0.996
+    teacher_temp: float = 0.04
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+    student_temp: float = 0.1
+    center_momentum: float = 0.9
+    num_prototypes: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    norm_last_layer: bool = True
+    freeze_last_layer_epochs: int = 1
+    drop_path: float = 0.1
+    clip: float = 3.0
+    clip_by: str = "parameter"
+    dtype: str = "auto"
+    device: str = "auto"
+    loss_chunk: int = 8
+    grad_checkpointing: bool = False
+    compile: bool = False
+    sync_bn: bool = True
+    workers: int | None = None
+    seed: int = 0
+    save_minutes: float = 10
+    save_epochs: int = 1
+    keep: int = 2
+    log_steps: int = 50
+    max_minutes: float = 0
+    max_unreadable: float = 0.01
+    skip_nonfinite: int = 0
+    probe: str = ""
+    probe_epochs: int = 1
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: If a value cannot be; the message begins with the field's name.
+        """
+        if self.model not in ARCHITECTURES:
+            raise _wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
+        for names, low, high in (
+            ("epochs batch_size accumulate num_prototypes hidden_dim bottleneck_dim keep log_steps", 1, math.inf),
+            ("save_epochs probe_epochs", 1, math.inf),
+            ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
+            ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
+            ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
+            ("momentum center_momentum max_unreadable", 0, 1),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    upto = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+                    raise _wrong(name, value, upto)
+        for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
+            if not getattr(self, name) > 0:
+                raise _wrong(name, getattr(self, name), "more than 0")
+        if not 0 <= self.drop_path < 1:
+            raise _wrong("drop_path", self.drop_path, "at least 0 and less than 1")
+        for name, allowed in (("clip_by", CLIPS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise _wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
+        for name in ("global_scale", "local_scale"):
+            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
+                raise _wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
+        for name in ("size", "local_size"):
+            pixels = 32 if self.coarse_epochs else 16
+            if (value := getattr(self, name)) is not None and (min(value) < pixels or any(v % pixels for v in value)):
+                why = ", since the coarse epochs halve it" if self.coarse_epochs else ""
+                raise _wrong(name, value, f"(height, width) in multiples of {pixels}{why}")
+        if self.local_size is None and self.local_views and any(v % (2 * pixels) for v in self.size):
+            raise _wrong("size", self.size, f"in multiples of {2 * pixels}, since local views are half as large")
+        if self.local_views % self.num_areas:
+            raise _wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
+        if self.areas is not None and len(self.areas) != self.num_areas:
+            raise _wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
+        for area in self.areas or ():
+            if len(area) != 2 or not 0 <= area[0] < area[1] <= 1:
+                raise _wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise _wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
+        if self.coarse_epochs > self.epochs:
+            raise _wrong("coarse_epochs", self.coarse_epochs, f"at most epochs = {self.epochs}")
+
+    @property
+    def num_parts(self) -> int:
+        """Number of part tokens, P."""
+        return ARCHITECTURES[self.model].num_parts if self.parts is None else self.parts
+
+    @property
+    def num_areas(self) -> int:
+        """One area a part; without parts the whole image."""
+        return max(self.num_parts, 1)
+
+    @property
+    def view_areas(self) -> tuple[Area, ...]:
+        """Rows of the areas that local views are cut from."""
+        if self.areas is not None:
+            return tuple((float(top), float(bottom)) for top, bottom in self.areas)
+        count = self.num_areas
+        return tuple((k / (count + 1), (k + 2) / (count + 1)) for k in range(count))
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up, for this batch size."""
+        return self.lr * self.batch_size / 256
+
+    def view_sizes(self, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sizes of the global and of the local views in an epoch."""
+        (h, w), local = self.size, self.local_size or (self.size[0] // 2, self.size[1] // 2)
+        return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and checkpoints."""
+        return {k: list(map(_plain, v)) if isinstance(v, list | tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of ``to_dict``; fields that are not given have their defaults.
+
+        Raises:
+            ValueError: If there is no such field.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{', '.join(unknown)}: no such field; known: {', '.join(sorted(known))}")
+        values = {k: tuple(v) if isinstance(v, list) and k != "areas" else v for k, v in values.items()}
+        if values.get("areas"):
+            values["areas"] = [tuple(area) for area in values["areas"]]
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        """Write a YAML file that ``--config`` takes."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields that shape the weights and differ from those of a saved run: (here, there)."""
+        mine = self.to_dict()
+        return {k: (v, other[k]) for k, v in mine.items() if k not in FREE and k in other and v != other[k]}
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CLIPS = ("parameter", "norm")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {value!r}")

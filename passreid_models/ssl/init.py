@@ -1,0 +1,124 @@
+"""Where a run begins: the backbone and heads of student and teacher, random or from weights."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from passreid_models.checkpoint import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.network import PASSNetwork
+from passreid_models.ssl.run import RunFolder
+
+_logger = logging.getLogger(__name__)
+
+
+def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwork, PASSNetwork]:
+    """Student and teacher on ``device``, equal but for the student's stochastic depth.
+
+    Raises:
+        ValueError: If ``config.init`` names no weights, or those of another architecture.
+        CheckpointError: If the weights do not fit.
+    """
+    torch.manual_seed(config.seed)
+    student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
+    if config.init:
+        student.backbone.load_state_dict(_start(config).state_dict())
+        _load_heads(student, config)
+    teacher.load_state_dict(student.state_dict())
+    return student.train(), teacher.requires_grad_(False).train()
+
+
+def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
+    backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
+    if config.grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    if device.type == "cpu":
+        for block in backbone.blocks:
+            block.attn.fused_attn = False  # its backward is slow on a CPU, for sequences as short as these
+    network = PASSNetwork(
+        backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
+    )
+    return network.to(device)
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0}
+
+
+def start_statistics(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the views are normalised with: those of the weights that the run begins with."""
+    cfg = _start(config).pretrained_cfg if config.init else timm.get_pretrained_cfg(config.model).to_dict()
+    return cfg["mean"], cfg["std"]
+
+
+def _start(config: TrainConfig) -> PassVisionTransformer:
+    """The backbone that ``config.init`` names."""
+    init = Path(config.init)
+    if init.is_dir():
+        if (init / "config.json").is_file():
+            return _same(config, timm.create_model(f"local-dir:{init}", pretrained=True, **_shape(config)))
+        if not RunFolder(init).latest() and (init / "export" / "config.json").is_file():
+            return _same(config, timm.create_model(f"local-dir:{init}/export", pretrained=True, **_shape(config)))
+    if file := _init_file(config):
+        return timm.create_model(
+            config.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **_shape(config)
+        )
+    architecture, _, tag = config.init.rpartition(".")
+    if init.is_dir() or "/" in config.init or architecture not in ("", config.model):
+        raise ValueError(
+            f"init: expected weights of {config.model}: a tag, a folder with config.json, a run, or a checkpoint file; "
+            f"got {config.init!r}"
+        )
+    return timm.create_model(f"{config.model}.{tag}", pretrained=True, **_shape(config))
+
+
+def _init_file(config: TrainConfig) -> Path | None:
+    init = Path(config.init)
+    return init if init.is_file() else RunFolder(init).latest()
+
+
+def _same(config: TrainConfig, model: PassVisionTransformer) -> PassVisionTransformer:
+    if (found := model.pretrained_cfg["architecture"]) != config.model:
+        raise ValueError(f"init: {config.init} holds {found}, and model is {config.model}")
+    return model
+
+
+def _load_heads(network: PASSNetwork, config: TrainConfig) -> None:
+    """Projection heads of a checkpoint file that holds some of the same shape; else they stay new, which is said."""
+    file = _init_file(config)
+    given = _find_heads(unwrap_checkpoint(read_checkpoint(file))[0]) if file else {}
+    heads = network.heads
+    if not given:
+        _logger.info(f"{config.init} holds no projection heads: they begin at random")
+        return
+    old = {"original0": "weight_g", "original1": "weight_v"}
+    wanted = {
+        re.sub(r"parametrizations\.weight\.(original\d)", lambda m: old[m[1]], k): v.shape
+        for k, v in heads.state_dict().items()
+    }
+    if {k: v.shape for k, v in given.items()} != wanted:
+        raise CheckpointError(
+            f"init: the projection heads of {file} have other shapes than those of num_prototypes="
+            f"{config.num_prototypes}, hidden_dim={config.hidden_dim}, bottleneck_dim={config.bottleneck_dim} and "
+            f"{config.num_parts} parts: give the file's, or `passreid convert` it first, to begin with new heads"
+        )
+    heads.load_state_dict(given)
+
+
+def _find_heads(tensors: StateDict) -> StateDict:
+    """Heads of the official layouts and of ours, as ``0.mlp.*`` (CLS), ``1.mlp.*`` (PART 1) and so on."""
+    found = {}
+    for key, value in tensors.items():
+        key = re.sub(r"parametrizations\.weight\.original0", "weight_g", key)
+        key = re.sub(r"parametrizations\.weight\.original1", "weight_v", key)
+        if m := re.search(r"(?:^|\.)heads\.(\d+)\.((?:mlp|last_layer)\..+)", key):
+            found[f"{m[1]}.{m[2]}"] = value
+        elif m := re.search(r"(?:^|\.)head\.(mlp|last_layer)(?:_(cls|pt\d+))?\.(.+)", key):
+            kind = 0 if m[2] in (None, "cls") else int(m[2][2:])
+            found[f"{kind}.{m[1]}.{m[3]}"] = value
+    return found

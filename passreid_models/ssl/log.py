@@ -1,0 +1,80 @@
+"""What a run says: lines for people, and means over the steps between two of them."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from passreid_models.runtime import world
+from passreid_models.ssl.trainer import Values
+
+_logger = logging.getLogger("passreid_models")  # every part of the package may have something to say
+
+
+class Window:
+    """Means over the steps between two lines of the log."""
+
+    def __init__(self) -> None:
+        self.start, self.waited = time.perf_counter(), 0.0
+        self.records: list[dict[str, float]] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def add(self, record: dict[str, float]) -> None:
+        self.records.append(record)
+
+    def summary(self, batch_size: int) -> dict[str, float]:
+        """Mean losses and gradient norm of the finite steps, the last scheduled values, speed."""
+        seconds = time.perf_counter() - self.start
+        finite = [r for r in self.records if r["loss"] == r["loss"]]
+        means = {k: sum(r[k] for r in finite) / len(finite) for r in finite[:1] for k in r}
+        return {
+            **means,
+            **{k: v for k, v in self.records[-1].items() if k in Values._fields},
+            "images_per_s": batch_size * len(self.records) / seconds,
+            "wait_share": self.waited / seconds,
+        }
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Log lines to the terminal, past the progress bar, and to a file."""
+    handlers: list[logging.Handler] = [_Terminal()]
+    if world()[0] == 0:
+        handlers.append(_LateFile(path, delay=True))
+    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    level, propagate = _logger.level, _logger.propagate
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+    for handler in handlers:
+        handler.setFormatter(form)
+        _logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            _logger.removeHandler(handler)
+            handler.close()
+        _logger.setLevel(level)
+        _logger.propagate = propagate
+
+
+class _Terminal(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LateFile(logging.FileHandler):
+    """A log file that begins when the run folder is there: a refused run leaves no trace."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Path(self.baseFilename).parent.is_dir():
+            super().emit(record)

@@ -1,0 +1,126 @@
+"""The folder of a training run: its checkpoints, log and export.
+
+RUN/config.yaml                    takes the place of all flags: passreid-train --config RUN/config.yaml
+RUN/log.txt, metrics.jsonl         for people, for programs
+RUN/checkpoints/step_000001000.pt  config, step, student, teacher, optimizer, centers, scaler; weights_only
+RUN/export/                        the teacher's backbone, for timm's local-dir:
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from passreid_models.checkpoint import CheckpointError, read_checkpoint
+from passreid_models.runtime import atomic_file, lock
+
+_logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """A run on the disk; nothing is written before ``open``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.log_file, self.metrics_file = self.path / "log.txt", self.path / "metrics.jsonl"
+        self.checkpoint_folder, self.export_folder = self.path / "checkpoints", self.path / "export"
+        self._lock: FileLock | None = None
+
+    def open(self) -> None:
+        """Make the folder, and keep other processes out of it for as long as this one lives.
+
+        Raises:
+            ValueError: If another process trains in it.
+            OSError: If it cannot be written to.
+        """
+        try:
+            self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path / "run")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.path}: another process trains in it") from None
+        except OSError as e:
+            raise OSError(f"{self.path} cannot be written to ({e.strerror}): name another folder with --out") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first: what was being written when a process died has another name."""
+        found = self.checkpoint_folder.glob("step_*.pt") if self.checkpoint_folder.is_dir() else ()
+        return sorted(p for p in found if re.fullmatch(r"step_\d+\.pt", p.name))
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, if any."""
+        return next(reversed(self.checkpoints()), None)
+
+    def save(self, state: dict[str, Any], keep: int) -> Path:
+        """Write a checkpoint, then delete all but the newest ``keep``.
+
+        Raises:
+            OSError: If it cannot be written; those before stay as they are.
+        """
+        path = self.checkpoint_folder / f"step_{state['step']:09d}.pt"
+        last = self.latest()
+        try:
+            with atomic_file(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
+            why = str(e).partition("\n")[0]
+            raise OSError(f"{path} could not be written ({why}); the last whole checkpoint: {last or 'none'}") from None
+        for old in self.checkpoints()[:-keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint of a run.
+
+        Raises:
+            CheckpointError: If it is of another make, or damaged.
+        """
+        state = read_checkpoint(path)
+        wanted = {"config", "step", "student", "teacher", "optimizer", "centers"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise CheckpointError(f"{path} is no checkpoint of passreid-train: give it to --init instead of --resume")
+        return state
+
+    def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, with its path; a damaged one is passed over and named.
+
+        Raises:
+            CheckpointError: If there are checkpoints and none can be read.
+        """
+        error = None
+        for path in reversed(self.checkpoints()):
+            try:
+                return path, self.load(path)
+            except CheckpointError as e:
+                error = e
+                _logger.warning(f"passed over: {e}")
+        if error is not None:
+            raise error
+        return None
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps that a resumed run makes again."""
+        if self.metrics_file.is_file():
+            lines = [x for x in self.metrics_file.read_text().splitlines() if _step_of(x) <= step]
+            with atomic_file(self.metrics_file) as temporary:
+                temporary.write_text("".join(f"{x}\n" for x in lines))
+
+    def add_metrics(self, record: dict[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # cut short by a kill
+        return float("inf")

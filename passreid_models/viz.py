@@ -1,0 +1,54 @@
+"""Pictures; matplotlib is imported when one is drawn."""
+
+import json
+from pathlib import Path
+
+from passreid_models.runtime import atomic_file
+
+PANELS = {
+    "loss": ("loss", "loss_cls", "loss_part1", "loss_part2", "loss_part3"),
+    "schedules, as shares of their largest value": ("lr", "weight_decay", "momentum", "teacher_temp"),
+    "entropy of the teacher, nats": ("teacher_entropy", "marginal_entropy", "kl"),
+    "spread of the features": ("feature_std", "part_cosine"),
+    "probe, %": ("probe_mAP", "probe_rank1"),
+    "images a second": ("images_per_s",),
+}
+
+
+def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
+    """Draw the curves of a training run from its ``metrics.jsonl``.
+
+    Args:
+        run: Folder of ``passreid-train``.
+        picture: PNG, PDF or SVG file; by default ``curves.png`` in the folder.
+
+    Raises:
+        FileNotFoundError: If there are no metrics.
+        ValueError: If matplotlib is not installed, or cannot write such a file.
+    """
+    metrics = Path(run) / "metrics.jsonl"
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{metrics} is not there: {run} is no run of passreid-train, or has not logged yet")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not records:
+        raise ValueError(f"{metrics} holds no steps yet")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('plot: pip install "passreid-models[viz]"') from None
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for key in keys:
+            points = [(r["epoch"], r[key]) for r in records if key in r]
+            if points:
+                x, y = zip(*points, strict=True)
+                largest = max(map(abs, y)) or 1.0
+                axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        if axes.lines:
+            axes.legend(fontsize=7)
+    picture = Path(picture) if picture else Path(run) / "curves.png"
+    with atomic_file(picture) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return picture
