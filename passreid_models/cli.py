@@ -60,49 +60,49 @@ def train(argv: Sequence[str] | None = None) -> int:
 def _train_config(argv: Sequence[str]) -> "TrainConfig":
     """The configuration from defaults, then the preset, then the YAML file, then the flags."""
     from dataclasses import fields
-    from itertools import pairwise
 
     from jsonargparse import ArgumentParser
 
     from passreid_models.ssl.config import PRESETS, TrainConfig
 
-    switches = {f.name for f in fields(TrainConfig) if f.type in (bool, "bool")}
     parser = ArgumentParser(
         prog="passreid-train",
-        description="Pre-train a PASS model on person crops. Options take dashes or underscores; a YAML file has "
-        "the same names.",
+        usage="passreid-train DATA [--preset NAME] [--config FILE] [options]",
+        description="Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
+        "synthetic:ids=1000. Options take dashes or underscores; a YAML file has the same names.",
     )
-    parser.add_argument("--config", action="config", help="YAML file of a run")
+    parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
     parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
-    parser.add_argument("data", nargs="?", default="", help="folder, text list, tar file, or synthetic:ids=1000")
-    parser.add_class_arguments(TrainConfig, skip={"data"})
-    words = _normalise(argv, switches)
-    preset = next((value for word, value in pairwise(words) if word == "--preset"), "")
-    parser.set_defaults(PRESETS.get(preset, {}))
-    first = [i for i, w in enumerate(words) if w == "--config" or (i and words[i - 1] == "--config")]
-    words = [words[i] for i in first] + [w for i, w in enumerate(words) if i not in first]  # flags win over the file
-    values = parser.parse_args(words).as_dict()
+    parser.add_class_arguments(TrainConfig)
+    options = _options(argv, switches={f.name for f in fields(TrainConfig) if f.type in (bool, "bool")})
+    parser.set_defaults(PRESETS.get(dict(options).get("--preset", ""), {}))
+    options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
+    values = parser.parse_args([word for option in options for word in option if word]).as_dict()
     if not values["data"]:
         raise ValueError("data: expected a folder of person crops, such as passreid-train my_crops/")
     return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
 
 
-def _normalise(argv: Sequence[str], switches: set[str]) -> list[str]:
-    """``--batch-size=64 --size 256x128 --compile`` in the words of jsonargparse."""
-    words: list[str] = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            words += [name.replace("-", "_").replace("__", "--", 1), *([value] if equals else [])]
+def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str]]:
+    """``DATA --batch-size=64 --size 256x128 --compile`` as pairs of jsonargparse's words."""
+    options: list[tuple[str, str]] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            name, value = "--data", word
+        elif word in ("-h", "--help") or word.startswith("--print_config"):
+            options.append((word, ""))
+            continue
         else:
-            words.append(word)
-    done: list[str] = []
-    for i, word in enumerate(words):
-        done.append(f"[{word.replace('x', ',')}]" if re.fullmatch(r"\d+x\d+", word) else word)
-        following = words[i + 1].lower() if i + 1 < len(words) else ""
-        if word[2:] in switches and following not in ("true", "false", "yes", "no"):
-            done.append("true")
-    return done
+            name = "--" + name[2:].replace("-", "_")
+            if not equals and name[2:] in switches:
+                value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+            elif not equals and words:
+                value = words.pop(0)
+        options.append((name, f"[{value.replace('x', ',')}]" if re.fullmatch(r"\d+x\d+", value) else value))
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

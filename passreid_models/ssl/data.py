@@ -1,7 +1,7 @@
 """Batches of views in an order that is a function of the seed: sample i in epoch e has the same views in every run."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,7 +118,7 @@ def _ignore_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def prefetch(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
+def prefetch(loader: DataLoader, device: torch.device) -> Generator[Batch, None, None]:
     """Batches with their views on ``device``, copied one ahead; the parameters stay on the CPU.
 
     Close it: the workers leave with the loader's iterator, and a process that ends before them waits forever.
