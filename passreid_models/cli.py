@@ -1,6 +1,7 @@
 """The command line: arguments only, the work is in the rooms. Imports come late, so that ``--help`` is quick."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -41,10 +42,13 @@ def train(argv: Sequence[str] | None = None) -> int:
     from passreid_models.ssl.loop import NonFiniteLossError, Stopped, train
 
     try:
-        print(train(_train_config(sys.argv[1:] if argv is None else argv)))
+        folder = train(_train_config(sys.argv[1:] if argv is None else argv))
+        if os.environ.get("RANK", "0") == "0":
+            print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
         return 0
     except Stopped as e:
-        print(f"passreid-train: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"passreid-train: {e}", file=sys.stderr)
         return 128 + e.signum if e.signum else 0
     except (ValueError, OSError) as e:
         print(f"passreid-train: {e}", file=sys.stderr)

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from passreid_models.embed import Embedder
-from passreid_models.retrieval import RetrievalMetrics, evaluate, rank
+from passreid_models.retrieval import evaluate, rank
 from passreid_models.runtime import atomic_file
 from passreid_models.synthetic import SyntheticPersons
 
@@ -26,6 +27,16 @@ def make_data(folder: str | Path, num_ids: int) -> str:
     return f"{len(data)} images of {num_ids} generated persons under 8 cameras -> {folder}"
 
 
+def held_out_scores(model: str | nn.Module, num_ids: int = 200) -> dict[str, dict[str, float]]:
+    """mAP and Rank-1, in percent, of a model, of pooled pixels and of chance on persons kept out of all training.
+
+    Args:
+        model: Name for ``timm.create_model``, or a model.
+        num_ids: Persons, of 8 images under 4 cameras each; the first image is the query.
+    """
+    return _Ranked(model, num_ids).scores()
+
+
 def run(model: str, picture: str | Path, num_ids: int) -> str:
     """Rank generated persons by the descriptors of ``model``, and draw the first rankings.
 
@@ -36,29 +47,41 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
         raise ValueError(f"{picture}: name a picture file such as ranking.png")
     if num_ids < 2:
         raise ValueError(f"ranking needs 2 persons or more, got {num_ids}")
-    data = SyntheticPersons(num_ids, images_per_id=8, cameras=4, seed=DEMO_SEED)
-    images = [data[i][0] for i in range(len(data))]
-    pids, camids = np.array(data.pids), np.array(data.camids)
-    is_query = np.arange(len(data)) % 8 == 0  # the first image of each person
-    embed = Embedder(model)
-    descriptors = embed(images)
-    pixels = torch.tensor(np.stack([np.asarray(im.resize((8, 16))).ravel() for im in images]), dtype=torch.float32)
-    noise = torch.randn(descriptors.shape, generator=torch.Generator().manual_seed(0))
-
-    def score(x: torch.Tensor) -> RetrievalMetrics:
-        ids = pids[is_query], pids[~is_query], camids[is_query], camids[~is_query]
-        return evaluate(x[is_query], x[~is_query], *ids)
-
-    rows = [(model, score(descriptors)), ("pixels, pooled to 16x8", score(pixels)), ("chance", score(noise))]
-    lines = [f"{num_ids} generated persons, {sum(is_query)} queries, {sum(~is_query)} gallery images, 4 cameras", ""]
+    ranked = _Ranked(model, num_ids)
+    queries, gallery = np.flatnonzero(ranked.is_query), np.flatnonzero(~ranked.is_query)
+    lines = [f"{num_ids} generated persons, {len(queries)} queries, {len(gallery)} gallery images, 4 cameras", ""]
     lines += [f"{'descriptor':<36}{'width':>6}{'mAP':>8}{'Rank-1':>8}"]
-    for (name, metrics), width in zip(rows, (embed.dim, pixels.shape[1], embed.dim), strict=True):
-        lines.append(f"{name:<36}{width:>6}{100 * metrics.mAP:>8.1f}{100 * metrics.rank1:>8.1f}")
-    gallery = np.flatnonzero(~is_query)
-    best = rank(descriptors[is_query][:SHOWN], descriptors[~is_query], TOPK).indices.numpy()
+    names = {"model": model}
+    for (name, metrics), x in zip(ranked.scores().items(), ranked.descriptors.values(), strict=True):
+        lines.append(f"{names.get(name, name):<36}{x.shape[1]:>6}{metrics['mAP']:>8.1f}{metrics['rank1']:>8.1f}")
+    descriptors = ranked.descriptors["model"]
+    best = rank(descriptors[queries][:SHOWN], descriptors[gallery], TOPK).indices.numpy()
     with atomic_file(picture) as temporary:
-        _draw(images, np.flatnonzero(is_query)[:SHOWN], gallery[best], pids).save(temporary)
+        _draw(ranked.images, queries[:SHOWN], gallery[best], ranked.pids).save(temporary)
     return "\n".join([*lines, "", f"the first {len(best)} queries and their best {best.shape[1]} hits: {picture}"])
+
+
+class _Ranked:
+    """Generated persons and three descriptors of each image: the model's, pooled pixels, noise."""
+
+    def __init__(self, model: str | nn.Module, num_ids: int) -> None:
+        data = SyntheticPersons(num_ids, images_per_id=8, cameras=4, seed=DEMO_SEED)
+        self.images = [data[i][0] for i in range(len(data))]
+        self.pids, self.camids = np.array(data.pids), np.array(data.camids)
+        self.is_query = np.arange(len(data)) % 8 == 0  # the first image of each person
+        pixels = np.stack([np.asarray(im.resize((8, 16))).ravel() for im in self.images])
+        x = Embedder(model)(self.images)
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        self.descriptors = {"model": x, "pixels, pooled to 16x8": torch.tensor(pixels).float(), "chance": noise}
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """mAP and Rank-1 of each descriptor, in percent."""
+        q, g = self.is_query, ~self.is_query
+        found = {}
+        for name, x in self.descriptors.items():
+            metrics = evaluate(x[q], x[g], self.pids[q], self.pids[g], self.camids[q], self.camids[g])
+            found[name] = {"mAP": 100 * metrics.mAP, "rank1": 100 * metrics.rank1}
+        return found
 
 
 def _draw(images: list[Image.Image], queries: np.ndarray, hits: np.ndarray, pids: np.ndarray) -> Image.Image:

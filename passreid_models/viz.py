@@ -1,12 +1,13 @@
 """Pictures; matplotlib is imported when one is drawn."""
 
 import json
+from fnmatch import filter as matching
 from pathlib import Path
 
 from passreid_models.runtime import atomic_file
 
-PANELS = {
-    "loss": ("loss", "loss_cls", "loss_part1", "loss_part2", "loss_part3"),
+PANELS = {  # titles, and names or patterns of the metrics
+    "loss": ("loss", "loss_*"),
     "schedules, as shares of their largest value": ("lr", "weight_decay", "momentum", "teacher_temp"),
     "entropy of the teacher, nats": ("teacher_entropy", "marginal_entropy", "kl"),
     "spread of the features": ("feature_std", "part_cosine"),
@@ -29,26 +30,35 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
         raise FileNotFoundError(f"{metrics} is not there: {run} is no run of passreid-train, or has not logged yet")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [r for line in metrics.read_text().splitlines() if "epoch" in (r := _read(line))]
     if not records:
         raise ValueError(f"{metrics} holds no steps yet")
+    picture = Path(picture) if picture else Path(run) / "curves.png"
+    if not picture.suffix:
+        raise ValueError(f"{picture}: name a picture file such as curves.png")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError('plot: pip install "passreid-models[viz]"') from None
+    names = list(dict.fromkeys(key for r in records for key in r))
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        for key in keys:
-            points = [(r["epoch"], r[key]) for r in records if key in r]
-            if points:
-                x, y = zip(*points, strict=True)
-                largest = max(map(abs, y)) or 1.0
-                axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
+    for axes, (title, patterns) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for key in (key for pattern in patterns for key in matching(names, pattern)):
+            x, y = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
+            largest = max(map(abs, y)) or 1.0
+            axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         if axes.lines:
             axes.legend(fontsize=7)
-    picture = Path(picture) if picture else Path(run) / "curves.png"
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, dpi=110)
     return picture
+
+
+def _read(line: str) -> dict[str, float]:
+    """A record; none where a kill, or a run that is just writing, left half a line."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}

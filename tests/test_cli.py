@@ -408,12 +408,6 @@ def test_no_command_and_an_unknown_one_are_refused_with_the_usage(capsys):
         assert capsys.readouterr().err.startswith("usage: passreid")
 
 
-def test_passreid_train_says_what_trains_today(capsys):
-    assert cli.train([]) == 2
-    script = capsys.readouterr().err.split("; ")[1].split()[0]
-    assert (Path(__file__).parents[1] / script).is_file()
-
-
 def test_interrupting_ends_with_130_and_one_line(monkeypatch, capsys):
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt

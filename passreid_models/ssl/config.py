@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import yaml
 
 from passreid_models.convert import ARCHITECTURES
+from passreid_models.runtime import atomic_file
 
 Area = tuple[float, float]
 
@@ -30,8 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "momentum": 0.99,
     },
 }
-# what a resumed run may change: nothing here touches the weights
-FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+# what a resumed run may change: nothing here touches the weights (init does: it says how views are normalised)
+FREE = ("data", "out", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
         "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
 
 
@@ -157,6 +159,10 @@ class TrainConfig:
         Raises:
             ValueError: If a value cannot be; the message begins with the field's name.
         """
+        for field in fields(self):
+            if not _is_kind(getattr(self, field.name), field.type):
+                kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+                raise _wrong(field.name, getattr(self, field.name), kind)
         if self.model not in ARCHITECTURES:
             raise _wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
         for names, low, high in (
@@ -169,11 +175,11 @@ class TrainConfig:
         ):
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not low <= value <= high:
+                if value is not None and not (low <= value <= high and value < math.inf):
                     upto = f"between {low} and {high}" if high < math.inf else f"{low} or more"
                     raise _wrong(name, value, upto)
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise _wrong(name, getattr(self, name), "more than 0")
         if not 0 <= self.drop_path < 1:
             raise _wrong("drop_path", self.drop_path, "at least 0 and less than 1")
@@ -195,7 +201,7 @@ class TrainConfig:
         if self.areas is not None and len(self.areas) != self.num_areas:
             raise _wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
         for area in self.areas or ():
-            if len(area) != 2 or not 0 <= area[0] < area[1] <= 1:
+            if not 0 <= area[0] < area[1] <= 1:
                 raise _wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise _wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
@@ -244,14 +250,15 @@ class TrainConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{', '.join(unknown)}: no such field; known: {', '.join(sorted(known))}")
-        values = {k: tuple(v) if isinstance(v, list) and k != "areas" else v for k, v in values.items()}
-        if values.get("areas"):
-            values["areas"] = [tuple(area) for area in values["areas"]]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(areas := values.get("areas"), tuple):
+            values["areas"] = [tuple(area) if isinstance(area, list) else area for area in areas]
         return cls(**values)
 
     def save(self, path: Path) -> None:
         """Write a YAML file that ``--config`` takes."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        with atomic_file(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields that shape the weights and differ from those of a saved run: (here, there)."""
@@ -261,6 +268,20 @@ class TrainConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CLIPS = ("parameter", "norm")
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a value is of the annotated kind; an int does for a float, a list for a tuple."""
+    if isinstance(kind, UnionType):
+        return any(_is_kind(value, k) for k in get_args(kind))
+    if origin := get_origin(kind):
+        kinds = get_args(kind)
+        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(kinds)):
+            return False
+        return all(map(_is_kind, value, kinds if origin is tuple else kinds * len(value)))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _plain(value: Any) -> Any:

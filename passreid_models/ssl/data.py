@@ -122,13 +122,19 @@ def prefetch(loader: DataLoader, device: torch.device) -> Generator[Batch, None,
     """Batches with their views on ``device``, copied one ahead; the parameters stay on the CPU.
 
     Close it: the workers leave with the loader's iterator, and a process that ends before them waits forever.
+
+    Raises:
+        ImageError: As the dataset.
     """
     ahead = None
-    for views, unreadable in loader:
-        global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
-        batch = Batch(Views(global_views, local_views, views.params), unreadable)
-        if ahead is not None:
-            yield ahead
-        ahead = batch
+    try:
+        for views, unreadable in loader:
+            global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
+            batch = Batch(Views(global_views, local_views, views.params), unreadable)
+            if ahead is not None:
+                yield ahead
+            ahead = batch
+    except ImageError as e:  # that of a worker comes with its stack trace
+        raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
     if ahead is not None:
         yield ahead

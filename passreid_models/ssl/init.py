@@ -27,7 +27,11 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
     torch.manual_seed(config.seed)
     student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
     if config.init:
-        student.backbone.load_state_dict(_start(config).state_dict())
+        start = _start(config)
+        student.backbone.load_state_dict(start.state_dict())
+        statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # for the probe and the export
+        for backbone in (student.backbone, teacher.backbone):
+            backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
         _load_heads(student, config)
     teacher.load_state_dict(student.state_dict())
     return student.train(), teacher.requires_grad_(False).train()

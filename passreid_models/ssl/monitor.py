@@ -65,9 +65,13 @@ def read_labelled(folder: str | Path) -> tuple[list[Path], np.ndarray, np.ndarra
     each image counts as a camera of its own. Junk and distractors (-1, 0000) are left out.
 
     Raises:
+        FileNotFoundError: If there are no images.
         ValueError: If no identity has two images under different cameras.
     """
-    paths = find_images(folder)
+    try:
+        paths = find_images(folder)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"probe: {e}") from None
     names = [re.match(r"(-?\d+)_c(\d+)", Path(p).name) for p in paths]
     if all(names):
         rows = [(Path(p), int(m[1]), int(m[2])) for p, m in zip(paths, names, strict=True) if m and int(m[1]) > 0]

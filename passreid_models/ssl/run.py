@@ -60,7 +60,9 @@ class RunFolder:
         return next(reversed(self.checkpoints()), None)
 
     def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint, then delete all but the newest ``keep``.
+        """Write a checkpoint, then delete all but the newest ``keep`` up to it.
+
+        Later ones, of a run that went back, stay: the newest on the disk may be damaged.
 
         Raises:
             OSError: If it cannot be written; those before stay as they are.
@@ -72,8 +74,9 @@ class RunFolder:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
             why = str(e).partition("\n")[0]
+            why = why if isinstance(e, OSError) else f"is the disk full? {why}"
             raise OSError(f"{path} could not be written ({why}); the last whole checkpoint: {last or 'none'}") from None
-        for old in self.checkpoints()[:-keep]:
+        for old in [p for p in self.checkpoints() if p <= path][:-keep]:
             old.unlink(missing_ok=True)
         return path
 
