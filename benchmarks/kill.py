@@ -45,28 +45,27 @@ class Run:
     def __init__(self, data: Path, out: Path, epochs: int) -> None:
         self.command = [sys.executable, __file__, "--train", str(data), str(out), str(epochs)]
         self.folder = RunFolder(out)
-        self.steps_made = 0
+        self.errors = out.with_suffix(".err")  # no pipe: a loader process may keep it open after its parent is killed
 
     def start(self) -> None:
         """Start or resume, and return when its imports are done."""
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=errors)
         self.process.stdout.readline()
 
-    def finish(self) -> None:
-        _, errors = self.process.communicate()
-        if self.process.returncode:
-            raise SystemExit(f"the run failed:\n{errors[-2000:]}")
+    def finish(self, seconds: float = 1200) -> None:
+        """Wait for its end, which must be a good one."""
+        if self.process.wait(seconds):
+            raise SystemExit(f"the run failed:\n{self.errors.read_text()[-2000:]}")
 
     def kill_after(self, seconds: float) -> bool:
         """Kill it then; False if it has ended before."""
         try:
-            self.process.wait(seconds)
+            self.finish(seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            self.process.stderr.close()
             return True
-        self.finish()
         return False
 
     def last_step(self) -> int:
@@ -115,7 +114,7 @@ def main() -> None:
         train(make_config(data, out, int(epochs)))
         return
 
-    kills, epochs = (3, 30) if args.quick else (20, 150)
+    kills, epochs = (3, 12) if args.quick else (20, 60)
     total = epochs * (IMAGES // BATCH)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         data = Path(folder) / "images"

@@ -82,6 +82,9 @@ def prepare(name: str, batch: int, prototypes: int, device: torch.device) -> Cal
     """Parameters, inputs and one small pass, so that a run adds no code and no scratch space of its own."""
     torch.manual_seed(0)
     heads = IMPLEMENTATIONS[name](prototypes, device)
+    for key, p in (*heads.student.named_parameters(), *heads.teacher.named_parameters()):
+        if not key.endswith("original0"):  # not the gains; the rest is the same in both
+            nn.init.normal_(p, std=0.02)
     small = (tokens(VIEWS, 1, device, True), tokens((2,) * len(VIEWS), 1, device, False))
     student, teacher = tokens(VIEWS, batch, device, True), tokens((2,) * len(VIEWS), batch, device, False)
 

@@ -8,6 +8,7 @@ Forward, loss, backward, clipping, optimiser, teacher and centres, on views that
 
 import argparse
 import statistics
+from typing import Any
 
 import common
 import plain
@@ -24,12 +25,12 @@ BATCH, SIZE, LOCAL_SIZE, PER_AREA = 4, (256, 128), (128, 64), 3
 class Ours:
     """The trainer's own step, with the photometric part taken out."""
 
-    def __init__(self, dtype: str, global_views: Tensor, local_views: Tensor) -> None:
-        batch = global_views.shape[1]
+    def __init__(self, dtype: str, global_views: Tensor, local_views: Tensor, **settings: Any) -> None:
+        batch, device = global_views.shape[1], global_views.device
         config = TrainConfig(
-            batch_size=batch, dtype=dtype, device=global_views.device.type, freeze_last_layer_epochs=0, workers=0
+            batch_size=batch, dtype=dtype, device=device.type, freeze_last_layer_epochs=0, workers=0, **settings
         )
-        self.trainer = Trainer(config, 1000 * batch, global_views.device)
+        self.trainer = Trainer(config, 1000 * batch, device)
         self.trainer.make_views = lambda views: (global_views, local_views)  # type: ignore[method-assign]
         self.losses: list[float] = []
 

@@ -71,6 +71,7 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
 
     parser = ArgumentParser(
         prog="passreid-train",
+        allow_abbrev=False,
         usage="passreid-train DATA [--preset NAME] [--config FILE] [options]",
         description="Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
         "synthetic:ids=1000. Options take dashes or underscores; a YAML file has the same names.",
@@ -79,33 +80,38 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
     parser.add_class_arguments(TrainConfig)
     options = _options(argv, switches={f.name for f in fields(TrainConfig) if f.type in (bool, "bool")})
-    parser.set_defaults(PRESETS.get(dict(options).get("--preset", ""), {}))
+    parser.set_defaults(PRESETS.get(dict(options).get("--preset") or "", {}))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
-    values = parser.parse_args([word for option in options for word in option if word]).as_dict()
+    values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
+    if len(named := [value for name, value in options if name == "--data"]) > 1:
+        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}; a text file can list their images")
     if not values["data"]:
         raise ValueError("data: expected a folder of person crops, such as passreid-train my_crops/")
     return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
 
 
-def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str]]:
-    """``DATA --batch-size=64 --size 256x128 --compile`` as pairs of jsonargparse's words."""
-    options: list[tuple[str, str]] = []
+def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | None]]:
+    """``DATA --batch-size=64 --size 256x128 --compile`` as jsonargparse's names and values."""
+    options: list[tuple[str, str | None]] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        name, equals, value = word.partition("=")
+        name, equals, rest = word.partition("=")
+        value: str | None = rest if equals else None
         if not word.startswith("-"):
             name, value = "--data", word
         elif word in ("-h", "--help") or word.startswith("--print_config"):
-            options.append((word, ""))
+            options.append((word, None))
             continue
         else:
-            name = "--" + name[2:].replace("-", "_")
+            name = "--" + name.lstrip("-").replace("-", "_")
             if not equals and name[2:] in switches:
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
             elif not equals and words:
                 value = words.pop(0)
-        options.append((name, f"[{value.replace('x', ',')}]" if re.fullmatch(r"\d+x\d+", value) else value))
+        if value is not None and re.fullmatch(r"\d+x\d+", value):
+            value = f"[{value.replace('x', ',')}]"
+        options.append((name, value))
     return options
 
 

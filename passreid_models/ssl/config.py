@@ -85,7 +85,7 @@ class TrainConfig:
         loss_chunk: Samples whose logits are held at a time; 0 holds all of them.
         grad_checkpointing: Recompute activations, for less memory.
         compile: Compile the backbones.
-        sync_bn: Synchronise the BatchNorms of a conv stem over processes.
+        sync_bn: Synchronise the BatchNorms of a conv stem over the processes of several GPUs.
         workers: Loader processes, of each training process; by default by the number of cores.
         seed: Of weights, order, views and stochastic depth.
         save_minutes: Longest time between two checkpoints.

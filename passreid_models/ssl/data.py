@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,14 +121,14 @@ def _ignore_signals(worker: int) -> None:
 def prefetch(loader: DataLoader, device: torch.device) -> Generator[Batch, None, None]:
     """Batches with their views on ``device``, copied one ahead; the parameters stay on the CPU.
 
-    Close it: the workers leave with the loader's iterator, and a process that ends before them waits forever.
+    Close it: then the workers leave, and a process that ends before them waits forever.
 
     Raises:
         ImageError: As the dataset.
     """
-    ahead = None
+    ahead, batches = None, iter(loader)
     try:
-        for views, unreadable in loader:
+        for views, unreadable in batches:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
             batch = Batch(Views(global_views, local_views, views.params), unreadable)
             if ahead is not None:
@@ -136,5 +136,17 @@ def prefetch(loader: DataLoader, device: torch.device) -> Generator[Batch, None,
             ahead = batch
     except ImageError as e:  # that of a worker comes with its stack trace
         raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
+    finally:
+        if loader.num_workers:
+            _dismiss(batches)
     if ahead is not None:
         yield ahead
+
+
+def _dismiss(batches: Any) -> None:
+    """Stop the workers now: the end of the iterator would, but the traceback of an error can keep it alive."""
+    try:
+        batches._shutdown_workers()
+    finally:
+        for worker in batches._workers:
+            worker.kill()  # stuck in a read, and deaf to SIGTERM

@@ -29,7 +29,7 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
     if config.init:
         start = _start(config)
         student.backbone.load_state_dict(start.state_dict())
-        statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # for the probe and the export
+        statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # of views, probe and export
         for backbone in (student.backbone, teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
         _load_heads(student, config)
@@ -52,12 +52,6 @@ def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
     return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0}
-
-
-def start_statistics(config: TrainConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the views are normalised with: those of the weights that the run begins with."""
-    cfg = _start(config).pretrained_cfg if config.init else timm.get_pretrained_cfg(config.model).to_dict()
-    return cfg["mean"], cfg["std"]
 
 
 def _start(config: TrainConfig) -> PassVisionTransformer:

@@ -78,3 +78,6 @@ class _LateFile(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         if Path(self.baseFilename).parent.is_dir():
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is told by who writes the checkpoint."""

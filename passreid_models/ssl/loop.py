@@ -3,11 +3,13 @@
 train(TrainConfig(data="my_crops/", out="run"))
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,6 +36,7 @@ from passreid_models.ssl.views import MultiCrop
 _logger = logging.getLogger(__name__)
 # Slurm warns of pre-emption by a signal of one's choice, often USR1
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said by a write, without the file's name
 SHOWN = ("loss", "lr", "images_per_s", "wait_share", "teacher_entropy", "feature_std", "part_cosine", "probe_mAP",
          "probe_rank1")  # fmt: skip
 
@@ -57,8 +61,13 @@ def train(config: TrainConfig) -> Path:
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
-    with _process_group(config) as device, log_to(Path(config.out) / "log.txt"):
-        return _Run(config, device).train()
+    try:
+        with _process_group(config) as device, log_to(Path(config.out) / "log.txt"), closing(_Run(config, device)) as run:
+            return run.train()
+    except OSError as e:
+        if e.filename or e.errno not in FULL:
+            raise
+        raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
 
 
 class _Run:
@@ -96,9 +105,15 @@ class _Run:
             )
         return None
 
+    def close(self) -> None:
+        """Let other processes train in the folder, though a traceback may keep this object alive."""
+        self.folder.close()
+
     def train(self) -> Path:
         config, trainer = self.config, self.trainer
         self._announce()
+        if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
+            self._export()
         batches = closing(prefetch(self._loader(), trainer.device))
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=None if self.is_main else True)
         window = Window()
@@ -120,7 +135,7 @@ class _Run:
                 stop = self._agree_to_stop(received)
                 if stop or self._due(ends_epoch):
                     self._save()
-                if stop:
+                if stop and trainer.step < trainer.total_steps:
                     raise Stopped(
                         f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
                         received[0] if received else None,
@@ -194,9 +209,17 @@ class _Run:
         """Checkpoint and export, by the first process."""
         if self.is_main:
             self.folder.save(self.trainer.state(), self.config.keep)
-            info = {"provenance": self._provenance()}
-            save_pretrained(self.trainer.teacher.backbone, self.folder.export_folder, info=info, overwrite=True)
+        self._export()
         self.saved_at = time.monotonic()
+
+    def _export(self) -> None:
+        if not self.is_main:
+            return
+        folder, info = self.folder.export_folder, {"provenance": self._provenance()}
+        try:
+            save_pretrained(self.trainer.teacher.backbone, folder, info=info, overwrite=True)
+        except (OSError, SafetensorError) as e:
+            raise OSError(f"{folder} could not be written ({e}); the last checkpoint: {self.folder.latest()}") from None
 
     def _provenance(self) -> dict[str, Any]:
         from passreid_models import __version__
@@ -241,7 +264,8 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(signum)
 
-    old = {s: signal.signal(s, note) for s in SIGNALS}
+    in_main = threading.current_thread() is threading.main_thread()  # Python leaves signals to that one
+    old = {s: signal.signal(s, note) for s in SIGNALS if in_main}
     try:
         yield received
     finally:

@@ -44,7 +44,8 @@ class PASSNetwork(nn.Module):
 
     def compile_backbone(self) -> None:
         """Compile the forward pass of the backbone, for both sizes of views."""
-        self.forward_views = torch.compile(self.backbone.forward_views)
+        # a graph for each size: with symbolic sizes torch 2.14 fails on the resampling of the positions
+        self.forward_views = torch.compile(self.backbone.forward_views, dynamic=False)
 
     def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> Projections:
         """

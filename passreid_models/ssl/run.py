@@ -9,6 +9,7 @@ RUN/export/                        the teacher's backbone, for timm's local-dir:
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RunFolder:
         self._lock: FileLock | None = None
 
     def open(self) -> None:
-        """Make the folder, and keep other processes out of it for as long as this one lives.
+        """Make the folder, keep other processes out of it until ``close``, and remove what a kill left half written.
 
         Raises:
             ValueError: If another process trains in it.
@@ -41,6 +42,9 @@ class RunFolder:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / "run")
             self._lock.acquire(timeout=0)
+            for left in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
+                if re.fullmatch(r"\.(step_\d+\.pt|export|config\.yaml|metrics\.jsonl)\..+", left.name):
+                    shutil.rmtree(left, ignore_errors=True)
         except Timeout:
             raise ValueError(f"{self.path}: another process trains in it") from None
         except OSError as e:

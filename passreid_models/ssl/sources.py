@@ -61,6 +61,8 @@ def open_source(data: str | Path, cache: Path | None = None) -> Source:
         FileNotFoundError: If there is nothing of this name, or no image in it.
         ValueError: If it is nothing that images can come from, or damaged.
     """
+    if not str(data):
+        raise ValueError(f"data: nothing is named; expected {EXPECTED}")
     if str(data).startswith("synthetic:"):
         return SyntheticSource(str(data))
     path = Path(os.path.abspath(data))

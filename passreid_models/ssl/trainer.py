@@ -20,7 +20,7 @@ from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.data import Batch
 from passreid_models.ssl.heads import ProjectionHead
-from passreid_models.ssl.init import make_networks, start_statistics
+from passreid_models.ssl.init import make_networks
 from passreid_models.ssl.loss import PASSLoss, mean_logits, mean_of_pairs
 from passreid_models.ssl.monitor import collapse_indicators
 from passreid_models.ssl.network import Projections
@@ -85,12 +85,13 @@ class Trainer:
         self.step, self.skipped = 0, 0
         self.dtype = pick_dtype(config.dtype, device)
         self.student, self.teacher = make_networks(config, device)
-        if config.sync_bn and self.world_size > 1:
+        if config.sync_bn and self.world_size > 1 and device.type == "cuda":  # torch has none for CPUs
             self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.student, self.teacher))
         self.criterion = PASSLoss(
             config.num_prototypes, config.num_parts, config.student_temp, config.center_momentum
         ).to(device)
-        self.photometric = Photometric(*start_statistics(config)).to(device)
+        cfg = self.student.backbone.pretrained_cfg
+        self.photometric = Photometric(cfg["mean"], cfg["std"]).to(device)
         self.optimizer = make_optimizer(self.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.parallel: nn.Module = self.student

@@ -1,0 +1,157 @@
+"""Pre-training of ViT-S on a CUDA device, batch 128, K = 65,536: ours in bfloat16 against the plain reading in float16.
+
+speedup                plain step time over ours, on views that are ready, in turn, the median of the rounds
+images_per_s           in those steps
+peak_gib               of memory, with parameters and optimiser
+loaded_images_per_s    with a loader
+wait_share             share of the time with a loader that the step waits for views
+plain_...              the same of the plain reading
+
+The loader reads JPEG files of 256x128, with all cores but one; ours leaves the photometric part to the device, the
+plain reading does all of it in the loader. Without CUDA the figures are null.
+"""
+
+import argparse
+import gc
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import common
+import plain
+import torch
+from PIL import Image
+from step import Ours, Plain, random_views
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from passreid_models.ssl.data import StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.ssl.sources import open_source
+from passreid_models.ssl.views import MultiCrop
+from passreid_models.synthetic import SyntheticPersons
+
+BATCH, IMAGES, QUALITY = 128, 1024, 92
+FIGURES = ("images_per_s", "peak_gib", "loaded_images_per_s", "wait_share")
+
+
+def null_figures() -> dict[str, float | None]:
+    return {"speedup": None} | {prefix + name: None for prefix in ("", "plain_") for name in FIGURES}
+
+
+class PlainDataset(Dataset):
+    def __init__(self, folder: Path, length: int) -> None:
+        self.files, self.length, self.views = sorted(folder.glob("*.jpg")), length, plain.PlainViews()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[list[Tensor], list[Tensor]]:
+        return self.views(Image.open(self.files[i % len(self.files)]).convert("RGB"))
+
+
+def save_image(folder: Path, i: int) -> None:
+    SyntheticPersons(IMAGES, images_per_id=1)[i][0].save(folder / f"{i:05d}.jpg", quality=QUALITY)
+
+
+def write_images(folder: Path, processes: int) -> None:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(save_image, folder), range(IMAGES), chunksize=16))
+
+
+def run_ours(ours: Ours, folder: Path, steps: int, workers: int) -> Iterator[Callable[[], object]]:
+    """Steps that have their views."""
+    del ours.trainer.make_views  # the photometric part is back
+    crop = MultiCrop()
+    dataset = ViewDataset(open_source(str(folder)), crop, crop, 0, 0)
+    sampler = StepSampler(len(dataset.source), BATCH, steps, 0)
+    loader = make_loader(dataset, sampler, workers, pin_memory=True)
+    for batch in prefetch(loader, ours.trainer.device):
+        yield partial(ours.trainer.training_step, [batch])
+
+
+def run_plain(run: Plain, folder: Path, steps: int, workers: int) -> Iterator[Callable[[], object]]:
+    loader = DataLoader(PlainDataset(folder, steps * BATCH), BATCH, num_workers=workers, pin_memory=True)
+    for views in loader:
+        yield partial(run.step, *([x.to(run.step.device, non_blocking=True) for x in kind] for kind in views))
+
+
+def with_loader(steps: Iterator[Callable[[], object]], warm_ups: int, device: torch.device) -> tuple[float, float]:
+    """Images a second, and the share of the time spent waiting for views, after the warm-ups."""
+    waited, count, start = 0.0, -warm_ups, time.perf_counter()
+    while True:
+        if count == 0:
+            common.synchronize(device)
+            waited, start = 0.0, time.perf_counter()
+        before = time.perf_counter()
+        step = next(steps, None)
+        waited += time.perf_counter() - before
+        if step is None:
+            break
+        step()
+        common.synchronize(device)
+        count += 1
+    seconds = time.perf_counter() - start
+    return count * BATCH / seconds, waited / seconds
+
+
+def with_peak(build: Callable[[], Callable[[], None]], device: torch.device) -> tuple[Callable[[], None], float]:
+    """What is built, and the GiB that it takes at most in a step, above what is there before it."""
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    run = build()
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(3):  # the optimiser makes its moments in the first
+        run()
+    common.synchronize(device)
+    return run, (torch.cuda.max_memory_allocated(device) - before) / 2**30
+
+
+def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, float | None]:
+    rounds, steps, workers = 2 if quick else 7, 3 if quick else 10, max(1, (os.cpu_count() or 1) - 1)
+    figures, views = null_figures(), random_views(BATCH, device)
+    ours, figures["peak_gib"] = with_peak(lambda: Ours("bfloat16", *views, compile=compiled), device)
+    plain_run, figures["plain_peak_gib"] = with_peak(lambda: Plain(torch.float16, *views), device)
+
+    def several(run: Callable[[], None]) -> None:
+        for _ in range(steps):
+            run()
+        common.synchronize(device)
+
+    seconds = common.in_turn({"plain_": partial(several, plain_run), "": partial(several, ours)}, rounds)
+    figures["speedup"] = common.median_ratio(*seconds.values())
+    for prefix, times in seconds.items():
+        figures[f"{prefix}images_per_s"] = steps * BATCH / statistics.median(times)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), workers + 1)
+        measured = workers * (1 if quick else 4)  # a worker makes a batch, so that they come in bursts
+        for prefix, run, start in (("", ours, run_ours), ("plain_", plain_run, run_plain)):
+            loaded = start(run, Path(folder), workers + measured, workers)
+            images_per_s, wait_share = with_loader(loaded, workers, device)
+            figures[f"{prefix}loaded_images_per_s"], figures[f"{prefix}wait_share"] = images_per_s, wait_share
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 7, and fewer steps")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        common.report("There is no CUDA device here: nothing was measured.", [("speedup", "-")], null_figures())
+        return
+    device = torch.device("cuda")
+    figures = measure(device, args.quick, args.compile)
+    rows = [(name, f"{value:.2f}") for name, value in figures.items()]
+    title = f"pre-training step, ViT-S, batch {BATCH}, {os.cpu_count()} cores; {common.machine(device)}"
+    common.report(title, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Tiny training runs: in this process, and in processes of their own that can be stopped and killed.
+
+A process of its own is forked from a server that has everything imported: it begins in a moment. It leads a process
+group, as a shell's job does, so that a signal reaches its workers too, and one sees whether any is left.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from passreid_models import cli
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.loop import train
+from passreid_models.ssl.run import RunFolder
+from passreid_models.synthetic import SyntheticPersons
+
+LIMIT = 60  # seconds that a process may take
+PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "passreid_models.ssl.loop"]
+TINY: dict[str, Any] = dict(
+    model="test_pass_vit", size=(64, 32), num_prototypes=32, hidden_dim=16, bottleneck_dim=8, batch_size=4, epochs=3,
+    lr=0.05, momentum=0.8, local_views=3, dtype="float32", device="cpu", workers=0, log_steps=1,
+)  # fmt: skip
+
+
+def write_images(folder: Path, count: int = 16) -> Path:
+    """Persons of 64x32 pixels, as PNG files."""
+    folder.mkdir(parents=True)
+    persons = SyntheticPersons(count, images_per_id=1, size=(64, 32))
+    for i in range(count):
+        persons[i][0].save(folder / f"{i:02}.png")
+    return folder
+
+
+def tiny(data: Path | str, out: Path, **options: Any) -> TrainConfig:
+    return TrainConfig(**{**TINY, "data": str(data), "out": str(out), **options})
+
+
+def flags(data: Path | str, out: Path, **options: Any) -> list[str]:
+    """``tiny`` as words of a command line."""
+    values = {**TINY, "out": out, **options}
+    words = {k: "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in values.items()}
+    return [str(data), *(f"--{k.replace('_', '-')}={v}" for k, v in words.items())]
+
+
+# ---- What a run leaves
+
+
+def result(run: Path) -> dict[str, Tensor]:
+    """All numbers of the last checkpoint and of the export, by name."""
+    found = RunFolder(run).load_latest()
+    assert found is not None
+    names = ("step", "student", "teacher", "optimizer", "centers", "scaler")
+    exported = safetensors.torch.load_file(run / "export" / "model.safetensors")
+    return dict(_flat("", {**{name: found[1][name] for name in names}, "export": exported}))
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}/{key}", inner)
+    elif isinstance(value, list | tuple):
+        yield from _flat(name, dict(enumerate(value)))
+    elif isinstance(value, int | float | Tensor):
+        yield name, torch.as_tensor(value)
+
+
+def assert_same_bits(run: Path, expected: dict[str, Tensor]) -> None:
+    found = result(run)
+    assert found.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_logged(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.is_file() else 0
+
+
+def files(folder: Path) -> set[str]:
+    """Everything below a folder, hidden or not, but the lock."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")} - {".run.lock"}
+
+
+# ---- Processes
+
+
+class Child:
+    """A function in a process of its own, at the head of a process group."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, folder: Path, **how: Any) -> None:
+        """
+        Args:
+            function: Of a module; what it returns is the exit code.
+            args: Its arguments.
+            folder: For what it prints.
+            how: ``env`` to set, ``file_size`` that no file may exceed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.printed = folder / f"printed_{len(list(folder.iterdir()))}.txt"
+        self.printed.touch()
+        multiprocessing.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=_begin, args=(function, args, self.printed, how))
+        self.process.start()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # before it had a group of its own
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    @property
+    def output(self) -> str:
+        return self.printed.read_text()
+
+    def wait(self) -> int:
+        """The exit code; below 0 the signal that killed it."""
+        self.process.join(LIMIT)
+        assert self.process.exitcode is not None, f"it hangs:\n{self.output}"
+        return self.process.exitcode
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Return as soon as something has happened, at the latest when the process has ended."""
+        end = time.monotonic() + LIMIT
+        while not happened() and self.process.is_alive():
+            assert time.monotonic() < end, f"it never happened:\n{self.output}"
+            time.sleep(0.002)
+        assert self.process.is_alive(), f"it ended too soon:\n{self.output}"
+
+    def signal(self, signum: int) -> None:
+        """To all of its group, as a terminal and Slurm do."""
+        os.killpg(self.process.pid, signum)
+
+    def is_left(self) -> bool:
+        """Whether a process of its group lives on."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def _begin(function: Callable[..., Any], args: tuple, printed: Path, how: dict[str, Any]) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process of a shell
+    file = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update({"OMP_NUM_THREADS": "1", **how.get("env", {})})
+    torch.set_num_threads(1)
+    if size := how.get("file_size"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    sys.exit(function(*args))
+
+
+def run_cli(words: list[str]) -> int:
+    """passreid-train."""
+    return cli.train(words)
+
+
+def run_train(config: TrainConfig) -> int:
+    train(config)
+    return 0
+
+
+def world(function: Callable[..., Any], *args: Any, folder: Path, size: int = 2) -> list[Child]:
+    """Processes that find each other as those of torchrun do."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        Child(function, *args, folder=folder / f"rank{i}", env={**env, "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(size)
+    ]
