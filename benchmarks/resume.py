@@ -30,8 +30,15 @@ SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_d
 
 def make_config(folder: str, quick: bool) -> TrainConfig:
     settings = SMALL if quick else {}
-    return TrainConfig(
-        data="synthetic:ids=8,images=4", out=folder, batch_size=4, epochs=100, workers=0, device="cpu", **settings
+    return TrainConfig(  # the prototypes move at once, so that the first checkpoint is as large as all later ones
+        data="synthetic:ids=8,images=4",
+        out=folder,
+        batch_size=4,
+        epochs=100,
+        workers=0,
+        device="cpu",
+        freeze_last_layer_epochs=0,
+        **settings,
     )
 
 
@@ -77,7 +84,7 @@ def main() -> None:
 
 def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, float | None]]:
     trainer = make_trainer(config)
-    trainer.training_step([first_batch(trainer)])  # the optimiser has its moments from here on
+    trainer.training_step([first_batch(trainer)])  # makes the moments of the optimiser
     run = RunFolder(config.out)
     run.open()
     start = time.perf_counter()

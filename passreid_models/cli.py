@@ -109,7 +109,7 @@ def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | N
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
             elif not equals and words:
                 value = words.pop(0)
-        if value is not None and re.fullmatch(r"\d+x\d+", value):
+        if value is not None and name in ("--size", "--local_size") and re.fullmatch(r"\d+x\d+", value):
             value = f"[{value.replace('x', ',')}]"
         options.append((name, value))
     return options

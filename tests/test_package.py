@@ -5,6 +5,7 @@ Python in README.md runs here, fence by fence in one namespace, in a folder that
     query.jpg  a.jpg  b.jpg  frame.jpg  my_crops/*.jpg      generated persons
     official.pth                                            a PASS ViT-S of random weights as the authors publish them
     my_model/                                               what `passreid convert official.pth my_model/` wrote
+    run/export/                                             what `passreid-train my_crops/` wrote, of a small model
 
 A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on the line before it.
 """
@@ -28,6 +29,8 @@ import torch
 from PIL import Image
 
 import passreid_models
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.loop import train
 from passreid_models.synthetic import SyntheticPersons
 
 ROOT = Path(__file__).parents[1]
@@ -232,6 +235,9 @@ def readme_folder(tmp_path, monkeypatch) -> Path:
     frame.save(tmp_path / "frame.jpg")
     save_official(tmp_path / "official.pth")
     passreid_models.convert_checkpoint(tmp_path / "official.pth", tmp_path / "my_model")
+    sizes = dict(size=(64, 32), num_prototypes=16, hidden_dim=16, bottleneck_dim=8, batch_size=2, epochs=1)
+    config = TrainConfig(str(tmp_path / "my_crops"), str(tmp_path / "run"), model="test_pass_vit", workers=0, **sizes)
+    train(config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -1,6 +1,7 @@
 """The training step: written out plainly, and what must not change it."""
 
 import math
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -323,12 +324,17 @@ def test_gradient_checkpointing_changes_nothing_also_with_stochastic_depth(batch
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_is_near_the_plain_one(batches):
     whole, compiled = make(lr=0.01, drop_path=0.0), make(lr=0.01, drop_path=0.0, compile=True)
     for trainer in (whole, compiled):
         run(trainer, batches[:3])
-    assert "compile" in repr(compiled.student.forward_views)
-    assert_same_run(compiled, whole, 1e-5)
+    for network in (compiled.student, compiled.teacher):
+        assert hasattr(network.forward_views, "_torchdynamo_orig_callable")
+    start, found, expected = (without_key_biases(weights(t.student)) for t in (make(), compiled, whole))
+    for key in expected:  # on average: other kernels round otherwise, and Adam makes steps of that in single weights
+        assert (found[key] - expected[key]).abs().mean() <= 1e-6, key
+        assert GAINS in key or (found[key] - start[key]).abs().mean() > 1e-5, key
     assert compiled.state()["student"].keys() == whole.state()["student"].keys()
 
 

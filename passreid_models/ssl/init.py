@@ -63,9 +63,10 @@ def _start(config: TrainConfig) -> PassVisionTransformer:
         if not RunFolder(init).latest() and (init / "export" / "config.json").is_file():
             return _same(config, timm.create_model(f"local-dir:{init}/export", pretrained=True, **_shape(config)))
     if file := _init_file(config):
-        return timm.create_model(
-            config.model, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **_shape(config)
-        )
+        checkpoint = read_checkpoint(file)
+        statistics = checkpoint.get("statistics", {}) if isinstance(checkpoint, dict) else {}  # a run's own
+        overlay = {"file": str(file), **statistics}
+        return timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **_shape(config))
     architecture, _, tag = config.init.rpartition(".")
     if init.is_dir() or "/" in config.init or architecture not in ("", config.model):
         raise ValueError(

@@ -62,7 +62,8 @@ def train(config: TrainConfig) -> Path:
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
     try:
-        with _process_group(config) as device, log_to(Path(config.out) / "log.txt"), closing(_Run(config, device)) as run:
+        log = log_to(Path(config.out) / "log.txt")
+        with _process_group(config) as device, log, closing(_Run(config, device)) as run:
             return run.train()
     except OSError as e:
         if e.filename or e.errno not in FULL:
@@ -124,16 +125,18 @@ class _Run:
                 self._count_unreadable(micro_batches)
                 ends_epoch = trainer.ends_epoch
                 try:
-                    window.add(trainer.training_step(micro_batches))
+                    record = trainer.training_step(micro_batches)
                 except NonFiniteLossError as e:
                     last = self.folder.latest() or "none yet"
                     raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
+                window.add(record)
                 bar.update()
                 if trainer.step % config.log_steps == 0 or ends_epoch:
                     self._log(window.summary(config.batch_size), ends_epoch)
                     window = Window()
                 stop = self._agree_to_stop(received)
-                if stop or self._due(ends_epoch):
+                is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
+                if stop or is_last or (is_good and self._due(ends_epoch)):
                     self._save()
                 if stop and trainer.step < trainer.total_steps:
                     raise Stopped(
@@ -201,7 +204,7 @@ class _Run:
 
     def _due(self, ends_epoch: bool) -> bool:
         t, c = self.trainer, self.config
-        if t.step == t.total_steps or (ends_epoch and t.epoch % c.save_epochs == 0):
+        if ends_epoch and t.epoch % c.save_epochs == 0:
             return True
         return time.monotonic() - self.saved_at > 60 * c.save_minutes
 

@@ -205,6 +205,7 @@ class Trainer:
             "step": self.step,
             "num_images": self.num_images,
             "world_size": self.world_size,
+            "statistics": {k: tuple(self.teacher.backbone.pretrained_cfg[k]) for k in ("mean", "std")},
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -58,7 +58,9 @@ class MultiCrop:
         ratio: Width / height of a crop.
         flip_prob: Probability of a horizontal flip.
         jitter_prob: Probability of the colour jitter; its four operations come in random order.
-        brightness: Factors are uniform in 1 ± this, and at least 0; so for ``contrast`` and ``saturation``.
+        brightness: Factors are uniform in 1 ± this, and at least 0.
+        contrast: Likewise.
+        saturation: Likewise.
         hue: Shifts are uniform in ± this, in turns.
         gray_prob: Probability of grayscale.
         blur_probs: Probability of the blur of the first global, the second global, and a local view.
