@@ -47,8 +47,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory, one_thread) -> Path:
     """A run of an epoch of two steps."""
-    train(tiny(data, tmp_path_factory.mktemp("run") / "run", epochs=1))
-    return tmp_path_factory.getbasetemp() / "run0" / "run"
+    return train(tiny(data, tmp_path_factory.mktemp("run") / "run", epochs=1)).parent
 
 
 def parse(*words: object) -> TrainConfig:

@@ -51,8 +51,9 @@ def export(tmp_path_factory) -> Path:
     torch.manual_seed(7)
     model = timm.create_model("test_pass_vit")
     model.pretrained_cfg.update(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    save_pretrained(model, tmp_path_factory.mktemp("export") / "model")
-    return tmp_path_factory.getbasetemp() / "export0" / "model"
+    folder = tmp_path_factory.mktemp("export") / "model"
+    save_pretrained(model, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
