@@ -31,7 +31,7 @@ from step import Ours, Plain, random_views
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from passreid_models.ssl.data import StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.ssl.data import StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.views import MultiCrop
 from passreid_models.synthetic import SyntheticPersons
@@ -66,12 +66,12 @@ def write_images(folder: Path, processes: int) -> None:
 
 def run_ours(ours: Ours, folder: Path, steps: int, workers: int) -> Iterator[Callable[[], object]]:
     """Steps that have their views."""
-    del ours.trainer.make_views  # the photometric part is back
+    del ours.trainer.photometric.batch  # the photometric part is back
     crop = MultiCrop()
     dataset = ViewDataset(open_source(str(folder)), crop, crop, 0, 0)
     sampler = StepSampler(len(dataset.source), BATCH, steps, 0)
     loader = make_loader(dataset, sampler, workers, pin_memory=True)
-    for batch in prefetch(loader, ours.trainer.device):
+    for batch in batches_on(ours.trainer.device, loader):
         yield partial(ours.trainer.training_step, [batch])
 
 

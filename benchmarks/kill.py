@@ -58,8 +58,10 @@ class Run:
         if self.process.wait(seconds):
             raise SystemExit(f"the run failed:\n{self.errors.read_text()[-2000:]}")
 
-    def kill_after(self, seconds: float) -> bool:
-        """Kill it then; False if it has ended before."""
+    def kill(self, step: int, seconds: float) -> bool:
+        """Kill it so long after that step; False if it has ended before."""
+        while self.last_step() < step and self.process.poll() is None:
+            time.sleep(0.01)
         try:
             self.finish(seconds)
         except subprocess.TimeoutExpired:
@@ -127,9 +129,11 @@ def main() -> None:
         seconds = time.perf_counter() - ready
 
         rng, made, repeated = random.Random(args.seed), 0, 0
-        for _ in range(kills):
+        for i in range(kills):
             killed.start()
-            if not killed.kill_after(rng.uniform(0, 1.4 * seconds / kills)):
+            at_start = rng.random() < 0.25  # while it reads its state, or before it has one
+            step = 0 if at_start else round(total * (i + rng.random()) / (kills + 1))
+            if not killed.kill(step, rng.uniform(0, 2 if at_start else 0.5)):
                 break
             made += 1
             repeated += max(0, killed.last_step() - killed.saved_step())

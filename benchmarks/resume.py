@@ -19,7 +19,7 @@ import common
 import torch
 
 from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import Trainer
@@ -48,7 +48,7 @@ def first_batch(trainer: Trainer) -> Batch:
     crop = MultiCrop(*config.view_sizes(config.epochs), config.view_areas, config.local_views // config.num_areas)
     dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
     sampler = StepSampler(trainer.num_images, config.batch_size, trainer.step + 1, config.seed, trainer.step)
-    return next(prefetch(make_loader(dataset, sampler, 0, False), trainer.device))
+    return next(batches_on(trainer.device, make_loader(dataset, sampler, 0, False)))
 
 
 def make_trainer(config: TrainConfig) -> Trainer:

@@ -31,7 +31,7 @@ class Ours:
             batch_size=batch, dtype=dtype, device=device.type, freeze_last_layer_epochs=0, workers=0, **settings
         )
         self.trainer = Trainer(config, 1000 * batch, device)
-        self.trainer.make_views = lambda views: (global_views, local_views)  # type: ignore[method-assign]
+        self.trainer.photometric.batch = lambda views: (global_views, local_views)  # type: ignore[method-assign]
         self.losses: list[float] = []
 
     def __call__(self) -> None:

@@ -51,7 +51,7 @@ def worker_run(files: list[bytes], then: Callable[[Views], object] = lambda view
     crop = MultiCrop()
     for start in range(0, len(files), BATCH):
         indices = range(start, min(start + BATCH, len(files)))
-        then(default_collate([crop(decode(files[i]), np.random.default_rng((0, 0, i))) for i in indices]))
+        then(default_collate([crop(decode(files[i]), np.random.default_rng((0, 0, i, 1))) for i in indices]))
 
 
 def cpu_run(files: list[bytes]) -> None:

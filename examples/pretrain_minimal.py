@@ -59,11 +59,8 @@ def main(args):
             lr = warmup_cosine(step, total, total // 10, args.lr * args.batch / 256, 1e-6)
             set_hyperparameters(optimizer, lr, weight_decay=cosine(step, total, 0.04, 0.4))
 
-            images, params = [], views.params.transpose(0, 1).split([2, 9])  # by view: [V, B, ...]
-            for x, p in zip((views.global_views, views.local_views), params, strict=True):
-                x = x.to(device).transpose(0, 1)
-                images.append(photometric(x.flatten(0, 1), p.flatten(0, 1)).unflatten(0, x.shape[:2]))
-            global_views, local_views = images  # [2, B, 3, H, W], [9, B, 3, H / 2, W / 2]
+            views = views._replace(global_views=views.global_views.to(device), local_views=views.local_views.to(device))
+            global_views, local_views = photometric.batch(views)  # [2, B, 3, H, W], [9, B, 3, H / 2, W / 2]
 
             with torch.autocast(device, torch.bfloat16):
                 with torch.no_grad():

@@ -14,25 +14,30 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import timm
 import torch
+import yaml
 
 import passreid_models  # noqa: F401  registers the models
 from passreid_models.demo import held_out_scores
 from passreid_models.local_dir import save_pretrained
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, num_cores
 from passreid_models.synthetic import draw
 
 SEED, CAMERAS, IMAGES_PER_ID = 1, 32, 5  # held-out persons and cameras are of another seed
 SIZES = {"coarse": "128x64", "fine": "256x128"}
-CORES = len(os.sched_getaffinity(0))
+CORES = num_cores()
 PIECE = 15 * 2**20
+SETTINGS = Path(__file__).parent / "bundled.yaml"
+BATCH = yaml.safe_load(SETTINGS.read_text())["batch_size"]
 
 
 def draw_one(folder, job):
@@ -56,9 +61,10 @@ def train(args, out, *options):
     command = [sys.executable, "-m", "passreid_models.cli", "train"]
     env = dict(os.environ)
     if not torch.cuda.is_available():
-        command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(CORES), "-m"]
+        processes = max(n for n in range(1, min(CORES, BATCH) + 1) if BATCH % n == 0)
+        command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
         env["OMP_NUM_THREADS"] = "1"
-    settings = ["--config", Path(__file__).parent / "bundled.yaml", "--model", f"pass_vit_{args.size}_patch16"]
+    settings = ["--config", SETTINGS, "--model", f"pass_vit_{args.size}_patch16"]
     options = [args.work / "train", *settings, *args.options, "--out", out, *options]
     done = subprocess.run([str(word) for word in [*command, *options]], env=env)
     if done.returncode:
@@ -72,9 +78,10 @@ def make_plan(args, num_images):
         plan = {}
         for phase, share in shares.items():
             trial = args.work / f"{args.size}-{phase}-trial"
-            train(args, trial, "--size", SIZES[phase], "--max-minutes", 1, "--log-steps", 5, "--epochs", 1000)
+            shutil.rmtree(trial, ignore_errors=True)
+            train(args, trial, "--size", SIZES[phase], "--max-minutes", 1, "--log-steps", 1, "--epochs", 1000)
             speeds = [json.loads(x)["images_per_s"] for x in (trial / "metrics.jsonl").read_text().splitlines()]
-            plan[phase] = max(1, round(60 * args.minutes * share * max(speeds) / num_images)) if share else 0
+            plan[phase] = max(1, round(60 * args.minutes * share * median(speeds) / num_images)) if share else 0
         path.write_text(json.dumps(plan))
     return json.loads(path.read_text())
 

@@ -36,9 +36,11 @@ def train(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid-train``.
 
     Returns:
-        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite; 2 a user's mistake, in one
-        sentence; 128 + the signal, when one stopped the run (its state is saved).
+        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, or memory ran out; 2 a user's
+        mistake, in one sentence; 128 + the signal, when one stopped the run (its state is saved).
     """
+    import torch
+
     from passreid_models.ssl.loop import NonFiniteLossError, Stopped, train
 
     try:
@@ -53,6 +55,10 @@ def train(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"passreid-train: {e}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:
+        advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
+        print(f"passreid-train: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
+        return 1
     except NonFiniteLossError as e:
         print(f"passreid-train: {e}", file=sys.stderr)
         return 1
@@ -65,6 +71,7 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     """The configuration from defaults, then the preset, then the YAML file, then the flags."""
     from dataclasses import fields
 
+    import yaml
     from jsonargparse import ArgumentParser
 
     from passreid_models.ssl.config import PRESETS, TrainConfig
@@ -80,7 +87,10 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
     parser.add_class_arguments(TrainConfig)
     options = _options(argv, switches={f.name for f in fields(TrainConfig) if f.type in (bool, "bool")})
-    parser.set_defaults(PRESETS.get(dict(options).get("--preset") or "", {}))
+    given = dict(options)
+    if "--preset" not in given and Path(given.get("--config") or "").is_file():
+        given["--preset"] = (yaml.safe_load(Path(str(given["--config"])).read_text()) or {}).get("preset")
+    parser.set_defaults(PRESETS.get(given.get("--preset") or "", {}))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
     if len(named := [value for name, value in options if name == "--data"]) > 1:
@@ -107,8 +117,10 @@ def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | N
             name = "--" + name.lstrip("-").replace("-", "_")
             if not equals and name[2:] in switches:
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
-            elif not equals and words:
+            elif not equals and words and not words[0].startswith("--"):
                 value = words.pop(0)
+                if name in ("--size", "--local_size") and value.isdecimal() and words and words[0].isdecimal():
+                    value = f"{value}x{words.pop(0)}"
         if value is not None and name in ("--size", "--local_size") and re.fullmatch(r"\d+x\d+", value):
             value = f"[{value.replace('x', ',')}]"
         options.append((name, value))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from passreid_models.ssl.config import CLIPS, DTYPES, FREE, PRESETS, TrainConfig
+from passreid_models.ssl.config import CLIPS, DTYPES, FREE, NUMERICS, PRESETS, TrainConfig
 from passreid_models.ssl.views import HALVES
 
 NAMES = [f.name for f in fields(TrainConfig)]
@@ -279,14 +279,22 @@ def other(name: str) -> Any:
     default = getattr(TrainConfig(), name)
     if isinstance(default, bool):
         return not default
-    return OTHER[name] if name in OTHER else default / 2 if isinstance(default, float) else default + 1
+    return (
+        OTHER[name]
+        if name in OTHER
+        else 16
+        if default is None
+        else default / 2
+        if isinstance(default, float)
+        else default + 1
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
     here, there = replace(TrainConfig(), **{name: other(name)}), TrainConfig()
     changed = here.changed(there.to_dict())
-    assert list(changed) == ([] if name in FREE else [name])
+    assert list(changed) == ([] if name in FREE + NUMERICS else [name])
     if changed:
         assert changed[name] == (here.to_dict()[name], there.to_dict()[name])
     assert not here.changed(here.to_dict())
@@ -294,8 +302,8 @@ def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
 
 def test_what_a_resumed_run_may_change_is_where_it_runs_and_what_it_reports():
     assert set(FREE) == {
-        "data", "out", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps", "max_minutes",
-        "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard",
+        "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard",
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from passreid_models.embed import ImageError
-from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.views import MultiCrop, Views
 
@@ -58,7 +58,7 @@ def same(a: Views, b: Views) -> bool:
 @pytest.mark.parametrize(("epoch", "index"), [(0, 0), (0, 34), (3, 0), (3, 17)])
 def test_the_views_of_a_key_are_those_of_its_epoch_and_index(epoch, index):
     views, unreadable = dataset()[epoch * N + index]
-    assert same(views, FINE(Noise().load(index), np.random.default_rng((5, epoch, index))))
+    assert same(views, FINE(Noise().load(index), np.random.default_rng((5, epoch, index, 1))))
     assert unreadable == []
 
 
@@ -86,7 +86,7 @@ def test_coarse_epochs_come_first_and_draw_the_same_boxes_and_colours():
         views, size = data[epoch * N + 9][0], (16, 8) if epoch < 2 else (32, 16)
         assert views.global_views.shape == (2, 3, *size)
         crop = COARSE if epoch < 2 else FINE
-        assert same(views, crop(Noise().load(9), np.random.default_rng((5, epoch, 9))))
+        assert same(views, crop(Noise().load(9), np.random.default_rng((5, epoch, 9, 1))))
         assert torch.equal(views.params, dataset()[epoch * N + 9][0].params)
 
 
@@ -98,7 +98,7 @@ def test_coarse_epochs_come_first_and_draw_the_same_boxes_and_colours():
 )
 def test_an_unreadable_image_gives_way_to_the_next_readable_one(broken, index, taken):
     views, unreadable = dataset(broken)[2 * N + index]
-    assert same(views, FINE(Noise().load(taken), np.random.default_rng((5, 2, index))))
+    assert same(views, FINE(Noise().load(taken), np.random.default_rng((5, 2, index, 1))))
     assert unreadable == [f"image {(index + i) % N}: torn" for i in range(len(broken))]
 
 
@@ -121,7 +121,7 @@ def test_when_none_can_be_read_the_error_says_so_in_a_sentence(workers):
     data = dataset(tuple(range(6)), num=6)
     loader = make_loader(data, StepSampler(6, 2, 3, seed=0), workers, pin_memory=False)
     with pytest.raises(ImageError, match=r"^6 images in a row cannot be read; the first: image \d: torn$"):
-        next(prefetch(loader, CPU))
+        next(batches_on(CPU, loader))
 
 
 def test_a_source_of_millions_is_not_read_to_its_end_when_none_can_be_read(monkeypatch):
@@ -206,7 +206,7 @@ def test_a_batch_as_large_as_the_data_is_all_of_it_in_every_step():
 def load(workers: int, num_steps: int = 6, start: int = 0) -> list[Batch]:
     sampler = StepSampler(N, BATCH, num_steps, seed=5, start=start, accumulate=2)
     loader = make_loader(dataset((3,), coarse_epochs=1), sampler, workers, pin_memory=False)
-    with closing(prefetch(loader, CPU)) as batches:
+    with closing(batches_on(CPU, loader)) as batches:
         return list(batches)
 
 
@@ -235,10 +235,10 @@ def test_a_resumed_loader_gives_the_batches_that_were_left():
 
 
 @pytest.mark.parametrize("taken", [1, 5])
-def test_workers_are_gone_when_prefetch_is_closed(taken):
+def test_workers_are_gone_when_batches_on_is_closed(taken):
     before = set(multiprocessing.active_children())
     loader = make_loader(dataset(), StepSampler(N, BATCH, 400, seed=5), workers=2, pin_memory=False)
-    batches = prefetch(loader, CPU)
+    batches = batches_on(CPU, loader)
     for _ in range(taken):
         next(batches)
     assert len(set(multiprocessing.active_children()) - before) == 2
@@ -249,7 +249,7 @@ def test_workers_are_gone_when_prefetch_is_closed(taken):
 def test_workers_leave_the_signals_of_the_process_group_to_the_training_process():
     before = set(multiprocessing.active_children())
     loader = make_loader(dataset(), StepSampler(N, BATCH, 40, seed=5), workers=2, pin_memory=False)
-    with closing(prefetch(loader, CPU)) as batches:
+    with closing(batches_on(CPU, loader)) as batches:
         taken = [next(batches)]  # two were loaded, so that both workers are at work
         for worker in set(multiprocessing.active_children()) - before:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -225,7 +225,7 @@ def test_the_scores_of_a_probe_worked_out_by_hand(monkeypatch):
     # at ranks 3 and 4, AP (1/3 + 2/4) / 2 = 5/12. Person 2 finds itself first, AP 1, twice.
     angles = torch.tensor([0.0, 1, 30, 12, 20]).deg2rad()
     descriptors = torch.stack([angles.cos(), angles.sin()], dim=1)
-    monkeypatch.setattr("passreid_models.ssl.monitor.Embedder", lambda *_: lambda paths: descriptors)
+    monkeypatch.setattr("passreid_models.ssl.monitor.Embedder", lambda *_: lambda paths, errors: descriptors)
     paths = [Path(f"{i}.jpg") for i in range(5)]
     labelled = paths, np.array([1, 1, 1, 2, 2]), np.array([1, 1, 2, 1, 2])
     found = probe(timm.create_model("test_pass_vit"), labelled, torch.device("cpu"))

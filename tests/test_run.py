@@ -159,7 +159,7 @@ def test_when_all_are_damaged_the_error_names_one_instead_of_beginning_anew(fold
 def test_a_folder_that_is_not_there_holds_no_checkpoint_and_is_not_made(tmp_path):
     run = RunFolder(tmp_path / "none")
     assert (run.checkpoints(), run.latest(), run.load_latest()) == ([], None, None)
-    run.forget_metrics_after(3)
+    run.forget_after(3)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -244,7 +244,7 @@ def test_metrics_are_a_json_object_a_line(folder):
 def test_steps_that_will_be_made_again_are_dropped(folder, step, kept):
     for s in (10, 20, 30):
         folder.add_metrics({"step": s})
-    folder.forget_metrics_after(step)
+    folder.forget_after(step)
     assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == kept
 
 
@@ -254,12 +254,12 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_begins_a_line(fold
         folder.add_metrics({"step": s, "loss": 9.5})
     with folder.metrics_file.open("a") as file:
         file.write(json.dumps({"step": 25, "loss": 9.125, "lr": 1e-4})[:length])
-    folder.forget_metrics_after(40)
+    folder.forget_after(40)
     folder.add_metrics({"step": 30, "loss": 9.25})
     lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30]
 
 
 def test_without_metrics_there_is_nothing_to_forget(folder):
-    folder.forget_metrics_after(10)
+    folder.forget_after(10)
     assert not folder.metrics_file.exists()

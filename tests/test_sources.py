@@ -72,7 +72,7 @@ def pixels(source: Source) -> list[bytes]:
 
 
 def listings(cache: Path) -> list[Path]:
-    return sorted((cache / "listings").glob("*")) if cache.exists() else []
+    return sorted((cache / "listings").glob("*.npz")) if cache.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

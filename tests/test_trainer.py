@@ -150,7 +150,7 @@ def test_steps_are_those_written_out_forward_clip_adamw_teacher_and_centres(batc
     plain = Plain(trainer)
     for number, micro_batches in enumerate(batches[:4]):
         before = weights(plain.student)
-        expected = plain.step(number, *trainer.make_views(micro_batches[0].views))
+        expected = plain.step(number, *trainer.photometric.batch(micro_batches[0].views))
         assert trainer.training_step(micro_batches)["loss"] == pytest.approx(expected, rel=1e-6)
         for ours, written_out in ((trainer.student, plain.student), (trainer.teacher, plain.teacher)):
             assert_close(*(without_key_biases(weights(network)) for network in (ours, written_out)), 1e-6)
@@ -166,7 +166,7 @@ def test_steps_are_those_written_out_forward_clip_adamw_teacher_and_centres(batc
 def test_the_step_reports_the_loss_of_each_kind_of_token_the_schedules_and_the_norm_before_clipping(batches):
     trainer = make(drop_path=0.0)
     student, temp = deepcopy(trainer.student), trainer.config.teacher_temp
-    global_views, local_views = trainer.make_views(batches[0][0].views)
+    global_views, local_views = trainer.photometric.batch(batches[0][0].views)
     logits, targets = student(global_views, local_views).logits(), trainer.teacher(global_views).logits()
     terms = PASSLoss(32).pairs(logits, targets, temp)
     loss = sum(t.sum() for t in terms) / 44
@@ -185,7 +185,7 @@ def test_the_step_reports_the_loss_of_each_kind_of_token_the_schedules_and_the_n
 
 def test_views_keep_their_image_and_their_place_on_the_way_through_the_photometric_part(batches):
     trainer, views = make(), batches[0][0].views
-    global_views, local_views = trainer.make_views(views)
+    global_views, local_views = trainer.photometric.batch(views)
     assert global_views.shape == (2, 4, 3, 64, 32)
     assert local_views.shape == (9, 4, 3, 32, 16)
     for b in range(4):
@@ -254,7 +254,7 @@ def test_the_teacher_begins_as_the_student_gets_no_gradient_and_has_no_stochasti
     assert_close(weights(trainer.teacher), weights(trainer.student), 0)
     assert trainer.teacher.training  # SPEC 3: as upstream, which matters for the BatchNorm of a conv stem
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
-    views = trainer.make_views(batches[0][0].views)[0]
+    views = trainer.photometric.batch(batches[0][0].views)[0]
     seen = [[network(views).features[0] for _ in range(2)] for network in (trainer.teacher, trainer.student)]
     assert torch.equal(*seen[0])
     assert not torch.equal(*seen[1])

@@ -32,9 +32,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "momentum": 0.99,
     },
 }
-# what a resumed run may change: nothing here touches the weights (init does: it says how views are normalised)
-FREE = ("data", "out", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+# what a resumed run may change: nothing here touches the weights of later steps
+FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
         "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
+# and here only the last digits, and what is drawn for the stochastic depth
+NUMERICS = ("accumulate", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class TrainConfig:
         clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
         device: ``auto``, or a torch device.
-        loss_chunk: Samples whose logits are held at a time; 0 holds all of them.
+        loss_chunk: Samples whose logits are held at a time; 0 holds all of them; by default 8, on a GPU 64.
         grad_checkpointing: Recompute activations, for less memory.
         compile: Compile the backbones.
         sync_bn: Synchronise the BatchNorms of a conv stem over the processes of several GPUs.
@@ -137,7 +139,7 @@ class TrainConfig:
     clip_by: str = "parameter"
     dtype: str = "auto"
     device: str = "auto"
-    loss_chunk: int = 8
+    loss_chunk: int | None = None
     grad_checkpointing: bool = False
     compile: bool = False
     sync_bn: bool = True
@@ -263,7 +265,11 @@ class TrainConfig:
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields that shape the weights and differ from those of a saved run: (here, there)."""
         mine = self.to_dict()
-        return {k: (v, other[k]) for k, v in mine.items() if k not in FREE and k in other and v != other[k]}
+        return {k: (v, other[k]) for k, v in mine.items() if k not in FREE + NUMERICS and v != other.get(k, v)}
+
+    def numerics(self) -> dict[str, Any]:
+        """Fields that a resumed run may change at the price of the last digits."""
+        return {name: getattr(self, name) for name in NUMERICS}
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

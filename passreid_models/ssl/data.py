@@ -13,6 +13,7 @@ from passreid_models.embed import ImageError
 from passreid_models.ssl.sources import Source
 from passreid_models.ssl.views import MultiCrop, Views
 
+VIEWS, ORDER = 1, 2  # what a seed is for; at the end, since numpy takes (5,) and (5, 0) for the same
 MAX_TRIES = 1000  # unreadable images in a row
 
 
@@ -54,7 +55,7 @@ class ViewDataset(Dataset):
         else:
             raise ImageError(f"{len(unreadable)} images in a row cannot be read; the first: {unreadable[0]}")
         crop = self.coarse_crop if epoch < self.coarse_epochs else self.crop
-        return crop(image, np.random.default_rng((self.seed, epoch, index))), unreadable
+        return crop(image, np.random.default_rng((self.seed, epoch, index, VIEWS))), unreadable
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class StepSampler(Sampler[list[int]]):
         for step in range(self.start, self.num_steps):
             epoch, nth = divmod(step, self.epoch_steps)
             if epoch != current:
-                rng = np.random.default_rng((self.seed, epoch))
+                rng = np.random.default_rng((self.seed, epoch, 0, ORDER))
                 order, current = torch.from_numpy(rng.permutation(self.num_images)), epoch
             keys = order[nth * self.batch_size : (nth + 1) * self.batch_size][self.rank :: self.world_size]
             for micro in keys.chunk(self.accumulate):
@@ -118,29 +119,24 @@ def _ignore_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def prefetch(loader: DataLoader, device: torch.device) -> Generator[Batch, None, None]:
-    """Batches with their views on ``device``, copied one ahead; the parameters stay on the CPU.
+def batches_on(device: torch.device, loader: DataLoader) -> Generator[Batch, None, None]:
+    """Batches of a loader with their views on ``device``; the parameters stay on the CPU.
 
     Close it: then the workers leave, and a process that ends before them waits forever.
 
     Raises:
         ImageError: As the dataset.
     """
-    ahead, batches = None, iter(loader)
+    batches = iter(loader)
     try:
         for views, unreadable in batches:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
-            batch = Batch(Views(global_views, local_views, views.params), unreadable)
-            if ahead is not None:
-                yield ahead
-            ahead = batch
+            yield Batch(Views(global_views, local_views, views.params), unreadable)
     except ImageError as e:  # that of a worker comes with its stack trace
         raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
     finally:
         if loader.num_workers:
             _dismiss(batches)
-    if ahead is not None:
-        yield ahead
 
 
 def _dismiss(batches: Any) -> None:

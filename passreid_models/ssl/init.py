@@ -51,7 +51,7 @@ def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
-    return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0}
+    return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
 
 
 def _start(config: TrainConfig) -> PassVisionTransformer:

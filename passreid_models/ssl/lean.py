@@ -69,6 +69,7 @@ class _CrossEntropies(torch.autograd.Function):
         mask_GV = torch.ones(num_global, num_views, device=features.device).fill_diagonal_(0)
         total_GV = torch.zeros_like(mask_GV)
         wanted = any(ctx.needs_input_grad[:2])
+        factor = 32.0 if dtype == torch.float16 else 1.0  # below 6e-5 float16 loses digits, and 1 / 65536 is less
         grad_x_BVC = torch.zeros(x_BVC.shape, device=features.device) if wanted else None
         grad_w_KC = torch.zeros(prototypes.shape, device=features.device) if wanted else None
         for rows in torch.arange(size).split(chunk):
@@ -77,13 +78,13 @@ class _CrossEntropies(torch.autograd.Function):
             log_p_bVK = F.log_softmax((x_BVC[b] @ w_KC.T).float().div_(student_temp), dim=-1)
             total_GV -= torch.bmm(q_bGK, log_p_bVK.transpose(1, 2)).sum(0)
             if grad_x_BVC is not None and grad_w_KC is not None:
-                grad_bVK = log_p_bVK.exp_().mul_(mask_GV.sum(0)[:, None])
-                grad_bVK.baddbmm_(mask_GV.T.expand(len(rows), -1, -1), q_bGK, alpha=-1)
+                grad_bVK = log_p_bVK.exp_().mul_(factor * mask_GV.sum(0)[:, None])
+                grad_bVK.baddbmm_(mask_GV.T.expand(len(rows), -1, -1), q_bGK, alpha=-factor)
                 grad_z = grad_bVK.to(dtype).flatten(0, 1)
                 grad_x_BVC[b] = (grad_z @ w_KC).unflatten(0, (len(rows), num_views)).float()
                 grad_w_KC += grad_z.T @ x_BVC[b].flatten(0, 1)
         ctx.grads = (grad_x_BVC, grad_w_KC)
-        ctx.scale = 1 / (student_temp * size)
+        ctx.scale = 1 / (student_temp * size * factor)
         pairs = (total_GV.triu(1) + total_GV.tril(-1)) / size
         ctx.mark_non_differentiable(pairs)
         return pairs.sum(), pairs

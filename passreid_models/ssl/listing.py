@@ -15,7 +15,7 @@ import tarfile
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 
 from passreid_models.embed import SUFFIXES
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
@@ -109,20 +109,30 @@ def list_images(root: Path, cache: Path) -> Listing:
     """
     path = Path(os.path.abspath(root))
     file = cache / "listings" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.npz"
-    known = _read(file)
-    if known and known.watched[0] == str(path) and known.is_current():
-        return known
-    started = time.time()
-    try:
-        listing = _list_folder(path) if path.is_dir() else _list_tars([os.fsencode(path)])
-    except OSError as e:
-        if not e.strerror:
-            raise  # ours
-        raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
-    if max(listing.stamps[::2]) < (started - SETTLED) * 1e9:
+    with _one_process(file):  # the others wait for its listing
+        known = _read(file)
+        if known and known.watched[0] == str(path) and known.is_current():
+            return known
+        started = time.time()
+        try:
+            listing = _list_folder(path) if path.is_dir() else _list_tars([os.fsencode(path)])
+        except OSError as e:
+            if not e.strerror:
+                raise  # ours
+            raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
+        if max(listing.stamps[::2]) < (started - SETTLED) * 1e9:
+            with suppress(OSError):
+                _write(file, listing)
+        return listing
+
+
+@contextmanager
+def _one_process(file: Path) -> Iterator[None]:
+    """Hold the lock of a file, unless its folder cannot be written to."""
+    with ExitStack() as stack:
         with suppress(OSError):
-            _write(file, listing)
-    return listing
+            stack.enter_context(lock(file))
+        yield
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

@@ -1,6 +1,7 @@
 """What a run says: lines for people, and means over the steps between two of them."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,8 +35,9 @@ class Window:
     def summary(self, batch_size: int) -> dict[str, float]:
         """Mean losses and gradient norm of the finite steps, the last scheduled values, speed."""
         seconds = time.perf_counter() - self.start
-        finite = [r for r in self.records if r["loss"] == r["loss"]]
-        means = {k: sum(r[k] for r in finite) / len(finite) for r in finite[:1] for k in r}
+        keys = {k: None for r in self.records for k in r}  # a step that was left out has fewer
+        finite = {k: [r[k] for r in self.records if math.isfinite(r.get(k, math.nan))] for k in keys}
+        means = {k: sum(v) / len(v) for k, v in finite.items() if v}
         return {
             **means,
             **{k: v for k, v in self.records[-1].items() if k in Values._fields},
@@ -47,9 +49,10 @@ class Window:
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Log lines to the terminal, past the progress bar, and to a file."""
-    handlers: list[logging.Handler] = [_Terminal()]
-    if world()[0] == 0:
-        handlers.append(_LateFile(path, delay=True))
+    handlers: list[logging.Handler] = [_Terminal(), _LateFile(path, delay=True)]
+    if world()[0]:
+        for handler in handlers:
+            handler.addFilter(lambda record: getattr(record, "every_process", False))
     form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     level, propagate = _logger.level, _logger.propagate
     _logger.setLevel(logging.INFO)
@@ -69,6 +72,8 @@ def log_to(path: Path) -> Iterator[None]:
 
 class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         tqdm.write(self.format(record), file=sys.stderr)
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from passreid_models.local_dir import save_pretrained
-from passreid_models.runtime import all_reduce_mean, world
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, make_loader, prefetch
+from passreid_models.runtime import all_reduce_mean, num_cores, world
+from passreid_models.ssl.config import FREE, TrainConfig
+from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.log import Window, log_to
 from passreid_models.ssl.monitor import probe, read_labelled
 from passreid_models.ssl.run import RunFolder
@@ -64,7 +65,11 @@ def train(config: TrainConfig) -> Path:
     try:
         log = log_to(Path(config.out) / "log.txt")
         with _process_group(config) as device, log, closing(_Run(config, device)) as run:
-            return run.train()
+            try:
+                return run.train()
+            except Exception as e:  # for who reads the log; the caller tells the terminal
+                _logger.error(f"{type(e).__name__}: {e}", extra={"file_only": True, "every_process": True})
+                raise
     except OSError as e:
         if e.filename or e.errno not in FULL:
             raise
@@ -75,36 +80,53 @@ class _Run:
     """The loop around the step: data, checkpoints, logs, signals."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
         self.folder = RunFolder(config.out)
         self.is_main = world()[0] == 0
-        checkpoint = self._find_checkpoint()
-        labelled = read_labelled(config.probe) if config.probe else None
+        checkpoint = self._find_checkpoint(config)
+        if checkpoint is not None:  # it holds all weights, and init may be gone
+            config = replace(config, init=checkpoint["config"]["init"])
+        self.config = config
+        self.labelled = read_labelled(config.probe) if config.probe else None
         self.source = open_source(config.data)
-        self.trainer = Trainer(config, len(self.source), device)
+        begin = config if checkpoint is None else replace(config, init="")
+        self.trainer = Trainer(begin, len(self.source), device, self.source.fingerprint)
+        self.trainer.config = config
         if checkpoint is not None:
             self.trainer.load_state(checkpoint)
+        self._check_same_step()
         if self.is_main:
             self.folder.open()
-            self.folder.forget_metrics_after(self.trainer.step)
+            self.folder.forget_after(self.trainer.step)
             config.save(self.folder.path / "config.yaml")
-        self.labelled = labelled
         self.unreadable: set[str] = set()
+        self.unreadable_now, self.counted_epoch = 0, -1
+        self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
         self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
 
-    def _find_checkpoint(self) -> dict[str, Any] | None:
-        resume = self.config.resume
-        if resume == "auto":
+    def _find_checkpoint(self, config: TrainConfig) -> dict[str, Any] | None:
+        last = self.folder.latest()
+        if config.resume == "auto":
             found = self.folder.load_latest()
             return found[1] if found else None
-        if resume:
-            return self.folder.load(Path(resume))
-        if last := self.folder.latest():
+        if config.resume:
+            given = Path(config.resume)
+            if last and given.resolve() not in [p.resolve() for p in self.folder.checkpoints()]:
+                raise ValueError(f"{self.folder.path} holds another run than {given}: name another --out")
+            return self.folder.load(given)
+        if last:
             raise ValueError(
                 f"{self.folder.path} holds a run ({last.name}): --resume auto continues it, --out begins anew"
             )
         return None
+
+    def _check_same_step(self) -> None:
+        step = torch.tensor(self.trainer.step, dtype=torch.float64, device=self.trainer.device)
+        if float(mean := all_reduce_mean(step)) != self.trainer.step:
+            raise ValueError(
+                f"out: this process found step {self.trainer.step}, others another (on average {mean:g}): "
+                f"{self.folder.path.absolute()} must be one folder for all processes"
+            )
 
     def close(self) -> None:
         """Let other processes train in the folder, though a traceback may keep this object alive."""
@@ -115,7 +137,7 @@ class _Run:
         self._announce()
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
             self._export()
-        batches = closing(prefetch(self._loader(), trainer.device))
+        batches = closing(batches_on(trainer.device, self._loader()))
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=None if self.is_main else True)
         window = Window()
         with _signals() as received, batches as views, bar:
@@ -136,8 +158,10 @@ class _Run:
                     window = Window()
                 stop = self._agree_to_stop(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
-                if stop or is_last or (is_good and self._due(ends_epoch)):
+                if stop or is_last or (is_good and self._due()):
                     self._save()
+                if ends_epoch and trainer.epoch % config.probe_epochs == 0:
+                    self._probe()  # after saving: it may fail
                 if stop and trainer.step < trainer.total_steps:
                     raise Stopped(
                         f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
@@ -186,13 +210,17 @@ class _Run:
 
     def _count_unreadable(self, batches: Sequence[Batch]) -> None:
         """Name each unreadable image once, and stop when they are too many."""
-        for message in {m for batch in batches for m in batch.unreadable} - self.unreadable:
-            self.unreadable.add(message)
-            _logger.warning(f"left out: {message}")
-        limit = self.config.max_unreadable * self.trainer.num_images
-        if len(self.unreadable) > limit:
+        if self.trainer.epoch != self.counted_epoch:
+            self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
+        for message in (m for batch in batches for m in batch.unreadable):
+            self.unreadable_now += 1
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                _logger.warning(f"left out: {message}", extra={"every_process": True})
+        share = self.trainer.num_images / self.trainer.world_size  # of an epoch, that this process reads
+        if self.unreadable_now > self.config.max_unreadable * share:
             raise ValueError(
-                f"max_unreadable: {len(self.unreadable)} of {self.trainer.num_images} images cannot be read, more than "
+                f"max_unreadable: {self.unreadable_now} of {share:.0f} images cannot be read, more than "
                 f"{self.config.max_unreadable:.2%}; {self.folder.log_file} names them"
             )
 
@@ -202,9 +230,9 @@ class _Run:
         wanted = torch.tensor(float(bool(received or late)), device=self.trainer.device)
         return bool(all_reduce_mean(wanted)) if self.trainer.world_size > 1 else bool(wanted)
 
-    def _due(self, ends_epoch: bool) -> bool:
+    def _due(self) -> bool:
         t, c = self.trainer, self.config
-        if ends_epoch and t.epoch % c.save_epochs == 0:
+        if t.epoch // c.save_epochs > self.saved_epoch // c.save_epochs:
             return True
         return time.monotonic() - self.saved_at > 60 * c.save_minutes
 
@@ -213,7 +241,7 @@ class _Run:
         if self.is_main:
             self.folder.save(self.trainer.state(), self.config.keep)
         self._export()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_epoch = time.monotonic(), self.trainer.epoch
 
     def _export(self) -> None:
         if not self.is_main:
@@ -227,11 +255,12 @@ class _Run:
     def _provenance(self) -> dict[str, Any]:
         from passreid_models import __version__
 
-        config = self.config.to_dict()
+        config = {k: v for k, v in self.config.to_dict().items() if k not in FREE}  # no names of folders
         return {
             "method": "PASS" if self.config.num_parts else "DINO",
             "data": self.source.description,
             "data_fingerprint": self.source.fingerprint,
+            "init": Path(self.config.init).name,
             "images_seen": self.trainer.step * self.config.batch_size,
             "step": self.trainer.step,
             "config": config,
@@ -246,8 +275,20 @@ class _Run:
         record = {"step": t.step, "epoch": t.step / t.epoch_steps, **summary}
         if ends_epoch:
             record.update(t.indicators)
-            if self.labelled is not None and t.epoch % self.config.probe_epochs == 0:
-                record.update(probe(t.teacher.backbone, self.labelled, t.device))
+        self._write(record)
+
+    def _probe(self) -> None:
+        t = self.trainer
+        if self.is_main and self.labelled is not None:
+            try:
+                scores = probe(t.teacher.backbone, self.labelled, t.device)
+            except (ValueError, OSError) as e:
+                _logger.warning(f"probe: {e}")
+            else:
+                self._write({"step": t.step, "epoch": t.step / t.epoch_steps, **scores})
+
+    def _write(self, record: dict[str, float]) -> None:
+        t = self.trainer
         self.folder.add_metrics(record)
         values = "  ".join(f"{k} {record[k]:.4g}" for k in SHOWN if k in record)
         _logger.info(f"epoch {record['epoch']:.2f}  step {t.step}/{t.total_steps}  {values}")
@@ -266,6 +307,8 @@ def _signals() -> Iterator[list[int]]:
         if signum == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(signum)
+        again = "; Ctrl-C again stops without" if signum == signal.SIGINT else ""
+        os.write(2, f"\nsaving after this step{again}\n".encode())  # print may be in the middle of a line
 
     in_main = threading.current_thread() is threading.main_thread()  # Python leaves signals to that one
     old = {s: signal.signal(s, note) for s in SIGNALS if in_main}
@@ -296,8 +339,7 @@ def pick_workers(config: TrainConfig) -> int:
     """Loader processes of a training process: all cores but one, shared by those of this machine, 16 at most."""
     if config.workers is not None:
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _tensorboard(folder: RunFolder) -> Any:

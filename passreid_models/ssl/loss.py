@@ -1,4 +1,4 @@
-"""The loss of PASS: part-wise self-distillation (arXiv 2203.03931, section 3.2; SPEC of the centres: DINO).
+"""The loss of PASS: part-wise self-distillation (arXiv 2203.03931, section 3.2; centres as in DINO).
 
     q_i = softmax((z_teacher_i - c) / T_teacher)                    teacher, global view i
     p_v = softmax(z_student_v / T_student)                          student, any view v

@@ -1,5 +1,6 @@
 """Watching a run: signs of collapse, and the ranking of a labelled folder."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.retrieval import evaluate
 from passreid_models.ssl.loss import PASSLoss
 from passreid_models.ssl.network import Projections
+
+_logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -95,6 +98,11 @@ def probe(
 ) -> dict[str, float]:
     """mAP and Rank-1 of every image as a query against all others under other cameras (Rank-1 is 1-NN accuracy)."""
     paths, pids, camids = labelled
-    descriptors = Embedder(backbone, device)(paths)
+    errors: dict[int, str] = {}
+    descriptors = Embedder(backbone, device)(paths, errors=errors)
+    if errors:
+        _logger.warning(f"probe: {len(errors)} images cannot be read, the first: {next(iter(errors.values()))}")
+        kept = np.array([i for i in range(len(paths)) if i not in errors])
+        descriptors, pids, camids = descriptors[kept], pids[kept], camids[kept]
     metrics = evaluate(descriptors, descriptors, pids, pids, camids, camids)
     return {"probe_mAP": 100 * metrics.mAP, "probe_rank1": 100 * metrics.rank1}

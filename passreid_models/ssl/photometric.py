@@ -24,7 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale, solarize  # type: ignore[import-untyped]
 
-from passreid_models.ssl.views import BLUR, BRIGHTNESS, CONTRAST, GRAY, HUE, NUM_PARAMS, SATURATION, SOLARIZE, STEPS
+from passreid_models.ssl.views import (
+    BLUR,
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    NUM_PARAMS,
+    SATURATION,
+    SOLARIZE,
+    STEPS,
+    Views,
+)
 
 CPU_PIECE = 1 << 17  # floats that an operation goes over at a time
 GPU_PIECE = 1 << 25
@@ -55,6 +66,17 @@ class Photometric(nn.Module):
             raise ValueError(f"mean and std must be three values, std above 0, got mean={mean!r} and std={std!r}")
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def batch(self, views: Views) -> tuple[Tensor, Tensor]:
+        """A loader's batch ``[B, V, ...]`` by view: ``[2, B, 3, H, W]`` and ``[A * L, B, 3, h, w]``."""
+        made, start = [], 0
+        for images in views[:2]:
+            images = images.transpose(0, 1)
+            params = views.params[:, start : start + len(images)].transpose(0, 1).flatten(0, 1)
+            made.append(self(images.flatten(0, 1), params).unflatten(0, images.shape[:2]))
+            start += len(images)
+        return made[0], made[1]
 
     def forward(self, views: Tensor, params: Tensor) -> Tensor:
         """Apply params to views.

@@ -8,8 +8,10 @@ RUN/export/                        the teacher's backbone, for timm's local-dir:
 
 import json
 import logging
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +115,20 @@ class RunFolder:
             raise error
         return None
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps that a resumed run makes again."""
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run makes again, and set later checkpoints aside (``.later``)."""
+        for path in self.checkpoints():
+            if int(path.stem.partition("_")[2]) > step:
+                path.rename(path.with_suffix(".pt.later"))
         if self.metrics_file.is_file():
             lines = [x for x in self.metrics_file.read_text().splitlines() if _step_of(x) <= step]
             with atomic_file(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{x}\n" for x in lines))
 
-    def add_metrics(self, record: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
+    def add_metrics(self, record: Mapping[str, float]) -> None:
+        """Append a line to ``metrics.jsonl``; what is not finite is null, since JSON has no word for it."""
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 
 def _step_of(line: str) -> float:

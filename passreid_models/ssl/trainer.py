@@ -6,6 +6,7 @@ that a resumed run goes on as if nothing had happened.
 """
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +27,6 @@ from passreid_models.ssl.monitor import collapse_indicators
 from passreid_models.ssl.network import Projections
 from passreid_models.ssl.optim import clip_gradients, make_optimizer, set_hyperparameters, update_teacher
 from passreid_models.ssl.photometric import Photometric
-from passreid_models.ssl.views import Views
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Values(NamedTuple):
 
 
 def scheduled(config: TrainConfig, step: int, epoch_steps: int) -> Values:
-    """The schedules of a run as a pure function of the step (SPEC of the paper: DINO's)."""
+    """The schedules of a run as a pure function of the step (those of DINO, arXiv 2104.14294)."""
     c, total = config, config.epochs * epoch_steps
     warmup = round((c.epochs / 10 if c.warmup_epochs is None else c.warmup_epochs) * epoch_steps)
     return Values(
@@ -61,12 +61,13 @@ def scheduled(config: TrainConfig, step: int, epoch_steps: int) -> Values:
 class Trainer:
     """Student, teacher, loss and optimiser of one process, and the step that moves them."""
 
-    def __init__(self, config: TrainConfig, num_images: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, num_images: int, device: torch.device, fingerprint: str = "") -> None:
         """
         Args:
             config: The run.
             num_images: Images of the data.
             device: Of this process.
+            fingerprint: Of the list of images, for the check of a resumed run.
 
         Raises:
             ValueError: If the data are fewer than a batch, or the batch cannot be shared by the processes.
@@ -80,6 +81,7 @@ class Trainer:
                 f"batch_size: {config.batch_size} is not divided by {self.world_size} processes x {config.accumulate} "
                 f"micro-batches = {share}"
             )
+        self.fingerprint = fingerprint
         self.num_images, self.epoch_steps = num_images, num_images // config.batch_size
         self.total_steps = config.epochs * self.epoch_steps
         self.step, self.skipped = 0, 0
@@ -90,6 +92,7 @@ class Trainer:
         self.criterion = PASSLoss(
             config.num_prototypes, config.num_parts, config.student_temp, config.center_momentum
         ).to(device)
+        self.chunk = (64 if device.type == "cuda" else 8) if config.loss_chunk is None else config.loss_chunk
         cfg = self.student.backbone.pretrained_cfg
         self.photometric = Photometric(cfg["mean"], cfg["std"]).to(device)
         self.optimizer = make_optimizer(self.student)
@@ -123,23 +126,28 @@ class Trainer:
         config, values = self.config, scheduled(self.config, self.step, self.epoch_steps)
         seed_step(config.seed, self.step, self.rank)
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
-        means, losses = torch.zeros_like(self.criterion.centers), []
+        means, losses, terms = torch.zeros_like(self.criterion.centers), [], []
         for i, batch in enumerate(batches):
-            global_views, local_views = self.make_views(batch.views)
-            with self._sync_gradients(i == len(batches) - 1), self._autocast():
-                with torch.no_grad():
-                    targets = self.teacher(global_views)
-                outputs = self.parallel(global_views, local_views)
-                loss, terms = self._compare(outputs, targets, values.teacher_temp)
-                losses.append(all_reduce_mean(torch.stack([loss.detach(), *(mean_of_pairs([t]) for t in terms)])))
-                if not losses[-1][0].isfinite():
-                    self._on_nonfinite(terms)
-                    return {"loss": float("nan"), **values._asdict()}
+            global_views, local_views = self.photometric.batch(batch.views)
+            with self._sync_gradients(i == len(batches) - 1):
+                with self._autocast():
+                    with torch.no_grad():
+                        targets = self.teacher(global_views)
+                    outputs = self.parallel(global_views, local_views)
+                    loss, pairs = self._compare(outputs, targets, values.teacher_temp)
                 self.scaler.scale(loss / len(batches)).backward()
+            losses.append(torch.stack([loss.detach(), *(mean_of_pairs([t]) for t in pairs)]))
             means += mean_logits(targets) / len(batches)
+            terms.append(pairs)
 
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.student, config.clip, config.clip_by)
+        figures = torch.cat([torch.stack(losses).mean(0), grad_norm[None]])
+        *found, norm = all_reduce_mean(figures).tolist()  # a GPU is waited for here, once a step
+        if not math.isfinite(found[0]) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            self._leave_out(terms, "gradient" if math.isfinite(found[0]) else "loss")
+            return {"loss": float("nan"), **values._asdict()}
+
         if self.epoch < config.freeze_last_layer_epochs:
             for head in self.student.heads:
                 cast(ProjectionHead, head).last_layer.zero_grad()
@@ -153,24 +161,11 @@ class Trainer:
             self._inspect(outputs, targets, values.teacher_temp, global_views)
         self.step += 1
         kinds = [f"loss_{kind.lower()}" for kind in token_kinds(config.num_parts)]
-        found = torch.stack(losses).mean(0).tolist()
-        return {"loss": found[0], **dict(zip(kinds, found[1:], strict=True)), **values._asdict(),
-                "grad_norm": float(grad_norm)}  # fmt: skip
-
-    @torch.no_grad()
-    def make_views(self, views: Views) -> tuple[Tensor, Tensor]:
-        """The photometric part: uint8 views to normalised ``[G, B, 3, H, W]`` and ``[A * L, B, 3, h, w]``."""
-        made, start = [], 0
-        for images in views[:2]:
-            images = images.transpose(0, 1)
-            params = views.params[:, start : start + len(images)].transpose(0, 1).flatten(0, 1)
-            made.append(self.photometric(images.flatten(0, 1), params).unflatten(0, images.shape[:2]))
-            start += len(images)
-        return made[0], made[1]
+        return {"loss": found[0], **dict(zip(kinds, found[1:], strict=True)), **values._asdict(), "grad_norm": norm}
 
     def _compare(self, outputs: Projections, targets: Projections, temp: float) -> tuple[Tensor, list[Tensor]]:
-        if self.config.loss_chunk:
-            return self.criterion.lean(outputs, targets, temp, self.config.loss_chunk)
+        if self.chunk:
+            return self.criterion.lean(outputs, targets, temp, self.chunk)
         terms = self.criterion.pairs(outputs.logits(), targets.logits(), temp)
         return mean_of_pairs(terms), [t.detach() for t in terms]
 
@@ -183,11 +178,15 @@ class Trainer:
             return nullcontext()
         return self.parallel.no_sync()
 
-    def _on_nonfinite(self, terms: Sequence[Tensor]) -> None:
-        """Leave the step out, or stop."""
+    def _leave_out(self, terms: Sequence[Sequence[Tensor]], what: str) -> None:
+        """Make nothing of a step whose loss or gradient is not finite, or stop."""
         self.optimizer.zero_grad()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.indicators = {}
         self.skipped += 1
-        message = f"the loss of step {self.step + 1} is not finite ({_name_nonfinite(terms)})"
+        where = f" ({_name_nonfinite(terms)})" if what == "loss" else ""
+        message = f"the {what} of step {self.step + 1} is not finite{where}"
         if self.skipped > self.config.skip_nonfinite:
             raise NonFiniteLossError(message)
         _logger.warning(f"{message}: left out, {self.skipped} of {self.config.skip_nonfinite} allowed")
@@ -203,8 +202,11 @@ class Trainer:
         return {
             "config": self.config.to_dict(),
             "step": self.step,
+            "skipped": self.skipped,
             "num_images": self.num_images,
+            "fingerprint": self.fingerprint,
             "world_size": self.world_size,
+            "dtype": str(self.dtype),
             "statistics": {k: tuple(self.teacher.backbone.pretrained_cfg[k]) for k in ("mean", "std")},
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -222,22 +224,29 @@ class Trainer:
         if changed := self.config.changed(state["config"]):
             what = "; ".join(f"{k}: {here!r}, in the run {there!r}" for k, (here, there) in changed.items())
             raise ValueError(f"the run to resume has other settings ({what}): give those, or another --out")
-        if state["num_images"] != self.num_images:
+        if (state["num_images"], state["fingerprint"]) != (self.num_images, self.fingerprint):
             raise ValueError(
                 f"the run to resume has {state['num_images']} images, and {self.config.data} now holds "
-                f"{self.num_images}: the order would be another; begin a new run with --init"
+                f"{self.num_images}, or others: begin a new run with --init"
             )
-        if state["world_size"] != self.world_size:
+        mine = {"processes": self.world_size, "dtype": str(self.dtype), **self.config.numerics()}
+        saved = {"processes": state["world_size"], "dtype": state["dtype"]}
+        saved |= TrainConfig.from_dict(state["config"]).numerics()
+        if differing := [f"{mine[k]} {k} instead of {saved[k]}" for k in mine if mine[k] != saved[k]]:
             _logger.warning(
-                f"resumed with {self.world_size} processes instead of {state['world_size']}: the same images a step, "
-                "but the last digits and the stochastic depth differ"
+                f"resumed with {', '.join(differing)}: the same images a step, but the last digits and the stochastic "
+                "depth differ"
             )
-        self.step = state["step"]
+        self.step, self.skipped = state["step"], state["skipped"]
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.criterion.centers.copy_(state["centers"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # else of a run in another dtype
+            self.scaler.load_state_dict(state["scaler"])
+        for backbone in (self.student.backbone, self.teacher.backbone):
+            backbone.pretrained_cfg = {**backbone.pretrained_cfg, **state["statistics"]}
+        self.photometric = Photometric(**state["statistics"]).to(self.device)
 
 
 def token_kinds(num_parts: int) -> list[str]:
@@ -245,11 +254,12 @@ def token_kinds(num_parts: int) -> list[str]:
     return ["CLS", *(f"PART{k + 1}" for k in range(num_parts))]
 
 
-def _name_nonfinite(terms: Sequence[Tensor]) -> str:
-    for kind, pairs in zip(token_kinds(len(terms) - 1), terms, strict=True):
-        if (bad := (~pairs.isfinite()).nonzero()).numel():
-            i, v = bad[0].tolist()
-            return f"{kind}: teacher's global view {i + 1}, student's view {v + 1}"
+def _name_nonfinite(terms: Sequence[Sequence[Tensor]]) -> str:
+    for of_kinds in terms:
+        for kind, pairs in zip(token_kinds(len(of_kinds) - 1), of_kinds, strict=True):
+            if (bad := (~pairs.isfinite()).nonzero()).numel():
+                i, v = bad[0].tolist()
+                return f"{kind}: teacher's global view {i + 1}, student's view {v + 1}"
     return "in another process"
 
 
