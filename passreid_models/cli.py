@@ -71,7 +71,6 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     """The configuration from defaults, then the preset, then the YAML file, then the flags."""
     from dataclasses import fields
 
-    import yaml
     from jsonargparse import ArgumentParser
 
     from passreid_models.ssl.config import PRESETS, TrainConfig
@@ -89,7 +88,7 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     options = _options(argv, switches={f.name for f in fields(TrainConfig) if f.type in (bool, "bool")})
     given = dict(options)
     if "--preset" not in given and Path(given.get("--config") or "").is_file():
-        given["--preset"] = (yaml.safe_load(Path(str(given["--config"])).read_text()) or {}).get("preset")
+        given["--preset"] = _preset_in(Path(str(given["--config"])))
     parser.set_defaults(PRESETS.get(given.get("--preset") or "", {}))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
@@ -98,6 +97,18 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     if not values["data"]:
         raise ValueError("data: expected a folder of person crops, such as passreid-train my_crops/")
     return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+
+
+def _preset_in(file: Path) -> str | None:
+    """The preset that a YAML file names; what is wrong with the file is said when all of it is parsed."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    preset = content.get("preset") if isinstance(content, dict) else None
+    return preset if isinstance(preset, str) else None
 
 
 def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | None]]:

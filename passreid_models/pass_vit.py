@@ -21,7 +21,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from passreid_models import weights
@@ -211,8 +211,23 @@ class PassVisionTransformer(VisionTransformer):
             prefix.append(parts if part_index is None else self.reg_token[0, part_index].unsqueeze(1))
         tokens = torch.cat([*prefix, patches], dim=1)
         tokens = self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
-        tokens = checkpoint_seq(self.blocks, tokens) if self.grad_checkpointing else self.blocks(tokens)
+        *blocks, last = self.blocks
+        if type(last) is Block:  # timm's plain block, of which it is known what it does
+            last = partial(_prefix_block, last, sum(p.shape[1] for p in prefix))
+        steps = [*blocks, last]
+        if self.grad_checkpointing:
+            tokens = checkpoint_seq(steps, tokens)
+        else:
+            for step in steps:
+                tokens = step(tokens)
         return self.norm(tokens[:, : sum(p.shape[1] for p in prefix)])
+
+
+def _prefix_block(block: Block, num_prefix: int, tokens: Tensor) -> Tensor:
+    """The last block for prefix tokens alone: after its attention nobody asks for the patches."""
+    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+    prefix = tokens[:, :num_prefix]
+    return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:

@@ -1,6 +1,7 @@
 """Pictures; matplotlib is imported when one is drawn."""
 
 import json
+import math
 from fnmatch import filter as matching
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (title, patterns) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         for key in (key for pattern in patterns for key in matching(names, pattern)):
-            x, y = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
-            largest = max(map(abs, y)) or 1.0
+            x, values = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
+            y = [math.nan if v is None else v for v in values]  # null was not finite: a gap in the curve
+            largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
             axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")

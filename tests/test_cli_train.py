@@ -107,6 +107,8 @@ def test_data_stands_anywhere_among_the_options(words):
         (["--warmup-teacher_temp-epochs=3"], {"warmup_teacher_temp_epochs": 3}),
         (["--size", "64x32"], {"size": (64, 32)}),
         (["--size=64x32"], {"size": (64, 32)}),
+        (["--size", 64, 32], {"size": (64, 32)}),
+        (["--local-size", 32, 16, "--seed", 3], {"local_size": (32, 16), "seed": 3}),
         (["--size=[64,32]", "--local-size=32x16"], {"size": (64, 32), "local_size": (32, 16)}),
         (["--local-scale", "[0.2,0.5]"], {"local_scale": (0.2, 0.5)}),
         (["--areas", "[[0,0.5],[0.2,0.7],[0.5,1]]"], {"areas": [(0.0, 0.5), (0.2, 0.7), (0.5, 1.0)]}),
@@ -157,6 +159,23 @@ def test_a_file_wins_over_the_preset_and_flags_over_the_file(tmp_path):
     assert parse("--config", file, "--preset=laptop") == expected
     for words in (["--seed=8", "--config", file, "crops/"], ["crops/", f"--config={file}", "--seed", 8]):
         assert parse(*words) == TrainConfig(data="crops/", lr=0.01, seed=8, size=(128, 64))
+
+
+def test_a_file_can_name_a_preset_that_its_other_lines_a_flag_and_another_preset_win_over(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("data: from_file/\npreset: laptop\nlr: 0.01\n")
+    expected = TrainConfig(data="from_file/", **PRESETS["laptop"] | {"lr": 0.01})
+    assert parse("--config", file) == expected
+    assert parse(f"--config={file}", "--momentum=0.9") == replace(expected, momentum=0.9)
+    lup = TrainConfig(data="from_file/", **PRESETS["pass-vit-s-lup"], lr=0.01)
+    assert parse(f"--config={file}", "--preset=pass-vit-s-lup") == lup
+
+
+@pytest.mark.parametrize("text", ["lr: [0.1\nseed: {", "- lr\n", "preset: [laptop]\n", "preset: desktop\n"])
+def test_a_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path, capsys, text):
+    (tmp_path / "settings.yaml").write_text(text)
+    said = refused(capsys, ["crops/", f"--config={tmp_path}/settings.yaml"])
+    assert "config" in said or '"preset"' in said
 
 
 def test_the_configuration_of_a_run_is_a_file_that_makes_the_same_run_again(run, data, tmp_path, capsys):
@@ -218,6 +237,7 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
         (["--epochs=many"], '"epochs"'),
         (["--compile=perhaps"], '"compile"'),
         (["--epochs"], "argument --epochs: expected one argument"),
+        (["--init", "--seed", "3"], "argument --init: expected one argument"),
         (["--preset=desktop"], "argument --preset: invalid choice: 'desktop' (choose from 'pass-vit-s-lup', "),
         (["--epoch=5"], "unrecognized arguments: --epoch=5"),
         (["--learning-rate", "0.1"], "unrecognized arguments: --learning_rate=0.1"),

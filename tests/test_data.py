@@ -183,6 +183,22 @@ def test_an_epoch_is_a_permutation_less_the_images_that_fill_no_batch():
     assert set.union(*map(set, orders)) == set(range(N))
 
 
+def test_the_order_of_an_epoch_and_the_views_of_its_first_sample_are_drawn_from_different_streams(monkeypatch):
+    streams, make = [], np.random.default_rng
+
+    def spy(key: tuple[int, ...]) -> np.random.Generator:
+        streams.append(make(key).bit_generator.state["state"]["state"])  # numpy takes (5,) and (5, 0) for the same
+        return make(key)
+
+    monkeypatch.setattr(np.random, "default_rng", spy)
+    data = ViewDataset(open_source(f"synthetic:ids={N},images=1,size=64x32"), FINE, FINE, 0, seed=5)
+    monkeypatch.setattr(data.source, "load", lambda _: Image.new("RGB", (12, 24)))
+    for epoch in range(3):
+        list(StepSampler(N, N, epoch + 1, seed=5, start=epoch))
+        data[epoch * N]
+    assert len(set(streams)) == len(streams) == 6
+
+
 def test_the_order_is_that_of_the_seed():
     assert steps() == steps()
     assert steps() != steps(seed=6)

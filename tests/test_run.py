@@ -240,6 +240,11 @@ def test_metrics_are_a_json_object_a_line(folder):
     assert [json.loads(line) for line in lines] == [{"step": 10, "loss": 1 / 3}, {"step": 20, "loss": 1 / 3}]
 
 
+def test_a_metric_that_is_not_finite_is_null_since_json_has_no_word_for_it(folder):
+    folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "kl": float("-inf"), "lr": 0.5})
+    assert folder.metrics_file.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "kl": null, "lr": 0.5}\n'
+
+
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (10, [10]), (15, [10]), (30, [10, 20, 30]), (99, [10, 20, 30])])
 def test_steps_that_will_be_made_again_are_dropped(folder, step, kept):
     for s in (10, 20, 30):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_runs import tiny
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from passreid_models.checkpoint import read_checkpoint
 from passreid_models.runtime import seed_step
@@ -460,6 +461,49 @@ def test_a_tolerated_step_is_left_out_whole_and_the_one_too_many_stops(caplog, a
     assert trainer.optimizer.state
     with pytest.raises(NonFiniteLossError, match="the loss of step 4 is not finite"):
         trainer.training_step([good] * (accumulate - 1) + [bad])
+
+
+def infinite(trainer: Trainer) -> RemovableHandle:
+    """From now on one gradient of the student is infinite, and its loss is not."""
+    return trainer.student.backbone.blocks[1].mlp.fc1.weight.register_hook(lambda g: torch.full_like(g, math.inf))
+
+
+def moving(trainer: Trainer) -> dict[str, Any]:
+    state = deepcopy(trainer.state())
+    return {**{k: state[k] for k in ("student", "teacher", "centers")}, "moments": state["optimizer"]["state"]}
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_by": "norm"}, {"clip": 0.0}], ids=["parameter", "norm", "none"])
+def test_a_gradient_that_is_not_finite_is_named_with_its_step_and_moves_nothing(batches, caplog, clip):
+    stops, goes_on = make(**clip), make(skip_nonfinite=1, **clip)
+    for trainer in (stops, goes_on):
+        run(trainer, batches[:1])
+        before, hook = moving(trainer), infinite(trainer)
+        if trainer is stops:
+            with pytest.raises(NonFiniteLossError, match=r"^the gradient of step 2 is not finite$"):
+                trainer.training_step(batches[1])
+        else:
+            assert math.isnan(trainer.training_step(batches[1])["loss"])
+        hook.remove()
+        assert before["centers"].any()
+        assert before["moments"]
+        assert_close(moving(trainer), before, 0)
+    assert "the gradient of step 2 is not finite: left out, 1 of 1 allowed" in caplog.text
+    found = goes_on.training_step(batches[2])
+    assert math.isfinite(found["loss"])
+    assert math.isfinite(found["grad_norm"])
+    assert all(x.isfinite().all() for x in goes_on.student.parameters())
+    assert any(not torch.equal(v, before["student"][k]) for k, v in goes_on.student.state_dict().items())
+
+
+def test_a_resumed_run_knows_how_many_steps_were_left_out(batches):
+    trainer, resumed = make(skip_nonfinite=1), make(skip_nonfinite=1)
+    infinite(trainer)
+    trainer.training_step(batches[0])
+    resumed.load_state(deepcopy(trainer.state()))
+    infinite(resumed)
+    with pytest.raises(NonFiniteLossError, match="the gradient of step 2 is not finite"):
+        resumed.training_step(batches[1])
 
 
 def test_indicators_are_of_the_end_of_each_epoch(batches):

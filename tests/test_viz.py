@@ -1,6 +1,7 @@
 """The curves of a run: what is drawn from which metrics, and what is said when there are none."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def test_metrics_that_are_in_some_lines_only_are_drawn_there(tmp_path, drawn):
     assert drawn["probe_mAP"] == ([2.0], [31.0])
     assert drawn["loss"][0] == [0.5, 1.0]
     assert "kl" not in drawn
+
+
+def test_null_is_a_gap_in_a_curve(tmp_path, drawn):
+    records = [record(1), {**record(2), "loss": None, "lr": None}, {**record(4), "kl": None}]
+    plot_run(write(tmp_path, records))
+    assert drawn["loss"][1] == pytest.approx([9.5, math.nan, 9.5], nan_ok=True)
+    assert drawn["lr"][1] == pytest.approx([0.25, math.nan, 1], nan_ok=True)
+    assert drawn["kl"][1] == pytest.approx([math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("end", ['{"step": 3, "epo', "{", '{"step": 9, "loss": 1}\n', "\n"])

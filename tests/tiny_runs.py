@@ -92,9 +92,23 @@ def steps_logged(run: Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
+def saved_steps(run: Path) -> list[int]:
+    return [int(p.stem.removeprefix("step_")) for p in RunFolder(run).checkpoints()]
+
+
 def files(folder: Path) -> set[str]:
     """Everything below a folder, hidden or not, but the lock."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*")} - {".run.lock"}
+
+
+def one_sentence(output: str) -> str:
+    """What passreid-train says at the end, without a traceback."""
+    assert "Traceback" not in output
+    assert "Error" not in output.replace("ImageError", "")
+    said = [line for line in output.splitlines() if line.startswith("passreid-train: ")]
+    assert len(said) == 1, output
+    assert output.rstrip().endswith(said[0])
+    return said[0]
 
 
 # ---- Processes
@@ -174,8 +188,8 @@ def _begin(function: Callable[..., Any], args: tuple, printed: Path, how: dict[s
 
 
 def run_cli(words: list[str]) -> int:
-    """passreid-train."""
-    return cli.train(words)
+    """passreid-train; ``{rank}`` in a word is that of the process."""
+    return cli.train([word.replace("{rank}", os.environ.get("RANK", "0")) for word in words])
 
 
 def run_train(config: TrainConfig) -> int:

@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
         "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
 # and here only the last digits, and what is drawn for the stochastic depth
-NUMERICS = ("accumulate", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
+NUMERICS = ("accumulate", "dtype", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The projection head: output tokens of the ViT to prototypes (DINO's head, arXiv 2104.14294, appendix C)."""
 
+from typing import Any, cast
+
+import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -48,6 +51,12 @@ class ProjectionHead(nn.Module):
     def prototypes(self) -> Tensor:
         """``[K, C]``, each of length 1 while the gains are."""
         return self.last_layer.weight
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The prototypes as directions ``[K, C]`` of any length and scales ``[K]``, without making ``[K, C]`` anew."""
+        weight = cast(Any, self.last_layer).parametrizations.weight
+        with torch.autocast(weight.original1.device.type, enabled=False):
+            return weight.original1, weight.original0[:, 0] / torch.linalg.vector_norm(weight.original1, dim=1)
 
     def features(self, x: Tensor) -> Tensor:
         """Tokens ``[..., D]`` to features of length 1, ``[..., C]``."""

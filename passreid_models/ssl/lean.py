@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 def lean_cross_entropies(
     features: Tensor,
-    prototypes: Tensor,
+    prototypes: tuple[Tensor, Tensor],
     teacher_features: Tensor,
-    teacher_prototypes: Tensor,
+    teacher_prototypes: tuple[Tensor, Tensor],
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
@@ -29,9 +29,10 @@ def lean_cross_entropies(
 
     Args:
         features: Of the student, ``[V, B, C]``, the G global views first.
-        prototypes: Of the student, ``[K, C]``.
+        prototypes: Of the student, ``[K, C]`` of any length, and their scales ``[K]``: weight normalisation is applied
+            to the logits, since a normalised copy of ``[K, C]`` and its gradient cost more than they.
         teacher_features: ``[G, B, C]``.
-        teacher_prototypes: ``[K, C]``.
+        teacher_prototypes: ``[K, C]`` and ``[K]``.
         center: ``[K]``.
         student_temp: Temperature of the student's softmax.
         teacher_temp: Temperature of the teacher's softmax.
@@ -39,14 +40,17 @@ def lean_cross_entropies(
 
     Returns:
         The sum over the pairs, to be differentiated once, and the pairs ``[G, V]`` without gradient.
+
+    Raises:
+        ValueError: If ``chunk`` is less than 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 sample or more, got {chunk}")
     kind = features.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     with torch.autocast(kind, enabled=False):
-        teacher = (teacher_features.detach(), teacher_prototypes.detach(), center)
-        return _CrossEntropies.apply(features, prototypes, *teacher, student_temp, teacher_temp, chunk, dtype)
+        teacher = (teacher_features.detach(), *(x.detach() for x in teacher_prototypes), center)
+        return _CrossEntropies.apply(features, *prototypes, *teacher, student_temp, teacher_temp, chunk, dtype)
 
 
 class _CrossEntropies(torch.autograd.Function):
@@ -55,46 +59,57 @@ class _CrossEntropies(torch.autograd.Function):
         ctx: Any,
         features: Tensor,
         prototypes: Tensor,
+        scales: Tensor,
         teacher_features: Tensor,
         teacher_prototypes: Tensor,
+        teacher_scales: Tensor,
         center: Tensor,
         student_temp: float,
         teacher_temp: float,
         chunk: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        x_BVC, y_BGC = (x.transpose(0, 1).to(dtype) for x in (features, teacher_features))
+        # contiguous: of a transposed chunk torch would make a copy of the prototypes for each sample
+        x_BVC, y_BGC = (x.transpose(0, 1).to(dtype).contiguous() for x in (features, teacher_features))
         w_KC, u_KC = prototypes.to(dtype), teacher_prototypes.to(dtype)
         size, num_views, num_global = x_BVC.shape[0], x_BVC.shape[1], y_BGC.shape[1]
         mask_GV = torch.ones(num_global, num_views, device=features.device).fill_diagonal_(0)
         total_GV = torch.zeros_like(mask_GV)
-        wanted = any(ctx.needs_input_grad[:2])
+        wanted = any(ctx.needs_input_grad[:3])
         factor = 32.0 if dtype == torch.float16 else 1.0  # below 6e-5 float16 loses digits, and 1 / 65536 is less
         grad_x_BVC = torch.zeros(x_BVC.shape, device=features.device) if wanted else None
         grad_w_KC = torch.zeros(prototypes.shape, device=features.device) if wanted else None
-        for rows in torch.arange(size).split(chunk):
-            b = slice(int(rows[0]), int(rows[-1]) + 1)
-            q_bGK = F.softmax(((y_BGC[b] @ u_KC.T).float() - center) / teacher_temp, dim=-1)
-            log_p_bVK = F.log_softmax((x_BVC[b] @ w_KC.T).float().div_(student_temp), dim=-1)
+        for start in range(0, size, chunk):
+            b = slice(start, start + chunk)
+            q_bGK = F.softmax(((y_BGC[b] @ u_KC.T).float() * teacher_scales - center).div_(teacher_temp), dim=-1)
+            z_bVK = (x_BVC[b] @ w_KC.T).float().mul_(scales / student_temp)
+            log_p_bVK = F.log_softmax(z_bVK, dim=-1)
             total_GV -= torch.bmm(q_bGK, log_p_bVK.transpose(1, 2)).sum(0)
             if grad_x_BVC is not None and grad_w_KC is not None:
                 grad_bVK = log_p_bVK.exp_().mul_(factor * mask_GV.sum(0)[:, None])
-                grad_bVK.baddbmm_(mask_GV.T.expand(len(rows), -1, -1), q_bGK, alpha=-factor)
-                grad_z = grad_bVK.to(dtype).flatten(0, 1)
-                grad_x_BVC[b] = (grad_z @ w_KC).unflatten(0, (len(rows), num_views)).float()
-                grad_w_KC += grad_z.T @ x_BVC[b].flatten(0, 1)
-        ctx.grads = (grad_x_BVC, grad_w_KC)
+                grad_bVK.baddbmm_(mask_GV.T.expand(len(q_bGK), -1, -1), q_bGK, alpha=-factor)
+                grad_z = grad_bVK.mul_(scales).to(dtype).flatten(0, 1)
+                grad_x_BVC[b] = (grad_z @ w_KC).unflatten(0, (-1, num_views))
+                if dtype == torch.float32:
+                    grad_w_KC.addmm_(grad_z.T, x_BVC[b].flatten(0, 1))
+                else:
+                    grad_w_KC += grad_z.T @ x_BVC[b].flatten(0, 1)
+        ctx.grads = (grad_x_BVC, grad_w_KC, prototypes.detach(), scales.detach())
         ctx.scale = 1 / (student_temp * size * factor)
-        pairs = (total_GV.triu(1) + total_GV.tril(-1)) / size
+        pairs = total_GV / size
+        pairs = pairs.triu(1) + pairs.tril(-1)
         ctx.mark_non_differentiable(pairs)
         return pairs.sum(), pairs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        grad_x_BVC, grad_w_KC = ctx.grads
-        ctx.grads = (None, None)  # scaled in place below: a second backward must not find them
+        grad_x_BVC, grad_w_KC, prototypes, scales = ctx.grads
+        ctx.grads = (None,) * 4  # scaled in place below: a second backward must not find them
         if grad_x_BVC is None:
             raise RuntimeError("the lean loss can be differentiated once: retain_graph is not supported")
         scale = grad.float() * ctx.scale
-        return grad_x_BVC.mul_(scale).transpose(0, 1), grad_w_KC.mul_(scale), *[None] * 7
+        grad_x_BVC.mul_(scale)
+        grad_w_KC.mul_(scale)
+        grad_scales = torch.linalg.vecdot(grad_w_KC, prototypes.float()) / scales if ctx.needs_input_grad[2] else None
+        return grad_x_BVC.transpose(0, 1), grad_w_KC, grad_scales, *[None] * 8

@@ -98,6 +98,7 @@ class _Run:
             self.folder.open()
             self.folder.forget_after(self.trainer.step)
             config.save(self.folder.path / "config.yaml")
+        all_reduce_mean(torch.zeros(1, device=device))  # the others have a folder for their log from here on
         self.unreadable: set[str] = set()
         self.unreadable_now, self.counted_epoch = 0, -1
         self.saved_epoch = self.trainer.epoch

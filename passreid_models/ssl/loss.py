@@ -82,7 +82,9 @@ class PASSLoss(nn.Module):
         """
         self._check(student.features, teacher.features)
         total, terms, count = torch.zeros((), device=self.centers.device), [], 0
-        for x, w, y, u, center in zip(*student, *teacher, self.centers, strict=True):
+        features = zip(student.features, teacher.features, strict=True)
+        prototypes = zip(student.scaled(), teacher.scaled(), strict=True)
+        for (x, y), (w, u), center in zip(features, prototypes, self.centers, strict=True):
             summed, pairs = lean_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk)
             total, count = total + summed, count + num_pairs(pairs)
             terms.append(pairs)
@@ -110,9 +112,9 @@ class PASSLoss(nn.Module):
 def mean_logits(outputs: Sequence[Tensor] | Projections) -> Tensor:
     """Mean logits of the batch ``[1 + P, K]``, of logits ``[G, B, K]`` or of features: the last layer is linear."""
     if isinstance(outputs, Projections):
-        pairs = zip(outputs.features, outputs.prototypes, strict=True)
+        pairs = zip(outputs.features, outputs.scaled(), strict=True)
         with torch.autocast(outputs.features[0].device.type, enabled=False):
-            return torch.stack([w.float() @ x.float().mean((0, 1)) for x, w in pairs])
+            return torch.stack([w.float() @ x.float().mean((0, 1)) * s for x, (w, s) in pairs])
     return torch.stack([z.float().mean((0, 1)) for z in outputs])
 
 

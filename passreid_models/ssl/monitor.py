@@ -38,7 +38,7 @@ def collapse_indicators(
         global views; ``center_norm`` of CLS; ``feature_std`` of the descriptor, times the root of its width: 0 in a
         collapse, 1 when spread over the sphere; ``part_cosine``, the mean cosine between the parts of an image.
     """
-    z, target = (x.features[0][v].float() @ x.prototypes[0].float().T for x, v in ((student, 1), (teacher, 0)))
+    z, target = (_cls_logits(x, v) for x, v in ((student, 1), (teacher, 0)))
     q = F.softmax((target - criterion.centers[0]) / teacher_temp, dim=-1)  # [B, K]
     log_p = F.log_softmax(z / criterion.student_temp, dim=-1)
     entropy = _entropy(q).mean()
@@ -55,6 +55,11 @@ def collapse_indicators(
         cosines = (parts @ parts.transpose(1, 2)).mean(0)  # [P, P]
         found["part_cosine"] = (cosines.sum() - cosines.trace()) / (num_parts * (num_parts - 1))
     return {k: float(v) for k, v in found.items()}
+
+
+def _cls_logits(outputs: Projections, view: int) -> Tensor:
+    prototypes, scales = outputs.scaled()[0]
+    return outputs.features[0][view].float() @ prototypes.float().T * scales  # [B, K]
 
 
 def _entropy(q: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def probe(
     descriptors = Embedder(backbone, device)(paths, errors=errors)
     if errors:
         _logger.warning(f"probe: {len(errors)} images cannot be read, the first: {next(iter(errors.values()))}")
-        kept = np.array([i for i in range(len(paths)) if i not in errors])
+        kept = np.array([i for i in range(len(paths)) if i not in errors], dtype=int)
         descriptors, pids, camids = descriptors[kept], pids[kept], camids[kept]
     metrics = evaluate(descriptors, descriptors, pids, pids, camids, camids)
     return {"probe_mAP": 100 * metrics.mAP, "probe_rank1": 100 * metrics.rank1}

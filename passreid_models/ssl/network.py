@@ -17,10 +17,17 @@ class Projections(NamedTuple):
 
     features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
     prototypes: list[Tensor]  # [K, C]
+    scales: list[Tensor] | None = None  # [K], of the prototypes; None: 1
 
     def logits(self) -> list[Tensor]:
         """``[V_t, B, K]`` for each kind of token."""
-        return [x @ w.T for x, w in zip(self.features, self.prototypes, strict=True)]
+        logits = [x @ w.T for x, w in zip(self.features, self.prototypes, strict=True)]
+        return logits if self.scales is None else [z * s for z, s in zip(logits, self.scales, strict=True)]
+
+    def scaled(self) -> list[tuple[Tensor, Tensor]]:
+        """Prototypes and scales of each kind of token."""
+        scales = [w.new_ones(len(w)) for w in self.prototypes] if self.scales is None else self.scales
+        return list(zip(self.prototypes, scales, strict=True))
 
 
 class PASSNetwork(nn.Module):
@@ -69,7 +76,8 @@ class PASSNetwork(nn.Module):
                 views[1 + k] = torch.cat([views[1 + k], local[k * per_area : (k + 1) * per_area, :, 1]])
         heads = cast(list[ProjectionHead], self.heads)
         features = [head.features(x) for head, x in zip(heads, views, strict=True)]
-        return Projections(features, [head.prototypes for head in heads])
+        prototypes, scales = zip(*(head.factors() for head in heads), strict=True)
+        return Projections(features, list(prototypes), list(scales))
 
     def _tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
         return self.forward_views(views.flatten(0, 1), area).unflatten(0, views.shape[:2])

@@ -229,9 +229,10 @@ class Trainer:
                 f"the run to resume has {state['num_images']} images, and {self.config.data} now holds "
                 f"{self.num_images}, or others: begin a new run with --init"
             )
-        mine = {"processes": self.world_size, "dtype": str(self.dtype), **self.config.numerics()}
-        saved = {"processes": state["world_size"], "dtype": state["dtype"]}
-        saved |= TrainConfig.from_dict(state["config"]).numerics()
+        # dtype as it was picked, which auto does not tell
+        mine = {**self.config.numerics(), "processes": self.world_size, "dtype": str(self.dtype)}
+        saved = TrainConfig.from_dict(state["config"]).numerics()
+        saved |= {"processes": state["world_size"], "dtype": state["dtype"]}
         if differing := [f"{mine[k]} {k} instead of {saved[k]}" for k in mine if mine[k] != saved[k]]:
             _logger.warning(
                 f"resumed with {', '.join(differing)}: the same images a step, but the last digits and the stochastic "
