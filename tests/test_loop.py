@@ -18,6 +18,10 @@ import pytest
 import timm
 import torch
 from tiny_runs import (
+    EPOCH_STEPS,
+    LONG,
+    LONG_STEPS,
+    STEPS,
     Child,
     assert_same_bits,
     files,
@@ -41,11 +45,6 @@ from passreid_models.ssl.data import Batch
 from passreid_models.ssl.loop import NonFiniteLossError, Stopped, pick_workers, train
 from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.trainer import Trainer
-
-EPOCH_STEPS = 4
-STEPS = 3 * EPOCH_STEPS  # of the run that most tests compare with
-LONG = {"epochs": 12, "save_epochs": 99}  # a run that must still be there when it is stopped
-LONG_STEPS = 12 * EPOCH_STEPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

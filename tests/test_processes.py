@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import (
+    EPOCH_STEPS,
+    LONG,
+    LONG_STEPS,
+    STEPS,
     files,
     flags,
     metrics,
@@ -32,11 +36,6 @@ from passreid_models.ssl.data import StepSampler
 from passreid_models.ssl.loop import Stopped, train
 from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.trainer import Trainer
-
-EPOCH_STEPS = 4
-STEPS = 3 * EPOCH_STEPS
-LONG = {"epochs": 12, "save_epochs": 99}  # a run that must still be there when it is stopped
-LONG_STEPS = 12 * EPOCH_STEPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -34,6 +34,11 @@ TINY: dict[str, Any] = dict(
     lr=0.05, momentum=0.8, local_views=3, dtype="float32", device="cpu", workers=0, log_steps=1,
 )  # fmt: skip
 
+EPOCH_STEPS = 4  # of 16 images in batches of 4
+STEPS = TINY["epochs"] * EPOCH_STEPS  # of the run that most tests compare with
+LONG = {"epochs": 12, "save_epochs": 99}  # a run that must still be there when it is stopped
+LONG_STEPS = 12 * EPOCH_STEPS
+
 
 def write_images(folder: Path, count: int = 16) -> Path:
     """Persons of 64x32 pixels, as PNG files."""

@@ -13,6 +13,8 @@ from passreid_models.embed import ImageError
 from passreid_models.ssl.sources import Source
 from passreid_models.ssl.views import MultiCrop, Views
 
+# that stop a run; Slurm warns of pre-emption by a signal of one's choice, often USR1
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 VIEWS, ORDER = 1, 2  # what a seed is for; at the end, since numpy takes (5,) and (5, 0) for the same
 MAX_TRIES = 1000  # unreadable images in a row
 
@@ -114,9 +116,8 @@ def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
 
 def _ignore_signals(worker: int) -> None:
     """Leave Ctrl-C and pre-emption, which reach the whole process group, to the training process."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def batches_on(device: torch.device, loader: DataLoader) -> Generator[Batch, None, None]:

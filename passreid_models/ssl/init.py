@@ -27,12 +27,14 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
     torch.manual_seed(config.seed)
     student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
     if config.init:
-        start = _start(config)
+        file = _init_file(config)
+        checkpoint = read_checkpoint(file) if file else {}
+        start = _start(config, checkpoint)
         student.backbone.load_state_dict(start.state_dict())
         statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # of views, probe and export
         for backbone in (student.backbone, teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
-        _load_heads(student, config)
+        _load_heads(student, config, checkpoint)
     teacher.load_state_dict(student.state_dict())
     return student.train(), teacher.requires_grad_(False).train()
 
@@ -54,7 +56,7 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
 
 
-def _start(config: TrainConfig) -> PassVisionTransformer:
+def _start(config: TrainConfig, checkpoint: Any) -> PassVisionTransformer:
     """The backbone that ``config.init`` names."""
     init = Path(config.init)
     if init.is_dir():
@@ -63,7 +65,6 @@ def _start(config: TrainConfig) -> PassVisionTransformer:
         if not RunFolder(init).latest() and (init / "export" / "config.json").is_file():
             return _same(config, timm.create_model(f"local-dir:{init}/export", pretrained=True, **_shape(config)))
     if file := _init_file(config):
-        checkpoint = read_checkpoint(file)
         statistics = checkpoint.get("statistics", {}) if isinstance(checkpoint, dict) else {}  # a run's own
         overlay = {"file": str(file), **statistics}
         return timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **_shape(config))
@@ -87,22 +88,17 @@ def _same(config: TrainConfig, model: PassVisionTransformer) -> PassVisionTransf
     return model
 
 
-def _load_heads(network: PASSNetwork, config: TrainConfig) -> None:
+def _load_heads(network: PASSNetwork, config: TrainConfig, checkpoint: Any) -> None:
     """Projection heads of a checkpoint file that holds some of the same shape; else they stay new, which is said."""
-    file = _init_file(config)
-    given = _find_heads(unwrap_checkpoint(read_checkpoint(file))[0]) if file else {}
+    given = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
     heads = network.heads
     if not given:
         _logger.info(f"{config.init} holds no projection heads: they begin at random")
         return
-    old = {"original0": "weight_g", "original1": "weight_v"}
-    wanted = {
-        re.sub(r"parametrizations\.weight\.(original\d)", lambda m: old[m[1]], k): v.shape
-        for k, v in heads.state_dict().items()
-    }
-    if {k: v.shape for k, v in given.items()} != wanted:
+    wanted = _find_heads({f"heads.{k}": v for k, v in heads.state_dict().items()})
+    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
         raise CheckpointError(
-            f"init: the projection heads of {file} have other shapes than those of num_prototypes="
+            f"init: the projection heads of {_init_file(config)} have other shapes than those of num_prototypes="
             f"{config.num_prototypes}, hidden_dim={config.hidden_dim}, bottleneck_dim={config.bottleneck_dim} and "
             f"{config.num_parts} parts: give the file's, or `passreid convert` it first, to begin with new heads"
         )

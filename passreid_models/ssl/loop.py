@@ -26,7 +26,7 @@ from tqdm import tqdm
 from passreid_models.local_dir import save_pretrained
 from passreid_models.runtime import all_reduce_mean, num_cores, world
 from passreid_models.ssl.config import FREE, TrainConfig
-from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
+from passreid_models.ssl.data import SIGNALS, Batch, StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.log import Window, log_to
 from passreid_models.ssl.monitor import probe, read_labelled
 from passreid_models.ssl.run import RunFolder
@@ -35,8 +35,6 @@ from passreid_models.ssl.trainer import NonFiniteLossError, Trainer, pick_device
 from passreid_models.ssl.views import MultiCrop
 
 _logger = logging.getLogger(__name__)
-# Slurm warns of pre-emption by a signal of one's choice, often USR1
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said by a write, without the file's name
 SHOWN = ("loss", "lr", "images_per_s", "wait_share", "teacher_entropy", "feature_std", "part_cosine", "probe_mAP",
          "probe_rank1")  # fmt: skip
@@ -88,11 +86,7 @@ class _Run:
         self.config = config
         self.labelled = read_labelled(config.probe) if config.probe else None
         self.source = open_source(config.data)
-        begin = config if checkpoint is None else replace(config, init="")
-        self.trainer = Trainer(begin, len(self.source), device, self.source.fingerprint)
-        self.trainer.config = config
-        if checkpoint is not None:
-            self.trainer.load_state(checkpoint)
+        self.trainer = Trainer(config, len(self.source), device, self.source.fingerprint, checkpoint)
         self._check_same_step()
         if self.is_main:
             self.folder.open()
@@ -228,8 +222,10 @@ class _Run:
     def _agree_to_stop(self, received: list[int]) -> bool:
         """Whether any process was asked to stop, or the time is up."""
         late = self.config.max_minutes and time.monotonic() - self.started > 60 * self.config.max_minutes
-        wanted = torch.tensor(float(bool(received or late)), device=self.trainer.device)
-        return bool(all_reduce_mean(wanted)) if self.trainer.world_size > 1 else bool(wanted)
+        wanted = bool(received or late)
+        if self.trainer.world_size == 1:  # a tensor would make every step wait for the GPU once more
+            return wanted
+        return bool(all_reduce_mean(torch.tensor(float(wanted), device=self.trainer.device)))
 
     def _due(self) -> bool:
         t, c = self.trainer, self.config

@@ -98,10 +98,13 @@ class FileSource:
     def load(self, index: int) -> Image.Image:
         name = self.name(index)
         try:
-            with Image.open(name) as image:
+            with Image.open(self._file(index)) as image:
                 return _decoded(image)
         except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
             raise ImageError(f"{name}: {_reason(e)}") from e
+
+    def _file(self, index: int) -> str | BytesIO:
+        return self.name(index)
 
 
 class ListSource(FileSource):
@@ -132,7 +135,7 @@ class ListSource(FileSource):
         self.description = f"{path.name}: {_count(names)}"
 
 
-class TarSource:
+class TarSource(FileSource):
     """Images in tar files, read in place."""
 
     def __init__(self, root: Path, listing: Listing) -> None:
@@ -141,27 +144,15 @@ class TarSource:
             root: The tar file, or the folder of several.
             listing: Of ``root``.
         """
-        self.root, self.names, self.tars, self.members = str(root), listing.names, listing.tars, listing.members
+        super().__init__(root, listing.names)
+        self.tars, self.members = listing.tars, listing.members
         self.description = f"{root.name}{'/*.tar' if root.is_dir() else ''}: {_count(self.names)}"
-        self.fingerprint = self.names.fingerprint()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    def load(self, index: int) -> Image.Image:
-        name = self.name(index)
+    def _file(self, index: int) -> BytesIO:
         tar, start, size = self.members[3 * index : 3 * index + 3]
-        try:
-            with open(self.tars[tar], "rb", buffering=0) as file:  # anew, as a file of a folder: nothing to share
-                file.seek(start)
-                data = file.read(size)
-            with Image.open(BytesIO(data)) as image:
-                return _decoded(image)
-        except Exception as e:  # as above
-            raise ImageError(f"{name}: {_reason(e)}") from e
+        with open(self.tars[tar], "rb", buffering=0) as file:  # anew, as a file of a folder: nothing to share
+            file.seek(start)
+            return BytesIO(file.read(size))
 
 
 class SyntheticSource:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -61,16 +62,25 @@ def scheduled(config: TrainConfig, step: int, epoch_steps: int) -> Values:
 class Trainer:
     """Student, teacher, loss and optimiser of one process, and the step that moves them."""
 
-    def __init__(self, config: TrainConfig, num_images: int, device: torch.device, fingerprint: str = "") -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        num_images: int,
+        device: torch.device,
+        fingerprint: str = "",
+        state: dict[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             config: The run.
             num_images: Images of the data.
             device: Of this process.
             fingerprint: Of the list of images, for the check of a resumed run.
+            state: To continue from; ``config.init`` is not looked for then.
 
         Raises:
-            ValueError: If the data are fewer than a batch, or the batch cannot be shared by the processes.
+            ValueError: If the data are fewer than a batch, the batch cannot be shared by the processes, or ``state`` is
+                of a run with other settings or data.
         """
         self.config, self.device = config, device
         self.rank, self.world_size = world()
@@ -86,7 +96,7 @@ class Trainer:
         self.total_steps = config.epochs * self.epoch_steps
         self.step, self.skipped = 0, 0
         self.dtype = pick_dtype(config.dtype, device)
-        self.student, self.teacher = make_networks(config, device)
+        self.student, self.teacher = make_networks(config if state is None else replace(config, init=""), device)
         if config.sync_bn and self.world_size > 1 and device.type == "cuda":  # torch has none for CPUs
             self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.student, self.teacher))
         self.criterion = PASSLoss(
@@ -105,6 +115,8 @@ class Trainer:
             self.student.compile_backbone()
             self.teacher.compile_backbone()
         self.indicators: dict[str, float] = {}
+        if state is not None:
+            self.load_state(state)
 
     @property
     def epoch(self) -> int:
