@@ -23,7 +23,6 @@ from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on
 from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import Trainer
-from passreid_models.ssl.views import MultiCrop
 
 SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_dim=128, bottleneck_dim=32)
 
@@ -45,7 +44,7 @@ def make_config(folder: str, quick: bool) -> TrainConfig:
 def first_batch(trainer: Trainer) -> Batch:
     """The views that the trainer's next step is about, from its own loader."""
     config = trainer.config
-    crop = MultiCrop(*config.view_sizes(config.epochs), config.view_areas, config.local_views // config.num_areas)
+    crop = config.crop(config.epochs)
     dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
     sampler = StepSampler(trainer.num_images, config.batch_size, trainer.step + 1, config.seed, trainer.step)
     return next(batches_on(trainer.device, make_loader(dataset, sampler, 0, False)))

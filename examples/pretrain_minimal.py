@@ -22,6 +22,7 @@ from passreid_models.ssl.network import PASSNetwork
 from passreid_models.ssl.optim import clip_gradients, make_optimizer, set_hyperparameters, update_teacher
 from passreid_models.ssl.photometric import Photometric
 from passreid_models.ssl.sources import open_source
+from passreid_models.ssl.trainer import pick_dtype
 from passreid_models.ssl.views import MultiCrop
 
 
@@ -41,6 +42,7 @@ class ViewsOf(Dataset):
 def main(args):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = pick_dtype("auto", torch.device(device))  # bfloat16 where the device computes in it
     student, teacher = (
         PASSNetwork(timm.create_model(args.model, img_size=args.size, drop_path_rate=rate), args.prototypes).to(device)
         for rate in (0.1, 0.0)
@@ -62,7 +64,7 @@ def main(args):
             views = views._replace(global_views=views.global_views.to(device), local_views=views.local_views.to(device))
             global_views, local_views = photometric.batch(views)  # [2, B, 3, H, W], [9, B, 3, H / 2, W / 2]
 
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
                 with torch.no_grad():
                     targets = teacher(global_views).logits()
                 outputs = student(global_views, local_views).logits()

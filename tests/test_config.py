@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from passreid_models.ssl.config import CLIPS, DTYPES, FREE, NUMERICS, PRESETS, TrainConfig
-from passreid_models.ssl.views import HALVES
+from passreid_models.ssl.views import HALVES, MultiCrop
 
 NAMES = [f.name for f in fields(TrainConfig)]
 KINDS = (str, int, float, bool, tuple[int, int], tuple[float, float], list[tuple[float, float]])  # or None
@@ -40,6 +40,7 @@ def test_the_defaults_are_the_published_settings():
         "pass_vit_small_patch16", 3, (256, 128), ((256, 128), (128, 64))
     )  # fmt: skip
     assert (c.local_views, c.global_scale, c.local_scale) == (9, (0.4, 1.0), (0.1, 0.8))
+    assert c.crop(0) == c.crop(c.epochs) == MultiCrop()
     assert (c.num_prototypes, c.hidden_dim, c.bottleneck_dim, c.norm_last_layer) == (65536, 2048, 256, True)
     assert (c.lr, c.min_lr, c.weight_decay, c.weight_decay_end, c.momentum) == (5e-4, 1e-6, 0.04, 0.4, 0.996)
     assert (c.student_temp, c.teacher_temp, c.warmup_teacher_temp, c.center_momentum) == (0.1, 0.04, 0.04, 0.9)
@@ -110,6 +111,15 @@ def test_coarse_epochs_come_first_and_halve_both_sizes():
     assert [c.view_sizes(e) for e in (2, 3)] == [((128, 64), (48, 32)), ((256, 128), (96, 64))]
 
 
+def test_the_crop_of_an_epoch_has_its_sizes_and_every_setting_of_the_views():
+    colours = dict(brightness=0.1, contrast=0.2, saturation=0.3, hue=0.05, gray_prob=0.4, solarize_prob=0.6)
+    scales = dict(global_scale=(0.5, 0.9), local_scale=(0.2, 0.7), blur_radius=(0.3, 0.6))
+    c = TrainConfig(local_views=6, parts=2, coarse_epochs=1, **colours, **scales)
+    fine = MultiCrop((256, 128), (128, 64), ((0, 2 / 3), (1 / 3, 1.0)), 3, **colours, **scales)
+    assert c.crop(1) == fine
+    assert c.crop(0) == replace(fine, size=(128, 64), local_size=(64, 32))
+
+
 def test_the_learning_rate_scales_with_the_batch():
     assert TrainConfig(batch_size=256, lr=3e-4).peak_lr == 3e-4
     assert TrainConfig(batch_size=64, lr=3e-4).peak_lr == 3e-4 / 4
@@ -161,6 +171,7 @@ def test_numbers_below_zero_and_beyond_all_bounds_are_refused_by_name(name):
 
 ZERO = {"lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "loss_chunk", "workers", "seed"}
 ZERO |= {"save_minutes", "max_minutes", "skip_nonfinite", "momentum", "center_momentum", "max_unreadable", "drop_path"}
+ZERO |= {"brightness", "contrast", "saturation", "hue", "gray_prob", "solarize_prob"}
 ZERO |= {"parts", "local_views", "coarse_epochs", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs"}
 
 
@@ -183,6 +194,12 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"center_momentum": 2}, "center_momentum: expected between 0 and 1, got 2"),
         ({"max_unreadable": 1.5}, "max_unreadable: expected between 0 and 1, got 1.5"),
         ({"drop_path": 1.0}, "drop_path: expected at least 0 and less than 1, got 1.0"),
+        ({"gray_prob": 1.1}, "gray_prob: expected between 0 and 1, got 1.1"),
+        ({"solarize_prob": 2}, "solarize_prob: expected between 0 and 1, got 2"),
+        ({"hue": 0.6}, "hue: expected between 0 and 0.5, got 0.6"),
+        ({"blur_radius": (0.0, 2.0)}, "blur_radius: expected .*0 < least <= most, got"),
+        ({"blur_radius": (2.0, 1.0)}, "blur_radius: expected .*least"),
+        ({"blur_radius": (0.1, math.inf)}, "blur_radius: expected .*least"),
         ({"global_scale": (0.0, 1.0)}, "global_scale: expected .*0 < least <= most <= 1"),
         ({"global_scale": (0.5, 1.1)}, "global_scale: expected .*least"),
         ({"local_scale": (0.8, 0.1)}, "local_scale: expected .*least"),
@@ -269,7 +286,7 @@ def test_areas_of_a_file_that_are_none_are_refused_by_name(areas):
 OTHER: dict[str, Any] = {
     "data": "b", "out": "b", "model": "pass_vit_tiny_patch16", "init": "lup", "resume": "auto", "parts": 1,
     "areas": [(0, 0.5), (0.3, 0.8), (0.5, 1)], "size": (384, 128), "local_size": (96, 64), "local_views": 6,
-    "global_scale": (0.3, 1), "local_scale": (0.1, 0.7), "clip_by": "norm", "dtype": "float32", "device": "cpu",
+    "global_scale": (0.3, 1), "local_scale": (0.1, 0.7), "blur_radius": (0.1, 1), "clip_by": "norm", "dtype": "float32", "device": "cpu",
     "probe": "b", "warmup_epochs": 3, "workers": 3,
 }  # fmt: skip
 

@@ -341,8 +341,8 @@ def test_synthetic_persons_are_those_of_the_generator():
     source = open_source("synthetic:ids=3, images=4,cameras=2,seed=5,size=64x32")
     persons = SyntheticPersons(3, 4, 2, seed=5, size=(64, 32))
     assert pixels(source) == [persons[i][0].tobytes() for i in range(12)]
-    assert source.description == "synthetic:ids=3,images=4,cameras=2,seed=5,size=64x32: 12 images"
-    assert source.name(7) == "image 7 of synthetic:ids=3,images=4,cameras=2,seed=5,size=64x32"
+    assert source.description == "synthetic:ids=3,images=4,cameras=2,seed=5,size=64x32,place=street: 12 images"
+    assert source.name(7) == "image 7 of synthetic:ids=3,images=4,cameras=2,seed=5,size=64x32,place=street"
 
 
 def test_every_key_of_synthetic_can_be_left_out_and_counts_in_the_fingerprint():
@@ -350,8 +350,14 @@ def test_every_key_of_synthetic_can_be_left_out_and_counts_in_the_fingerprint():
     assert len(default) == 10_000
     assert default.load(0).size == (128, 256)
     assert open_source("synthetic:size=0256x128,ids=1000").fingerprint == default.fingerprint
-    keys = ("ids=9", "images=9", "cameras=9", "seed=9", "size=64x32")
-    assert len({open_source(f"synthetic:{key}").fingerprint for key in keys} | {default.fingerprint}) == 6
+    keys = ("ids=9", "images=9", "cameras=9", "seed=9", "size=64x32", "place=studio")
+    assert len({open_source(f"synthetic:{key}").fingerprint for key in keys} | {default.fingerprint}) == 7
+
+
+def test_the_place_of_synthetic_is_that_of_the_generator():
+    source = open_source("synthetic:ids=1,images=2,size=64x32,place=studio")
+    persons = SyntheticPersons(1, 2, 8, size=(64, 32), place="studio")
+    assert pixels(source) == [persons[i][0].tobytes() for i in range(2)]
 
 
 # ------------------------------------------------------------------------------------------------- reading, errors
@@ -527,7 +533,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     "an unknown key": (
         lambda root: "synthetic:ids=3,people=3",
         ValueError,
-        "{data}: unknown key 'people'; known: ids, images, cameras, seed, size",
+        "{data}: unknown key 'people'; known: ids, images, cameras, seed, size, place",
     ),
     "a key twice": (lambda root: "synthetic:ids=3,ids=4", ValueError, "{data}: ids is given twice"),
     "no value": (lambda root: "synthetic:ids", ValueError, "{data}: ids is given as ''; expected such as ids=1000"),
@@ -542,6 +548,11 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
         "{data}: size is given as '64'; expected such as size=",
     ),
     "too small": (lambda root: "synthetic:size=8x4", ValueError, "{data}: size must be (height, width) of at least 16"),
+    "nowhere": (
+        lambda root: "synthetic:place=moon",
+        ValueError,
+        "{data}: place must be one of street, studio, got 'moon'",
+    ),
     "none": (lambda root: "synthetic:ids=0", ValueError, "{data}: num_ids must be an integer of at least 1, got 0"),
 }
 

@@ -91,6 +91,17 @@ def test_identities_and_cameras_keep_their_look_whatever_the_dataset_around_them
     assert tail[1][0].tobytes() == image.tobytes()
 
 
+def test_in_a_studio_cameras_differ_in_their_viewpoints_alone_and_persons_are_those_of_the_street():
+    street, studio = (SyntheticPersons(12, 4, 4, size=(128, 64), place=place) for place in ("street", "studio"))
+    pictures = [np.stack([np.asarray(data[i][0], float) for i in range(48)]) for data in (street, studio)]
+    corners = [p[:, :12, [*range(6), *range(-6, 0)]].mean((1, 2)) for p in pictures]  # [48, 3], beside the head
+    assert corners[0].std(0).min() > 15
+    assert np.median(np.abs(corners[1] - 122)) < 2  # gray; a hat or a passer-by may be in it
+    clothes = [p[:, 40:60, 24:40].mean((1, 2)).reshape(12, 4, 3).mean(1) for p in pictures]
+    assert np.corrcoef(clothes[0].ravel(), clothes[1].ravel())[0, 1] > 0.9
+    assert studio[5][0].tobytes() == draw(0, 1, 1, 0, (128, 64), "studio").tobytes()
+
+
 # ---- The contract of a dataset
 
 

@@ -21,7 +21,7 @@ from passreid_models.ssl.loss import PASSLoss
 from passreid_models.ssl.network import PASSNetwork
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import NonFiniteLossError, Trainer, pick_dtype, scheduled
-from passreid_models.ssl.views import MultiCrop, Views
+from passreid_models.ssl.views import Views
 
 IMAGES, EPOCH_STEPS = 8, 2
 DATA = f"synthetic:ids={IMAGES},images=1,cameras=1,size=64x32"
@@ -41,7 +41,7 @@ def make(**options: Any) -> Trainer:
 
 def batches_of(config: TrainConfig) -> list[list[Batch]]:
     """The micro-batches of each step."""
-    crop = MultiCrop(*config.view_sizes(0), config.view_areas, config.local_views // config.num_areas)
+    crop = config.crop(0)
     dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
     steps = config.epochs * EPOCH_STEPS
     sampler = StepSampler(IMAGES, config.batch_size, steps, config.seed, accumulate=config.accumulate)

@@ -11,6 +11,7 @@ import yaml
 
 from passreid_models.convert import ARCHITECTURES
 from passreid_models.runtime import atomic_file
+from passreid_models.ssl.views import MultiCrop
 
 Area = tuple[float, float]
 
@@ -58,6 +59,14 @@ class TrainConfig:
         local_views: Local views of an image, over all areas.
         global_scale: Area of a global crop, as a fraction of the image.
         local_scale: Area of a local crop, as a fraction of its area.
+        brightness: Strength of the colour jitter: factors are uniform in 1 ± this. Colour is much of an identity: on
+            one's own crops weaker saturation and hue, and no grayscale, may pay.
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: Shifts of the hue are uniform in ± this, in turns.
+        gray_prob: Probability of grayscale.
+        solarize_prob: Probability of solarisation, of the second global view only.
+        blur_radius: Range of the standard deviation of the blur, in pixels of the view.
         coarse_epochs: Epochs at half the resolution, first; not in the paper.
         epochs: Passes over the data.
         batch_size: Images of a step, over all processes and micro-batches.
@@ -114,6 +123,13 @@ class TrainConfig:
     local_views: int = 9
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.1, 0.8)
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    gray_prob: float = 0.2
+    solarize_prob: float = 0.2
+    blur_radius: tuple[float, float] = (0.1, 2.0)
     coarse_epochs: int = 0
     epochs: int = 100
     batch_size: int = 64
@@ -173,7 +189,9 @@ class TrainConfig:
             ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
             ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
             ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
-            ("momentum center_momentum max_unreadable", 0, 1),
+            ("momentum center_momentum max_unreadable gray_prob solarize_prob", 0, 1),
+            ("brightness contrast saturation", 0, math.inf),
+            ("hue", 0, 0.5),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -191,6 +209,8 @@ class TrainConfig:
         for name in ("global_scale", "local_scale"):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
                 raise _wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
+        if not 0 < self.blur_radius[0] <= self.blur_radius[1] < math.inf:
+            raise _wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
         for name in ("size", "local_size"):
             pixels = 32 if self.coarse_epochs else 16
             if (value := getattr(self, name)) is not None and (min(value) < pixels or any(v % pixels for v in value)):
@@ -232,6 +252,23 @@ class TrainConfig:
     def peak_lr(self) -> float:
         """Learning rate after the warm-up, for this batch size."""
         return self.lr * self.batch_size / 256
+
+    def crop(self, epoch: int) -> MultiCrop:
+        """What cuts the views of an image in an epoch."""
+        return MultiCrop(
+            *self.view_sizes(epoch),
+            self.view_areas,
+            self.local_views // self.num_areas,
+            self.global_scale,
+            self.local_scale,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            gray_prob=self.gray_prob,
+            solarize_prob=self.solarize_prob,
+            blur_radius=self.blur_radius,
+        )
 
     def view_sizes(self, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of the global and of the local views in an epoch."""

@@ -32,7 +32,6 @@ from passreid_models.ssl.monitor import probe, read_labelled
 from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import NonFiniteLossError, Trainer, pick_device
-from passreid_models.ssl.views import MultiCrop
 
 _logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said by a write, without the file's name
@@ -167,14 +166,8 @@ class _Run:
 
     def _loader(self) -> DataLoader:
         config, trainer = self.config, self.trainer
-        crops = [
-            MultiCrop(
-                *config.view_sizes(epoch), config.view_areas, config.local_views // config.num_areas,
-                config.global_scale, config.local_scale,
-            )
-            for epoch in (config.epochs, 0)
-        ]  # fmt: skip
-        dataset = ViewDataset(self.source, crops[0], crops[1], config.coarse_epochs, config.seed)
+        fine, coarse = config.crop(config.epochs), config.crop(0)
+        dataset = ViewDataset(self.source, fine, coarse, config.coarse_epochs, config.seed)
         sampler = StepSampler(
             trainer.num_images, config.batch_size, trainer.total_steps, config.seed,
             trainer.step, trainer.rank, trainer.world_size, config.accumulate,

@@ -4,7 +4,8 @@
     open_source("lup.txt")                  a path a line, absolute or below the list's folder; # begins a comment
     open_source("lup.tar")                  images in a tar file
     open_source("shards/")                  a folder of tar files, if it has no images
-    open_source("synthetic:ids=1000")       drawn on the fly; also images=, cameras=, seed=, size=HEIGHTxWIDTH
+    open_source("synthetic:ids=1000")       drawn on the fly; also images=, cameras=, seed=,
+                                            size=HEIGHTxWIDTH, place=studio
 
 A source pickles, and holds no open file: workers that are forked and workers that are spawned read the same.
 """
@@ -25,7 +26,7 @@ __all__ = ["FileSource", "ListSource", "Source", "SyntheticSource", "TarSource",
 
 LISTS = (".txt", ".lst")
 EXPECTED = f"a folder of images, a list of paths ({' or '.join(LISTS)}), a .tar file, or synthetic:ids=1000"
-SYNTHETIC = {"ids": "1000", "images": "10", "cameras": "8", "seed": "0", "size": "256x128"}
+SYNTHETIC = {"ids": "1000", "images": "10", "cameras": "8", "seed": "0", "size": "256x128", "place": "street"}
 
 
 class Source(Protocol):
@@ -161,8 +162,8 @@ class SyntheticSource:
     def __init__(self, text: str) -> None:
         """
         Args:
-            text: ``synthetic:`` and any of ``ids=``, ``images=`` (of each), ``cameras=``, ``seed=``, and ``size=`` as
-                height x width, with commas between.
+            text: ``synthetic:`` and any of ``ids=``, ``images=`` (of each), ``cameras=``, ``seed=``, ``size=`` as
+                height x width, and ``place=``, with commas between.
 
         Raises:
             ValueError: If a key is unknown or given twice, or a value is none that it can have.
@@ -176,15 +177,19 @@ class SyntheticSource:
                 raise ValueError(f"{text}: unknown key {key!r}; known: {', '.join(SYNTHETIC)}")
             if key in given:
                 raise ValueError(f"{text}: {key} is given twice")
+            if key == "place":
+                given[key] = value
+                continue
             numbers = value.split("x") if key == "size" else [value]
             if len(numbers) != (2 if key == "size" else 1) or not all(n.isdecimal() for n in numbers):
                 raise ValueError(f"{text}: {key} is given as {value!r}; expected such as {key}={SYNTHETIC[key]}")
             given[key] = "x".join(str(int(n)) for n in numbers)
         values = SYNTHETIC | given
+        place = values.pop("place")
         height, width = map(int, values.pop("size").split("x"))
         ids, images, cameras, seed = map(int, values.values())
         try:
-            self.persons = SyntheticPersons(ids, images, cameras, seed, (height, width))
+            self.persons = SyntheticPersons(ids, images, cameras, seed, (height, width), place=place)
         except ValueError as e:
             raise ValueError(f"{text}: {e}") from None
         self.recipe = f"synthetic:{','.join(f'{key}={value}' for key, value in (SYNTHETIC | given).items())}"

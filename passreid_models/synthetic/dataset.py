@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from passreid_models.synthetic.scene import draw
+from passreid_models.synthetic.scene import PLACES, draw
 
 _MARKER = "synthetic_persons.json"
 _FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -33,17 +33,22 @@ class SyntheticPersons:
         seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
         size: (height, width) of the images in pixels.
         first_id: The first pid, to get identities that no other part of the world holds.
+        place: `street`, where each camera has surroundings and an exposure of its own, or `studio`, a gray backdrop and
+            no difference between cameras but their viewpoints.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
     def __init__(self, num_ids: int, images_per_id: int = 8, cameras: int = 4, seed: int = 0,
-                 size: tuple[int, int] = (256, 128), first_id: int = 0) -> None:  # fmt: skip
+                 size: tuple[int, int] = (256, 128), first_id: int = 0, place: str = "street") -> None:  # fmt: skip
         _at_least(1, num_ids=num_ids, images_per_id=images_per_id, cameras=cameras)
         _at_least(0, seed=seed, first_id=first_id)
         if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 16:
             raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {size!r}")
+        if place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place!r}")
+        self.place = place
         self.num_ids, self.images_per_id, self.cameras = int(num_ids), int(images_per_id), int(cameras)
         self.seed, self.first_id, self.size = int(seed), int(first_id), (int(size[0]), int(size[1]))
 
@@ -68,7 +73,7 @@ class SyntheticPersons:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images")
         pid, camid, k = self._key(int(index) % len(self))
-        return draw(self.seed, pid, camid, k, self.size), pid, camid
+        return draw(self.seed, pid, camid, k, self.size, self.place), pid, camid
 
     def write_market1501(self, root: str | os.PathLike[str], train_ids: int | None = None, distractors: int = 0,
                          workers: int = 0, quality: int = 92) -> Path:  # fmt: skip
@@ -105,7 +110,7 @@ class SyntheticPersons:
         try:
             for folder in _FOLDERS:
                 (unfinished / folder).mkdir(parents=True)
-            save = partial(_save, self.seed, self.size, unfinished, quality)
+            save = partial(_save, self.seed, self.size, self.place, unfinished, quality)
             if workers > 0:
                 with ProcessPoolExecutor(workers) as pool:
                     list(pool.map(save, jobs, chunksize=16))
@@ -143,9 +148,11 @@ class SyntheticPersons:
             yield (1 << 42) + i, camid, 0, f"bounding_box_test/0000_c{camid + 1}s1_{i:06d}_01.jpg"
 
 
-def _save(seed: int, size: tuple[int, int], root: Path, quality: int, job: tuple[int, int, int, str]) -> None:
+def _save(
+    seed: int, size: tuple[int, int], place: str, root: Path, quality: int, job: tuple[int, int, int, str]
+) -> None:
     pid, camid, k, file = job
-    draw(seed, pid, camid, k, size).save(root / file, quality=quality)
+    draw(seed, pid, camid, k, size, place).save(root / file, quality=quality)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from passreid_models.synthetic.attributes import IMAGE, SCENE, Array, Camera, camera, identity, pick, stream
 from passreid_models.synthetic.body import Canvas, paint_person, plain, wave
 
+PLACES = ("street", "studio")
+
 
 def _value_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
     small = rng.normal(0, 1, (max(2, round(height / cell)), max(2, round(width / cell)))).astype(np.float32)
@@ -108,11 +110,25 @@ def _occlude(canvas: Canvas, rng: np.random.Generator, height: int, width: int) 
             canvas.paint((x, height + 2.0), tip, (0.004 * height, 0.02 * height, 0.003 * height), leaf, height)
 
 
-def draw(seed: int, pid: int, camid: int, k: int, size: tuple[int, int] = (256, 128)) -> Image.Image:
-    """The k-th image of a person in a camera, `size` is (height, width); the arguments alone determine the pixels."""
+@lru_cache(32)
+def _backdrop(seed: int, camid: int, height: int, width: int) -> NDArray[np.uint8]:
+    """The wide view of a studio: gray, with a faint structure."""
+    tall, wide = round(height * 1.15), width * 5
+    gray = 122 + 5 * _value_noise(stream(seed, SCENE, camid), tall, wide, 12 * height / 256)
+    return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def draw(
+    seed: int, pid: int, camid: int, k: int, size: tuple[int, int] = (256, 128), place: str = "street"
+) -> Image.Image:
+    """The k-th image of a person in a camera, `size` is (height, width); the arguments alone determine the pixels.
+
+    In a `studio` all cameras have a gray backdrop and an exposure that changes nothing: what differs between images is
+    the person, viewpoint, pose and light, and who or what stands beside and before.
+    """
     height, width = size
     rng, cam = stream(seed, IMAGE, pid, camid, k), camera(seed, camid)
-    scene = _scene(seed, camid, height, width)
+    scene = (_backdrop if place == "studio" else _scene)(seed, camid, height, width)
     top, left = rng.integers(scene.shape[0] - height), rng.integers(scene.shape[1] - width)
     canvas = Canvas(scene[top : top + height, left : left + width].astype(np.float32), cam.light, cam.ambient)
 
@@ -133,6 +149,8 @@ def draw(seed: int, pid: int, camid: int, k: int, size: tuple[int, int] = (256, 
         paint_person(canvas, other, rng, yaw + rng.normal(0, 1), cam.pitch, aside, y + 0.1 * px, px)
     if rng.random() < 0.18:
         _occlude(canvas, rng, height, width)
+    if place == "studio":
+        return Image.fromarray(np.clip(canvas.pixels, 0, 255).astype(np.uint8))
     return _expose(canvas.pixels, cam, rng)
 
 
