@@ -1,13 +1,20 @@
 """The examples do what they say: pre-training in about 100 lines makes weights that load."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 import torch
+from tiny_runs import TINY, tiny, write_images
 
 import passreid_models
+from passreid_models.ssl.loop import train
+from passreid_models.ssl.network import PASSNetwork
+from passreid_models.ssl.run import RunFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,3 +32,49 @@ def test_the_minimal_example_trains_from_images_to_weights_that_load(tmp_path):
     assert len(passreid_models.load_report(trained).loaded) == len(start)
     moved = [k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])]
     assert len(moved) == len(start)
+
+
+def network(state, **dimensions):
+    backbone = timm.create_model("test_pass_vit", **dimensions)
+    heads = (TINY["num_prototypes"], TINY["hidden_dim"], TINY["bottleneck_dim"])
+    made = PASSNetwork(backbone, *heads)
+    made.load_state_dict(state)
+    return made.train()
+
+
+def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread):
+    spec = importlib.util.spec_from_file_location("train_bundled", EXAMPLES / "train_bundled.py")
+    train_bundled = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_bundled)
+    train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
+    train_bundled.widen(tmp_path / "run", tmp_path / "start.pt")
+    start = torch.load(tmp_path / "start.pt", weights_only=True)
+    saved = RunFolder(tmp_path / "run").load_latest()[1]
+    assert start["statistics"] == saved["statistics"]
+
+    narrow, wide = network(saved["teacher"]), network(start["teacher"], embed_dim=128, num_heads=4)
+    views = torch.randn(2, 3, 3, 64, 32), torch.randn(3, 3, 3, 32, 16)
+    outputs = wide(*views).logits()
+    for z, expected in zip(outputs, narrow(*views).logits(), strict=True):
+        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
+    tokens = wide.backbone.forward_views(views[0][0])
+    torch.testing.assert_close(tokens, narrow.backbone.forward_views(views[0][0]).repeat(1, 1, 2), rtol=1e-4, atol=1e-5)
+    sum(z.square().sum() for z in outputs).backward()
+    grad = wide.backbone.blocks[0].mlp.fc1.weight.grad  # its rows: hidden channels, each twice
+    assert ((grad[:256] - grad[256:]).norm() / grad.norm()) > 0.1
+
+
+@pytest.mark.slow
+def test_the_bundled_weights_are_made_from_nothing_to_a_folder_that_loads(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps({"coarse": 4, "fine": 2}))  # persons of each phase
+    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path, "--split"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "pass_vit_tiny_patch16.synth"
+    assert json.loads((folder / "figures.json").read_text())["images_seen"] == 8 * 6
+    pieces = sorted(folder.glob("model.safetensors.*"))
+    assert all(p.stat().st_size < 2**24 for p in pieces)
+    (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.patch_embed.img_size == (256, 128)
+    assert "street  model" in done.stdout
