@@ -144,6 +144,26 @@ def test_processes_that_find_different_checkpoints_are_refused_and_change_nothin
     assert not (tmp_path / "run1").exists()
 
 
+def test_processes_that_are_at_the_mean_step_of_all_are_refused_with_the_others(joint, data, tmp_path):
+    steps = (STEPS, 0, STEPS // 2, STEPS // 2)
+    for rank, step in enumerate(steps):
+        if step:
+            shutil.copytree(joint, run := tmp_path / f"run{rank}")
+            state = RunFolder(run).load_latest()[1]
+            for file in RunFolder(run).checkpoints():
+                file.unlink()
+            torch.save({**state, "step": step}, run / "checkpoints" / f"step_{step:09}.pt")
+    with ExitStack() as stack:
+        words = flags(data, tmp_path / "run{rank}", resume="auto", **TWO)
+        children = world(run_cli, words, folder=tmp_path / "world", size=4)
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [2] * 4
+    for child, step in zip(children, steps, strict=True):
+        said = f"out: this process found step {step}, others another (on average {STEPS // 2})"
+        assert said in one_sentence(child.output)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_each_process_names_its_unreadable_images_and_counts_them_among_its_own(data, tmp_path, count):
     images, run = Path(shutil.copytree(data, tmp_path / "images")), tmp_path / "run"

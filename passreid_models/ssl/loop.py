@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
-        OSError: If the data cannot be read, or the run not be written.
+        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
@@ -71,6 +71,13 @@ def train(config: TrainConfig) -> Path:
         if e.filename or e.errno not in FULL:
             raise
         raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
+    except RuntimeError as e:
+        if not str(e).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the run is
+            raise
+        raise ChildProcessError(
+            f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
+            "they need some GB of /dev/shm"
+        ) from None
 
 
 class _Run:
@@ -115,8 +122,12 @@ class _Run:
         return None
 
     def _check_same_step(self) -> None:
-        step = torch.tensor(self.trainer.step, dtype=torch.float64, device=self.trainer.device)
-        if float(mean := all_reduce_mean(step)) != self.trainer.step:
+        if self.trainer.world_size == 1:
+            return
+        step = float(self.trainer.step)
+        moments = torch.tensor([step, step**2], dtype=torch.float64, device=self.trainer.device)
+        mean, mean_of_squares = all_reduce_mean(moments).tolist()
+        if mean**2 != mean_of_squares:  # the variance: all processes see it alike, and stop together
             raise ValueError(
                 f"out: this process found step {self.trainer.step}, others another (on average {mean:g}): "
                 f"{self.folder.path.absolute()} must be one folder for all processes"
