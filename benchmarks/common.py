@@ -31,6 +31,13 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16; a CPU that does not takes 100 times as long in it."""
+    from passreid_models.ssl.trainer import pick_dtype
+
+    return pick_dtype("auto", device) == torch.bfloat16
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -19,18 +19,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the published ViT-S run: 8 processes of 128 images
     "pass-vit-s-lup": {"model": "pass_vit_small_patch16", "batch_size": 1024, "epochs": 100},
     "pass-vit-b-lup": {"model": "pass_vit_base_patch16", "batch_size": 512, "epochs": 100},
-    # 2 to 8 cores or one small GPU, thousands of images: fewer prototypes, half the resolution in the first epochs, a
-    # teacher that follows sooner, since 0.996 averages over 250 steps
+    # 2 to 8 cores or one small GPU, thousands of images: many small steps, half the resolution in the first epochs, a
+    # teacher that follows sooner (0.996 averages over 250 steps), and targets that are not nearly uniform at the start
+    # (fewer prototypes in fewer dimensions, a lower temperature), where a short run would stay
     "laptop": {
         "model": "pass_vit_tiny_patch16",
-        "batch_size": 64,
+        "batch_size": 32,
         "epochs": 50,
         "coarse_epochs": 40,
         "warmup_epochs": 2,
-        "num_prototypes": 4096,
+        "num_prototypes": 1024,
         "hidden_dim": 1024,
-        "lr": 2e-3,
+        "bottleneck_dim": 64,
+        "lr": 4e-3,
         "momentum": 0.99,
+        "teacher_temp": 0.03,
+        "warmup_teacher_temp": 0.03,
     },
 }
 # what a resumed run may change: nothing here touches the weights of later steps
