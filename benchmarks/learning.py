@@ -2,11 +2,17 @@
 
 A table and, in the JSON line, random_mAP, dino_mAP, pass_mAP and *_rank1, in percent: 200 generated persons under four
 cameras, in the studio of the training data and, as street_*, with backgrounds and exposures that no training image
-had; persons and cameras are of another seed than those trained on. DINO is the same trainer with --parts 0: local views
-of the whole image, one token. Pooled pixels and chance for comparison.
+had; persons and cameras are of another seed than those trained on. Pooled pixels and chance for comparison.
 
-The settings are those of examples/bundled.yaml. Each run computes on all cores in turn; to have two at once, start
-their passreid-train by hand (OUT/pass-0, OUT/dino-0) and give --out OUT.
+DINO is the same trainer with --parts 0: one token, whose output is the descriptor (192 wide; that of PASS, CLS and the
+mean of its parts, is 384 wide), and as many local views, of the whole image instead of its areas: their scale is
+relative to that, so that they show twice as much. The settings, examples/bundled.yaml, were chosen by looking at PASS.
+
+Each run computes on all cores in turn. Two at once, to be found by --out OUT, with ids=5000, images=8, cameras=8, seed=1,
+size=128x64 and place=studio, joined by commas, for DATA:
+
+    passreid-train synthetic:DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/pass-0
+    passreid-train synthetic:DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/dino-0 --parts 0
 """
 
 import argparse

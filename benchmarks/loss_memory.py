@@ -54,8 +54,8 @@ class Ours:
     @staticmethod
     def project(heads: nn.ModuleList, x: list[Tensor]) -> Projections:
         features = [head.features(t) for head, t in zip(heads, x, strict=True)]
-        prototypes, scales = zip(*(head.factors() for head in heads), strict=True)
-        return Projections(features, list(prototypes), list(scales))
+        prototypes, gains = zip(*(head.factors() for head in heads), strict=True)
+        return Projections(features, list(prototypes), list(gains))
 
 
 class Plain:

@@ -1,7 +1,7 @@
 """Make the bundled synth weights from nothing: train on generated persons to a time budget, evaluate, pack.
 
-    python examples/train_bundled.py tiny --minutes 70 --work ~/bundled        # killed: run it again, it continues
-    python examples/train_bundled.py small --minutes 15 --work ~/bundled --widen ~/bundled/tiny-fine --fine-share 1
+    python examples/train_bundled.py tiny --minutes 120 --work ~/bundled       # killed: run it again, it continues
+    python examples/train_bundled.py small --minutes 60 --work ~/bundled --widen      # begins as tiny, twice as wide
 
 WORK/tiny.json      the plan: persons of each phase, as many as fit into the minutes by a trial of one minute
 WORK/tiny-coarse/   the run of passreid-train at 128x64, for most of the time
@@ -15,10 +15,7 @@ images do not, is what self-distillation learns first, and on a street that is t
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
@@ -30,35 +27,31 @@ from torch import Tensor
 import passreid_models  # noqa: F401  registers the models
 from passreid_models.demo import held_out_scores
 from passreid_models.local_dir import save_pretrained
-from passreid_models.runtime import atomic_file, num_cores
+from passreid_models.runtime import atomic_file
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.loop import Stopped, train
 from passreid_models.ssl.run import RunFolder
 from passreid_models.synthetic.scene import PLACES
 
 IMAGES_PER_ID = 8
-DATA = "synthetic:ids={},images={},cameras=8,seed=1,size={},place=studio"  # held-out persons are of another seed
-SIZES = {"coarse": "128x64", "fine": "256x128"}
+DATA = "synthetic:ids={},images={},cameras=8,seed=1,size={}x{},place=studio"  # held-out persons are of another seed
+SIZES = {"coarse": (128, 64), "fine": (256, 128)}
 PIECE = 15 * 2**20
-SETTINGS = Path(__file__).parent / "bundled.yaml"
-BATCH = yaml.safe_load(SETTINGS.read_text())["batch_size"]
 
 
-def train(args, phase, ids, out, *options):
-    """Run passreid-train; on a CPU as a process a core, which a busy machine slows down less than threads."""
-    command = [sys.executable, "-m", "passreid_models.cli", "train"]
-    env = dict(os.environ)
-    settings = ["--config", SETTINGS, "--model", f"pass_vit_{args.size}_patch16", "--size", SIZES[phase]]
+def config_of(args, phase, ids, out, init, **others):
+    values = yaml.safe_load(args.settings.read_text())
+    if init:
+        values |= {"init": str(init), "lr": values["lr"] / 8}
     if not torch.cuda.is_available():
-        processes = max(n for n in range(1, min(num_cores(), BATCH) + 1) if BATCH % n == 0)
-        command[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        env["OMP_NUM_THREADS"] = "1"
-        settings += ["--workers", 0]
-    words = [*command, DATA.format(ids, IMAGES_PER_ID, SIZES[phase]), *settings, *args.options, "--out", out, *options]
-    done = subprocess.run([str(word) for word in words], env=env)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+        values["workers"] = 0
+    data = DATA.format(ids, IMAGES_PER_ID, *SIZES[phase])
+    model = f"pass_vit_{args.size}_patch16"
+    values |= {"data": data, "model": model, "size": SIZES[phase], "out": str(out), "save_minutes": 2}
+    return TrainConfig.from_dict(values | others)
 
 
-def make_plan(args, start):
+def make_plan(args, init):
     """Persons of each phase, kept for when the script runs again."""
     path, shares = args.work / f"{args.size}.json", {"coarse": 1 - args.fine_share, "fine": args.fine_share}
     if not path.exists():
@@ -67,11 +60,16 @@ def make_plan(args, start):
             if share:
                 trial = args.work / f"{args.size}-{phase}-trial"
                 shutil.rmtree(trial, ignore_errors=True)
-                train(args, phase, 10**6, trial, "--max-minutes", 1, "--log-steps", 1, *start)
-                speeds = [json.loads(x)["images_per_s"] for x in (trial / "metrics.jsonl").read_text().splitlines()]
-                plan[phase] = round(60 * args.minutes * share * median(speeds) / IMAGES_PER_ID)
+                try:
+                    train(config_of(args, phase, 10**6, trial, init, max_minutes=1, log_steps=1))
+                except Stopped:
+                    speeds = [json.loads(x)["images_per_s"] for x in (trial / "metrics.jsonl").read_text().splitlines()]
+                shutil.rmtree(trial)
+                plan[phase] = max(100, round(60 * args.minutes * share * median(speeds) / IMAGES_PER_ID))
         path.write_text(json.dumps(plan))
-    return json.loads(path.read_text())
+    plan = json.loads(path.read_text())
+    print(f"persons, of {IMAGES_PER_ID} images each: {plan} ({path})", flush=True)
+    return plan
 
 
 def widen(run, file):
@@ -108,25 +106,31 @@ def split(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
-    start = []
+    init, phases = None, []
     if args.widen:
-        start = ["--init", args.work / f"{args.size}-start.pt", "--lr", 1e-3]
-        widen(args.widen, start[1])
-    plan = make_plan(args, start)
-    for phase, ids in plan.items():
+        narrow = args.work / "pass_vit_tiny_patch16.synth" / "config.json"
+        if not narrow.is_file():
+            raise SystemExit(f"--widen: {narrow} is not there: make tiny in the same --work first")
+        phases = json.loads(narrow.read_text())["provenance"]["phases"]
+        init = args.work / "small-start.pt"
+        if not init.exists():
+            last = list(json.loads((args.work / "tiny.json").read_text()))[-1]
+            widen(args.work / f"tiny-{last}", init)
+    for phase, ids in make_plan(args, init).items():
         run = args.work / f"{args.size}-{phase}"
-        train(args, phase, ids, run, "--resume", "auto", *start)
-        start = ["--init", run, "--lr", 1e-3]
-    pack(args, run, IMAGES_PER_ID * sum(plan.values()))
+        export = train(config_of(args, phase, ids, run, init, resume="auto"))
+        phases.append(json.loads((export / "config.json").read_text())["provenance"])
+        init = run
+    pack(args, export, phases)
 
 
-def pack(args, run, images_seen):
-    model = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, img_size=(256, 128))
+def pack(args, export, phases):
+    model = timm.create_model(f"local-dir:{export}", pretrained=True, img_size=(256, 128))
     scores = {place: held_out_scores(model, place=place) for place in PLACES}
-    provenance = json.loads((run / "export" / "config.json").read_text())["provenance"]
     folder = args.work / f"pass_vit_{args.size}_patch16.synth"
+    provenance = {"images_seen": sum(p["images_seen"] for p in phases), "phases": phases}
     save_pretrained(model, folder, info={"provenance": provenance}, half=True, overwrite=True)
-    (folder / "figures.json").write_text(json.dumps({"images_seen": images_seen, "held_out": scores}, indent=2) + "\n")
+    (folder / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
     for place, found in scores.items():
         for name, metrics in found.items():
             print(f"{place:<8}{name:<24}mAP {metrics['mAP']:5.1f}  Rank-1 {metrics['rank1']:5.1f}")
@@ -141,12 +145,18 @@ def pack(args, run, images_seen):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("size", choices=("tiny", "small", "base"))
-    parser.add_argument("--minutes", type=float, default=120, help="of training")
+    parser.add_argument("--minutes", type=float, default=120, help="of training; once there is a plan, that counts")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs, outside the repository")
     parser.add_argument("--fine-share", type=float, default=0.15, help="of the time, at 256x128")
-    parser.add_argument(
-        "--widen", type=Path, metavar="RUN", help="begin with a run of half the width, each channel twice"
-    )
+    parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
+    parser.add_argument("--settings", type=Path, default=Path(__file__).parent / "bundled.yaml")
     parser.add_argument("--split", action="store_true", help="weights in pieces below 16 MiB")
-    parser.add_argument("options", nargs="*", help="further options of passreid-train, after --")
-    main(parser.parse_args())
+    args = parser.parse_args()
+    if not 0 <= args.fine_share <= 1:
+        parser.error(f"--fine-share: expected 0 to 1, got {args.fine_share}")
+    if args.widen and args.size != "small":
+        parser.error("--widen: only small is twice as wide as tiny")
+    try:
+        main(args)
+    except Stopped as e:
+        raise SystemExit(str(e)) from None

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from passreid_models.ssl.config import TrainConfig
 
+PAIRS = ("--size", "--local_size", "--global_scale", "--local_scale", "--blur_radius")  # fields of two numbers
+NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
@@ -36,8 +39,9 @@ def train(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid-train``.
 
     Returns:
-        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, or memory ran out; 2 a user's
-        mistake, in one sentence; 128 + the signal, when one stopped the run (its state is saved).
+        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
+        process died; 2 a user's mistake, in one sentence; 128 + the signal, when one stopped the run (its state is
+        saved).
     """
     import torch
 
@@ -52,15 +56,15 @@ def train(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"passreid-train: {e}", file=sys.stderr)
         return 128 + e.signum if e.signum else 0
+    except (NonFiniteLossError, ChildProcessError) as e:
+        print(f"passreid-train: {e}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as e:
         print(f"passreid-train: {e}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as e:
         advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
         print(f"passreid-train: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
-        return 1
-    except NonFiniteLossError as e:
-        print(f"passreid-train: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("passreid-train: interrupted", file=sys.stderr)
@@ -112,7 +116,7 @@ def _preset_in(file: Path) -> str | None:
 
 
 def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | None]]:
-    """``DATA --batch-size=64 --size 256x128 --compile`` as jsonargparse's names and values."""
+    """``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` as jsonargparse's names and values."""
     options: list[tuple[str, str | None]] = []
     words = list(argv)
     while words:
@@ -130,10 +134,10 @@ def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | N
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
             elif not equals and words and not words[0].startswith("--"):
                 value = words.pop(0)
-                if name in ("--size", "--local_size") and value.isdecimal() and words and words[0].isdecimal():
+                if name in PAIRS and NUMBER.fullmatch(value) and words and NUMBER.fullmatch(words[0]):
                     value = f"{value}x{words.pop(0)}"
-        if value is not None and name in ("--size", "--local_size") and re.fullmatch(r"\d+x\d+", value):
-            value = f"[{value.replace('x', ',')}]"
+        if value is not None and name in PAIRS and len(pair := re.split("[x,]", value)) == 2:
+            value = f"[{','.join(pair)}]" if all(map(NUMBER.fullmatch, pair)) else value
         options.append((name, value))
     return options
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = re.findall(
     r"\w+",
     """
-    data out model init resume parts areas size local_size local_views global_scale local_scale coarse_epochs epochs
+    data out model init resume parts areas size local_size local_views global_scale local_scale brightness contrast
+    saturation hue gray_prob solarize_prob blur_radius coarse_epochs epochs
     batch_size accumulate lr min_lr warmup_epochs weight_decay weight_decay_end momentum teacher_temp
     warmup_teacher_temp warmup_teacher_temp_epochs student_temp center_momentum num_prototypes hidden_dim
     bottleneck_dim norm_last_layer freeze_last_layer_epochs drop_path clip clip_by dtype device loss_chunk
@@ -110,6 +111,8 @@ def test_data_stands_anywhere_among_the_options(words):
         (["--size", 64, 32], {"size": (64, 32)}),
         (["--local-size", 32, 16, "--seed", 3], {"local_size": (32, 16), "seed": 3}),
         (["--size=[64,32]", "--local-size=32x16"], {"size": (64, 32), "local_size": (32, 16)}),
+        (["--blur-radius", "0.5", "1"], {"blur_radius": (0.5, 1.0)}),
+        (["--local-scale=.3,0.8", "--global-scale", "[0.5, 1]"], {"local_scale": (0.3, 0.8), "global_scale": (0.5, 1)}),
         (["--local-scale", "[0.2,0.5]"], {"local_scale": (0.2, 0.5)}),
         (["--areas", "[[0,0.5],[0.2,0.7],[0.5,1]]"], {"areas": [(0.0, 0.5), (0.2, 0.7), (0.5, 1.0)]}),
         (["--parts", 0, "--workers=3"], {"parts": 0, "workers": 3}),

@@ -331,7 +331,17 @@ def test_changed_compares_what_was_read_back_from_a_file():
     assert ODD.changed({**saved, "areas": [[0.0, 0.5], [0.5, 1.0]]}) == {
         "areas": ([[0.0, 0.6], [0.4, 1.0]], [[0.0, 0.5], [0.5, 1.0]])
     }
-    assert not ODD.changed({"a field of": "another version"})
+
+
+def test_changed_takes_the_default_for_a_field_that_the_saved_run_does_not_know():
+    assert not TrainConfig().changed({"a field of": "another version"})
+    saved = {k: v for k, v in TrainConfig(hue=0.02).to_dict().items() if k not in ("hue", "gray_prob")}
+    assert TrainConfig(hue=0.02).changed(saved) == {"hue": (0.02, 0.1)}
+
+
+def test_parts_that_are_given_and_those_of_the_architecture_are_the_same():
+    assert not TrainConfig(parts=3).changed(TrainConfig().to_dict())
+    assert TrainConfig(parts=1).changed(TrainConfig().to_dict()) == {"parts": (1, None)}
 
 
 # ---- Every field

@@ -66,12 +66,15 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
 
 @pytest.mark.slow
 def test_the_bundled_weights_are_made_from_nothing_to_a_folder_that_loads(tmp_path):
-    (tmp_path / "tiny.json").write_text(json.dumps({"coarse": 4, "fine": 2}))  # persons of each phase
+    (tmp_path / "tiny.json").write_text(json.dumps({"coarse": 5, "fine": 2}))  # persons of each phase
     command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path, "--split"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "pass_vit_tiny_patch16.synth"
-    assert json.loads((folder / "figures.json").read_text())["images_seen"] == 8 * 6
+    provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    assert [p["images_seen"] for p in provenance["phases"]] == [32, 16]  # of 40 and 16, in batches of 16
+    assert provenance["images_seen"] == 48
+    assert json.loads((folder / "figures.json").read_text()).keys() == {"street", "studio"}
     pieces = sorted(folder.glob("model.safetensors.*"))
     assert all(p.stat().st_size < 2**24 for p in pieces)
     (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))

@@ -365,8 +365,8 @@ def test_in_float16_gradients_of_many_prototypes_keep_their_digits(num_prototype
     for enabled in (True, False):
         x, w = (t.detach().requires_grad_() for t in (x, w))
         with torch.autocast("cpu", torch.float16, enabled=enabled):
-            ones = torch.ones(num_prototypes)
-            loss, _ = lean_cross_entropies(x, (w, ones), y, (u, ones), 0 * ones, 0.1, 0.04, chunk=4)
+            center = torch.zeros(num_prototypes)
+            loss, _ = lean_cross_entropies(x, (w, None), y, (u, None), center, 0.1, 0.04, chunk=4)
         found.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
     for half, full in zip(*found, strict=True):
         assert half.dtype == torch.float32
@@ -442,5 +442,5 @@ def test_the_lean_path_takes_the_weight_norm_along_with_gradients_of_directions_
 
 
 def projected(head: ProjectionHead, x: torch.Tensor) -> Projections:
-    prototypes, scales = head.factors()
-    return Projections([head.features(x)], [prototypes], [scales])
+    prototypes, gains = head.factors()
+    return Projections([head.features(x)], [prototypes], [gains])

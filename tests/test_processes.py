@@ -138,7 +138,7 @@ def test_processes_that_find_different_checkpoints_are_refused_and_change_nothin
         assert [child.wait() for child in children] == [2, 2]
     for rank, step in enumerate((STEPS, 0)):
         said = one_sentence(children[rank].output)
-        assert f"out: this process found step {step}, others another" in said
+        assert f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})" in said
         assert f"{tmp_path}/run{rank} must be one folder for all processes" in said
     assert files(tmp_path / "run0") == files(joint)
     assert not (tmp_path / "run1").exists()
@@ -160,7 +160,7 @@ def test_processes_that_are_at_the_mean_step_of_all_are_refused_with_the_others(
             stack.enter_context(child)
         assert [child.wait() for child in children] == [2] * 4
     for child, step in zip(children, steps, strict=True):
-        said = f"out: this process found step {step}, others another (on average {STEPS // 2})"
+        said = f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})"
         assert said in one_sentence(child.output)
 
 

@@ -103,6 +103,18 @@ def test_other_files_are_no_checkpoints(folder):
     assert len(names(folder)) == 5
 
 
+def test_a_loader_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(folder, monkeypatch):
+    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+    def interrupted(*args):
+        raise RuntimeError(said)  # as torch's signal handler does, wherever the main thread is
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        folder.save(state(1), keep=1)
+    assert not folder.checkpoints()
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(folder):
     last = folder.save(state(1), keep=1)
     large = {**state(2), "student": {"w": torch.zeros(1 << 20)}}

@@ -91,7 +91,7 @@ def test_identities_and_cameras_keep_their_look_whatever_the_dataset_around_them
     assert tail[1][0].tobytes() == image.tobytes()
 
 
-def test_in_a_studio_cameras_differ_in_their_viewpoints_alone_and_persons_are_those_of_the_street():
+def test_in_a_studio_the_backdrop_is_gray_under_every_camera_and_persons_are_those_of_the_street():
     street, studio = (SyntheticPersons(12, 4, 4, size=(128, 64), place=place) for place in ("street", "studio"))
     pictures = [np.stack([np.asarray(data[i][0], float) for i in range(48)]) for data in (street, studio)]
     corners = [p[:, :12, [*range(6), *range(-6, 0)]].mean((1, 2)) for p in pictures]  # [48, 3], beside the head

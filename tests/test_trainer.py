@@ -152,7 +152,8 @@ def test_steps_are_those_written_out_forward_clip_adamw_teacher_and_centres(batc
     for number, micro_batches in enumerate(batches[:4]):
         before = weights(plain.student)
         expected = plain.step(number, *trainer.photometric.batch(micro_batches[0].views))
-        assert trainer.training_step(micro_batches)["loss"] == pytest.approx(expected, rel=1e-6)
+        found = trainer.training_step(micro_batches)["loss"]
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)  # it is a difference of logits up to 10, in float32
         for ours, written_out in ((trainer.student, plain.student), (trainer.teacher, plain.teacher)):
             assert_close(*(without_key_biases(weights(network)) for network in (ours, written_out)), 1e-6)
         assert_close(trainer.criterion.centers, plain.criterion.centers, 1e-6)

@@ -304,9 +304,15 @@ class TrainConfig:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from those of a saved run: (here, there)."""
-        mine = self.to_dict()
-        return {k: (v, other[k]) for k, v in mine.items() if k not in FREE + NUMERICS and v != other.get(k, v)}
+        """Fields that shape the weights and differ from those of a saved run: (here, there).
+
+        A field that the saved run does not know has its default there, which is how it was trained.
+        """
+        there = TrainConfig.from_dict({f.name: other[f.name] for f in fields(self) if f.name in other})
+        pairs = {k: (v, there.to_dict()[k]) for k, v in self.to_dict().items() if k not in FREE + NUMERICS}
+        if self.num_parts == there.num_parts:  # given in one, the architecture's in the other
+            del pairs["parts"]
+        return {k: (mine, theirs) for k, (mine, theirs) in pairs.items() if mine != theirs}
 
     def numerics(self) -> dict[str, Any]:
         """Fields that a resumed run may change at the price of the last digits."""

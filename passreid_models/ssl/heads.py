@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -53,10 +52,9 @@ class ProjectionHead(nn.Module):
         return self.last_layer.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The prototypes as directions ``[K, C]`` of any length and scales ``[K]``, without making ``[K, C]`` anew."""
+        """Directions ``[K, C]`` of any length and gains ``[K]``: the prototypes, before they are normalised."""
         weight = cast(Any, self.last_layer).parametrizations.weight
-        with torch.autocast(weight.original1.device.type, enabled=False):
-            return weight.original1, weight.original0[:, 0] / torch.linalg.vector_norm(weight.original1, dim=1)
+        return weight.original1, weight.original0[:, 0]
 
     def features(self, x: Tensor) -> Tensor:
         """Tokens ``[..., D]`` to features of length 1, ``[..., C]``."""

@@ -29,7 +29,7 @@ from passreid_models.ssl.config import FREE, TrainConfig
 from passreid_models.ssl.data import SIGNALS, Batch, StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.ssl.log import Window, log_to
 from passreid_models.ssl.monitor import probe, read_labelled
-from passreid_models.ssl.run import RunFolder
+from passreid_models.ssl.run import RunFolder, tells_of_dead_worker
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import NonFiniteLossError, Trainer, pick_device
 
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Path:
             raise
         raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
     except RuntimeError as e:
-        if not str(e).startswith("DataLoader worker"):  # torch's signal handler raises it, wherever the run is
+        if not tells_of_dead_worker(e):
             raise
         raise ChildProcessError(
             f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
@@ -129,7 +129,7 @@ class _Run:
         mean, mean_of_squares = all_reduce_mean(moments).tolist()
         if mean**2 != mean_of_squares:  # the variance: all processes see it alike, and stop together
             raise ValueError(
-                f"out: this process found step {self.trainer.step}, others another (on average {mean:g}): "
+                f"out: the processes found different steps (this one {self.trainer.step}, their mean is {mean:g}): "
                 f"{self.folder.path.absolute()} must be one folder for all processes"
             )
 

@@ -81,14 +81,15 @@ class PASSLoss(nn.Module):
             The loss, and its terms as ``pairs`` gives them, without gradient.
         """
         self._check(student.features, teacher.features)
-        total, terms, count = torch.zeros((), device=self.centers.device), [], 0
-        features = zip(student.features, teacher.features, strict=True)
-        prototypes = zip(student.scaled(), teacher.scaled(), strict=True)
+        features = list(zip(student.features, teacher.features, strict=True))
+        prototypes = zip(student.weights(), teacher.weights(), strict=True)
+        weight = 1 / sum(len(y) * (len(x) - 1) for x, y in features)
+        total, terms = torch.zeros((), device=self.centers.device), []
         for (x, y), (w, u), center in zip(features, prototypes, self.centers, strict=True):
-            summed, pairs = lean_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk)
-            total, count = total + summed, count + num_pairs(pairs)
+            summed, pairs = lean_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk, weight)
+            total = total + summed
             terms.append(pairs)
-        return total / count, terms
+        return total, terms
 
     @torch.no_grad()
     def update_centers(self, teacher: Sequence[Tensor] | Projections) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.ssl.heads import ProjectionHead
+from passreid_models.ssl.lean import weight_norm_scales
 
 
 class Projections(NamedTuple):
@@ -17,17 +18,24 @@ class Projections(NamedTuple):
 
     features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
     prototypes: list[Tensor]  # [K, C]
-    scales: list[Tensor] | None = None  # [K], of the prototypes; None: 1
+    gains: list[Tensor] | None = (
+        None  # [K]: the prototypes are normalised to these lengths; None: they stay as they are
+    )
 
     def logits(self) -> list[Tensor]:
         """``[V_t, B, K]`` for each kind of token."""
         logits = [x @ w.T for x, w in zip(self.features, self.prototypes, strict=True)]
-        return logits if self.scales is None else [z * s for z, s in zip(logits, self.scales, strict=True)]
+        return logits if self.gains is None else [z * s for z, (_, s) in zip(logits, self.scaled(), strict=True)]
+
+    def weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Prototypes and gains of each kind of token."""
+        if self.gains is None:
+            return [(w, None) for w in self.prototypes]
+        return list(zip(self.prototypes, self.gains, strict=True))
 
     def scaled(self) -> list[tuple[Tensor, Tensor]]:
-        """Prototypes and scales of each kind of token."""
-        scales = [w.new_ones(len(w)) for w in self.prototypes] if self.scales is None else self.scales
-        return list(zip(self.prototypes, scales, strict=True))
+        """Prototypes of each kind of token, and what their logits are multiplied with."""
+        return [(w, weight_norm_scales(w, g)) for w, g in self.weights()]
 
 
 class PASSNetwork(nn.Module):
@@ -76,8 +84,8 @@ class PASSNetwork(nn.Module):
                 views[1 + k] = torch.cat([views[1 + k], local[k * per_area : (k + 1) * per_area, :, 1]])
         heads = cast(list[ProjectionHead], self.heads)
         features = [head.features(x) for head, x in zip(heads, views, strict=True)]
-        prototypes, scales = zip(*(head.factors() for head in heads), strict=True)
-        return Projections(features, list(prototypes), list(scales))
+        prototypes, gains = zip(*(head.factors() for head in heads), strict=True)
+        return Projections(features, list(prototypes), list(gains))
 
     def _tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
         return self.forward_views(views.flatten(0, 1), area).unflatten(0, views.shape[:2])

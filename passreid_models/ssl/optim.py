@@ -51,7 +51,12 @@ def clip_gradients(student: PASSNetwork, max_norm: float, by: str = "parameter")
     total = norms.norm()
     if max_norm:
         scales = (max_norm / ((norms if by == "parameter" else total.expand_as(norms)) + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(grads, scales.unbind())
+        factors = scales.unbind()
+        if scales.device.type == "cpu":  # a GPU would be waited for to know which change nothing
+            large = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
+            grads, factors = [grads[i] for i in large], tuple(factors[i] for i in large)
+        if grads:
+            torch._foreach_mul_(grads, factors)
     return total
 
 

@@ -79,6 +79,8 @@ class RunFolder:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
+            if tells_of_dead_worker(e):
+                raise
             why = str(e).partition("\n")[0]
             why = why if isinstance(e, OSError) else f"is the disk full? {why}"
             raise OSError(f"{path} could not be written ({why}); the last whole checkpoint: {last or 'none'}") from None
@@ -136,3 +138,8 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):  # cut short by a kill
         return float("inf")
+
+
+def tells_of_dead_worker(error: Exception) -> bool:
+    """Whether torch says that a loader process died: its signal handler raises that wherever the main thread is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

@@ -33,8 +33,8 @@ class SyntheticPersons:
         seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
         size: (height, width) of the images in pixels.
         first_id: The first pid, to get identities that no other part of the world holds.
-        place: `street`, where each camera has surroundings and an exposure of its own, or `studio`, a gray backdrop and
-            no difference between cameras but their viewpoints.
+        place: `street`, where each camera has surroundings and an exposure of its own, or `studio`, where all have a
+            gray backdrop and the same exposure, and their own viewpoints and light.
 
     Raises:
         ValueError: If an argument is out of range.

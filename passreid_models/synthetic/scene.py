@@ -123,8 +123,8 @@ def draw(
 ) -> Image.Image:
     """The k-th image of a person in a camera, `size` is (height, width); the arguments alone determine the pixels.
 
-    In a `studio` all cameras have a gray backdrop and an exposure that changes nothing: what differs between images is
-    the person, viewpoint, pose and light, and who or what stands beside and before.
+    In a `studio` all cameras have a gray backdrop and an exposure that changes nothing. The person, viewpoint, pose and
+    light still differ between images, and who or what stands beside and before.
     """
     height, width = size
     rng, cam = stream(seed, IMAGE, pid, camid, k), camera(seed, camid)
