@@ -8,11 +8,11 @@ DINO is the same trainer with --parts 0: one token, whose output is the descript
 mean of its parts, is 384 wide), and as many local views, of the whole image instead of its areas: their scale is
 relative to that, so that they show twice as much. The settings, examples/bundled.yaml, were chosen by looking at PASS.
 
-Each run computes on all cores in turn. Two at once, to be found by --out OUT, with ids=5000, images=8, cameras=8, seed=1,
-size=128x64 and place=studio, joined by commas, for DATA:
+Each run computes on all cores in turn. Two at once, to be found by --out OUT, with DATA for
+synthetic:ids=5000,images=8,cameras=8,seed=1,size=128x64,place=studio:
 
-    passreid-train synthetic:DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/pass-0
-    passreid-train synthetic:DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/dino-0 --parts 0
+    passreid-train DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/pass-0
+    passreid-train DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/dino-0 --parts 0
 """
 
 import argparse
