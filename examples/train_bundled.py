@@ -3,6 +3,8 @@
     python examples/train_bundled.py tiny --minutes 120 --work ~/bundled       # killed: run it again, it continues
     python examples/train_bundled.py small --minutes 60 --work ~/bundled --widen      # begins as tiny, twice as wide
 
+On a GPU give --settings a copy of bundled.yaml with a larger batch_size. Without an installed package set PYTHONPATH=.
+
 WORK/tiny.json      the plan: persons of each phase, as many as fit into the minutes by a trial of one minute
 WORK/tiny-coarse/   the run of passreid-train at 128x64, for most of the time
 WORK/tiny-fine/     its continuation at 256x128
