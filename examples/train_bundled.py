@@ -132,6 +132,7 @@ def pack(args, export, phases):
     folder = args.work / f"pass_vit_{args.size}_patch16.synth"
     provenance = {"images_seen": sum(p["images_seen"] for p in phases), "phases": phases}
     save_pretrained(model, folder, info={"provenance": provenance}, half=True, overwrite=True)
+    claim_tag(folder / "config.json")
     (folder / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
     for place, found in scores.items():
         for name, metrics in found.items():
@@ -142,6 +143,14 @@ def pack(args, export, phases):
             (folder / f"model.safetensors.{i // PIECE:02d}").write_bytes(data[i : i + PIECE])
         (folder / "model.safetensors").unlink()
     print(folder)
+
+
+def claim_tag(file):
+    """Say whose licence and tag the weights have: save_pretrained does not know that they become the bundled ones."""
+    config = json.loads(file.read_text())
+    description = "self-supervised pre-training, generated persons"
+    config["pretrained_cfg"].update(tag="synth", license="apache-2.0", description=description)
+    file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":
