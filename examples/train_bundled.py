@@ -64,8 +64,10 @@ def make_plan(args, init):
                 shutil.rmtree(trial, ignore_errors=True)
                 try:
                     train(config_of(args, phase, 10**6, trial, init, max_minutes=1, log_steps=1))
-                except Stopped:
-                    speeds = [json.loads(x)["images_per_s"] for x in (trial / "metrics.jsonl").read_text().splitlines()]
+                except Stopped as e:
+                    if e.signum:  # not the minute's end
+                        raise
+                speeds = [json.loads(x)["images_per_s"] for x in (trial / "metrics.jsonl").read_text().splitlines()]
                 shutil.rmtree(trial)
                 plan[phase] = max(100, round(60 * args.minutes * share * median(speeds) / IMAGES_PER_ID))
         path.write_text(json.dumps(plan))
