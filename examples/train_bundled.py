@@ -171,5 +171,5 @@ if __name__ == "__main__":
         parser.error("--widen: only small is twice as wide as tiny")
     try:
         main(args)
-    except Stopped as e:
+    except (Stopped, ValueError, OSError) as e:
         raise SystemExit(str(e)) from None

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from passreid_models.ssl.config import TrainConfig
 
-PAIRS = ("--size", "--local_size", "--global_scale", "--local_scale", "--blur_radius")  # fields of two numbers
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -89,7 +88,8 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
     parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
     parser.add_class_arguments(TrainConfig)
-    options = _options(argv, switches={f.name for f in fields(TrainConfig) if f.type in (bool, "bool")})
+    switches = {f.name for f in fields(TrainConfig) if f.type in (bool, "bool")}
+    options = _options(argv, switches, pairs={f.name for f in fields(TrainConfig) if str(f.type).startswith("tuple")})
     given = dict(options)
     if "--preset" not in given and Path(given.get("--config") or "").is_file():
         given["--preset"] = _preset_in(Path(str(given["--config"])))
@@ -115,7 +115,7 @@ def _preset_in(file: Path) -> str | None:
     return preset if isinstance(preset, str) else None
 
 
-def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | None]]:
+def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
     """``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` as jsonargparse's names and values."""
     options: list[tuple[str, str | None]] = []
     words = list(argv)
@@ -134,9 +134,9 @@ def _options(argv: Sequence[str], switches: set[str]) -> list[tuple[str, str | N
                 value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
             elif not equals and words and not words[0].startswith("--"):
                 value = words.pop(0)
-                if name in PAIRS and NUMBER.fullmatch(value) and words and NUMBER.fullmatch(words[0]):
+                if name[2:] in pairs and NUMBER.fullmatch(value) and words and NUMBER.fullmatch(words[0]):
                     value = f"{value}x{words.pop(0)}"
-        if value is not None and name in PAIRS and len(pair := re.split("[x,]", value)) == 2:
+        if value is not None and name[2:] in pairs and len(pair := re.split("[x,]", value)) == 2:
             value = f"[{','.join(pair)}]" if all(map(NUMBER.fullmatch, pair)) else value
         options.append((name, value))
     return options

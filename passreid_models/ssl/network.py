@@ -18,9 +18,7 @@ class Projections(NamedTuple):
 
     features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
     prototypes: list[Tensor]  # [K, C]
-    gains: list[Tensor] | None = (
-        None  # [K]: the prototypes are normalised to these lengths; None: they stay as they are
-    )
+    gains: list[Tensor] | None = None  # [K], lengths that the prototypes are normalised to; None: left as they are
 
     def logits(self) -> list[Tensor]:
         """``[V_t, B, K]`` for each kind of token."""
