@@ -218,7 +218,7 @@ def stops(home, data) -> list[Stop]:
         words = flags(data, run, **LONG, workers=2, resume="auto")
         with Child(run_cli, words, folder=home / "printed") as child:
             steps = steps_logged(run)
-            child.wait_until(lambda steps=steps: steps_logged(run) > steps + 3)
+            child.wait_until(lambda steps=steps: steps_logged(run) > steps + EPOCH_STEPS)  # past an epoch's end
             child.signal(signum)
             code = child.wait()
             found.append(Stop(signum, code, child.output, steps_logged(run), child.is_left()))
