@@ -25,8 +25,8 @@ from torch import Tensor
 
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.loop import train
-from passreid_models.ssl.run import RunFolder
 from passreid_models.synthetic import SyntheticPersons
+from passreid_models.training.folder import RunFolder
 
 IMAGES, SIZE, BATCH = 48, (64, 32), 8
 

@@ -20,9 +20,9 @@ import torch
 
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
-from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.sources import open_source
 from passreid_models.ssl.trainer import Trainer
+from passreid_models.training.folder import RunFolder
 
 SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_dim=128, bottleneck_dim=32)
 

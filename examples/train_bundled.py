@@ -31,9 +31,10 @@ from passreid_models.demo import held_out_scores
 from passreid_models.local_dir import save_pretrained
 from passreid_models.runtime import atomic_file
 from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import Stopped, train
-from passreid_models.ssl.run import RunFolder
+from passreid_models.ssl.loop import train
 from passreid_models.synthetic.scene import PLACES
+from passreid_models.training.folder import RunFolder
+from passreid_models.training.loop import Stopped
 
 IMAGES_PER_ID = 8
 DATA = "synthetic:ids={},images={},cameras=8,seed=1,size={}x{},place=studio"  # held-out persons are of another seed

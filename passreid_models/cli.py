@@ -44,7 +44,9 @@ def train(argv: Sequence[str] | None = None) -> int:
     """
     import torch
 
-    from passreid_models.ssl.loop import NonFiniteLossError, Stopped, train
+    from passreid_models.ssl.loop import train
+    from passreid_models.training.loop import Stopped
+    from passreid_models.training.trainer import NonFiniteLossError
 
     try:
         folder = train(_train_config(sys.argv[1:] if argv is None else argv))

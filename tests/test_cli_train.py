@@ -14,7 +14,7 @@ from tiny_runs import TINY, assert_same_bits, files, flags, result, tiny, write_
 from passreid_models import cli
 from passreid_models.ssl.config import PRESETS, TrainConfig
 from passreid_models.ssl.loop import train
-from passreid_models.ssl.run import RunFolder
+from passreid_models.training.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from passreid_models.ssl.config import CLIPS, DTYPES, FREE, NUMERICS, PRESETS, TrainConfig
+from passreid_models.ssl.config import CLIPS, PRESETS, TrainConfig
 from passreid_models.ssl.views import HALVES, MultiCrop
+from passreid_models.training.config import DTYPES
 
 NAMES = [f.name for f in fields(TrainConfig)]
 KINDS = (str, int, float, bool, tuple[int, int], tuple[float, float], list[tuple[float, float]])  # or None
@@ -312,14 +313,14 @@ def other(name: str) -> Any:
 def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
     here, there = replace(TrainConfig(), **{name: other(name)}), TrainConfig()
     changed = here.changed(there.to_dict())
-    assert list(changed) == ([] if name in FREE + NUMERICS else [name])
+    assert list(changed) == ([] if name in TrainConfig.FREE + TrainConfig.NUMERICS else [name])
     if changed:
         assert changed[name] == (here.to_dict()[name], there.to_dict()[name])
     assert not here.changed(here.to_dict())
 
 
 def test_what_a_resumed_run_may_change_is_where_it_runs_and_what_it_reports():
-    assert set(FREE) == {
+    assert set(TrainConfig.FREE) == {
         "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
         "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard",
     }  # fmt: skip

@@ -125,7 +125,7 @@ def test_when_none_can_be_read_the_error_says_so_in_a_sentence(workers):
 
 
 def test_a_source_of_millions_is_not_read_to_its_end_when_none_can_be_read(monkeypatch):
-    monkeypatch.setattr("passreid_models.ssl.data.MAX_TRIES", 3)
+    monkeypatch.setattr("passreid_models.training.loader.MAX_TRIES", 3)
     with pytest.raises(ImageError, match="3 images in a row"):
         dataset(tuple(range(N)))[0]
 

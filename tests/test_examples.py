@@ -14,7 +14,7 @@ from tiny_runs import TINY, tiny, write_images
 import passreid_models
 from passreid_models.ssl.loop import train
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.ssl.run import RunFolder
+from passreid_models.training.folder import RunFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

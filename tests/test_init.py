@@ -20,8 +20,8 @@ from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.init import _find_heads, make_networks
 from passreid_models.ssl.loop import train
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.ssl.run import RunFolder
 from passreid_models.ssl.trainer import Trainer
+from passreid_models.training.folder import RunFolder
 
 CPU = torch.device("cpu")
 OFFICIAL = Path(__file__).parent / "data" / "upstream_pretrain_checkpoint.pth"

@@ -40,11 +40,13 @@ from passreid_models import __version__
 from passreid_models.checkpoint import CheckpointError
 from passreid_models.embed import ImageError
 from passreid_models.local_dir import save_pretrained
-from passreid_models.ssl.config import FREE
+from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.data import Batch
-from passreid_models.ssl.loop import NonFiniteLossError, Stopped, pick_workers, train
-from passreid_models.ssl.run import RunFolder
+from passreid_models.ssl.loop import train
 from passreid_models.ssl.trainer import Trainer
+from passreid_models.training.folder import RunFolder
+from passreid_models.training.loop import Stopped, pick_workers
+from passreid_models.training.trainer import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,7 +133,9 @@ def test_the_export_is_the_backbone_of_the_teacher_bit_for_bit_with_its_provenan
     assert re.fullmatch("[0-9a-f]{64}", provenance.pop("config_sha256"))
     assert provenance.pop("data_fingerprint")
     saved = RunFolder(whole).load_latest()[1]["config"]
-    assert provenance.pop("config") == {k: v for k, v in saved.items() if k not in FREE}  # names of folders stay here
+    assert provenance.pop("config") == {
+        k: v for k, v in saved.items() if k not in TrainConfig.FREE
+    }  # names of folders stay here
     assert provenance == {
         "method": "PASS", "init": "", "data": "images/: 16 images", "images_seen": 4 * STEPS, "step": STEPS,
         "package": f"passreid-models {__version__}",

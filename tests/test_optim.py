@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.ssl.optim import clip_gradients, make_optimizer, set_hyperparameters, update_teacher
+from passreid_models.ssl.optim import clip_gradients, make_optimizer, update_teacher
+from passreid_models.training.optim import set_hyperparameters
 
 MODELS = {
     "pass": ("pass_vit_small_patch16", {}),

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.data import StepSampler
-from passreid_models.ssl.loop import Stopped, train
-from passreid_models.ssl.run import RunFolder
+from passreid_models.ssl.loop import train
 from passreid_models.ssl.trainer import Trainer
+from passreid_models.training.folder import RunFolder
+from passreid_models.training.loop import Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

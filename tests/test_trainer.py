@@ -20,8 +20,10 @@ from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, make_loade
 from passreid_models.ssl.loss import PASSLoss
 from passreid_models.ssl.network import PASSNetwork
 from passreid_models.ssl.sources import open_source
-from passreid_models.ssl.trainer import NonFiniteLossError, Trainer, pick_dtype, scheduled
+from passreid_models.ssl.trainer import Trainer, scheduled
 from passreid_models.ssl.views import Views
+from passreid_models.training.device import pick_dtype
+from passreid_models.training.trainer import NonFiniteLossError
 
 IMAGES, EPOCH_STEPS = 8, 2
 DATA = f"synthetic:ids={IMAGES},images=1,cameras=1,size=64x32"

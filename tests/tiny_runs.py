@@ -24,8 +24,8 @@ from torch import Tensor
 from passreid_models import cli
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.loop import train
-from passreid_models.ssl.run import RunFolder
 from passreid_models.synthetic import SyntheticPersons
+from passreid_models.training.folder import RunFolder
 
 LIMIT = 60  # seconds that a process may take
 PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "passreid_models.ssl.loop"]

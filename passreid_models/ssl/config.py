@@ -2,16 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
-
-import yaml
+from dataclasses import dataclass
+from typing import Any
 
 from passreid_models.convert import ARCHITECTURES
-from passreid_models.runtime import atomic_file
 from passreid_models.ssl.views import MultiCrop
+from passreid_models.training.config import DTYPES, RunConfig, wrong
 
 Area = tuple[float, float]
 
@@ -37,15 +33,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_teacher_temp": 0.03,
     },
 }
-# what a resumed run may change: nothing here touches the weights of later steps
-FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-        "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
-# and here only the last digits, and what is drawn for the stochastic depth
-NUMERICS = ("accumulate", "dtype", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
+CLIPS = ("parameter", "norm")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """Settings of ``passreid-train``; the defaults are the published ones but for the batch size.
 
     Args:
@@ -115,6 +107,10 @@ class TrainConfig:
         tensorboard: Write TensorBoard files too.
     """
 
+    FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+            "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
+    NUMERICS = ("accumulate", "dtype", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
+
     data: str = ""
     out: str = "run"
     model: str = "pass_vit_small_patch16"
@@ -181,58 +177,50 @@ class TrainConfig:
         Raises:
             ValueError: If a value cannot be; the message begins with the field's name.
         """
-        for field in fields(self):
-            if not _is_kind(getattr(self, field.name), field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-                raise _wrong(field.name, getattr(self, field.name), kind)
+        self.check_kinds()
         if self.model not in ARCHITECTURES:
-            raise _wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
-        for names, low, high in (
-            ("epochs batch_size accumulate num_prototypes hidden_dim bottleneck_dim keep log_steps", 1, math.inf),
-            ("save_epochs probe_epochs", 1, math.inf),
-            ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
-            ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
-            ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
-            ("momentum center_momentum max_unreadable gray_prob solarize_prob", 0, 1),
-            ("brightness contrast saturation", 0, math.inf),
-            ("hue", 0, 0.5),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (low <= value <= high and value < math.inf):
-                    upto = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-                    raise _wrong(name, value, upto)
+            raise wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
+        self.check_ranges(
+            (
+                ("epochs batch_size accumulate num_prototypes hidden_dim bottleneck_dim keep log_steps", 1, math.inf),
+                ("save_epochs probe_epochs", 1, math.inf),
+                ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
+                ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
+                ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
+                ("momentum center_momentum max_unreadable gray_prob solarize_prob", 0, 1),
+                ("brightness contrast saturation", 0, math.inf),
+                ("hue", 0, 0.5),
+            )
+        )
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
             if not 0 < getattr(self, name) < math.inf:
-                raise _wrong(name, getattr(self, name), "more than 0")
+                raise wrong(name, getattr(self, name), "more than 0")
         if not 0 <= self.drop_path < 1:
-            raise _wrong("drop_path", self.drop_path, "at least 0 and less than 1")
+            raise wrong("drop_path", self.drop_path, "at least 0 and less than 1")
         for name, allowed in (("clip_by", CLIPS), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
-                raise _wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
+                raise wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
         for name in ("global_scale", "local_scale"):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
-                raise _wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
+                raise wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
         if not 0 < self.blur_radius[0] <= self.blur_radius[1] < math.inf:
-            raise _wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
+            raise wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
+        pixels, why = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
         for name in ("size", "local_size"):
-            pixels = 32 if self.coarse_epochs else 16
-            if (value := getattr(self, name)) is not None and (min(value) < pixels or any(v % pixels for v in value)):
-                why = ", since the coarse epochs halve it" if self.coarse_epochs else ""
-                raise _wrong(name, value, f"(height, width) in multiples of {pixels}{why}")
+            self.check_size(name, pixels, why)
         if self.local_size is None and self.local_views and any(v % (2 * pixels) for v in self.size):
-            raise _wrong("size", self.size, f"in multiples of {2 * pixels}, since local views are half as large")
+            raise wrong("size", self.size, f"in multiples of {2 * pixels}, since local views are half as large")
         if self.local_views % self.num_areas:
-            raise _wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
+            raise wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
         if self.areas is not None and len(self.areas) != self.num_areas:
-            raise _wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
+            raise wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
         for area in self.areas or ():
             if not 0 <= area[0] < area[1] <= 1:
-                raise _wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
+                raise wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
-            raise _wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
+            raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
         if self.coarse_epochs > self.epochs:
-            raise _wrong("coarse_epochs", self.coarse_epochs, f"at most epochs = {self.epochs}")
+            raise wrong("coarse_epochs", self.coarse_epochs, f"at most epochs = {self.epochs}")
 
     @property
     def num_parts(self) -> int:
@@ -279,67 +267,9 @@ class TrainConfig:
         (h, w), local = self.size, self.local_size or (self.size[0] // 2, self.size[1] // 2)
         return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and checkpoints."""
-        return {k: list(map(_plain, v)) if isinstance(v, list | tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of ``to_dict``; fields that are not given have their defaults.
-
-        Raises:
-            ValueError: If there is no such field.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{', '.join(unknown)}: no such field; known: {', '.join(sorted(known))}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if isinstance(areas := values.get("areas"), tuple):
-            values["areas"] = [tuple(area) if isinstance(area, list) else area for area in areas]
-        return cls(**values)
-
-    def save(self, path: Path) -> None:
-        """Write a YAML file that ``--config`` takes."""
-        with atomic_file(path) as temporary:
-            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
-
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from those of a saved run: (here, there).
-
-        A field that the saved run does not know has its default there, which is how it was trained.
-        """
-        there = TrainConfig.from_dict({f.name: other[f.name] for f in fields(self) if f.name in other})
-        pairs = {k: (v, there.to_dict()[k]) for k, v in self.to_dict().items() if k not in FREE + NUMERICS}
-        if self.num_parts == there.num_parts:  # given in one, the architecture's in the other
-            del pairs["parts"]
-        return {k: (mine, theirs) for k, (mine, theirs) in pairs.items() if mine != theirs}
-
-    def numerics(self) -> dict[str, Any]:
-        """Fields that a resumed run may change at the price of the last digits."""
-        return {name: getattr(self, name) for name in NUMERICS}
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CLIPS = ("parameter", "norm")
-
-
-def _is_kind(value: Any, kind: Any) -> bool:
-    """Whether a value is of the annotated kind; an int does for a float, a list for a tuple."""
-    if isinstance(kind, UnionType):
-        return any(_is_kind(value, k) for k in get_args(kind))
-    if origin := get_origin(kind):
-        kinds = get_args(kind)
-        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(kinds)):
-            return False
-        return all(map(_is_kind, value, kinds if origin is tuple else kinds * len(value)))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _wrong(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{name}: expected {expected}, got {value!r}")
+        """As of every configuration; ``parts`` and the architecture's own number are the same."""
+        pairs = super().changed(other)
+        if self.num_parts == self.known(other).num_parts:  # given in one, the architecture's in the other
+            pairs.pop("parts", None)
+        return pairs

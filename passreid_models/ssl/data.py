@@ -1,22 +1,21 @@
 """Batches of views in an order that is a function of the seed: sample i in epoch e has the same views in every run."""
 
-import signal
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from passreid_models.embed import ImageError
 from passreid_models.ssl.sources import Source
 from passreid_models.ssl.views import MultiCrop, Views
+from passreid_models.training import loader
+from passreid_models.training.loader import load_readable, loaded
 
-# that stop a run; Slurm warns of pre-emption by a signal of one's choice, often USR1
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 VIEWS, ORDER = 1, 2  # what a seed is for; at the end, since numpy takes (5,) and (5, 0) for the same
-MAX_TRIES = 1000  # unreadable images in a row
 
 
 class Batch(NamedTuple):
@@ -47,15 +46,7 @@ class ViewDataset(Dataset):
             ImageError: If so many images in a row cannot be read that something else must be wrong.
         """
         epoch, index = divmod(key, len(self.source))
-        unreadable: list[str] = []
-        for tried in range(min(MAX_TRIES, len(self.source))):
-            try:
-                image = self.source.load((index + tried) % len(self.source))
-                break
-            except ImageError as e:
-                unreadable.append(str(e))
-        else:
-            raise ImageError(f"{len(unreadable)} images in a row cannot be read; the first: {unreadable[0]}")
+        image, _, unreadable = load_readable(self.source, index)
         crop = self.coarse_crop if epoch < self.coarse_epochs else self.crop
         return crop(image, np.random.default_rng((self.seed, epoch, index, VIEWS))), unreadable
 
@@ -96,54 +87,22 @@ class StepSampler(Sampler[list[int]]):
                 yield (micro + epoch * self.num_images).tolist()
 
 
-def make_loader(dataset: ViewDataset, sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader:
-    """A loader of ``Batch``, one over all remaining steps, so that it prefetches across epochs."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_signals,
-    )
-
-
 def _collate(samples: list[tuple[Views, list[str]]]) -> Batch:
+    """Views with a leading B."""
     views = Views(*(torch.stack(tensors) for tensors in zip(*(v for v, _ in samples), strict=True)))
     return Batch(views, [name for _, names in samples for name in names])
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and pre-emption, which reach the whole process group, to the training process."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+make_loader = partial(loader.make_loader, collate=_collate)  # one over all remaining steps prefetches across epochs
 
 
-def batches_on(device: torch.device, loader: DataLoader) -> Generator[Batch, None, None]:
+def batches_on(device: torch.device, batches: DataLoader) -> Generator[Batch, None, None]:
     """Batches of a loader with their views on ``device``; the parameters stay on the CPU.
-
-    Close it: then the workers leave, and a process that ends before them waits forever.
 
     Raises:
         ImageError: As the dataset.
     """
-    batches = iter(loader)
-    try:
-        for views, unreadable in batches:
+    with closing(loaded(batches)) as found:
+        for views, unreadable in found:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
             yield Batch(Views(global_views, local_views, views.params), unreadable)
-    except ImageError as e:  # that of a worker comes with its stack trace
-        raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
-    finally:
-        if loader.num_workers:
-            _dismiss(batches)
-
-
-def _dismiss(batches: Any) -> None:
-    """Stop the workers now: the end of the iterator would, but the traceback of an error can keep it alive."""
-    try:
-        batches._shutdown_workers()
-    finally:
-        for worker in batches._workers:
-            worker.kill()  # stuck in a read, and deaf to SIGTERM

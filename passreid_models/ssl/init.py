@@ -12,7 +12,7 @@ from passreid_models.checkpoint import CheckpointError, StateDict, read_checkpoi
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.ssl.run import RunFolder
+from passreid_models.training.folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 

@@ -27,12 +27,6 @@ def make_optimizer(student: PASSNetwork) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, fused=folded[0].device.type in ("cpu", "cuda"))
 
 
-def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give each group its share of the learning rate and the weight decay."""
-    for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
-
-
 @torch.no_grad()
 def clip_gradients(student: PASSNetwork, max_norm: float, by: str = "parameter") -> Tensor:
     """Scale gradients down to a norm of ``max_norm``, and return the norm of all of them together before that.

@@ -1,9 +1,9 @@
 """The folder of a training run: its checkpoints, log and export.
 
-RUN/config.yaml                    takes the place of all flags: passreid-train --config RUN/config.yaml
+RUN/config.yaml                    takes the place of all flags: --config RUN/config.yaml
 RUN/log.txt, metrics.jsonl         for people, for programs
-RUN/checkpoints/step_000001000.pt  config, step, student, teacher, optimizer, centers, scaler; weights_only
-RUN/export/                        the teacher's backbone, for timm's local-dir:
+RUN/checkpoints/step_000001000.pt  config, step, networks, optimizer, scaler; weights_only
+RUN/export/                        the model as it is now, for timm's local-dir:
 """
 
 import json
@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,19 @@ _logger = logging.getLogger(__name__)
 class RunFolder:
     """A run on the disk; nothing is written before ``open``."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        program: str = "passreid-train",
+        holds: Sequence[str] = ("student", "teacher", "optimizer", "centers"),
+    ) -> None:
+        """
+        Args:
+            path: The folder.
+            program: Whose runs it takes.
+            holds: What their checkpoints hold, besides config and step.
+        """
+        self.program, self.holds = program, holds
         self.path = Path(path)
         self.log_file, self.metrics_file = self.path / "log.txt", self.path / "metrics.jsonl"
         self.checkpoint_folder, self.export_folder = self.path / "checkpoints", self.path / "export"
@@ -45,7 +57,7 @@ class RunFolder:
             self._lock = lock(self.path / "run")
             self._lock.acquire(timeout=0)
             for left in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
-                if re.fullmatch(r"\.(step_\d+\.pt|export|config\.yaml|metrics\.jsonl)\..+", left.name):
+                if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", left.name):
                     shutil.rmtree(left, ignore_errors=True)
         except Timeout:
             raise ValueError(f"{self.path}: another process trains in it") from None
@@ -95,9 +107,8 @@ class RunFolder:
             CheckpointError: If it is of another make, or damaged.
         """
         state = read_checkpoint(path)
-        wanted = {"config", "step", "student", "teacher", "optimizer", "centers"}
-        if not isinstance(state, dict) or not wanted <= state.keys():
-            raise CheckpointError(f"{path} is no checkpoint of passreid-train: give it to --init instead of --resume")
+        if not isinstance(state, dict) or not {"config", "step", *self.holds} <= state.keys():
+            raise CheckpointError(f"{path} is no checkpoint of {self.program}: give it to --init instead of --resume")
         return state
 
     def load_latest(self) -> tuple[Path, dict[str, Any]] | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from passreid_models.runtime import world
-from passreid_models.ssl.trainer import Values
 
+SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temp")
 _logger = logging.getLogger("passreid_models")  # every part of the package may have something to say
 
 
@@ -40,7 +40,7 @@ class Window:
         means = {k: sum(v) / len(v) for k, v in finite.items() if v}
         return {
             **means,
-            **{k: v for k, v in self.records[-1].items() if k in Values._fields},
+            **{k: v for k, v in self.records[-1].items() if k in SCHEDULED},
             "images_per_s": batch_size * len(self.records) / seconds,
             "wait_share": self.waited / seconds,
         }

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from passreid_models.checkpoint import CheckpointError
-from passreid_models.ssl.run import RunFolder
+from passreid_models.training.folder import RunFolder
 
 HOLD = """import sys, time, filelock
 lock = filelock.FileLock(sys.argv[1])
