@@ -1,17 +1,19 @@
-"""A plain reading of PASS pre-training (arXiv 2203.03931), the yardstick of the other benchmarks.
+"""A plain reading of PASS (arXiv 2203.03931) and of its evaluation, the yardstick of the other benchmarks.
 
 What one writes first, from the paper: attention written out, a backbone call for the global views and one for each
 area, every pair of views a cross-entropy of its own, Python loops over the parameters, views by torchvision on PIL
 images. It is right (it gives the golden values), readable, and makes no effort to be quick.
 
 Shapes: B batch, V views, P parts, N patches, D width, K prototypes. Views are lists of ``[B, 3, H, W]``, the local ones
-area by area.
+area by area. At the end, in numpy and over full matrices: mAP and CMC, re-ranking, and Jaccard distances for
+clustering; Q queries, G gallery images, N of both.
 """
 
 import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
@@ -282,3 +284,104 @@ class PlainViews:
 
 def gaussian_blur(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def plain_evaluate(
+    query: np.ndarray,
+    gallery: np.ndarray,
+    query_pids: np.ndarray,
+    gallery_pids: np.ndarray,
+    query_camids: np.ndarray,
+    gallery_camids: np.ndarray,
+    max_rank: int = 50,
+) -> tuple[float, np.ndarray]:
+    """mAP and CMC by the Market-1501 protocol, as TransReID and its kin compute them."""
+    distances = squared_distances(unit(query), unit(gallery))  # [Q, G]
+    order = np.argsort(distances, axis=1)
+    matches = (gallery_pids[order] == query_pids[:, None]).astype(np.int32)
+    precisions, curves = [], []
+    for q in range(len(query)):
+        same = gallery_pids[order[q]] == query_pids[q]
+        kept = ~(same & (gallery_camids[order[q]] == query_camids[q])) & (gallery_pids[order[q]] != -1)
+        hits = matches[q][kept]
+        if not hits.any():
+            continue
+        found = hits.cumsum()
+        precisions.append((found / np.arange(1, len(hits) + 1) * hits).sum() / hits.sum())
+        curves.append(np.pad(found, (0, max_rank), mode="edge")[:max_rank] > 0)
+    return float(np.mean(precisions)), np.mean(curves, axis=0).astype(np.float32)
+
+
+def plain_rerank(query: np.ndarray, gallery: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    """Distances ``[Q, G]`` after k-reciprocal re-ranking (arXiv 1701.08398)."""
+    x = unit(np.concatenate([query, gallery]))
+    distances = squared_distances(x, x)
+    distances /= distances.max(axis=1, keepdims=True)  # [N, N]
+    ranks = own_first(distances)
+    v = encodings(ranks, k1 + 1, round(k1 / 2) + 1, k2, distances)
+    found = lambda_value * distances[: len(query)] + (1 - lambda_value) * jaccard(v, len(query))
+    return found[:, len(query) :]
+
+
+def plain_jaccard(features: np.ndarray, k1: int, k2: int) -> np.ndarray:
+    """Jaccard distances ``[N, N]`` as Cluster Contrast computes them (SPEC 5)."""
+    x = unit(features)
+    distances = squared_distances(x, x)
+    v = encodings(own_first(distances, max(k1, k2)), k1, round(k1 / 2) + 1, k2, distances)
+    del distances
+    return jaccard(v, len(v)).clip(min=0)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (2 - 2 * (a @ b.T)).clip(min=0)
+
+
+def own_first(distances: np.ndarray, k: int | None = None) -> np.ndarray:
+    """The nearest of each image, itself first."""
+    ranks = []
+    for i, row in enumerate(distances):
+        order = np.argsort(row, kind="stable")
+        ranks.append(np.concatenate([[i], order[order != i]])[:k])
+    return np.array(ranks)
+
+
+def encodings(ranks: np.ndarray, k: int, half: int, k2: int, distances: np.ndarray) -> np.ndarray:
+    """Weights over the expanded sets of k-reciprocal neighbours ``[N, N]``, averaged over the nearest ``k2``."""
+    v = np.zeros_like(distances)
+    sets = [reciprocal(ranks, i, k) for i in range(len(ranks))]
+    half_sets = [reciprocal(ranks, i, half) for i in range(len(ranks))]
+    for i, own in enumerate(sets):
+        expanded = own
+        for j in own:
+            if len(np.intersect1d(half_sets[j], own)) > 2 / 3 * len(half_sets[j]):
+                expanded = np.append(expanded, half_sets[j])
+        expanded = np.unique(expanded)
+        weights = np.exp(-distances[i, expanded])
+        v[i, expanded] = weights / weights.sum()
+    if k2 == 1:
+        return v
+    averaged = np.zeros_like(v)
+    for i in range(len(v)):
+        averaged[i] = v[ranks[i, :k2]].mean(axis=0)
+    return averaged
+
+
+def reciprocal(ranks: np.ndarray, i: int, k: int) -> np.ndarray:
+    near = ranks[i, :k]
+    return near[(ranks[near, :k] == i).any(axis=1)]
+
+
+def jaccard(v: np.ndarray, count: int) -> np.ndarray:
+    """Jaccard distances ``[count, N]`` of the first encodings and all."""
+    found = np.empty((count, len(v)), dtype=v.dtype)
+    users = [np.flatnonzero(column) for column in v.T]  # of each column
+    for i in range(count):
+        sums = np.zeros(len(v), dtype=v.dtype)
+        for j in np.flatnonzero(v[i]):
+            sums[users[j]] += np.minimum(v[i, j], v[users[j], j])
+        found[i] = 1 - sums / (2 - sums)
+    return found

@@ -156,7 +156,7 @@ def test_documented_arguments_are_those_of_the_signature_in_its_order():
         for name, thing, docstring in public_callables()
         if (arguments := documented_arguments(docstring)) is not None
     }
-    assert {"passreid_models.embed.Embedder.__init__", "passreid_models.retrieval.rank"} <= documented.keys()
+    assert {"passreid_models.embed.Embedder.__init__", "passreid_models.retrieval.ranking.rank"} <= documented.keys()
     assert {name: both for name, both in documented.items() if both[0] != both[1]} == {}
 
 

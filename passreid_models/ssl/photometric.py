@@ -22,7 +22,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale, solarize  # type: ignore[import-untyped]
+from torchvision.transforms.v2.functional import rgb_to_grayscale, solarize
 
 from passreid_models.ssl.views import (
     BLUR,

@@ -1,0 +1,72 @@
+"""mAP and CMC from descriptors, against a plain full-matrix evaluation in numpy.
+
+speedup     seconds, plain over ours, at the size of Market-1501, in turn, the median of the rounds
+extra_mb    peak memory of ours above the descriptors there
+msmt17_s    seconds of ours at the size of MSMT17
+msmt17_gb   peak memory there, with Python, torch and the descriptors
+
+The plain one (``plain.plain_evaluate``) sorts every row of the distance matrix and goes through the queries in Python.
+Both get the same 768 wide unit vectors of generated persons, see ``descriptors.py``.
+"""
+
+import argparse
+import statistics
+
+import common
+import descriptors
+import peak
+import plain
+import torch
+
+from passreid_models.retrieval import evaluate
+
+MARKET, MSMT17 = (3368, 15913, 750, 6), (11659, 82161, 3060, 15)  # queries, gallery, identities, cameras
+QUICK_MARKET, QUICK_MSMT17 = (800, 4000, 200, 6), (1200, 8000, 300, 15)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a twelfth of the sizes, 3 rounds instead of 5")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        data = descriptors.market(*args.size)
+        evaluate(*descriptors.market(8, 16, 4, 2))  # code and threads are there before
+        arrays = [*(x.numpy() for x in data[:2]), *data[2:]]
+        runs = {"ours": lambda: evaluate(*data).mAP, "plain": lambda: plain.plain_evaluate(*arrays)[0]}
+        peak.report_peak(lambda: {"mAP": runs[args.measure]()})
+        return
+
+    market, msmt17 = (QUICK_MARKET, QUICK_MSMT17) if args.quick else (MARKET, MSMT17)
+    rounds = 3 if args.quick else 5
+    peaks = {
+        name: peak.in_process(__file__, "--threads", args.threads, "--measure", name, "--size", *market)
+        for name in ("ours", "plain")
+    }
+    large = peak.in_process(__file__, "--threads", args.threads, "--measure", "ours", "--size", *msmt17)
+    data = descriptors.market(*market)
+    arrays = [*(x.numpy() for x in data[:2]), *data[2:]]
+    seconds = common.in_turn({"ours": lambda: evaluate(*data), "plain": lambda: plain.plain_evaluate(*arrays)}, rounds)
+
+    rows = [(f"{name}, time", f"{statistics.median(times):.2f} s") for name, times in seconds.items()]
+    rows += [
+        (f"{name}, peak above descriptors", f"{found['extra'] / peak.MIB:.0f} MiB") for name, found in peaks.items()
+    ]
+    rows += [(f"{name}, mAP", f"{found['mAP']:.6f}") for name, found in peaks.items()]
+    rows += [("ours, MSMT17, mAP", f"{large['mAP']:.6f}")]
+    figures = {
+        "speedup": common.median_ratio(seconds["plain"], seconds["ours"]),
+        "extra_mb": peaks["ours"]["extra"] / peak.MIB,
+        "msmt17_s": large["seconds"],
+        "msmt17_gb": large["total"] / 1e9,
+    }
+    rows += [(name, f"{value:.2f}") for name, value in figures.items()]
+    sizes = " and ".join(f"{queries:,} x {gallery:,}" for queries, gallery, *_ in (market, msmt17))
+    common.report(f"mAP and CMC, {sizes} x 768, medians of {rounds} rounds; {common.machine()}", rows, figures)
+
+
+if __name__ == "__main__":
+    main()

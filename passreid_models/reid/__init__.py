@@ -1,0 +1,1 @@
+"""Downstream re-ID: data, evaluation, supervised and unsupervised training."""

@@ -1,0 +1,167 @@
+"""k-reciprocal encoding (Zhong et al., arXiv 1701.08398, sections 3.2 to 3.4), sparse and chunked.
+
+Two images are k-reciprocal neighbours if each is among the other's k nearest. An image is encoded by weights over its
+reciprocal neighbours, and the Jaccard distance of two images follows from the sum of the minima of their weights. Both
+re-ranking and clustering are built on it. No N x N matrix is made: of all pairs only the K nearest of each image are
+kept, and the encoding V is a sparse matrix with some 50 to 100 entries a row.
+
+Shapes: N images, K neighbours, R rows of a chunk, M pairs.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from passreid_models.retrieval.protocol import ragged
+from passreid_models.retrieval.similarity import LEAST, Similarities, chunks, top
+
+TERM_BYTES = 64  # of temporary arrays for each minimum of two weights
+CACHED_TERMS = 2**17  # more at a time do not stay in the processor's cache and take longer
+
+
+def sparse() -> Any:
+    """The module ``scipy.sparse``.
+
+    Raises:
+        ValueError: If scipy is not installed, with what to do.
+    """
+    try:
+        import scipy.sparse
+    except ImportError:
+        raise ValueError('re-ranking and clustering need scipy: pip install "passreid-models[reid]"') from None
+    return scipy.sparse
+
+
+def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray | None = None) -> np.ndarray:
+    """The ``k`` nearest of each of N images, ``[N, K]``: the image itself first, equally near ones by index.
+
+    Args:
+        pairs: Compares all with all.
+        k: Neighbours, the image itself included.
+        budget_mb: Memory for similarities.
+        farthest: To be filled with each image's largest squared distance to a readable one, ``[N]``.
+    """
+    num = pairs.shape[0]
+    indices = np.empty((num, min(k, num)), dtype=np.int32)
+    for start, stop in chunks(num, 5 * num, budget_mb, pairs.device):
+        rows = pairs.rows(start, stop)
+        if farthest is not None:
+            readable = rows.masked_fill(rows == LEAST, torch.inf) if len(pairs.unreadable) else rows
+            farthest[start:stop] = pairs.distances(readable.amin(dim=1)).cpu().numpy()
+        own = torch.arange(start, stop, device=rows.device)
+        rows[own - start, own] = torch.inf  # first also among its duplicates
+        indices[start:stop] = top(rows, k)[1].cpu().numpy()
+    return indices
+
+
+def encode(
+    pairs: Similarities, neighbours: np.ndarray, k: int, half: int, k2: int, scales: np.ndarray | None, budget_mb: float
+) -> Any:
+    """The encoding V of N images, a CSR array ``[N, N]`` of float32 with rows that sum to 1.
+
+    Args:
+        pairs: Compares all with all.
+        neighbours: The nearest of each image ``[N, K]``, itself first.
+        k: Neighbours that may be reciprocal, the image itself included.
+        half: The same for the neighbours' own sets, by which an image's set is expanded.
+        k2: Nearest images, itself included, whose encodings are averaged; 1: no query expansion.
+        scales: Divisors of the squared distances of each image ``[N]``; the weights are ``exp(-distance)``, normalised.
+        budget_mb: Memory for temporary arrays.
+    """
+    csr = sparse().csr_array
+    num = len(neighbours)
+    near, near_half = _reciprocal(neighbours[:, :k]), _reciprocal(neighbours[:, :half])
+    sizes, half_t = np.diff(near_half.indptr), near_half.T.tocsr()
+    values, columns, counts = [], [], []
+    for start, stop in chunks(num, 32 * k * (half + k), budget_mb, torch.device("cpu")):
+        own = near[start:stop]
+        shared = (own @ half_t).multiply(own).tocoo()  # images that neighbour and image have in common
+        chosen = 3 * shared.data > 2 * sizes[shared.col]
+        ones = np.ones(int(chosen.sum()), dtype=np.int32)
+        candidates = csr((ones, (shared.row[chosen], shared.col[chosen])), shape=shared.shape)
+        expanded = (own + candidates @ near_half).tocsr()
+        expanded.sort_indices()
+        counts.append(np.diff(expanded.indptr))
+        columns.append(expanded.indices)
+        rows = np.repeat(np.arange(start, stop), counts[-1])
+        values.append(_weights(pairs, rows, columns[-1], scales, budget_mb))
+    v = _csr(np.concatenate(values), np.concatenate(columns), np.concatenate(counts))
+    if k2 > 1:
+        near_k2 = neighbours[:, :k2]
+        v = _csr(np.full(near_k2.size, 1 / near_k2.shape[1], dtype=np.float32), near_k2.ravel(), near_k2.shape[1]) @ v
+        v.sort_indices()
+    return v
+
+
+def _csr(values: np.ndarray, columns: np.ndarray, counts: np.ndarray | int) -> Any:
+    """A square CSR array with ``counts`` entries a row."""
+    if isinstance(counts, int):
+        counts = np.full(len(columns) // counts, counts)
+    pointers = np.concatenate([[0], np.cumsum(counts)])
+    return sparse().csr_array((values, columns, pointers), shape=(len(counts), len(counts)))
+
+
+def _reciprocal(neighbours: np.ndarray) -> Any:
+    """A CSR array ``[N, N]`` of ones where two images are among each other's neighbours."""
+    forward = _csr(np.ones(neighbours.size, dtype=np.int32), neighbours.ravel(), neighbours.shape[1])
+    forward.sort_indices()
+    return forward.multiply(forward.T.tocsr()).tocsr()
+
+
+def _weights(
+    pairs: Similarities, rows: np.ndarray, columns: np.ndarray, scales: np.ndarray | None, budget_mb: float
+) -> np.ndarray:
+    """Weights ``[M]`` of the images ``columns`` in the sets of the images ``rows`` (ascending), 1 for each set."""
+    distances = np.empty(len(rows), dtype=np.float32)
+    for start, stop in chunks(len(rows), 16 * pairs.gallery.shape[1], budget_mb, pairs.device):
+        i, j = (torch.from_numpy(x[start:stop]).long().to(pairs.device) for x in (rows, columns))
+        distances[start:stop] = pairs.distances(pairs.at(i, j)).cpu().numpy()
+    distances[rows == columns] = 0  # also of an unreadable image
+    weights = np.exp(-distances if scales is None else -distances / scales[rows])
+    firsts = np.flatnonzero(np.diff(rows, prepend=-1))
+    return weights / np.repeat(np.add.reduceat(weights, firsts), np.diff(firsts, append=len(rows)))
+
+
+class Minima(NamedTuple):
+    """Minima of two images' weights in one column: numbers of the pairs, row of the chunk x width + other, and values,
+    ``[M]`` each."""
+
+    pairs: np.ndarray
+    values: np.ndarray
+
+
+def minima(
+    v: Any, others: Any, firsts: np.ndarray, width: int, budget_mb: float, most_rows: int = 2**31
+) -> Iterator[tuple[int, int, Minima]]:
+    """All minima above 0 of rows of ``v`` and rows of another encoding, chunks of rows with start and stop.
+
+    Args:
+        v: Encodings, CSR ``[R, N]``.
+        others: The other encodings, CSC ``[N', N]``.
+        firsts: Where in ``others`` to begin, for each entry of ``v``: the whole column or what follows a row.
+        width: For the numbers of the pairs: N' or more.
+        budget_mb: Memory for temporary arrays; one row at a time where that takes more.
+        most_rows: Of a chunk.
+    """
+    counts = others.indptr[v.indices + 1] - firsts
+    ends = np.concatenate([[0], np.cumsum(counts)])[v.indptr]  # [R + 1] terms before each row
+    limit = min(budget_mb * 2**20 / TERM_BYTES, CACHED_TERMS)
+    start = 0
+    while start < v.shape[0]:
+        stop = min(int(np.searchsorted(ends, ends[start] + limit, "right")) - 1, start + most_rows)
+        stop = max(stop, start + 1)
+        entries = slice(v.indptr[start], v.indptr[stop])
+        count = counts[entries]
+        places = ragged(firsts[entries], count)
+        rows = np.repeat(np.arange(stop - start) * width, np.diff(v.indptr[start : stop + 1]))
+        pairs = np.repeat(rows, count)
+        pairs += others.indices[places]
+        yield start, stop, Minima(pairs, np.minimum(np.repeat(v.data[entries], count), others.data[places]))
+        start = stop
+
+
+def jaccard(sums: np.ndarray) -> np.ndarray:
+    """Jaccard distances from sums of minima, for weights that sum to 1 (equation 10); 0 where rounding made it less."""
+    return np.maximum(1 - sums / (2 - sums), 0)

@@ -1,0 +1,120 @@
+"""The Market-1501 protocol: which gallery images are matches of a query, and which are left out.
+
+Shapes: Q queries, G gallery images, R rows of a chunk, M pairs.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+JUNK = -1  # the identity of gallery images that are no persons
+
+
+class Pairs(NamedTuple):
+    """Rows of a chunk and columns of the gallery, ``[M]`` each, by row and then by column."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+
+class Protocol:
+    """Matches and left-out images by identities, cameras and the queries' own rows in the gallery.
+
+    Pairs are found chunk by chunk in the gallery sorted by identity, so that their number does not count.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        query_pids: ArrayLike,
+        gallery_pids: ArrayLike,
+        query_camids: ArrayLike | None,
+        gallery_camids: ArrayLike | None,
+        own: ArrayLike | None,
+    ) -> None:
+        if (query_camids is None) != (gallery_camids is None):
+            missing = "query_camids" if query_camids is None else "gallery_camids"
+            raise ValueError(
+                f"{missing} is missing: give the cameras of both, or of neither to leave none out by camera"
+            )
+        self.query_pids = _ids("query_pids", query_pids, shape[0])
+        gallery = _ids("gallery_pids", gallery_pids, shape[1])
+        self.order = np.argsort(gallery, kind="stable")
+        self.sorted_pids = gallery[self.order]
+        self.junk = np.flatnonzero(gallery == JUNK)
+        self.cameras: tuple[np.ndarray, np.ndarray] | None = None
+        if query_camids is not None and gallery_camids is not None:
+            self.cameras = (
+                _ids("query_camids", query_camids, shape[0]),
+                _ids("gallery_camids", gallery_camids, shape[1]),
+            )
+        self.own = np.full(shape[0], -1) if own is None else _ids("own", own, shape[0])
+        if len(self.own) and not (self.own.min() >= -1 and self.own.max() < shape[1]):
+            raise ValueError(
+                f"own must hold rows of the gallery, 0 to {shape[1] - 1}, or -1 for a query that is not in it; "
+                f"got {self.own.min()} to {self.own.max()}"
+            )
+        first = np.searchsorted(self.sorted_pids, self.query_pids, "left")
+        last = np.searchsorted(self.sorted_pids, self.query_pids, "right")
+        self.first, self.count = first, np.where(self.query_pids == JUNK, 0, last - first)
+
+    @property
+    def most(self) -> int:
+        """The most gallery images that share a query's identity."""
+        return int(self.count.max(initial=0))
+
+    def matches(self, start: int, stop: int) -> tuple[Pairs, Pairs]:
+        """Pairs of queries ``start`` to ``stop``: the matches, and those left out besides junk."""
+        rows = np.repeat(np.arange(stop - start), self.count[start:stop])
+        columns = self.order[ragged(self.first[start:stop], self.count[start:stop])]
+        own = self.own[start:stop]
+        left_out = columns == own[rows]
+        if self.cameras:
+            left_out |= self.cameras[1][columns] == self.cameras[0][start:stop][rows]
+        has_own = np.flatnonzero(own >= 0)  # even where its identity is another
+        left = np.concatenate([rows[left_out], has_own]), np.concatenate([columns[left_out], own[has_own]])
+        return Pairs(rows[~left_out], columns[~left_out]), Pairs(*left)
+
+    def hide(self, similarities: Tensor, left_out: Pairs) -> None:
+        """Set what is left out to -inf, below all numbers."""
+        similarities[indices(left_out, similarities)] = -torch.inf
+        if len(self.junk):
+            similarities[:, torch.from_numpy(self.junk).to(similarities.device)] = -torch.inf
+
+    def explain_no_match(self) -> str:
+        """Why no query may have a match, and what to do."""
+        if not len(self.query_pids):
+            return "there are no queries"
+        if self.cameras:
+            return (
+                "no query has a match in the gallery under another camera: is this data of a single camera, or are "
+                "identities of query and gallery disjoint? For data of one camera or none leave the cameras out and "
+                "give `own`, the row of each query's own image in the gallery"
+            )
+        return "no query has a match in the gallery besides its own image: are their identities disjoint?"
+
+
+def ragged(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """For each r: ``first[r]``, ``first[r] + 1``, ..., ``count[r]`` of them."""
+    found = np.repeat(first - (np.cumsum(count) - count), count)
+    found += np.arange(len(found))
+    return found
+
+
+def indices(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs as an index of a tensor on its device."""
+    return torch.from_numpy(pairs.rows).to(like.device), torch.from_numpy(pairs.columns).to(like.device)
+
+
+def _ids(name: str, ids: ArrayLike, length: int) -> np.ndarray:
+    found = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+    if found.shape != (length,):
+        raise ValueError(f"{name} must hold one entry an image, {length}; got the shape {found.shape}")
+    if not length:
+        return found.astype(np.int64)
+    if found.dtype.kind not in "iub":
+        raise ValueError(f"{name} must hold whole numbers, got {found.dtype}")
+    return found.astype(np.int64)

@@ -1,0 +1,49 @@
+"""The best gallery images of a query."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from passreid_models.retrieval.similarity import LEAST, Similarities, chunks, top
+
+__all__ = ["Ranking", "rank"]
+
+
+class Ranking(NamedTuple):
+    """The best gallery images of each query, best first: both ``[Q, K]``."""
+
+    indices: Tensor
+    similarities: Tensor
+
+
+def rank(query: Tensor, gallery: Tensor, topk: int = 5, metric: str = "cosine", budget_mb: float = 256.0) -> Ranking:
+    """The ``topk`` most similar gallery images of each query.
+
+    Equal similarities are ordered by gallery index; rows of NaN (unreadable images) come last, with -inf.
+
+    Args:
+        query: Descriptors ``[Q, C]``, or one ``[C]``.
+        gallery: Descriptors ``[G, C]``.
+        topk: Hits wanted; all G where the gallery is smaller.
+        metric: ``cosine``, or ``euclidean``, whose similarity is the negative squared distance: for the multi-neck UDA
+            weights, whose descriptors are compared as they come.
+        budget_mb: Memory for similarities, in MB; one query at a time where that takes more.
+
+    Returns:
+        Indices into the gallery and similarities, ``[Q, K]`` each.
+
+    Raises:
+        ValueError: If the shapes do not match, the gallery is empty, or ``topk`` or ``budget_mb`` is too small.
+    """
+    pairs = Similarities(query[None] if query.ndim == 1 else query, gallery, metric)
+    if topk < 1:
+        raise ValueError(f"topk must be 1 or more, got {topk}")
+    num_queries, num_gallery = pairs.shape
+    width = min(topk, num_gallery)
+    indices = torch.empty(num_queries, width, dtype=torch.int64, device=pairs.device)
+    similarities = torch.empty(num_queries, width, device=pairs.device)
+    for start, stop in chunks(num_queries, 8 * num_gallery + 64 * width, budget_mb, pairs.device):
+        similarities[start:stop], indices[start:stop] = top(pairs.rows(start, stop), width)
+    similarities[similarities == LEAST] = -torch.inf
+    return Ranking(indices, similarities)
