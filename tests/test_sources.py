@@ -551,7 +551,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     "nowhere": (
         lambda root: "synthetic:place=moon",
         ValueError,
-        "{data}: place must be one of street, studio, got 'moon'",
+        "{data}: place must be one of street, studio, summer, got 'moon'",
     ),
     "none": (lambda root: "synthetic:ids=0", ValueError, "{data}: num_ids must be an integer of at least 1, got 0"),
 }

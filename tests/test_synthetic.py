@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from passreid_models import synthetic
-from passreid_models.synthetic import SyntheticPersons, contact_sheet, dataset, draw, scene
+from passreid_models.synthetic import SyntheticPersons, contact_sheet, dataset, draw, identity, scene
 
 SMALL = (64, 32)
 
@@ -100,6 +100,19 @@ def test_in_a_studio_the_backdrop_is_gray_under_every_camera_and_persons_are_tho
     clothes = [p[:, 40:60, 24:40].mean((1, 2)).reshape(12, 4, 3).mean(1) for p in pictures]
     assert np.corrcoef(clothes[0].ravel(), clothes[1].ravel())[0, 1] > 0.9
     assert studio[5][0].tobytes() == draw(0, 1, 1, 0, (128, 64), "studio").tobytes()
+
+
+def test_in_summer_the_light_is_warm_and_bright_clothes_are_common():
+    street, summer = (SyntheticPersons(40, 2, 2, size=(64, 32), place=place) for place in ("street", "summer"))
+    pictures = [np.stack([np.asarray(data[i][0], float) for i in range(80)]) for data in (street, summer)]
+    red, _, blue = (pictures[1] / pictures[0].clip(1)).mean((0, 1, 2)) / pictures[1].mean() * pictures[0].mean()
+    assert red > 1.1 * blue
+    backgrounds = [p[:, :4].mean((0, 1, 2)) for p in pictures]  # above the heads: the same walls in another light
+    assert backgrounds[1] / backgrounds[0] == pytest.approx([1.14, 1.02, 0.84], rel=0.08)
+    colours = [np.stack([identity(0, p, s).cloth.colour for p in range(300)]) for s in (False, True)]
+    saturation = [(c.max(1) - c.min(1)).mean() for c in colours]
+    assert saturation[1] > 1.5 * saturation[0]
+    assert identity(0, 3, True).upper == identity(0, 3).upper
 
 
 # ---- The contract of a dataset

@@ -26,7 +26,6 @@ __all__ = ["FileSource", "ListSource", "Source", "SyntheticSource", "TarSource",
 
 LISTS = (".txt", ".lst")
 EXPECTED = f"a folder of images, a list of paths ({' or '.join(LISTS)}), a .tar file, or synthetic:ids=1000"
-SYNTHETIC = {"ids": "1000", "images": "10", "cameras": "8", "seed": "0", "size": "256x128", "place": "street"}
 
 
 class Source(Protocol):
@@ -168,31 +167,10 @@ class SyntheticSource:
         Raises:
             ValueError: If a key is unknown or given twice, or a value is none that it can have.
         """
-        from passreid_models.synthetic import SyntheticPersons
+        from passreid_models.synthetic.recipe import read_recipe
 
-        given: dict[str, str] = {}
-        for item in filter(None, text.removeprefix("synthetic:").split(",")):
-            key, _, value = (part.strip() for part in item.partition("="))
-            if key not in SYNTHETIC:
-                raise ValueError(f"{text}: unknown key {key!r}; known: {', '.join(SYNTHETIC)}")
-            if key in given:
-                raise ValueError(f"{text}: {key} is given twice")
-            if key == "place":
-                given[key] = value
-                continue
-            numbers = value.split("x") if key == "size" else [value]
-            if len(numbers) != (2 if key == "size" else 1) or not all(n.isdecimal() for n in numbers):
-                raise ValueError(f"{text}: {key} is given as {value!r}; expected such as {key}={SYNTHETIC[key]}")
-            given[key] = "x".join(str(int(n)) for n in numbers)
-        values = SYNTHETIC | given
-        place = values.pop("place")
-        height, width = map(int, values.pop("size").split("x"))
-        ids, images, cameras, seed = map(int, values.values())
-        try:
-            self.persons = SyntheticPersons(ids, images, cameras, seed, (height, width), place=place)
-        except ValueError as e:
-            raise ValueError(f"{text}: {e}") from None
-        self.recipe = f"synthetic:{','.join(f'{key}={value}' for key, value in (SYNTHETIC | given).items())}"
+        recipe = read_recipe(text)
+        self.recipe, self.persons = recipe.text, recipe.persons
         self.description = f"{self.recipe}: {_count(self.persons)}"
         self.fingerprint = Names([self.recipe.encode()]).fingerprint()
 

@@ -21,6 +21,7 @@ _CLOTH = {
 }  # fmt: skip
 _COLOURS = np.array([c[:3] for c in _CLOTH.values()], np.float32)
 _COMMON = np.array([c[3] for c in _CLOTH.values()]) / sum(c[3] for c in _CLOTH.values())
+_RARE = (1 / _COMMON) / (1 / _COMMON).sum()  # in summer
 _SKIN = np.array([(236, 198, 172), (218, 174, 142), (190, 142, 108), (144, 100, 72), (96, 66, 50)], np.float32)
 _HAIR = np.array([(28, 24, 24), (54, 38, 30), (96, 66, 42), (176, 138, 84), (150, 148, 146), (132, 60, 36)], np.float32)
 
@@ -90,8 +91,8 @@ def _shade_of(rng: np.random.Generator, palette: Array, p: Array | None = None, 
     return np.clip(colour + rng.normal(0, spread) + rng.normal(0, spread / 2, 3), 8, 246).astype(np.float32)
 
 
-def _cloth(rng: np.random.Generator, plain: float, **weights: float) -> Cloth:
-    colour, second = (_shade_of(rng, _COLOURS, _COMMON) for _ in range(2))
+def _cloth(rng: np.random.Generator, common: Array, plain: float, **weights: float) -> Cloth:
+    colour, second = (_shade_of(rng, _COLOURS, common) for _ in range(2))
     if np.abs(colour - second).sum() < 120:  # a pattern has to be seen
         second = colour + (90 if colour.sum() < 380 else -90)
     pattern = "plain" if rng.random() < plain else pick(rng, **weights)
@@ -101,18 +102,18 @@ def _cloth(rng: np.random.Generator, plain: float, **weights: float) -> Cloth:
 
 
 @lru_cache(4096)
-def identity(seed: int, pid: int) -> Identity:
-    """The attributes of a person, from `(seed, pid)` alone."""
-    rng = stream(seed, IDENTITY, pid)
+def identity(seed: int, pid: int, summer: bool = False) -> Identity:
+    """The attributes of a person, from the arguments alone; in `summer` bright colours are the common ones."""
+    rng, common = stream(seed, IDENTITY, pid), _RARE if summer else _COMMON
     upper = pick(rng, tshirt=4, longsleeve=3, jacket=4, hoodie=3, coat=2)
     patterns = dict(stripes=4, pinstripes=1, checks=3, dots=1, yoke=2, band=2, gradient=1, camouflage=1)
     if upper in ("jacket", "hoodie", "coat"):
         patterns = dict(checks=2, yoke=3, band=2, camouflage=1, quilt=4 if upper != "hoodie" else 0, stripes=1)
-    cloth = _cloth(rng, 0.45 if upper in ("tshirt", "longsleeve") else 0.55, **patterns)
+    cloth = _cloth(rng, common, 0.45 if upper in ("tshirt", "longsleeve") else 0.55, **patterns)
     if upper in ("tshirt", "longsleeve", "hoodie") and cloth.pattern == "plain" and rng.random() < 0.65:
         cloth = Cloth(cloth.colour, cloth.second, "plain", cloth.size, str(rng.choice(PRINTS)))
     lower = pick(rng, trousers=9, leggings=2, shorts=3, skirt=2, dress=2 if upper in ("tshirt", "longsleeve") else 0)
-    legs = _cloth(rng, 0.66, side=3, checks=1, camouflage=1, pinstripes=1, fade=3)
+    legs = _cloth(rng, common, 0.66, side=3, checks=1, camouflage=1, pinstripes=1, fade=3)
     return Identity(
         width=rng.uniform(0.88, 1.2),
         legs=rng.uniform(0.455, 0.495),
@@ -122,16 +123,16 @@ def identity(seed: int, pid: int) -> Identity:
         hair=pick(rng, short=6, bald=1, bob=2, long=3, ponytail=2, bun=1, afro=1),
         hair_colour=_shade_of(rng, _HAIR, np.array([0.34, 0.26, 0.16, 0.12, 0.07, 0.05])),
         hat=pick(rng, none=8, cap=1.5, beanie=1.2),
-        hat_colour=_shade_of(rng, _COLOURS, _COMMON),
+        hat_colour=_shade_of(rng, _COLOURS, common),
         upper=upper,
         cloth=cloth,
-        inner=_cloth(rng, 0.6, stripes=2, checks=1, gradient=1),
+        inner=_cloth(rng, common, 0.6, stripes=2, checks=1, gradient=1),
         lower=lower,
         lower_cloth=cloth if lower == "dress" else legs,
         hem=rng.uniform(0.35, 0.8),
-        shoes=_shade_of(rng, _COLOURS, _COMMON),
+        shoes=_shade_of(rng, _COLOURS, common),
         bag=pick(rng, none=4, backpack=3, crossbody=2, handbag=2),
-        bag_colour=_shade_of(rng, _COLOURS, _COMMON),
+        bag_colour=_shade_of(rng, _COLOURS, common),
         bag_side=int(rng.choice((-1, 1))),
     )
 

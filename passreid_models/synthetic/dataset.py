@@ -33,8 +33,9 @@ class SyntheticPersons:
         seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
         size: (height, width) of the images in pixels.
         first_id: The first pid, to get identities that no other part of the world holds.
-        place: `street`, where each camera has surroundings and an exposure of its own, or `studio`, where all have a
-            gray backdrop and the same exposure, and their own viewpoints and light.
+        place: `street`, where each camera has surroundings and an exposure of its own; `studio`, where all have a gray
+            backdrop and the same exposure, and their own viewpoints and light; or `summer`, a street in warm light
+            where bright clothes are common, to adapt from or to.
 
     Raises:
         ValueError: If an argument is out of range.

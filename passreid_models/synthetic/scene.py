@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from passreid_models.synthetic.attributes import IMAGE, SCENE, Array, Camera, camera, identity, pick, stream
 from passreid_models.synthetic.body import Canvas, paint_person, plain, wave
 
-PLACES = ("street", "studio")
+PLACES = ("street", "studio", "summer")
+WARM = np.array((1.14, 1.02, 0.84))[:, None]  # the light of summer
 
 
 def _value_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> Array:
@@ -124,9 +125,10 @@ def draw(
     """The k-th image of a person in a camera, `size` is (height, width); the arguments alone determine the pixels.
 
     In a `studio` all cameras have a gray backdrop and an exposure that changes nothing. The person, viewpoint, pose and
-    light still differ between images, and who or what stands beside and before.
+    light still differ between images, and who or what stands beside and before. `summer` is a street in warm light
+    where bright clothes are common: another domain.
     """
-    height, width = size
+    (height, width), summer = size, place == "summer"
     rng, cam = stream(seed, IMAGE, pid, camid, k), camera(seed, camid)
     scene = (_backdrop if place == "studio" else _scene)(seed, camid, height, width)
     top, left = rng.integers(scene.shape[0] - height), rng.integers(scene.shape[1] - width)
@@ -135,7 +137,7 @@ def draw(
     px = height * rng.uniform(0.84, 0.95) if rng.random() < 0.85 else height * rng.uniform(0.95, 1.12)
     x, y = width * rng.normal(0.5, 0.05), (height - px) * rng.uniform(0.2, 0.8)
     if rng.random() < 0.16:
-        other = identity(seed, int(rng.integers(1 << 40, 1 << 41)))  # nobody of the dataset
+        other = identity(seed, int(rng.integers(1 << 40, 1 << 41)), summer)  # nobody of the dataset
         aside = x + rng.choice((-1, 1)) * width * rng.uniform(0.3, 0.55)
         where, scale = (aside, y + px * rng.uniform(-0.05, 0.02)), rng.uniform(0.8, 0.98)
     else:
@@ -144,23 +146,23 @@ def draw(
     behind = rng.random() < 0.7
     if other and behind:
         paint_person(canvas, other, rng, yaw + rng.normal(0, 1), cam.pitch, *where, px * scale)
-    paint_person(canvas, identity(seed, pid), rng, yaw, cam.pitch, x, y, px)
+    paint_person(canvas, identity(seed, pid, summer), rng, yaw, cam.pitch, x, y, px)
     if other and not behind:
         paint_person(canvas, other, rng, yaw + rng.normal(0, 1), cam.pitch, aside, y + 0.1 * px, px)
     if rng.random() < 0.18:
         _occlude(canvas, rng, height, width)
     if place == "studio":
         return Image.fromarray(np.clip(canvas.pixels, 0, 255).astype(np.uint8))
-    return _expose(canvas.pixels, cam, rng)
+    return _expose(canvas.pixels, cam, rng, WARM if summer else 1.0)
 
 
-def _expose(pixels: Array, cam: Camera, rng: np.random.Generator) -> Image.Image:
+def _expose(pixels: Array, cam: Camera, rng: np.random.Generator, tint: Array | float) -> Image.Image:
     """What the camera makes of the light: colour, tone curve, resolution, blur, noise."""
     height, width = pixels.shape[:2]
     left, right = rng.uniform(0.86, 1.14, 2)
     pixels *= np.linspace(left, right, width, dtype=np.float32)[:, None]
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    gains = cam.matrix * np.exp(rng.normal(0, 0.025, 3) + rng.normal(0, 0.11))[:, None]
+    gains = tint * cam.matrix * np.exp(rng.normal(0, 0.025, 3) + rng.normal(0, 0.11))[:, None]
     image = image.convert("RGB", tuple(float(g) for row in gains for g in (*row, 0.0)))
     level = np.linspace(0, 1, 256)
     curve = np.clip((level**cam.gamma - 0.45) * cam.contrast + 0.45, 0.015, 0.99) * 255
