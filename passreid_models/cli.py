@@ -1,8 +1,6 @@
 """The command line: arguments only, the work is in the rooms. Imports come late, so that ``--help`` is quick."""
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from passreid_models.ssl.config import TrainConfig
-
-NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
-        return train(argv[1:])
+    if argv[:1] and argv[0] in RUNS:
+        return RUNS[argv[0]](argv[1:])
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -42,106 +38,41 @@ def train(argv: Sequence[str] | None = None) -> int:
         process died; 2 a user's mistake, in one sentence; 128 + the signal, when one stopped the run (its state is
         saved).
     """
-    import torch
-
+    from passreid_models import flags
     from passreid_models.ssl.loop import train
-    from passreid_models.training.loop import Stopped
-    from passreid_models.training.trainer import NonFiniteLossError
 
-    try:
-        folder = train(_train_config(sys.argv[1:] if argv is None else argv))
-        if os.environ.get("RANK", "0") == "0":
-            print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
-        return 0
-    except Stopped as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"passreid-train: {e}", file=sys.stderr)
-        return 128 + e.signum if e.signum else 0
-    except (NonFiniteLossError, ChildProcessError) as e:
-        print(f"passreid-train: {e}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as e:
-        print(f"passreid-train: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as e:
-        advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
-        print(f"passreid-train: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("passreid-train: interrupted", file=sys.stderr)
-        return 130
+    return flags.run("passreid-train", train, lambda: _train_config(sys.argv[1:] if argv is None else argv))
 
 
 def _train_config(argv: Sequence[str]) -> "TrainConfig":
-    """The configuration from defaults, then the preset, then the YAML file, then the flags."""
-    from dataclasses import fields
-
-    from jsonargparse import ArgumentParser
-
+    from passreid_models.flags import read_config
     from passreid_models.ssl.config import PRESETS, TrainConfig
 
-    parser = ArgumentParser(
-        prog="passreid-train",
-        allow_abbrev=False,
-        usage="passreid-train DATA [--preset NAME] [--config FILE] [options]",
-        description="Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
-        "synthetic:ids=1000. Options take dashes or underscores; a YAML file has the same names.",
-    )
-    parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
-    parser.add_argument("--preset", choices=list(PRESETS), help="settings to begin with")
-    parser.add_class_arguments(TrainConfig)
-    switches = {f.name for f in fields(TrainConfig) if f.type in (bool, "bool")}
-    options = _options(argv, switches, pairs={f.name for f in fields(TrainConfig) if str(f.type).startswith("tuple")})
-    given = dict(options)
-    if "--preset" not in given and Path(given.get("--config") or "").is_file():
-        given["--preset"] = _preset_in(Path(str(given["--config"])))
-    parser.set_defaults(PRESETS.get(given.get("--preset") or "", {}))
-    options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
-    values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
-    if len(named := [value for name, value in options if name == "--data"]) > 1:
-        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}; a text file can list their images")
-    if not values["data"]:
-        raise ValueError("data: expected a folder of person crops, such as passreid-train my_crops/")
-    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    what = "Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
+    expected = "a folder of person crops, such as passreid-train my_crops/|; a text file can list their images"
+    return read_config(argv, TrainConfig, PRESETS, "passreid-train", f"{what}synthetic:ids=1000.", expected)
 
 
-def _preset_in(file: Path) -> str | None:
-    """The preset that a YAML file names; what is wrong with the file is said when all of it is parsed."""
-    import yaml
+def _finetune(argv: Sequence[str]) -> int:
+    from passreid_models.flags import read_config, run
+    from passreid_models.reid.config import PRESETS, FinetuneConfig
+    from passreid_models.reid.supervised import finetune
 
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    preset = content.get("preset") if isinstance(content, dict) else None
-    return preset if isinstance(preset, str) else None
+    name, presets = "passreid finetune", PRESETS["finetune"]
+    what = "Fine-tune on DATA with identity labels: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a "
+    expected = "a labelled dataset, such as passreid finetune Market-1501/ --init lup"
+    return run(name, finetune, lambda: read_config(argv, FinetuneConfig, presets, name, f"{what}CSV file.", expected))
 
 
-def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
-    """``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` as jsonargparse's names and values."""
-    options: list[tuple[str, str | None]] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, rest = word.partition("=")
-        value: str | None = rest if equals else None
-        if not word.startswith("-"):
-            name, value = "--data", word
-        elif word in ("-h", "--help") or word.startswith("--print_config"):
-            options.append((word, None))
-            continue
-        else:
-            name = "--" + name.lstrip("-").replace("-", "_")
-            if not equals and name[2:] in switches:
-                value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
-            elif not equals and words and not words[0].startswith("--"):
-                value = words.pop(0)
-                if name[2:] in pairs and NUMBER.fullmatch(value) and words and NUMBER.fullmatch(words[0]):
-                    value = f"{value}x{words.pop(0)}"
-        if value is not None and name[2:] in pairs and len(pair := re.split("[x,]", value)) == 2:
-            value = f"[{','.join(pair)}]" if all(map(NUMBER.fullmatch, pair)) else value
-        options.append((name, value))
-    return options
+def _cluster(argv: Sequence[str]) -> int:
+    from passreid_models.flags import read_config, run
+    from passreid_models.reid.config import PRESETS, ClusterConfig
+    from passreid_models.reid.unsupervised import cluster
+
+    name, presets = "passreid cluster", PRESETS["cluster"]
+    what = "Train re-ID on DATA without labels, from clusters of its descriptors; with --source, adapt a model to it."
+    expected = "images, such as passreid cluster my_crops/ --init lup"
+    return run(name, cluster, lambda: read_config(argv, ClusterConfig, presets, name, what, expected))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,6 +106,29 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
     embed.set_defaults(run=_embed)
 
+    evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
+    evaluate.add_argument("data", help="Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file ...")
+    evaluate.add_argument("--model", default="pass_vit_tiny_patch16", help="name, folder or run (default: %(default)s)")
+    evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+    evaluate.add_argument("--flip", action="store_true", help="add the mirrored image's descriptor")
+    evaluate.add_argument("--size", type=_size, metavar="HxW", help="of the images, when other than the weights'")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--device", help="default: the accelerator, if there is one")
+    evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    evaluate.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking too")
+    evaluate.add_argument("--per-camera", action="store_true", help="scores for the queries of each camera too")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="draw rankings, CMC, ROC and similarities")
+    evaluate.add_argument("--no-cache", action="store_true", help="compute all descriptors anew, and keep none")
+    evaluate.set_defaults(run=_eval)
+
+    data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
+    check = data.add_parser("check", help="count a dataset's images and name what is off")
+    check.add_argument("data", help="as of eval")
+    check.add_argument("--no-verify", action="store_true", help="do not open the images")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write counts and findings")
+    check.set_defaults(run=_data_check)
+
     convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
     convert.add_argument("checkpoint", type=Path, help="any published layout: .pth, .pth.tar, .safetensors")
     convert.add_argument("folder", type=Path, help="output, new or empty")
@@ -188,7 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--num-heads", type=int, help="where the architecture is not a registered one")
     convert.set_defaults(run=_convert)
 
+    # these read their own words: flags.py
     commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
+    commands.add_parser("finetune", help="train re-ID with identity labels")
+    commands.add_parser("cluster", help="train re-ID without labels, or adapt a model to other cameras")
 
     plot = commands.add_parser("plot", help="draw the curves of a training run")
     plot.add_argument("folder", type=Path, metavar="RUN", help="folder of passreid-train")
@@ -266,6 +223,48 @@ def _embed(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _eval(args: argparse.Namespace) -> int:
+    import torch
+
+    from passreid_models.reid.evaluate import evaluate_model
+
+    found = evaluate_model(
+        args.data,
+        args.model,
+        size=args.size,
+        fusion=args.fusion,
+        flip=args.flip,
+        batch_size=args.batch_size,
+        device=args.device or "auto",
+        dtype=getattr(torch, args.dtype),
+        rerank=args.rerank,
+        per_camera=args.per_camera,
+        cache=not args.no_cache,
+        json_file=args.json,
+        pictures=args.pictures,
+    )
+    if found is None:  # the first process tells
+        return 0
+    print(found)
+    for reason in found.unreadable:
+        print(f"passreid: left out: {reason}", file=sys.stderr)
+    return 1 if found.unreadable else 0
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    import json
+
+    from passreid_models.reid.check import check_dataset
+    from passreid_models.runtime import atomic_file
+
+    check = check_dataset(args.data, verify=not args.no_verify)
+    print(check)
+    if args.json:
+        with atomic_file(args.json) as temporary:
+            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n")
+    return 0 if check.ok else 1
+
+
 def _convert(args: argparse.Namespace) -> int:
     from passreid_models.local_dir import convert_checkpoint
 
@@ -339,6 +338,8 @@ def _weights_publish(args: argparse.Namespace) -> int:
     print(url or f"nothing was pushed to {args.repo_id} (--dry-run)")
     return 0
 
+
+RUNS = {"train": train, "finetune": _finetune, "cluster": _cluster}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -138,7 +138,7 @@ def convert_checkpoint(
     except CheckpointError as e:
         raise CheckpointError(f"{source}: {e}") from None
     found, notes = converted.architecture, []
-    name, overrides = _model_of(found, name, num_heads, source)
+    name, overrides = model_of(found, name, num_heads, source)
     if fusion is None:
         fusion = converted.fusion or "cat"
         if not converted.fusion and converted.task == "unsupervised":
@@ -184,7 +184,7 @@ def convert_checkpoint(
     return report
 
 
-def _model_of(found: Architecture, name: str | None, num_heads: int | None, source: Path) -> tuple[str, dict[str, Any]]:
+def model_of(found: Architecture, name: str | None, num_heads: int | None, source: Path) -> tuple[str, dict[str, Any]]:
     """Registered model for the tensors, and what must be overridden: all dimensions, when none fits as it is."""
     overrides: dict[str, Any] = {} if num_heads is None else {"num_heads": num_heads}
     if num_heads is not None and (num_heads < 1 or found.embed_dim % num_heads):

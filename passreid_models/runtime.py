@@ -93,6 +93,21 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return x / world()[1]
 
 
+def gather_rows(x: Tensor) -> Tensor:
+    """Rows of all processes, first to last, each with as many; those of this one keep their gradient.
+
+    A loss of all rows, computed alike in every process, then has this process's share of the gradient: DDP's mean wants
+    it times the number of processes.
+    """
+    rank, size = world()
+    if size == 1:
+        return x
+    shares = [torch.empty_like(x) for _ in range(size)]
+    dist.all_gather(shares, x.detach().contiguous())
+    shares[rank] = x
+    return torch.cat(shares)
+
+
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

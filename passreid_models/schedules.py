@@ -20,3 +20,13 @@ def linear_epochs(epoch: int, warmup: int, start: float, end: float) -> float:
     if epoch >= warmup or warmup < 2:
         return end if epoch >= warmup else start
     return start + (end - start) * epoch / (warmup - 1)
+
+
+def warmup_cosine_epochs(epoch: int, epochs: int, warmup: int, base: float, start: float, end: float) -> float:
+    """Linear warm-up from ``start``, then the cosine of the whole run from ``base`` to ``end``, as timm's schedulers.
+
+    The cosine is that of ``epoch / epochs``: after the warm-up it goes on below ``base``, at its own height.
+    """
+    if epoch < warmup:
+        return start + (base - start) * epoch / warmup
+    return cosine(epoch, epochs, base, end)

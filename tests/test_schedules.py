@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
+from passreid_models.schedules import cosine, linear_epochs, warmup_cosine, warmup_cosine_epochs
 
 EPOCHS, ITERATIONS, WARMUP = 10, 7, 2  # of the golden file
 TOTAL = EPOCHS * ITERATIONS
@@ -99,3 +99,10 @@ def test_a_run_of_one_step_takes_the_first_value():
 
 def test_a_teacher_temperature_without_warm_up_is_at_its_end_from_the_first_epoch():
     assert [linear_epochs(epoch, 0, 0.04, 0.07) for epoch in range(3)] == [0.07, 0.07, 0.07]
+
+
+def test_the_rates_of_supervised_fine_tuning_are_the_official_ones():
+    golden = load_file(Path(__file__).parent / "data" / "supervised_lr.safetensors")["lr_by_epoch"]
+    for scale, column in ((1, 0), (2, 1)):  # weights, biases
+        rates = [warmup_cosine_epochs(e, 120, 20, scale * 4e-4, 0.01 * 4e-4, 0.002 * 4e-4) for e in range(121)]
+        assert rates == pytest.approx(golden[:, column].tolist(), rel=1e-12)

@@ -28,7 +28,8 @@ from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
 LIMIT = 60  # seconds that a process may take
-PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "passreid_models.ssl.loop"]
+PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "sklearn.cluster", "passreid_models.ssl.loop",
+           "passreid_models.reid.unsupervised"]  # fmt: skip
 TINY: dict[str, Any] = dict(
     model="test_pass_vit", size=(64, 32), num_prototypes=32, hidden_dim=16, bottleneck_dim=8, batch_size=4, epochs=3,
     lr=0.05, momentum=0.8, local_views=3, dtype="float32", device="cpu", workers=0, log_steps=1,

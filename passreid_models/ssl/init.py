@@ -2,17 +2,15 @@
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
 from passreid_models.checkpoint import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
-from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.training.folder import RunFolder
+from passreid_models.training.init import checkpoint_file, load_backbone
 
 _logger = logging.getLogger(__name__)
 
@@ -27,9 +25,9 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
     torch.manual_seed(config.seed)
     student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
     if config.init:
-        file = _init_file(config)
+        file = checkpoint_file(config.init)
         checkpoint = read_checkpoint(file) if file else {}
-        start = _start(config, checkpoint)
+        start = load_backbone(config.model, config.init, file, **_shape(config))
         student.backbone.load_state_dict(start.state_dict())
         statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # of views, probe and export
         for backbone in (student.backbone, teacher.backbone):
@@ -56,38 +54,6 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
     return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
 
 
-def _start(config: TrainConfig, checkpoint: Any) -> PassVisionTransformer:
-    """The backbone that ``config.init`` names."""
-    init = Path(config.init)
-    if init.is_dir():
-        if (init / "config.json").is_file():
-            return _same(config, timm.create_model(f"local-dir:{init}", pretrained=True, **_shape(config)))
-        if not RunFolder(init).latest() and (init / "export" / "config.json").is_file():
-            return _same(config, timm.create_model(f"local-dir:{init}/export", pretrained=True, **_shape(config)))
-    if file := _init_file(config):
-        statistics = checkpoint.get("statistics", {}) if isinstance(checkpoint, dict) else {}  # a run's own
-        overlay = {"file": str(file), **statistics}
-        return timm.create_model(config.model, pretrained=True, pretrained_cfg_overlay=overlay, **_shape(config))
-    architecture, _, tag = config.init.rpartition(".")
-    if init.is_dir() or "/" in config.init or architecture not in ("", config.model):
-        raise ValueError(
-            f"init: expected weights of {config.model}: a tag, a folder with config.json, a run, or a checkpoint file; "
-            f"got {config.init!r}"
-        )
-    return timm.create_model(f"{config.model}.{tag}", pretrained=True, **_shape(config))
-
-
-def _init_file(config: TrainConfig) -> Path | None:
-    init = Path(config.init)
-    return init if init.is_file() else RunFolder(init).latest()
-
-
-def _same(config: TrainConfig, model: PassVisionTransformer) -> PassVisionTransformer:
-    if (found := model.pretrained_cfg["architecture"]) != config.model:
-        raise ValueError(f"init: {config.init} holds {found}, and model is {config.model}")
-    return model
-
-
 def _load_heads(network: PASSNetwork, config: TrainConfig, checkpoint: Any) -> None:
     """Projection heads of a checkpoint file that holds some of the same shape; else they stay new, which is said."""
     given = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
@@ -98,9 +64,9 @@ def _load_heads(network: PASSNetwork, config: TrainConfig, checkpoint: Any) -> N
     wanted = _find_heads({f"heads.{k}": v for k, v in heads.state_dict().items()})
     if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
         raise CheckpointError(
-            f"init: the projection heads of {_init_file(config)} have other shapes than those of num_prototypes="
-            f"{config.num_prototypes}, hidden_dim={config.hidden_dim}, bottleneck_dim={config.bottleneck_dim} and "
-            f"{config.num_parts} parts: give the file's, or `passreid convert` it first, to begin with new heads"
+            f"init: the projection heads of {checkpoint_file(config.init)} have other shapes than those of "
+            f"num_prototypes={config.num_prototypes}, hidden_dim={config.hidden_dim}, "
+            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: give the file's, or `passreid convert` it first, to begin with new heads"
         )
     heads.load_state_dict(given)
 

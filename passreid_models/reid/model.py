@@ -1,0 +1,183 @@
+"""A backbone with neck and identity classifier: what supervised fine-tuning trains and the authors' files hold.
+
+Shapes: B batch, T = 1 + P prefix tokens, D embedding width, C descriptor width, K identities of the training set.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import timm
+from torch import Tensor, nn
+
+from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.convert import HALF, convert_state_dict
+from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
+from passreid_models.local_dir import model_of
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.training.init import load_backbone
+
+__all__ = ["Features", "ReIDModel"]
+
+
+class Features(NamedTuple):
+    """Descriptors of a batch and the scores of its identities."""
+
+    before: Tensor  # [B, C], fused tokens before the neck: triplet loss and test, after L2 normalisation
+    after: Tensor  # [B, C], after the neck: what the classifier reads
+    logits: Tensor  # [B, K]
+
+
+class ReIDModel(nn.Module):
+    """PASS with a BatchNorm neck and a classifier without bias (arXiv 2203.03931, section 3.3; TransReID's protocol).
+
+    The neck is that of the backbone (``fc_norm``): ``single``, one BatchNorm of the fused vector, or ``multi``, one of
+    each token before the fusion. Its bias is not trained.
+    """
+
+    def __init__(self, backbone: PassVisionTransformer, num_ids: int) -> None:
+        """
+        Args:
+            backbone: Made with ``neck="single"`` or ``"multi"`` and a fusion (``global_pool``).
+            num_ids: Identities of the training set, K.
+
+        Raises:
+            ValueError: If the backbone has no neck, or there are less than 2 identities.
+        """
+        super().__init__()
+        if not isinstance(backbone.fc_norm, SingleNeck | MultiNeck):
+            raise ValueError("a ReIDModel needs a backbone with neck='single' or 'multi'")
+        if num_ids < 2:
+            raise ValueError(f"telling identities apart needs 2 or more, got {num_ids}")
+        self.backbone = backbone
+        self.num_ids = num_ids
+        self.classifier = nn.Linear(backbone.head_hidden_size, num_ids, bias=False)
+        nn.init.normal_(self.classifier.weight, std=0.001)
+
+    @property
+    def fusion(self) -> str:
+        """How the tokens become a vector, as timm's ``global_pool``."""
+        return self.backbone.global_pool
+
+    @property
+    def neck(self) -> str:
+        """``single`` or ``multi``."""
+        return self.backbone.neck
+
+    def forward(self, x: Tensor) -> Features:
+        """
+        Args:
+            x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation 0.5.
+        """
+        tokens = self.backbone.forward_views(x)  # [B, T, D]: like all of forward_features but the patches
+        before = fuse_tokens(tokens, self.fusion)
+        bn: Any = self.backbone.fc_norm.bn
+        if self.neck == "multi":
+            after = fuse_tokens(bn(tokens.flatten(1)).reshape(tokens.shape), self.fusion)
+        else:
+            after = bn(before)
+        return Features(before, after, self.classifier(after))
+
+    def descriptor_model(self) -> tuple[PassVisionTransformer, dict[str, Tensor]]:
+        """The model of the descriptor, and neck and classifier, for ``save_pretrained``.
+
+        The descriptor is the fused vector *before* the neck, as published, so that the model has none.
+        """
+        state = self.backbone.state_dict()
+        extras = {k: v for k, v in state.items() if k.startswith("fc_norm.")}
+        extras["classifier.weight"] = self.classifier.weight.detach()
+        return without_drop_path(self.backbone, neck=""), extras
+
+    @classmethod
+    def load(cls, source: str | Path, name: str | None = None, num_heads: int | None = None) -> "ReIDModel":
+        """A fine-tuned model with its neck and classifier, in evaluation mode.
+
+        Args:
+            source: A published supervised file (``transformer_120.pth``), or a folder of ``passreid finetune`` or
+                ``passreid convert``.
+            name: Registered architecture of a file; by default the one that the tensors fit.
+            num_heads: Attention heads of a file, where no registered architecture fits it.
+
+        Raises:
+            CheckpointError: If neck or classifier are not there, or tensors do not fit.
+        """
+        source = Path(source)
+        if source.is_dir():
+            config = json.loads((source / "config.json").read_text())
+            tensors = {**read_checkpoint(source / "model.safetensors"), **_extras(source)}
+            name, args = config["architecture"], dict(config["model_args"])
+            overlay = {k: config["pretrained_cfg"][k] for k in ("mean", "std", "interpolation", "input_size")}
+        else:
+            tensors, _ = unwrap_checkpoint(read_checkpoint(source))
+            found = convert_state_dict(tensors)
+            name, args = model_of(found.architecture, name, num_heads, source)
+            args |= {"img_size": found.architecture.img_size, "global_pool": found.fusion or "cat"}
+            overlay = {}
+        found = convert_state_dict(tensors)
+        necks = {**found.backbone, **found.neck}
+        if "fc_norm.bn.weight" not in necks or not found.classifier:
+            raise CheckpointError(f"{source} holds no neck and classifier: it is no supervised re-ID model")
+        is_multi = len(necks["fc_norm.bn.weight"]) == (1 + found.architecture.num_parts) * found.architecture.embed_dim
+        args |= {"neck": "multi" if is_multi else "single", "num_classes": 0}
+        overlay = {**overlay, "state_dict": tensors}
+        try:
+            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        except CheckpointError as e:
+            raise CheckpointError(f"{source}: {e}") from None
+        classifier = found.classifier["classifier.weight"]
+        if classifier.shape[1] != backbone.head_hidden_size:
+            widths = f"the classifier is {classifier.shape[1]} wide, and the descriptor {backbone.head_hidden_size}"
+            raise CheckpointError(f"{source}: {widths}")
+        model = cls(backbone, len(classifier))
+        model.classifier.load_state_dict({"weight": classifier})
+        return model.eval()
+
+
+def _extras(folder: Path) -> dict[str, Tensor]:
+    file = folder / "extras.safetensors"
+    return safetensors.torch.load_file(file) if file.is_file() else {}
+
+
+def make_backbone(config: Any, interpolation: str, state: Mapping[str, Tensor] | None = None) -> PassVisionTransformer:
+    """A backbone with a new neck, to be fine-tuned.
+
+    Args:
+        config: Says ``init`` (as of ``load_backbone``; or ``random``), ``model``, ``size``, ``fusion``, ``neck`` and
+            ``drop_path``.
+        interpolation: Of test images: it belongs to the descriptor.
+        state: Weights that will be loaded later, instead of ``init``: they tell the number of parts.
+    """
+    size: dict[str, Any] = {"img_size": config.size}
+    start = None
+    if state is not None:
+        parts = next((v for k, v in state.items() if k.endswith("reg_token")), None)
+        size["num_parts"] = 0 if parts is None else parts.shape[1]
+    elif config.init != "random":
+        start = load_backbone(config.model, config.init, num_classes=0, neck="", **size)
+        size["num_parts"] = start.num_parts
+    backbone = timm.create_model(
+        config.model, global_pool=config.fusion, neck=config.neck, drop_path_rate=config.drop_path, **size
+    )
+    if start is not None:
+        weights = {k: v for k, v in backbone.state_dict().items() if k.startswith("fc_norm.")}
+        backbone.load_state_dict({**weights, **start.state_dict()})
+    mean, std = HALF  # of every fine-tuned model
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": interpolation}
+    return backbone
+
+
+def without_drop_path(backbone: PassVisionTransformer, **changed: Any) -> PassVisionTransformer:
+    """The backbone as it is used: a copy without stochastic depth, in evaluation mode, on the CPU.
+
+    Args:
+        backbone: In training.
+        **changed: Arguments that differ, such as ``neck=""``.
+    """
+    args = {**backbone._overrides, **changed, "drop_path_rate": 0.0}
+    model = timm.create_model(backbone.pretrained_cfg["architecture"], **args)
+    wanted = model.state_dict()
+    model.load_state_dict({k: v for k, v in backbone.state_dict().items() if k in wanted})
+    model.pretrained_cfg = {**backbone.pretrained_cfg}
+    return model.eval()

@@ -1,0 +1,170 @@
+"""Re-ID without labels: cluster the descriptors, train against the clusters, and again (USL and UDA).
+
+cluster(ClusterConfig(data="my_crops/", init="lup", out="run"))
+cluster(ClusterConfig(data="my_crops/", init="lup", source="Market-1501/", out="run"))     # domain adaptation
+"""
+
+import logging
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from passreid_models.embed import Embedder
+from passreid_models.reid.clustering import cluster as cluster_features
+from passreid_models.reid.config import ClusterConfig, FinetuneConfig
+from passreid_models.reid.data import Batch
+from passreid_models.reid.extract import extract, on_first
+from passreid_models.reid.model import without_drop_path
+from passreid_models.reid.run import ReIDRun
+from passreid_models.reid.samplers import camera_batches
+from passreid_models.reid.supervised import finetune
+from passreid_models.reid.trainers import ClusterTrainer
+from passreid_models.training.loop import process_group, run_in_folder
+
+__all__ = ["cluster", "compare_with_labels"]
+
+_logger = logging.getLogger(__name__)
+SHARED = ("init", "model", "fusion", "size", "device", "grad_checkpointing", "sync_bn", "workers", "seed",
+          "save_minutes", "keep", "log_steps", "max_minutes", "max_unreadable", "skip_nonfinite",
+          "tensorboard")  # fmt: skip
+
+
+def cluster(config: ClusterConfig) -> Path:
+    """Train without labels, from the first step or from the last checkpoint on, to ``out/export``; also in torchrun.
+
+    With a ``source``, ``init`` is fine-tuned on it first, in ``out/source``, and its backbone adapted.
+
+    Returns:
+        The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``: the descriptor after the neck.
+        ``out/best`` is that of the highest mAP, where labels are there to tell.
+
+    Raises:
+        ValueError: If a setting does not fit the data, the machine, or the run to resume; if there are no clusters.
+        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        NonFiniteLossError: If the loss is NaN or infinite.
+        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+    """
+    with process_group(config.device):  # one for both runs
+        if config.source:
+            config = replace(config, init=str(finetune(_source_config(config))))
+        return run_in_folder(ClusterRun, config)
+
+
+def _source_config(config: ClusterConfig) -> FinetuneConfig:
+    """The fine-tuning on the source: what both share, then the file."""
+    values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
+    if config.source_config:
+        given = yaml.safe_load(Path(config.source_config).read_text())
+        if not isinstance(given, dict):
+            raise ValueError(f"source_config: {config.source_config} holds no settings")
+        values |= given
+    values |= {"data": config.source, "out": str(Path(config.out) / "source"), "resume": "auto"}
+    return FinetuneConfig.from_dict(values)
+
+
+class ClusterRun(ReIDRun):
+    """Clusters as classes, found anew in each epoch."""
+
+    program = "passreid cluster"
+    trainer_class = ClusterTrainer
+    shown = ("loss", "lr", "clusters", "outliers", "purity", "ari", "images_per_s", "wait_share", "mAP", "rank1")
+    labelled = False
+    erase = ((0.02, 0.4), (0.485, 0.456, 0.406))
+
+    def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> ClusterTrainer:
+        train = self.dataset.train
+        if len(train) < 2:
+            raise ValueError(f"data: {self.config.data} holds one image, and clusters need more")
+        return ClusterTrainer(self.config, len(train), device, self.dataset.fingerprint, checkpoint)
+
+    def batches(self) -> Generator[Batch, None, None]:
+        c, t = self.config, self.trainer
+        while t.step < t.total_steps:
+            if t.begins_epoch or t.labels is None:
+                self._find_clusters()
+            self.images.labels = t.labels.numpy()
+            # every process has as many clusters in a batch
+            size = c.clusters_per_batch // t.world_size * t.world_size
+            batches = camera_batches(
+                self.images.labels, self.dataset.train.camids, size, c.images_per_cluster, c.steps, c.seed, t.epoch
+            )
+            if uneven := len(batches[0]) % t.world_size:
+                batches = [b[:-uneven] for b in batches]
+            yield from self.load(batches)
+
+    def _find_clusters(self) -> None:
+        """Clusters of the descriptors of all training images, for the epoch that begins."""
+        c, t = self.config, self.trainer
+        embed = Embedder(without_drop_path(t.backbone), t.device)
+        found = extract(embed, self.dataset.train.paths)
+        features = F.normalize(found.descriptors, dim=1)
+        readable = np.ones(len(features), dtype=bool)
+        readable[list(found.errors)] = False
+        labels = np.full(len(features), -1, dtype=np.int64)
+        labels[readable] = on_first(lambda: cluster_features(features[readable], c.eps, c.min_samples, c.k1, c.k2))
+        count = int(labels.max(initial=-1)) + 1
+        if count < max(2, t.world_size):
+            self._go_on_without(count, labels)
+            return
+        t.begin_epoch(torch.from_numpy(labels), features)
+        figures = {"clusters": float(count), "outliers": float((labels < 0).mean())}
+        self.write({**figures, **compare_with_labels(labels, self.dataset.train.pids)})
+
+    def _go_on_without(self, count: int, labels: np.ndarray) -> None:
+        """The clusters of the last epoch stay where there are none to train with; without such, the run ends."""
+        c, t = self.config, self.trainer
+        found = f"{count} cluster{'' if count == 1 else 's'}"
+        what = f"{found} of {len(labels)} images, {(labels < 0).mean():.0%} of them outliers"
+        if (labels < 0).mean() > 0.5:
+            way = f"a larger --eps (it is {c.eps:g}) or a smaller --min-samples ({c.min_samples}) leaves fewer out"
+        else:
+            way = f"a smaller --eps (it is {c.eps:g}) or --k1 ({c.k1}), below the images of a person, tells more apart"
+        if t.labels is None:
+            raise ValueError(f"eps: {what}: nothing can be learnt from that; {way}")
+        _logger.warning(f"epoch {t.epoch}: {what}; those of the epoch before stay ({way})")
+
+    def announcement(self) -> list[str]:
+        c, t = self.config, self.trainer
+        return [
+            *self.describe(),
+            f"{c.epochs} epochs of {c.steps} steps of {c.clusters_per_batch} clusters x {c.images_per_cluster} images; "
+            f"{t.world_size} processes",
+            f"clusters: DBSCAN, eps {c.eps:g}, min_samples {c.min_samples}; Jaccard, k1 {c.k1}, k2 {c.k2}",
+        ]
+
+    def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        return without_drop_path(self.trainer.backbone), {}
+
+    def about(self) -> dict[str, Any]:
+        return {"method": "cluster contrast", **super().about()}
+
+
+def compare_with_labels(clusters: np.ndarray, pids: np.ndarray) -> dict[str, float]:
+    """How clusters agree with identities, of the images that have both; nothing where there are no identities.
+
+    Args:
+        clusters: int64 ``[N]``; -1 is an outlier.
+        pids: int64 ``[N]``; -1 is unknown.
+
+    Returns:
+        ``purity``, the share of images that are of the commonest identity of their cluster, and ``ari``, the adjusted
+        Rand index.
+    """
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    both = (clusters >= 0) & (pids >= 0)
+    if not both.any():
+        return {}
+    table = contingency_matrix(pids[both], clusters[both], sparse=True)
+    return {
+        "purity": float(table.max(axis=0).sum() / both.sum()),
+        "ari": float(adjusted_rand_score(pids[both], clusters[both])),
+    }

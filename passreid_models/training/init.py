@@ -1,0 +1,66 @@
+"""Where a run begins: the backbone that a tag, a folder, a run or a checkpoint file holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from passreid_models.checkpoint import read_checkpoint
+from passreid_models.convert import ARCHITECTURES
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.training.folder import RunFolder
+
+DEFAULT_MODEL = "pass_vit_small_patch16"
+
+
+def load_backbone(model: str, init: str, file: Path | None = None, **shape: Any) -> PassVisionTransformer:
+    """The backbone that ``init`` names, as ``model``.
+
+    Args:
+        model: Registered architecture.
+        init: A tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint file.
+        file: The checkpoint to read, where ``init`` is that or a run; its ``statistics`` go with the weights.
+        **shape: Arguments of ``timm.create_model``, such as ``img_size`` and ``num_parts``.
+
+    Raises:
+        ValueError: If ``init`` names no weights, or those of another architecture.
+        CheckpointError: If the weights do not fit.
+    """
+    path = Path(init)
+    if file is None and (folder := exported_folder(path)):
+        found = timm.create_model(f"local-dir:{folder}", pretrained=True, **shape)
+        if (other := found.pretrained_cfg["architecture"]) != model:
+            raise ValueError(f"init: {init} holds {other}, and model is {model}")
+        return found
+    if file is not None or path.is_file():
+        checkpoint = read_checkpoint(file or path)
+        statistics = checkpoint.get("statistics", {}) if isinstance(checkpoint, dict) else {}  # a run's own
+        overlay = {"file": str(file or path), **statistics}
+        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **shape)
+    architecture, _, tag = init.rpartition(".")
+    if path.is_dir() or "/" in init or architecture not in ("", model):
+        raise ValueError(
+            f"init: expected weights of {model}: a tag, a folder with config.json, a run, or a checkpoint file; "
+            f"got {init!r}"
+        )
+    return timm.create_model(f"{model}.{tag}", pretrained=True, **shape)
+
+
+def exported_folder(path: Path) -> Path | None:
+    """The folder of ``save_pretrained`` at ``path``: itself, or the export of a run."""
+    return next((p for p in (path, path / "export") if (p / "config.json").is_file()), None)
+
+
+def architecture_of(init: str) -> str:
+    """The architecture that ``init`` tells; otherwise ViT-S."""
+    if folder := exported_folder(Path(init)):
+        return json.loads((folder / "config.json").read_text())["architecture"]
+    name = init.partition(".")[0]
+    return name if name in ARCHITECTURES else DEFAULT_MODEL
+
+
+def checkpoint_file(init: str) -> Path | None:
+    """The checkpoint that ``init`` is, or the newest of the run that it is."""
+    path = Path(init)
+    return path if path.is_file() else RunFolder(path).latest()
