@@ -301,14 +301,17 @@ def plain_evaluate(
     matches = (gallery_pids[order] == query_pids[:, None]).astype(np.int32)
     precisions, curves = [], []
     for q in range(len(query)):
-        same = gallery_pids[order[q]] == query_pids[q]
-        kept = ~(same & (gallery_camids[order[q]] == query_camids[q])) & (gallery_pids[order[q]] != -1)
+        pids = gallery_pids[order[q]]
+        same_camera = (pids == query_pids[q]) & (gallery_camids[order[q]] == query_camids[q])
+        kept = ~same_camera & (pids != -1)
         hits = matches[q][kept]
         if not hits.any():
             continue
         found = hits.cumsum()
         precisions.append((found / np.arange(1, len(hits) + 1) * hits).sum() / hits.sum())
-        curves.append(np.pad(found, (0, max_rank), mode="edge")[:max_rank] > 0)
+        curve = np.ones(max_rank)
+        curve[: len(found)] = found[:max_rank] > 0
+        curves.append(curve)
     return float(np.mean(precisions)), np.mean(curves, axis=0).astype(np.float32)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,6 +106,13 @@ def gather_rows(x: Tensor) -> Tensor:
     dist.all_gather(shares, x.detach().contiguous())
     shares[rank] = x
     return torch.cat(shares)
+
+
+def share_first(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values that the first one has, in place."""
+    if world()[1] > 1:
+        for x in tensors:
+            dist.broadcast(x, 0)
 
 
 def num_cores() -> int:

@@ -1,14 +1,16 @@
 """FinetuneConfig and ClusterConfig: the published values, the options by name, what is refused, the way from flags."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import timm
 
-from passreid_models import cli
+from passreid_models import cli, save_pretrained
 from passreid_models.flags import read_config
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
+from passreid_models.reid.run import complete
 from passreid_models.training.config import RunConfig
 
 CONFIGS = (FinetuneConfig, ClusterConfig)
@@ -59,8 +61,10 @@ def test_the_defaults_of_fine_tuning_are_the_published_recipe():
     c = FinetuneConfig()
     assert (c.ids_per_batch, c.images_per_id, c.batch_size) == (16, 4, 64)
     assert (c.lr, c.bias_lr, c.weight_decay, c.momentum, c.layer_decay) == (4e-4, 2.0, 1e-4, 0.9, 1.0)
-    assert (c.epochs, c.warmup_epochs, c.drop_path, c.margin, c.label_smoothing) == (120, 20, 0.1, None, 0.0)
-    assert (c.fusion, c.neck, c.size, c.pad, c.flip_prob, c.erase_prob) == ("cat", "multi", (256, 128), 10, 0.5, 0.5)
+    assert (c.epochs, c.num_warmup_epochs, c.drop_path, c.margin, c.label_smoothing) == (120, 20, 0.1, None, 0.0)
+    assert [FinetuneConfig(epochs=e).num_warmup_epochs for e in (1, 12, 24, 200)] == [0, 2, 4, 20]
+    assert (c.neck, c.pad, c.flip_prob, c.erase_prob) == ("multi", 10, 0.5, 0.5)
+    assert_published(c)
 
 
 def test_the_defaults_of_clustering_are_the_published_recipe():
@@ -69,9 +73,39 @@ def test_the_defaults_of_clustering_are_the_published_recipe():
     assert (c.lr, c.lr_step, c.lr_gamma, c.weight_decay, c.momentum) == (3.5e-4, 20, 0.1, 5e-4, 0.9)
     assert (c.eps, c.min_samples, c.k1, c.k2, c.temp) == (0.6, 4, 30, 6, 0.05)
     assert (c.memory, c.memory_momentum, c.drop_path, c.dtype) == ("hard", 0.2, 0.3, "float32")
-    assert (c.fusion, c.neck, c.size, c.erase_prob) == ("cat", "single", (256, 128), 0.5)
+    assert (c.neck, c.erase_prob) == ("single", 0.5)
+    assert_published(c)
     msmt17 = ClusterConfig(**PRESETS["cluster"]["msmt17"])
     assert (msmt17.eps, msmt17.fusion) == (0.7, "mean")
+
+
+def assert_published(c: Any) -> None:
+    """Of the LUPerson weights: fusion and size."""
+    for init in ("lup", "random"):
+        whole = complete(replace(c, data="market/", init=init))
+        assert (whole.model, whole.fusion, whole.size) == ("pass_vit_small_patch16", "cat", (256, 128))
+
+
+# ---- What init tells
+
+
+def test_model_size_and_fusion_are_those_of_the_weights_unless_given(config, tmp_path):
+    model = timm.create_model("test_pass_vit", img_size=(96, 32), global_pool="mean")
+    save_pretrained(model, tmp_path / "run" / "export")
+    for init in (tmp_path / "run", tmp_path / "run" / "export"):
+        c = complete(config(data="market/", init=str(init)))
+        assert (c.model, c.size, c.fusion) == ("test_pass_vit", (96, 32), "mean")
+    c = complete(config(data="market/", init=str(tmp_path / "run"), size=(64, 32), fusion="parts"))
+    assert (c.size, c.fusion) == ((64, 32), "parts")
+    tag = complete(config(data="market/", init="pass_vit_base_patch16.lup_market1501_384"))
+    assert (tag.model, tag.size, tag.fusion) == ("pass_vit_base_patch16", (384, 128), "cat")
+
+
+def test_a_model_without_parts_has_the_fusion_that_it_can(config):
+    c = config(data="market/", init="random", model="transreid_vit_small_patch16")
+    assert complete(c).fusion == "token"
+    with pytest.raises(ValueError, match="fusion: expected token, since transreid_vit_small_patch16 has no parts"):
+        complete(replace(c, fusion="cat"))
 
 
 # ---- Flags and YAML

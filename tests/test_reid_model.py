@@ -132,7 +132,9 @@ def test_a_run_begins_with_the_weights_a_new_neck_and_the_statistics_of_fine_tun
     start = timm.create_model("test_pass_vit", neck="single", num_parts=2)
     start.fc_norm.bn.running_mean += 3
     save_pretrained(start, tmp_path / "start")
-    c = config(init=str(tmp_path / "start"), model="test_pass_vit", size=(96, 32), neck="single", drop_path=0.2)
+    c = config(
+        init=str(tmp_path / "start"), model="test_pass_vit", size=(96, 32), neck="single", fusion="cat", drop_path=0.2
+    )
     backbone = make_backbone(c, interpolation)
     assert (backbone.num_parts, backbone.patch_embed.img_size) == (2, (96, 32))
     same = {k for k, v in backbone.state_dict().items() if torch.equal(v, start.state_dict().get(k, v + 1))}

@@ -20,7 +20,7 @@ from passreid_models.reid.datasets import open_dataset
 from passreid_models.reid.evaluate import score
 from passreid_models.reid.model import ReIDModel
 from passreid_models.reid.samplers import identity_batches
-from passreid_models.reid.supervised import finetune
+from passreid_models.reid.supervised import SupervisedRun, finetune
 from passreid_models.reid.trainers import SupervisedTrainer
 from passreid_models.runtime import gather_rows
 from passreid_models.training.loop import process_group
@@ -146,6 +146,44 @@ def test_the_export_of_a_run_is_where_another_can_begin(whole, data, tmp_path):
     assert not torch.equal(first["classifier.weight"], last["classifier.weight"])
 
 
+def test_an_evaluation_that_a_kill_cut_short_is_made_again(whole, data, tmp_path, monkeypatch):
+    cut = shutil.copytree(whole, tmp_path / "run")
+    for checkpoint in steps(cut)[1:]:
+        checkpoint.unlink()
+    shutil.rmtree(cut / "best")
+    write = SupervisedRun.write
+
+    def killed(self, figures):
+        if "mAP" in figures:
+            raise KeyboardInterrupt
+        write(self, figures)
+
+    monkeypatch.setattr(SupervisedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
+    monkeypatch.undo()
+    finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
+    assert_same(numbers(cut, KEYS), numbers(whole, KEYS))
+    assert [(r["step"], r["mAP"]) for r in metrics(cut) if "mAP" in r] == [
+        (r["step"], r["mAP"]) for r in metrics(whole) if "mAP" in r
+    ]
+
+
+def test_the_best_model_on_other_data_does_not_count(whole, data, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((other / "best" / "config.json").read_text())
+    config["provenance"]["mAP"] = 100.0
+    (other / "best" / "config.json").write_text(json.dumps(config))
+    for checkpoint in steps(other)[-2:]:
+        checkpoint.unlink()
+    smaller = shutil.copytree(data, tmp_path / "other")
+    min((smaller / "query").iterdir()).unlink()
+    finetune(finetune_config(data, other, resume="auto", eval_data=str(smaller)))
+    best = json.loads((other / "best" / "config.json").read_text())["provenance"]
+    assert best["mAP"] < 100
+    assert best["evaluated_on"] == open_dataset(smaller).fingerprint
+
+
 # ---- The step
 
 
@@ -191,6 +229,27 @@ def test_label_smoothing_and_the_weights_of_the_losses_are_heeded(data, tmp_path
 
 def make_trainer(config: FinetuneConfig) -> SupervisedTrainer:
     return SupervisedTrainer(config, 36, 6, [4] * config.epochs, CPU)
+
+
+def test_junk_is_not_trained_on_and_that_is_said(data, tmp_path):
+    lines = ["path,pid,camid,split"]
+    for folder, split in (("bounding_box_train", "train"), ("query", "query"), ("bounding_box_test", "gallery")):
+        for i, path in enumerate(sorted((data / folder).iterdir())):
+            pid = -1 if split == "train" and i < 3 else int(path.name[:4])
+            lines.append(f"{path},{pid},{path.name[6]},{split}")
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    finetune(finetune_config(tmp_path / "own.csv", tmp_path / "run", epochs=1))
+    assert "junk: 3 training images with identity -1 are left out" in (tmp_path / "run" / "log.txt").read_text()
+    assert ReIDModel.load(tmp_path / "run" / "export").num_ids == 6
+    assert torch.load(steps(tmp_path / "run")[-1], weights_only=True)["num_images"] == 33
+
+
+def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):
+    for path in (data / "bounding_box_train").iterdir():
+        (tmp_path / "tree" / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "tree" / path.name[:4])
+    finetune(finetune_config(tmp_path / "tree", tmp_path / "run", epochs=1))
+    assert "on the training images, no measure of the model" in (tmp_path / "run" / "log.txt").read_text()
 
 
 # ---- Processes

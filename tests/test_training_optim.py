@@ -14,10 +14,10 @@ def model() -> ReIDModel:
 
 
 def scales(model: ReIDModel, **options: float) -> dict[str, tuple[float, float]]:
-    """(factor of the learning rate, weight decay) of each parameter."""
+    """(factor of the learning rate, of biases too, weight decay) of each parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = make_sgd(model, model.backbone, 0.9, 0.2, **options).param_groups
-    return {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    return {names[id(p)]: (g["lr_scale"] * g["bias_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
 def test_all_that_is_trained_is_in_one_group_and_decays(model):
@@ -57,9 +57,12 @@ def test_a_folded_token_moves_as_far_as_token_and_position_together(model):
 
 
 def test_each_group_gets_the_rate_of_its_factor(model):
-    optimizer = make_sgd(model, model.backbone, 0.9, 0.1, bias_lr=2.0)
-    set_learning_rates(optimizer, lambda scale: 1 + scale)
-    assert {(g["lr_scale"], g["lr"]) for g in optimizer.param_groups} == {(1.0, 2.0), (2.0, 3.0)}
+    optimizer = make_sgd(model, model.backbone, 0.9, 0.1, bias_lr=2.0, layer_decay=0.5)
+    set_learning_rates(optimizer, lambda bias: 1 + bias)  # a floor of 1, which only biases feel
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert (found["classifier.weight"], found["backbone.blocks.2.mlp.fc1.weight"]) == (2, 0.5 * 2)
+    assert (found["backbone.blocks.2.mlp.fc1.bias"], found["backbone.cls_token"]) == (0.5 * 3, 2 * 0.0625 * 2)
 
 
 def test_the_norm_is_that_of_all_gradients():

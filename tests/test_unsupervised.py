@@ -21,6 +21,8 @@ from passreid_models.reid.datasets import open_dataset
 from passreid_models.reid.evaluate import score
 from passreid_models.reid.trainers import ClusterTrainer
 from passreid_models.reid.unsupervised import cluster, compare_with_labels
+from passreid_models.training.init import load_backbone
+from passreid_models.training.loop import process_group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = ClusterTrainer.state_keys
@@ -107,6 +109,12 @@ def test_the_rate_falls_by_steps_of_epochs(data, tmp_path):
     assert [trainer.lr(e, 1.0) for e in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 
+def test_the_checkpoint_takes_its_statistics_along(whole):
+    model = load_backbone("test_pass_vit", str(steps(whole)[-1]), img_size=(64, 32), neck="")
+    cfg = model.pretrained_cfg
+    assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
+
+
 # ---- Going on
 
 
@@ -174,8 +182,22 @@ def test_an_unreadable_image_is_in_no_cluster(data, tmp_path):
     broken = shutil.copytree(data, tmp_path / "market")
     first = min((broken / "bounding_box_train").iterdir())
     first.write_bytes(b"no image")
-    cluster(cluster_config(broken, tmp_path / "run", epochs=1))
+    cluster(cluster_config(broken, tmp_path / "run", epochs=1, max_unreadable=0.1))
     assert state_of(steps(tmp_path / "run")[-1])["labels"][0] == -1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("left out: ") == log.count(first.name + ": ") == 1
+    with pytest.raises(ValueError, match=r"max_unreadable: 1 of 36 images cannot be read, more than 1\.00%"):
+        cluster(cluster_config(broken, tmp_path / "strict", epochs=1))
+
+
+def test_folders_are_not_evaluated_by_since_they_may_be_anything(data, tmp_path):
+    for path in (data / "bounding_box_train").iterdir():
+        camera = tmp_path / "crops" / path.name[5:7]
+        camera.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, camera)
+    cluster(cluster_config(tmp_path / "crops", tmp_path / "run", epochs=1))
+    assert not any("mAP" in r for r in metrics(tmp_path / "run"))
+    assert "folders are taken for identities in purity and ARI" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_purity_and_ari_worked_out_by_hand():
@@ -202,7 +224,10 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
     adapted = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
     assert all(torch.equal(v, adapted.state_dict()[k]) for k, v in source.state_dict().items())
     provenance = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["provenance"]
-    assert provenance["init"] == "export"
+    assert provenance["init_provenance"]["method"] == "supervised re-ID"
+    assert "36 training images" in provenance["init_provenance"]["data"]
+    saved = ClusterConfig.from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert (saved.source, saved.init) == ("", f"{tmp_path}/run/source/export")  # run again, it begins where this did
     before = files(tmp_path / "run")
     cluster(ClusterConfig(**{**vars(config), "resume": "auto"}))
     assert files(tmp_path / "run") == before
@@ -216,8 +241,33 @@ def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tm
     (tmp_path / "source.yaml").write_text("- 3\n")
     with pytest.raises(ValueError, match=r"source\.yaml holds no settings"):
         cluster(config)
+    (tmp_path / "source.yaml").write_text("ids_per_batch: 9\nepochs: 2\n")
+    with pytest.raises(ValueError, match=r"source .*market: ids_per_batch: 9 is more than the 6 .*--source-config"):
+        cluster(config)
     with pytest.raises(ValueError, match="source_config: expected a source to go with it"):
         cluster_config(data, tmp_path / "run", source_config="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere: no such file or folder"),
+        ({"eval_data": "nowhere"}, "nowhere: no such file or folder"),
+        ({"init": ""}, "init: expected weights to begin with"),
+    ],
+)
+def test_what_is_wrong_with_the_target_is_told_before_the_source_is_trained_on(data, tmp_path, options, message):
+    config = cluster_config(options.pop("data", data), tmp_path / "run", source=str(data), **options)
+    with pytest.raises((ValueError, OSError), match=message):
+        cluster(config)
+    assert files(tmp_path) == set()
+
+
+def test_another_run_in_the_folder_is_told_before_the_source_is_trained_on(whole, data):
+    before = files(whole)
+    with pytest.raises(ValueError, match="holds a run"):
+        cluster(cluster_config(data, whole, source=str(data)))
+    assert files(whole) == before
 
 
 # ---- Processes and mistakes
@@ -238,6 +288,40 @@ def test_two_processes_have_the_same_clusters_and_memory(data, tmp_path):
     cluster(cluster_config(data, alone, epochs=1, save_minutes=0, keep=99))
     first, of_one = (state_of(steps(run)[0]) for run in (tmp_path / "run", alone))
     assert torch.equal(first["labels"], of_one["labels"])
+    scored = [r["mAP"] for r in metrics(tmp_path / "run") if "mAP" in r]
+    model = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
+    assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(
+        scored[-1], abs=1e-4
+    )  # of one set of statistics
+
+
+def _write_memory(out: str) -> int:
+    """The memory after a step on this process's share of eight images."""
+    with process_group("cpu"):
+        trainer = ClusterTrainer(cluster_config("unused", Path(out)), 8, CPU)
+        generator = torch.Generator().manual_seed(0)
+        features, outputs = (torch.randn(8, 128, generator=generator) for _ in range(2))
+        labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        trainer.begin_epoch(labels, features)
+        share = slice(trainer.rank * 8 // trainer.world_size, (trainer.rank + 1) * 8 // trainer.world_size)
+        trainer.after_step(outputs[share], labels[share])
+        torch.save(trainer.memory.centroids, f"{out}_{trainer.rank}.pt")
+    return 0
+
+
+def test_the_memory_moves_by_the_images_of_all_processes(tmp_path):
+    _write_memory(str(tmp_path / "one"))
+    children = world(_write_memory, str(tmp_path / "two"), folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    one = torch.load(tmp_path / "one_0.pt", weights_only=True)
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"two_{rank}.pt", weights_only=True), one)
+
+
+def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("passreid_models.training.trainer.world", lambda: (0, 3))
+    with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divided by 3 processes"):
+        ClusterTrainer(cluster_config(data, tmp_path), 36, CPU)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.synthetic import SyntheticPersons
 
 COMMON: dict[str, Any] = dict(
-    init="random", model="test_pass_vit", size=(64, 32), device="cpu", dtype="float32", workers=0, log_steps=1, pad=2,
+    init="random", model="test_pass_vit", size=(64, 32), fusion="cat", device="cpu", dtype="float32", workers=0,
+    log_steps=1, pad=2,
 )  # fmt: skip
 FINETUNE: dict[str, Any] = dict(COMMON, epochs=3, warmup_epochs=1, ids_per_batch=3, images_per_id=2, lr=0.01,
                                 eval_epochs=2)  # fmt: skip

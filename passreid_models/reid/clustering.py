@@ -119,18 +119,28 @@ def cluster(
     """
     if min_samples < 1:
         raise ValueError(f"min_samples must be 1 or more, got {min_samples}")
-    try:
-        from sklearn.cluster import DBSCAN
-    except ImportError:
-        raise ValueError('clustering needs scikit-learn: pip install "passreid-models[reid]"') from None
+    dbscan = find_dbscan()
     graph = jaccard_distances(features, k1, k2, eps, budget_mb)
     if not graph.shape[0]:
         return np.empty(0, dtype=np.int64)
-    labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph)
+    labels = dbscan(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph)
     found, first = np.unique(labels[labels >= 0], return_index=True)
     number = np.full(len(found) + 1, -1)  # the last, of the outliers
     number[found[np.argsort(first)]] = np.arange(len(found))
     return number[labels]
+
+
+def find_dbscan() -> Any:
+    """scikit-learn's class.
+
+    Raises:
+        ValueError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import DBSCAN
+    except ImportError:
+        raise ValueError('clustering needs scikit-learn: pip install "passreid-models[reid]"') from None
+    return DBSCAN
 
 
 def _checked(features: Tensor | ArrayLike) -> Tensor:

@@ -19,20 +19,21 @@ class _ReIDConfig(RunConfig):
     NUMERICS = ("dtype", "grad_checkpointing", "sync_bn")
     accumulate = 1  # a triplet or a memory wants the whole batch at once
 
+    epochs: int
     model: str
     fusion: str
     neck: str
     dtype: str
     drop_path: float
-    size: tuple[int, int]
+    size: tuple[int, int] | None
 
     def _check_common(self) -> None:
         self.check_kinds()
         if self.model and self.model not in ARCHITECTURES:
             raise wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
-        for name, allowed in (("fusion", FUSIONS), ("neck", NECKS), ("dtype", DTYPES)):
+        for name, allowed in (("fusion", ("", *FUSIONS)), ("neck", NECKS), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
-                raise wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
+                raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
         self.check_ranges(
             (
                 ("epochs keep log_steps save_epochs", 1, math.inf),
@@ -57,15 +58,17 @@ class FinetuneConfig(_ReIDConfig):
             file; ``random`` for none.
         model: Registered architecture; by default that of ``init``, else ViT-S.
         resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
-        fusion: How CLS and parts become a descriptor: ``cat`` (published), ``mean``, ``parts`` or ``token``.
+        fusion: How CLS and parts become a descriptor: ``cat`` (published), ``mean``, ``parts`` or ``token``; by default
+            that of ``init``, where it is a tag or an exported folder, else ``cat``.
         neck: BatchNorm of each token (``multi``, published) or of the fused vector (``single``).
-        size: Height and width of the images in pixels.
+        size: Height and width of the images in pixels; by default that of ``init``, where it is a tag or an exported
+            folder, else 256x128.
         epochs: Passes over the identities.
         ids_per_batch: Identities of a step, over all processes.
         images_per_id: Images of each. A batch is ``ids_per_batch`` times as large.
         lr: Peak learning rate; for this batch, it is not scaled.
         bias_lr: Factor for biases.
-        warmup_epochs: Of the learning rate, from a hundredth of it.
+        warmup_epochs: Of the learning rate, from a hundredth of it; by default a sixth of ``epochs``, 20 at most.
         weight_decay: Of all parameters.
         momentum: Of SGD.
         layer_decay: Factor of the learning rate from each block to the one before it; 1 is the published.
@@ -102,15 +105,15 @@ class FinetuneConfig(_ReIDConfig):
     init: str = ""
     model: str = ""
     resume: str = ""
-    fusion: str = "cat"
+    fusion: str = ""
     neck: str = "multi"
-    size: tuple[int, int] = (256, 128)
+    size: tuple[int, int] | None = None
     epochs: int = 120
     ids_per_batch: int = 16
     images_per_id: int = 4
     lr: float = 4e-4
     bias_lr: float = 2.0
-    warmup_epochs: int = 20
+    warmup_epochs: int | None = None
     weight_decay: float = 1e-4
     momentum: float = 0.9
     layer_decay: float = 1.0
@@ -155,7 +158,7 @@ class FinetuneConfig(_ReIDConfig):
         )
         if not 0 <= self.label_smoothing < 1:
             raise wrong("label_smoothing", self.label_smoothing, "at least 0 and less than 1")
-        if self.warmup_epochs > self.epochs:
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
         if not self.id_weight and not self.triplet_weight:
             raise wrong("id_weight", self.id_weight, "more than 0 where triplet_weight is 0: there is no loss else")
@@ -168,6 +171,11 @@ class FinetuneConfig(_ReIDConfig):
     def batch_size(self) -> int:
         """Images of a step, over all processes."""
         return self.ids_per_batch * self.images_per_id
+
+    @property
+    def num_warmup_epochs(self) -> int:
+        """``warmup_epochs``, also where it follows from ``epochs``."""
+        return min(20, self.epochs // 6) if self.warmup_epochs is None else self.warmup_epochs
 
 
 @dataclass(frozen=True)
@@ -183,9 +191,11 @@ class ClusterConfig(_ReIDConfig):
         source_config: YAML file with settings of that fine-tuning, as for ``passreid finetune --config``.
         model: Registered architecture; by default that of ``init``, else ViT-S.
         resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
-        fusion: How CLS and parts become a descriptor: ``cat``, ``mean`` (published for MSMT17), ``parts`` or ``token``.
+        fusion: How CLS and parts become a descriptor: ``cat``, ``mean`` (published for MSMT17), ``parts`` or ``token``;
+            by default that of ``init``, where it is a tag or an exported folder, else ``cat``.
         neck: BatchNorm of the fused vector (``single``, published for USL) or of each token (``multi``).
-        size: Height and width of the images in pixels.
+        size: Height and width of the images in pixels; by default that of ``init``, where it is a tag or an exported
+            folder, else 256x128.
         epochs: Rounds of clustering and training.
         steps: Training steps of an epoch.
         clusters_per_batch: Clusters of a step, over all processes.
@@ -231,9 +241,9 @@ class ClusterConfig(_ReIDConfig):
     source_config: str = ""
     model: str = ""
     resume: str = ""
-    fusion: str = "cat"
+    fusion: str = ""
     neck: str = "single"
-    size: tuple[int, int] = (256, 128)
+    size: tuple[int, int] | None = None
     epochs: int = 50
     steps: int = 200
     clusters_per_batch: int = 32
@@ -305,10 +315,21 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
         "pass-vit-s-384": {"size": (384, 128)},
         # 2 to 8 cores or one small GPU, thousands of images: fewer epochs
-        "laptop": {"epochs": 40, "warmup_epochs": 4, "eval_epochs": 5},
+        "laptop": {"epochs": 24, "lr": 3e-3, "eval_epochs": 6},
     },
     "cluster": {
         "msmt17": {"eps": 0.7, "fusion": "mean"},
-        "laptop": {"epochs": 10, "steps": 50, "clusters_per_batch": 8, "lr_step": 8, "eval_epochs": 2},
+        "laptop": {
+            "epochs": 10,
+            "steps": 40,
+            "clusters_per_batch": 8,
+            "lr": 3e-3,
+            "lr_step": 8,
+            "drop_path": 0.1,
+            "k1": 10,
+            "k2": 4,
+            "eps": 0.5,
+            "eval_epochs": 2,
+        },
     },
 }

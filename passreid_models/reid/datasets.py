@@ -41,6 +41,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def take(self, rows: np.ndarray) -> "Split":
+        """These rows, int64 ``[N]``."""
+        return Split([self.paths[i] for i in rows], self.pids[rows], self.camids[rows])
+
     @property
     def num_ids(self) -> int:
         """Identities, without junk and distractors."""
@@ -64,7 +68,8 @@ class ReIDDataset:
     query: Split
     gallery: Split
     has_cameras: bool
-    """All images have a camera, and there are two or more: without, every image but the query itself may match."""
+    """All queries and gallery images have a camera, and there are two or more: without, every image but the query
+    itself may match."""
     recipe: str = ""
     """Of generated persons."""
     parts: tuple[str, str, str] = ("", "", "")
@@ -97,8 +102,21 @@ class ReIDDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal; changes with names and labels, and is the same on every machine."""
+        return self._fingerprint(self.train, self.query, self.gallery)
+
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """The same of the training images alone."""
+        return self._fingerprint(self.train)
+
+    @property
+    def is_one_set(self) -> bool:
+        """Whether the training images are those of queries and gallery too: no measure of a model trained on them."""
+        return bool(len(self.query)) and set(self.train.paths) >= {*self.query.paths, *self.gallery.paths}
+
+    def _fingerprint(self, *splits: Split) -> str:
         digest = hashlib.sha256((self.recipe or self.name).encode())
-        for split in () if self.recipe else self.splits.values():
+        for split in () if self.recipe else splits:
             digest.update(b"\0split\0")
             for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True):
                 name = self.relative(path)
@@ -190,14 +208,14 @@ def _dataset(layout: Layout) -> ReIDDataset:
     train, query, gallery = (
         Split([Path(row[0]) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
-    tested = np.concatenate(camids[1:]) if len(query) and len(gallery) else camids[0]
+    tested = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
     return ReIDDataset(
         name=layout.name,
         root=layout.root,
         train=train,
         query=query,
         gallery=gallery,
-        has_cameras=bool(all((c >= 0).all() for c in camids) and len(np.unique(tested)) > 1),
+        has_cameras=bool((tested >= 0).all() and len(np.unique(tested)) > 1),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
     )
 

@@ -8,6 +8,7 @@ count anyway, with it they would be neighbours.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import nn
 
 from passreid_models.convert import ARCHITECTURES
 from passreid_models.embed import Embedder
-from passreid_models.reid.datasets import ReIDDataset, Split, open_dataset
+from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.reid.extract import extract, on_first
 from passreid_models.reid.feature_cache import FeatureCache, weights_key
 from passreid_models.reid.report import Evaluation, Retrieved, percent
 from passreid_models.runtime import atomic_file, world
 from passreid_models.viz import draw_evaluation, require_matplotlib
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ["Evaluation", "evaluate_dataset", "evaluate_model", "make_embedder", "score"]
 
@@ -203,6 +206,8 @@ def score(
         model = inner
     embed = Embedder(model, device, dtype, batch_size)
     retrieved = _retrieve(dataset, embed, None, progress)
+    if retrieved.unreadable:
+        _logger.warning(f"{len(retrieved.unreadable)} images cannot be ranked, the first: {retrieved.unreadable[0]}")
     scores = on_first(lambda: percent(retrieved.metrics()))
     return {key: scores[key] for key in ("mAP", "rank1")}
 
@@ -226,8 +231,8 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     if embed.device.type == "cuda":
         x = x.to(embed.device)
     return Retrieved(
-        query=_take(dataset.query, rows_q),
-        gallery=_take(dataset.gallery, rows_g),
+        query=dataset.query.take(rows_q),
+        gallery=dataset.gallery.take(rows_g),
         query_features=x[torch.from_numpy(at_q)],
         gallery_features=x[torch.from_numpy(at_g)],
         own=rows[dataset.own[rows_q]],
@@ -237,7 +242,3 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
         images=len(files),
         cached=features.cached,
     )
-
-
-def _take(split: Split, rows: np.ndarray) -> Split:
-    return Split([split.paths[i] for i in rows], split.pids[rows], split.camids[rows])

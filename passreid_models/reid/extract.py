@@ -78,7 +78,7 @@ def extract(
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What ``function()`` returns in the first process, in every process; its ValueError too."""
+    """What ``function()`` returns in the first process, in every process; what it raises too."""
     rank, size = world()
     if size == 1:
         return function()
@@ -86,9 +86,9 @@ def on_first(function: Callable[[], T]) -> T:
     if rank == 0:
         try:
             result = [function()]
-        except ValueError as e:
+        except Exception as e:  # the others would wait for it
             result = [e]
     dist.broadcast_object_list(result)
-    if isinstance(result[0], ValueError):
+    if isinstance(result[0], Exception):
         raise result[0]
     return result[0]

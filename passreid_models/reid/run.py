@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from passreid_models.convert import ARCHITECTURES
 from passreid_models.reid.data import RANDOM, Batch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.reid.evaluate import score
 from passreid_models.reid.extract import on_first
-from passreid_models.training.init import architecture_of
+from passreid_models.training.config import wrong
+from passreid_models.training.init import DEFAULT_MODEL, described
 from passreid_models.training.loop import Run, pick_workers
 
 _logger = logging.getLogger(__name__)
@@ -32,22 +34,16 @@ class ReIDRun(Run):
     """Area of random erasing, and what is put there."""
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
+        self.config = complete(self.config, checkpoint)
         config = self.config
-        if not config.data:
-            raise ValueError("data: expected a dataset, such as Market-1501/ or a folder for each identity")
-        if not config.init:
-            raise ValueError(
-                "init: expected weights to begin with: a tag such as lup (the published ones) or synth (bundled), an "
-                "exported folder, a run, or a checkpoint file; random for none"
-            )
-        if checkpoint is not None:
-            config = replace(config, model=config.model or checkpoint["config"]["model"])
-        self.config = config = replace(config, model=config.model or architecture_of(config.init))
         self.dataset = open_dataset(config.data, self.labelled).require("train")
-        self.evaluated = self._evaluation_data()
+        self.evaluated = evaluation_data(config, self.dataset, self.labelled)
+        self.train_split = self.dataset.train
+        if self.labelled:  # junk is nobody
+            self.train_split = self.train_split.take(np.flatnonzero(self.train_split.pids >= 0))
         self.images = TrainImages(
-            self.dataset.train.paths,
-            np.zeros(len(self.dataset.train), dtype=np.int64),
+            self.train_split.paths,
+            np.zeros(len(self.train_split), dtype=np.int64),
             TrainTransform(config.size, config.flip_prob, config.pad, config.erase_prob, *self.erase),
             config.seed,
         )
@@ -59,20 +55,13 @@ class ReIDRun(Run):
         """The trainer of the task."""
         raise NotImplementedError
 
-    def _evaluation_data(self) -> ReIDDataset | None:
-        """What is evaluated on; None where there is nothing, or nothing is wanted."""
-        config = self.config
-        if not config.eval_epochs:
-            return None
-        if config.eval_data:
-            return open_dataset(config.eval_data).require("query", "gallery")
-        return self.dataset if len(self.dataset.query) and len(self.dataset.gallery) else None
-
     def _read_best(self, step: int) -> float:
-        """mAP of the best model so far; what a resumed run makes again does not count."""
+        """mAP of the best model so far; what a resumed run makes again, or had from other data, does not count."""
         file = self.folder.path / "best" / "config.json"
         found = json.loads(file.read_text())["provenance"] if file.is_file() else {}
-        return found["mAP"] if found.get("step", step + 1) <= step else -1.0
+        if self.evaluated is None or found.get("evaluated_on") != self.evaluated.fingerprint:
+            return -1.0
+        return found["mAP"] if found["step"] <= step else -1.0
 
     def load(self, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
         """What is left of an epoch of these batches."""
@@ -89,8 +78,12 @@ class ReIDRun(Run):
             f"data: {self.dataset.description}",
             f"model: {c.model} at {size}, fusion {c.fusion}, neck {c.neck}; {t.device}, {str(t.dtype)[6:]}",
         ]
+        if junk := len(self.dataset.train) - len(self.train_split):
+            lines.append(f"junk: {junk} training images with identity -1 are left out")
         if self.evaluated is None and c.eval_epochs:
             lines.append("evaluation: none, there are no queries and gallery; --eval-data names a dataset that has")
+        elif self.evaluated is self.dataset and self.dataset.is_one_set:
+            lines.append("evaluation: on the training images, no measure of the model; --eval-data names others")
         return lines
 
     def about(self) -> dict[str, Any]:
@@ -100,16 +93,17 @@ class ReIDRun(Run):
         t, c = self.trainer, self.config
         if self.evaluated is None or (t.epoch % c.eval_epochs and t.step < t.total_steps):
             return
+        t.share_statistics()
         model, _ = self.exported()
         try:
             scores = score(model, self.evaluated, t.device)  # shared by the processes
         except (ValueError, OSError) as e:
             _logger.warning(f"evaluation: {e}")
             return
-        self.write(scores)
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            self.export_to(self.folder.path / "best", **scores)
+            self.export_to(self.folder.path / "best", **scores, evaluated_on=self.evaluated.fingerprint)
+        self.write(scores)  # last: it tells a resumed run that all this is done
         if t.step == t.total_steps:  # the best was chosen on the test set, the last was not
             self.say(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
 
@@ -122,3 +116,44 @@ class ReIDRun(Run):
     def _was_evaluated(self) -> bool:
         lines = self.folder.metrics_file.read_text().splitlines() if self.folder.metrics_file.is_file() else []
         return any(record["step"] == self.trainer.step and "mAP" in record for record in map(json.loads, lines))
+
+
+def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
+    """The configuration with its model, size and fusion: those given, else the run's, else what ``init`` tells.
+
+    Raises:
+        ValueError: If data or weights are not named, or the fusion needs parts that the model has not.
+    """
+    if not config.data:
+        raise ValueError("data: expected a dataset, such as Market-1501/ or a folder for each identity")
+    if not config.init:
+        raise ValueError(
+            "init: expected weights to begin with: a tag such as lup (the published ones) or synth (bundled), an "
+            "exported folder, a run, or a checkpoint file; random for none"
+        )
+    told = checkpoint["config"] if checkpoint else described(config.init, config.model)
+    model = config.model or told.get("model") or DEFAULT_MODEL
+    num_parts = ARCHITECTURES[model].num_parts
+    fusion = config.fusion or told.get("fusion") or ("cat" if num_parts else "token")
+    size = config.size or tuple(told.get("size") or ARCHITECTURES[model].img_size)
+    if not num_parts and fusion != "token":
+        raise wrong("fusion", fusion, f"token, since {model} has no parts")
+    return replace(config, model=model, size=size, fusion=fusion)
+
+
+def evaluation_data(config: Any, dataset: ReIDDataset, labelled: bool) -> ReIDDataset | None:
+    """What is evaluated on; None where there is nothing, or nothing is wanted.
+
+    Folders of a training set without labels may be anything, days or cameras: they are not evaluated by.
+
+    Raises:
+        ValueError: If ``eval_data`` has no queries or no gallery.
+        OSError: If it is not there.
+    """
+    if not config.eval_epochs:
+        return None
+    if config.eval_data:
+        return open_dataset(config.eval_data).require("query", "gallery")
+    if not labelled and dataset.is_one_set:
+        return None
+    return dataset if len(dataset.query) and len(dataset.gallery) else None

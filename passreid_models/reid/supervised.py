@@ -45,7 +45,7 @@ class SupervisedRun(ReIDRun):
     shown = ("loss", "loss_id", "loss_triplet", "accuracy", "lr", "images_per_s", "wait_share", "mAP", "rank1")
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> SupervisedTrainer:
-        c, pids = self.config, self.dataset.train.pids
+        c, pids = self.config, self.train_split.pids
         names, self.images.labels = np.unique(pids, return_inverse=True)  # pids as classes 0 .. K - 1
         images_of_id = np.bincount(self.images.labels)
         if c.triplet_weight and images_of_id.max() < 2:
@@ -58,7 +58,7 @@ class SupervisedRun(ReIDRun):
             steps = count_identity_batches(labels, c.ids_per_batch, c.images_per_id, c.seed, c.epochs)
         else:
             steps = [len(shuffled_batches(len(labels), c.batch_size, c.seed, 0))] * c.epochs
-        fingerprint = self.dataset.fingerprint
+        fingerprint = self.dataset.train_fingerprint
         return SupervisedTrainer(c, len(labels), len(names), steps, device, fingerprint, checkpoint)
 
     def batches(self) -> Generator[Batch, None, None]:
@@ -76,7 +76,7 @@ class SupervisedRun(ReIDRun):
             *self.describe(),
             f"{c.epochs} epochs of about {t.epoch_starts[1]} steps of {c.ids_per_batch} identities x {c.images_per_id} "
             f"images, {t.model.num_ids} identities; {t.world_size} processes",
-            f"learning rate: {c.lr:g} after {c.warmup_epochs} epochs of warm-up",
+            f"learning rate: {c.lr:g} after {c.num_warmup_epochs} epochs of warm-up",
         ]
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:

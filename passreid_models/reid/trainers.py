@@ -15,7 +15,7 @@ from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.reid.data import Batch
 from passreid_models.reid.losses import ClusterMemory, batch_hard_triplet
 from passreid_models.reid.model import ReIDModel, make_backbone
-from passreid_models.runtime import all_reduce_mean, gather_rows, seed_step
+from passreid_models.runtime import all_reduce_mean, gather_rows, seed_step, share_first
 from passreid_models.schedules import warmup_cosine_epochs
 from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
 from passreid_models.training.trainer import BaseTrainer
@@ -42,8 +42,12 @@ class ReIDTrainer(BaseTrainer):
         self.optimizer = make_sgd(self.network, backbone, config.momentum, config.weight_decay, **sgd)
         self.parallel = self.wrap(self.network)
 
+    def share_statistics(self) -> None:
+        """Give all processes the BatchNorm statistics of the first: without SyncBN each has those of its images."""
+        share_first(self.network.buffers())
+
     def lr(self, epoch: int, scale: float) -> float:
-        """Learning rate of an epoch, for parameters with this factor."""
+        """Learning rate of an epoch; of biases with their factor."""
         raise NotImplementedError
 
     def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,7 +125,7 @@ class SupervisedTrainer(ReIDTrainer):
     def lr(self, epoch: int, scale: float) -> float:
         c = self.config
         start, end = 0.01 * c.lr, 0.002 * c.lr
-        return warmup_cosine_epochs(epoch, c.epochs, c.warmup_epochs, scale * c.lr, start, end)
+        return warmup_cosine_epochs(epoch, c.epochs, c.num_warmup_epochs, scale * c.lr, start, end)
 
     def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
@@ -137,11 +141,21 @@ class SupervisedTrainer(ReIDTrainer):
         return loss, {"loss": whole, **figures}
 
     def tensors(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "statistics": statistics_of(self.backbone),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_tensors(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def statistics_of(backbone: PassVisionTransformer) -> dict[str, Any]:
+    """Of the images that the weights expect; who begins with the checkpoint takes them along."""
+    cfg: dict[str, Any] = backbone.pretrained_cfg
+    return {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "interpolation": cfg["interpolation"]}
 
 
 def freeze(backbone: PassVisionTransformer, num_blocks: int) -> None:
@@ -185,9 +199,14 @@ class ClusterTrainer(ReIDTrainer):
             state: To continue from; ``config.init`` is not looked for then.
 
         Raises:
-            ValueError: If ``state`` is of a run with other settings or data.
+            ValueError: If the clusters of a batch cannot be shared by the processes, or ``state`` is of a run with
+                other settings or data.
         """
         super().__init__(config, num_images, config.steps, config.epochs, device, fingerprint)
+        if config.clusters_per_batch % self.world_size:
+            raise ValueError(
+                f"clusters_per_batch: {config.clusters_per_batch} is not divided by {self.world_size} processes"
+            )
         torch.manual_seed(config.seed)
         backbone = make_backbone(config, "bicubic", state and state["model"])
         self.prepare(DescriptorNetwork(backbone), backbone)
@@ -226,6 +245,7 @@ class ClusterTrainer(ReIDTrainer):
     def tensors(self) -> dict[str, Any]:
         assert self.labels is not None
         return {
+            "statistics": statistics_of(self.backbone),
             "model": self.backbone.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "labels": self.labels,

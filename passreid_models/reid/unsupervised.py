@@ -5,6 +5,7 @@ cluster(ClusterConfig(data="my_crops/", init="lup", source="Market-1501/", out="
 """
 
 import logging
+import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,17 @@ from torch import Tensor, nn
 
 from passreid_models.embed import Embedder
 from passreid_models.reid.clustering import cluster as cluster_features
+from passreid_models.reid.clustering import find_dbscan
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.reid.data import Batch
+from passreid_models.reid.datasets import open_dataset
 from passreid_models.reid.extract import extract, on_first
 from passreid_models.reid.model import without_drop_path
-from passreid_models.reid.run import ReIDRun
+from passreid_models.reid.run import ReIDRun, complete, evaluation_data
 from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainers import ClusterTrainer
+from passreid_models.training.folder import RunFolder
 from passreid_models.training.loop import process_group, run_in_folder
 
 __all__ = ["cluster", "compare_with_labels"]
@@ -53,8 +57,23 @@ def cluster(config: ClusterConfig) -> Path:
     """
     with process_group(config.device):  # one for both runs
         if config.source:
-            config = replace(config, init=str(finetune(_source_config(config))))
+            config = _fine_tune_on_source(config)
         return run_in_folder(ClusterRun, config)
+
+
+def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
+    """The configuration of the adaptation, when the fine-tuning on the source is done."""
+    source, started = _source_config(config), time.monotonic()
+    completed = complete(config)  # what is wrong with the target is told before hours on the source
+    evaluation_data(completed, open_dataset(config.data, labelled=False).require("train"), labelled=False)
+    RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
+    find_dbscan()
+    try:
+        export = finetune(source)
+    except ValueError as e:
+        raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
+    left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
+    return replace(config, init=str(export), source="", source_config="", max_minutes=left)
 
 
 def _source_config(config: ClusterConfig) -> FinetuneConfig:
@@ -66,7 +85,10 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
             raise ValueError(f"source_config: {config.source_config} holds no settings")
         values |= given
     values |= {"data": config.source, "out": str(Path(config.out) / "source"), "resume": "auto"}
-    return FinetuneConfig.from_dict(values)
+    try:
+        return FinetuneConfig.from_dict(values)
+    except ValueError as e:
+        raise ValueError(f"source_config: {e}") from None
 
 
 class ClusterRun(ReIDRun):
@@ -79,43 +101,54 @@ class ClusterRun(ReIDRun):
     erase = ((0.02, 0.4), (0.485, 0.456, 0.406))
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> ClusterTrainer:
-        train = self.dataset.train
-        if len(train) < 2:
+        find_dbscan()  # or nothing can be trained
+        count = len(self.train_split)
+        if count < 2:
             raise ValueError(f"data: {self.config.data} holds one image, and clusters need more")
-        return ClusterTrainer(self.config, len(train), device, self.dataset.fingerprint, checkpoint)
+        return ClusterTrainer(self.config, count, device, self.dataset.train_fingerprint, checkpoint)
+
+    def before_step(self) -> None:
+        if self.trainer.begins_epoch or self.trainer.labels is None:
+            self._find_clusters()
 
     def batches(self) -> Generator[Batch, None, None]:
         c, t = self.config, self.trainer
         while t.step < t.total_steps:
-            if t.begins_epoch or t.labels is None:
-                self._find_clusters()
             self.images.labels = t.labels.numpy()
-            # every process has as many clusters in a batch
-            size = c.clusters_per_batch // t.world_size * t.world_size
             batches = camera_batches(
-                self.images.labels, self.dataset.train.camids, size, c.images_per_cluster, c.steps, c.seed, t.epoch
+                self.images.labels,
+                self.train_split.camids,
+                c.clusters_per_batch,
+                c.images_per_cluster,
+                c.steps,
+                c.seed,
+                t.epoch,
             )
-            if uneven := len(batches[0]) % t.world_size:
+            if uneven := len(batches[0]) % t.world_size:  # fewer clusters than a batch takes
                 batches = [b[:-uneven] for b in batches]
             yield from self.load(batches)
 
     def _find_clusters(self) -> None:
         """Clusters of the descriptors of all training images, for the epoch that begins."""
         c, t = self.config, self.trainer
+        t.share_statistics()
         embed = Embedder(without_drop_path(t.backbone), t.device)
-        found = extract(embed, self.dataset.train.paths)
+        found = extract(embed, self.train_split.paths)
+        self.name_unreadable(found.errors.values())
+        self.check_unreadable(len(found.errors), len(self.train_split))
         features = F.normalize(found.descriptors, dim=1)
         readable = np.ones(len(features), dtype=bool)
         readable[list(found.errors)] = False
+        x = features[torch.from_numpy(readable)].to(t.device)
         labels = np.full(len(features), -1, dtype=np.int64)
-        labels[readable] = on_first(lambda: cluster_features(features[readable], c.eps, c.min_samples, c.k1, c.k2))
+        labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2))
         count = int(labels.max(initial=-1)) + 1
         if count < max(2, t.world_size):
-            self._go_on_without(count, labels)
+            self._go_on_without(count, labels[readable])
             return
         t.begin_epoch(torch.from_numpy(labels), features)
-        figures = {"clusters": float(count), "outliers": float((labels < 0).mean())}
-        self.write({**figures, **compare_with_labels(labels, self.dataset.train.pids)})
+        figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
+        self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 
     def _go_on_without(self, count: int, labels: np.ndarray) -> None:
         """The clusters of the last epoch stay where there are none to train with; without such, the run ends."""
@@ -132,8 +165,11 @@ class ClusterRun(ReIDRun):
 
     def announcement(self) -> list[str]:
         c, t = self.config, self.trainer
+        lines = self.describe()
+        if self.dataset.is_one_set:
+            lines.append("labels: folders are taken for identities in purity and ARI, and in nothing else")
         return [
-            *self.describe(),
+            *lines,
             f"{c.epochs} epochs of {c.steps} steps of {c.clusters_per_batch} clusters x {c.images_per_cluster} images; "
             f"{t.world_size} processes",
             f"clusters: DBSCAN, eps {c.eps:g}, min_samples {c.min_samples}; Jaccard, k1 {c.k1}, k2 {c.k2}",

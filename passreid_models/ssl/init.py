@@ -66,7 +66,8 @@ def _load_heads(network: PASSNetwork, config: TrainConfig, checkpoint: Any) -> N
         raise CheckpointError(
             f"init: the projection heads of {checkpoint_file(config.init)} have other shapes than those of "
             f"num_prototypes={config.num_prototypes}, hidden_dim={config.hidden_dim}, "
-            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: give the file's, or `passreid convert` it first, to begin with new heads"
+            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: give the file's, or "
+            "`passreid convert` it first, to begin with new heads"
         )
     heads.load_state_dict(given)
 

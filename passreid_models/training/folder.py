@@ -128,6 +128,29 @@ class RunFolder:
             raise error
         return None
 
+    def find(self, resume: str) -> dict[str, Any] | None:
+        """The checkpoint to continue from.
+
+        Args:
+            resume: ``auto`` for the newest, if any; a checkpoint file; or empty, for a new run.
+
+        Raises:
+            ValueError: If a new run would have to overwrite one, or the folder holds another run than the file's.
+            CheckpointError: If the checkpoint cannot be read.
+        """
+        if resume == "auto":
+            found = self.load_latest()
+            return found[1] if found else None
+        last = self.latest()
+        if resume:
+            given = Path(resume)
+            if last and given.resolve() not in [p.resolve() for p in self.checkpoints()]:
+                raise ValueError(f"{self.path} holds another run than {given}: name another --out")
+            return self.load(given)
+        if last:
+            raise ValueError(f"{self.path} holds a run ({last.name}): --resume auto continues it, --out begins anew")
+        return None
+
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that a resumed run makes again, and set later checkpoints aside (``.later``)."""
         for path in self.checkpoints():

@@ -10,6 +10,7 @@ from passreid_models.checkpoint import read_checkpoint
 from passreid_models.convert import ARCHITECTURES
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.training.folder import RunFolder
+from passreid_models.weights import find_weight
 
 DEFAULT_MODEL = "pass_vit_small_patch16"
 
@@ -52,12 +53,32 @@ def exported_folder(path: Path) -> Path | None:
     return next((p for p in (path, path / "export") if (p / "config.json").is_file()), None)
 
 
-def architecture_of(init: str) -> str:
-    """The architecture that ``init`` tells; otherwise ViT-S."""
+def described(init: str, model: str = "") -> dict[str, Any]:
+    """What ``init`` tells of itself, of ``model``, ``size`` and ``fusion``; nothing of a checkpoint file.
+
+    Args:
+        init: As of ``load_backbone``.
+        model: Registered architecture, where that is known.
+    """
     if folder := exported_folder(Path(init)):
-        return json.loads((folder / "config.json").read_text())["architecture"]
-    name = init.partition(".")[0]
-    return name if name in ARCHITECTURES else DEFAULT_MODEL
+        config = json.loads((folder / "config.json").read_text())
+        size = tuple(config["pretrained_cfg"]["input_size"][1:])
+        found = {"model": config["architecture"], "size": size, "fusion": config.get("fusion")}
+        return {k: v for k, v in found.items() if v}
+    name, _, tag = init.rpartition(".")
+    if Path(init).exists() or name not in ("", *ARCHITECTURES):
+        return {}
+    architecture = name or model or DEFAULT_MODEL
+    if weight := find_weight(architecture, tag):
+        return {"model": architecture, "size": weight.input_size, "fusion": weight.fusion}
+    return {"model": name} if name else {}
+
+
+def provenance_of(init: str) -> dict[str, Any]:
+    """Method, data and init of an exported folder: a chain that goes back to where its weights began."""
+    folder = exported_folder(Path(init)) if init else None
+    provenance = json.loads((folder / "config.json").read_text()).get("provenance", {}) if folder else {}
+    return {k: v for k, v in provenance.items() if k in ("method", "data", "init", "images_seen", "init_provenance")}
 
 
 def checkpoint_file(init: str) -> Path | None:

@@ -12,9 +12,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from passreid_models.runtime import all_reduce_mean, num_cores, world
 from passreid_models.training.config import RunConfig
 from passreid_models.training.device import pick_device
 from passreid_models.training.folder import RunFolder, tells_of_dead_worker
+from passreid_models.training.init import provenance_of
 from passreid_models.training.loader import SIGNALS
 from passreid_models.training.log import Window, log_to
 from passreid_models.training.trainer import BaseTrainer, NonFiniteLossError
@@ -63,10 +65,11 @@ class Run:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.folder = RunFolder(config.out, self.program, self.trainer_class.state_keys)
         self.is_main = world()[0] == 0
-        checkpoint = self._find_checkpoint(config)
+        checkpoint = self.folder.find(config.resume)
         if checkpoint is not None:  # it holds all weights, and init may be gone
             config = replace(config, init=checkpoint["config"]["init"])  # type: ignore[type-var]
         self.config = config
+        self.origin = provenance_of(config.init) if checkpoint is None else checkpoint.get("origin", {})
         self.trainer = self.prepare(device, checkpoint)
         self._check_same_step()
         if self.is_main:
@@ -102,26 +105,13 @@ class Run:
         """The task's entries of the provenance."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Prepare what the next batches depend on."""
+
     def after_epoch(self) -> None:
         """Look at the networks after an epoch; the state has been saved."""
 
     # ---- What is the same for all
-
-    def _find_checkpoint(self, config: RunConfig) -> dict[str, Any] | None:
-        last = self.folder.latest()
-        if config.resume == "auto":
-            found = self.folder.load_latest()
-            return found[1] if found else None
-        if config.resume:
-            given = Path(config.resume)
-            if last and given.resolve() not in [p.resolve() for p in self.folder.checkpoints()]:
-                raise ValueError(f"{self.folder.path} holds another run than {given}: name another --out")
-            return self.folder.load(given)
-        if last:
-            raise ValueError(
-                f"{self.folder.path} holds a run ({last.name}): --resume auto continues it, --out begins anew"
-            )
-        return None
 
     def _check_same_step(self) -> None:
         if self.trainer.world_size == 1:
@@ -156,9 +146,11 @@ class Run:
             self._export()
         batches = closing(self.batches())
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=None if self.is_main else True)
-        window = Window()
+        window = None
         with _signals() as received, batches as loaded, bar:
             while trainer.step < trainer.total_steps:
+                self.before_step()
+                window = window or Window()
                 with window.waiting():
                     micro_batches = [next(loaded) for _ in range(config.accumulate)]
                 self._count_unreadable(micro_batches)
@@ -172,7 +164,7 @@ class Run:
                 bar.update()
                 if trainer.step % config.log_steps == 0 or ends_epoch:
                     self.write({**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})})
-                    window = Window()
+                    window = None  # the next begins with its first step
                 stop = self._agree_to_stop(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
                 if stop or is_last or (is_good and self._due()):
@@ -207,18 +199,29 @@ class Run:
             self.board.flush()
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
-        """Name each unreadable image once, and stop when they are too many."""
+        """Name unreadable images, and stop when they are too many in an epoch."""
         if self.trainer.epoch != self.counted_epoch:
             self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
-        for message in (m for batch in batches for m in batch.unreadable):
-            self.unreadable_now += 1
+        found = [m for batch in batches for m in batch.unreadable]
+        self.unreadable_now += len(found)
+        self.name_unreadable(found)
+        self.check_unreadable(self.unreadable_now, self.trainer.num_images / self.trainer.world_size)
+
+    def name_unreadable(self, messages: Iterable[str]) -> None:
+        """Name each unreadable image once."""
+        for message in messages:
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 _logger.warning(f"left out: {message}", extra={"every_process": True})
-        share = self.trainer.num_images / self.trainer.world_size  # of an epoch, that this process reads
-        if self.unreadable_now > self.config.max_unreadable * share:
+
+    def check_unreadable(self, count: int, of: float) -> None:
+        """
+        Raises:
+            ValueError: If too many images cannot be read.
+        """
+        if count > self.config.max_unreadable * of:
             raise ValueError(
-                f"max_unreadable: {self.unreadable_now} of {share:.0f} images cannot be read, more than "
+                f"max_unreadable: {count} of {of:.0f} images cannot be read, more than "
                 f"{self.config.max_unreadable:.2%}; {self.folder.log_file} names them"
             )
 
@@ -239,7 +242,7 @@ class Run:
     def _save(self) -> None:
         """Checkpoint and export, by the first process."""
         if self.is_main:
-            self.folder.save(self.trainer.state(), self.config.keep)
+            self.folder.save({**self.trainer.state(), "origin": self.origin}, self.config.keep)
         self._export()
         self.saved_at, self.saved_epoch = time.monotonic(), self.trainer.epoch
 
@@ -273,6 +276,7 @@ class Run:
             **self.about(),
             "data_fingerprint": self.trainer.fingerprint,
             "init": Path(self.config.init).name,
+            **({"init_provenance": self.origin} if self.origin else {}),
             "images_seen": self.trainer.step * self.config.batch_size,
             "step": self.trainer.step,
             "config": config,
@@ -352,7 +356,8 @@ def process_group(name: str) -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first clusters or saves
     try:
         yield device
     finally:

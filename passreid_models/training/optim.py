@@ -16,9 +16,14 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: Callable[[float], float]) -> None:
-    """Give each group ``lr(scale)``, for schedules that do not just scale."""
+    """Give each group of ``make_sgd`` its learning rate.
+
+    Args:
+        optimizer: Of ``make_sgd``.
+        lr: The schedule's value for weights (1) and for biases (their factor), which may do more than scale.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr(group["lr_scale"])
+        group["lr"] = group["lr_scale"] * lr(group["bias_scale"])
 
 
 def make_sgd(
@@ -29,7 +34,7 @@ def make_sgd(
     bias_lr: float = 1.0,
     layer_decay: float = 1.0,
 ) -> torch.optim.SGD:
-    """SGD for a fine-tuned backbone, with a factor ``lr_scale`` in each group; no parameter is exempt from decay.
+    """SGD for a fine-tuned backbone, with factors for ``set_learning_rates``; no parameter is exempt from decay.
 
     A folded token (token + position) moves as far as the two did in the official optimisation: twice the learning rate,
     half the weight decay.
@@ -47,15 +52,15 @@ def make_sgd(
     parameters, deepest = dict(backbone.named_parameters()), max(layers.values())
     depth |= {id(parameters[name]): deepest - layer for name, layer in layers.items()}
     folded = {id(backbone.cls_token), id(backbone.reg_token)}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
-        scale = layer_decay ** depth[id(p)] * (bias_lr if name.endswith("bias") else 1.0)
-        key = (2 * scale, weight_decay / 2) if id(p) in folded else (scale, weight_decay)
+        scale, bias = layer_decay ** depth[id(p)], bias_lr if name.endswith("bias") else 1.0
+        key = (2 * scale, bias, weight_decay / 2) if id(p) in folded else (scale, bias, weight_decay)
         groups.setdefault(key, []).append(p)
     return torch.optim.SGD(
-        [{"params": ps, "lr_scale": scale, "weight_decay": decay} for (scale, decay), ps in groups.items()],
+        [{"params": ps, "lr_scale": s, "bias_scale": b, "weight_decay": d} for (s, b, d), ps in groups.items()],
         lr=0.0,
         momentum=momentum,
     )
