@@ -21,9 +21,6 @@ import common
 
 MODEL, SIZE = "pass_vit_tiny_patch16", "128x64"
 DATA = "synthetic:ids={ids},images=12,cameras=6,seed={seed},size=128x64,place={place}"
-FINETUNE = "--epochs {epochs} --warmup-epochs 2 --lr 0.003 --log-steps 100 --eval-epochs {epochs}"
-CLUSTER = ("--epochs {rounds} --steps 40 --clusters-per-batch 8 --k1 10 --k2 4 --eps 0.5 --lr 0.003 --lr-step {step} "
-           "--drop-path 0.1 --log-steps 100 --eval-epochs {rounds}")  # fmt: skip
 
 
 def main() -> None:
@@ -31,32 +28,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
     parser.add_argument("--out", type=Path, help="keep the runs here, and continue them; default: a temporary folder")
     args = parser.parse_args()
-    sizes = (
-        {"ids": 20, "epochs": 2, "rounds": 1, "step": 1}
-        if args.quick
-        else {"ids": 200, "epochs": 24, "rounds": 8, "step": 6}
-    )
     with tempfile.TemporaryDirectory() as temporary:
-        figures = measure(args.out or Path(temporary), sizes)
-    rows = [(name.replace("_", ", "), f"{value:.1f}") for name, value in figures.items()]
+        figures = measure(args.out or Path(temporary), args.quick)
+    rows = [(", ".join(name.rsplit("_", 1)).replace("_", " "), f"{value:.1f}") for name, value in figures.items()]
     common.report(f"{MODEL} at {SIZE}; {common.machine()}", rows, figures)
 
 
-def measure(out: Path, sizes: dict[str, int]) -> dict[str, float]:
+def measure(out: Path, quick: bool) -> dict[str, float]:
     """mAP and Rank-1 of each way, in percent."""
-    target, source = (DATA.format(seed=seed, place=place, **sizes) for seed, place in ((11, "studio"), (12, "summer")))
-    init = f"--init synth --model {MODEL} --size {SIZE} --resume auto"
-    finetune, cluster = FINETUNE.format(**sizes), CLUSTER.format(**sizes)
-    passreid(f"finetune {target} {init} {finetune} --out {out}/supervised")
-    passreid(f"finetune {source} {init} {finetune} --out {out}/source")
-    passreid(f"cluster {target} {init} {cluster} --out {out}/usl")
-    adapt = init.replace("--init synth", f"--init {out}/source/export")
-    passreid(f"cluster {target} {adapt} {cluster} --out {out}/uda")
+    ids = 40 if quick else 200
+    target, source = (DATA.format(ids=ids, seed=seed, place=place) for seed, place in ((11, "studio"), (12, "summer")))
+    options = f"--init synth --model {MODEL} --size {SIZE} --preset laptop --resume auto"
+    if quick:
+        options += " --epochs 1"
+    passreid(f"finetune {target} {options} --out {out}/supervised")
+    passreid(f"cluster {target} {options} --out {out}/usl")
+    passreid(f"cluster {target} --source {source} --source-config laptop {options} --out {out}/uda")
     models = {
         "zero_shot": MODEL,
         "supervised": f"{out}/supervised/export",
         "usl": f"{out}/usl/export",
-        "source_only": f"{out}/source/export",
+        "source_only": f"{out}/uda/source/export",
         "uda": f"{out}/uda/export",
     }
     figures = {}

@@ -12,7 +12,7 @@ from filelock import Timeout
 
 from passreid_models.runtime import atomic_file, atomic_folder, lock, sha256
 
-RUNTIME = Path(__file__).parent.parent / "passreid_models" / "runtime.py"  # needs no torch: children start quickly
+RUNTIME = Path(__file__).parent.parent / "passreid_models" / "runtime.py"
 
 CHILD = f"""
 import importlib.util, itertools, os, signal, sys
@@ -36,17 +36,34 @@ def child(code: str, *args: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+SERVER = """
+for step, path in enumerate(map(str.strip, sys.stdin)):
+    pid = os.fork()
+    if not pid:
+        sys.argv[1:] = [path]
+        die_at(step)
+        exec(CODE)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 def killed_at_every_step(code: str, prepare: Callable[[int], Path]) -> Iterator[tuple[Path, int]]:
-    """Run ``code`` in children, each killed one operation later, until one is done; yields path and exit code."""
-    for step in itertools.count():
-        path = prepare(step)
-        process = child(f"die_at({step})\n{code}", path)
-        process.communicate(timeout=600)
-        yield path, process.returncode
-        if process.returncode == 0:
-            return
-        assert process.returncode == -9
-        assert step < 50
+    """Run ``code`` in children, each killed one operation later, until one is done; yields path and exit code.
+
+    They are forked from a process that has everything imported.
+    """
+    with child(f"CODE = {code!r}\n{SERVER}") as server:
+        for step in itertools.count():
+            path = prepare(step)
+            print(path, file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            yield path, status
+            if status == 0:
+                server.stdin.close()
+                return
+            assert status == -9
+            assert step < 50
 
 
 def names(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -344,4 +345,5 @@ def test_the_configuration_of_fine_tuning_is_what_both_share(data, tmp_path):
     assert (found.data, found.out, found.resume) == ("market/", f"{tmp_path}/run/source", "auto")
     assert (found.seed, found.fusion, found.neck, found.size) == (5, "mean", "multi", (64, 32))
     assert found.epochs == 120
+    assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
     assert finetune_config(data, tmp_path).epochs == 3

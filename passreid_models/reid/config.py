@@ -188,7 +188,8 @@ class ClusterConfig(_ReIDConfig):
         init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
             file; ``random`` for none. For domain adaptation, the export of a model fine-tuned on the source.
         source: A labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
-        source_config: YAML file with settings of that fine-tuning, as for ``passreid finetune --config``.
+        source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
+            ``--config``.
         model: Registered architecture; by default that of ``init``, else ViT-S.
         resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
         fusion: How CLS and parts become a descriptor: ``cat``, ``mean`` (published for MSMT17), ``parts`` or ``token``;

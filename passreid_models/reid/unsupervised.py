@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from passreid_models.embed import Embedder
 from passreid_models.reid.clustering import cluster as cluster_features
 from passreid_models.reid.clustering import find_dbscan
-from passreid_models.reid.config import ClusterConfig, FinetuneConfig
+from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.data import Batch
 from passreid_models.reid.datasets import open_dataset
 from passreid_models.reid.extract import extract, on_first
@@ -79,7 +79,9 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
 def _source_config(config: ClusterConfig) -> FinetuneConfig:
     """The fine-tuning on the source: what both share, then the file."""
     values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
-    if config.source_config:
+    if config.source_config in PRESETS["finetune"]:
+        values |= PRESETS["finetune"][config.source_config]
+    elif config.source_config:
         given = yaml.safe_load(Path(config.source_config).read_text())
         if not isinstance(given, dict):
             raise ValueError(f"source_config: {config.source_config} holds no settings")
