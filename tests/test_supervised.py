@@ -1,6 +1,7 @@
 """Fine-tuning with labels: what a run leaves, that it goes on where it was, and what is said to a user's mistakes."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny_runs import files, metrics, world
 
 from passreid_models import load_report
 from passreid_models.reid.config import FinetuneConfig
-from passreid_models.reid.data import KeySampler, TrainImages, TrainTransform, load_epoch
+from passreid_models.reid.data import Batch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.reid.datasets import open_dataset
 from passreid_models.reid.evaluate import score
 from passreid_models.reid.model import ReIDModel
@@ -24,6 +25,7 @@ from passreid_models.reid.supervised import SupervisedRun, finetune
 from passreid_models.reid.trainers import SupervisedTrainer
 from passreid_models.runtime import gather_rows
 from passreid_models.training.loop import process_group
+from passreid_models.training.trainer import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = SupervisedTrainer.state_keys
@@ -250,6 +252,18 @@ def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):
         shutil.copy(path, tmp_path / "tree" / path.name[:4])
     finetune(finetune_config(tmp_path / "tree", tmp_path / "run", epochs=1))
     assert "on the training images, no measure of the model" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_step_that_is_not_finite_is_left_out_or_stops_the_run(data, tmp_path):
+    bad = Batch(torch.full((4, 3, 64, 32), torch.nan), torch.tensor([0, 0, 1, 1]), [])
+    with pytest.raises(NonFiniteLossError, match="the loss of step 1 is not finite"):
+        make_trainer(finetune_config(data, tmp_path)).training_step([bad])
+    trainer = make_trainer(finetune_config(data, tmp_path, skip_nonfinite=1))
+    before = {k: v.clone() for k, v in trainer.model.named_parameters()}
+    record = trainer.training_step([bad])
+    assert math.isnan(record["loss"])
+    assert (trainer.step, trainer.skipped) == (1, 1)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.named_parameters())
 
 
 # ---- Processes

@@ -1,6 +1,6 @@
 """Pseudo-labels without labels: Jaccard distances of k-reciprocal neighbours, and DBSCAN on their sparse graph.
 
-As in Cluster Contrast, whose code PASS uses (SPEC 5 of this project): for N images no N x N matrix is made.
+As in Cluster Contrast (arXiv 2103.11568), whose code PASS uses; for N images no N x N matrix is made.
 """
 
 import logging

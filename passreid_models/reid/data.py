@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Resize, flip, pad, crop, normalise by 0.5, erase (TransReID's, SPEC of the published models).
+    """Resize, flip, pad, crop, normalise by 0.5, erase as TransReID and the published models.
 
     Args:
         size: Height and width in pixels.
