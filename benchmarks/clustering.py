@@ -1,4 +1,4 @@
-"""Jaccard distances and DBSCAN of 256 wide unit vectors, against the dense reading of the method (SPEC 5).
+"""Jaccard distances and DBSCAN of 256 wide unit vectors, against the dense reading of the method.
 
 s_N, gb_N      seconds and peak memory of ours for N images, with Python, torch and the descriptors
 time_ratio     seconds, ours over dense, at 12,936 images, the training set of Market-1501 (--quick: 2,000)

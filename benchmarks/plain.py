@@ -327,7 +327,7 @@ def plain_rerank(query: np.ndarray, gallery: np.ndarray, k1: int, k2: int, lambd
 
 
 def plain_jaccard(features: np.ndarray, k1: int, k2: int) -> np.ndarray:
-    """Jaccard distances ``[N, N]`` as Cluster Contrast computes them (SPEC 5)."""
+    """Jaccard distances ``[N, N]`` as the code of Cluster Contrast computes them."""
     x = unit(features)
     distances = squared_distances(x, x)
     v = encodings(own_first(distances, max(k1, k2)), k1, round(k1 / 2) + 1, k2, distances)

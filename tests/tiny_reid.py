@@ -1,11 +1,11 @@
 """Tiny runs of fine-tuning and clustering, on generated persons of 64x32 pixels."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from tiny_runs import flat
 from torch import Tensor
 
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig
@@ -39,17 +39,7 @@ def numbers(run: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
     last = max((run / "checkpoints").glob("step_*.pt"))
     state = torch.load(last, weights_only=True)
     exports = {name: safetensors.torch.load_file(run / name / "model.safetensors") for name in ("export", "best")}
-    return dict(_flat("", {**{k: state[k] for k in ("step", *keys)}, **exports}))
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{name}/{key}", inner)
-    elif isinstance(value, list | tuple):
-        yield from _flat(name, dict(enumerate(value)))
-    elif isinstance(value, int | float | Tensor):
-        yield name, torch.as_tensor(value)
+    return dict(flat("", {**{k: state[k] for k in ("step", *keys)}, **exports}))
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -70,15 +70,15 @@ def result(run: Path) -> dict[str, Tensor]:
     assert found is not None
     names = ("step", "student", "teacher", "optimizer", "centers", "scaler")
     exported = safetensors.torch.load_file(run / "export" / "model.safetensors")
-    return dict(_flat("", {**{name: found[1][name] for name in names}, "export": exported}))
+    return dict(flat("", {**{name: found[1][name] for name in names}, "export": exported}))
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(f"{name}/{key}", inner)
+            yield from flat(f"{name}/{key}", inner)
     elif isinstance(value, list | tuple):
-        yield from _flat(name, dict(enumerate(value)))
+        yield from flat(name, dict(enumerate(value)))
     elif isinstance(value, int | float | Tensor):
         yield name, torch.as_tensor(value)
 

@@ -136,7 +136,8 @@ class ClusterRun(ReIDRun):
         t.share_statistics()
         embed = Embedder(without_drop_path(t.backbone), t.device)
         found = extract(embed, self.train_split.paths)
-        self.name_unreadable(found.errors.values())
+        if self.is_main:  # all know of all
+            self.name_unreadable(found.errors.values())
         self.check_unreadable(len(found.errors), len(self.train_split))
         features = F.normalize(found.descriptors, dim=1)
         readable = np.ones(len(features), dtype=bool)
