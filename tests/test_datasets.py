@@ -368,3 +368,8 @@ def test_no_image_is_opened(tmp_path):
         path.unlink()
         path.symlink_to("/nowhere")
     assert len(open_dataset(root).gallery) == 6
+
+
+def test_written_persons_are_called_synthetic_and_not_compared_with_published_counts(tmp_path):
+    SyntheticPersons(4, 5, 3, size=(32, 16)).write_market1501(tmp_path / "persons")
+    assert open_dataset(tmp_path / "persons").name == "synthetic"

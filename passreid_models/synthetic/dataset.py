@@ -13,7 +13,7 @@ from PIL import Image
 
 from passreid_models.synthetic.scene import PLACES, draw
 
-_MARKER = "synthetic_persons.json"
+MARKER = "synthetic_persons.json"
 _FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 
@@ -118,7 +118,7 @@ class SyntheticPersons:
             else:
                 list(map(save, jobs))
             recipe = {**vars(self), "train_ids": train_ids, "distractors": distractors, "images": len(jobs)}
-            (unfinished / _MARKER).write_text(json.dumps(recipe, indent=2) + "\n")
+            (unfinished / MARKER).write_text(json.dumps(recipe, indent=2) + "\n")
             if root.exists():
                 root.rename(old)
             unfinished.rename(root)
@@ -131,7 +131,7 @@ class SyntheticPersons:
         if root.exists() and not root.is_dir():
             raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
         names = {path.name for path in root.iterdir()} if root.exists() else set()
-        if names and (_MARKER not in names or names - {*_FOLDERS, _MARKER}):
+        if names and (MARKER not in names or names - {*_FOLDERS, MARKER}):
             raise FileExistsError(
                 f"{root} holds files that write_market1501 did not write; give a new or an empty folder"
             )
