@@ -36,24 +36,24 @@ def main() -> None:
 
 def measure(out: Path, quick: bool) -> dict[str, float]:
     """mAP and Rank-1 of each way, in percent."""
-    ids = 40 if quick else 200
+    ids, folder = 40 if quick else 200, shlex.quote(str(out))
     target, source = (DATA.format(ids=ids, seed=seed, place=place) for seed, place in ((11, "studio"), (12, "summer")))
     options = f"--init synth --model {MODEL} --size {SIZE} --preset laptop --resume auto"
     if quick:
         options += " --epochs 1"
-    passreid(f"finetune {target} {options} --out {out}/supervised")
-    passreid(f"cluster {target} {options} --out {out}/usl")
-    passreid(f"cluster {target} --source {source} --source-config laptop {options} --out {out}/uda")
+    passreid(f"finetune {target} {options} --out {folder}/supervised")
+    passreid(f"cluster {target} {options} --out {folder}/usl")
+    passreid(f"cluster {target} --source {source} --source-config laptop {options} --out {folder}/uda")
     models = {
         "zero_shot": MODEL,
-        "supervised": f"{out}/supervised/export",
-        "usl": f"{out}/usl/export",
-        "source_only": f"{out}/uda/source/export",
-        "uda": f"{out}/uda/export",
+        "supervised": f"{folder}/supervised/export",
+        "usl": f"{folder}/usl/export",
+        "source_only": f"{folder}/uda/source/export",
+        "uda": f"{folder}/uda/export",
     }
     figures = {}
     for name, model in models.items():
-        passreid(f"eval {target} --model {model} --size {SIZE} --json {out}/{name}.json")
+        passreid(f"eval {target} --model {model} --size {SIZE} --json {folder}/{name}.json")
         scores = json.loads((out / f"{name}.json").read_text())
         figures |= {f"{name}_mAP": scores["mAP"], f"{name}_rank1": scores["rank1"]}
     return figures

@@ -26,7 +26,7 @@ QUICK_MARKET, QUICK_MSMT17 = (800, 4000, 200, 6), (1200, 8000, 300, 15)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a twelfth of the sizes, 3 rounds instead of 5")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, 3 rounds instead of 5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", choices=["ours", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, nargs=4, help=argparse.SUPPRESS)

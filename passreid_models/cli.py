@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("cluster", help="train re-ID without labels, or adapt a model to other cameras")
 
     plot = commands.add_parser("plot", help="draw the curves of a training run")
-    plot.add_argument("folder", type=Path, metavar="RUN", help="folder of passreid-train")
+    plot.add_argument("folder", type=Path, metavar="RUN", help="folder of passreid-train, finetune or cluster")
     plot.add_argument("--out", type=Path, help="picture to write (default: RUN/curves.png)")
     plot.set_defaults(run=_plot)
 

@@ -108,6 +108,12 @@ def test_a_model_without_parts_has_the_fusion_that_it_can(config):
         complete(replace(c, fusion="cat"))
 
 
+def test_a_folder_of_another_make_is_refused_by_name(config, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"init: .*config\.json is not that of a model of this package"):
+        complete(config(data="market/", init=str(tmp_path)))
+
+
 # ---- Flags and YAML
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from passreid_models.retrieval import ROC, roc
 from passreid_models.retrieval.verification import BINS
 
-WIDTH = 2 / BINS  # of a bin of cosines
+WIDTH = (2 + 2**-18) / BINS  # of a bin of cosines
 NAN = float("nan")
 
 
@@ -186,3 +186,11 @@ def test_rates_outside_0_to_1_are_refused(fpr):
     for method in (found.threshold, found.tpr_at):
         with pytest.raises(ValueError, match=r"fpr must be in 0\.\.1"):
             method(fpr)
+
+
+def test_no_threshold_up_to_one_leaves_out_equal_images():
+    x = torch.eye(2)
+    found = roc(x[:1], x[[0, 0, 1]], [1], [1, 2, 2])  # a copy under another identity
+    assert found.rates(1 - WIDTH) == (0.5, 1.0)
+    assert found.threshold(0) > 1
+    assert found.rates(found.threshold(0)) == (0.0, 0.0)

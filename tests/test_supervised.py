@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,10 @@ def test_junk_is_not_trained_on_and_that_is_said(data, tmp_path):
     assert "junk: 3 training images with identity -1 are left out" in (tmp_path / "run" / "log.txt").read_text()
     assert ReIDModel.load(tmp_path / "run" / "export").num_ids == 6
     assert torch.load(steps(tmp_path / "run")[-1], weights_only=True)["num_images"] == 33
+    lines = [re.sub(r",\d+,(\d),train", r",-1,\1,train", line) for line in lines]
+    (tmp_path / "junk.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"data: all training images of .*junk\.csv are junk"):
+        finetune(finetune_config(tmp_path / "junk.csv", tmp_path / "other"))
 
 
 def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):

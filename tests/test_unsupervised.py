@@ -155,6 +155,7 @@ def test_later_the_clusters_of_the_epoch_before_stay(data, tmp_path, monkeypatch
     cluster(cluster_config(data, tmp_path / "run", save_minutes=0, keep=99))
     assert len(calls) == 2
     assert f"epoch 1: {count} cluster" in (tmp_path / "run" / "log.txt").read_text()
+    assert [r["clusters"] for r in metrics(tmp_path / "run") if "clusters" in r][1] == count
     labels = [state_of(p)["labels"] for p in steps(tmp_path / "run")]
     assert len(labels) == 6
     assert all(torch.equal(x, labels[0]) for x in labels)
@@ -320,9 +321,31 @@ def test_the_memory_moves_by_the_images_of_all_processes(tmp_path):
 
 
 def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("passreid_models.training.trainer.world", lambda: (0, 3))
-    with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divided by 3 processes"):
-        ClusterTrainer(cluster_config(data, tmp_path), 36, CPU)
+    monkeypatch.setattr(unsupervised, "world", lambda: (0, 3))
+    for options in ({}, {"source": str(data)}):
+        with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divided by 3 processes"):
+            cluster(cluster_config(data, tmp_path / "run", **options))
+    assert files(tmp_path) == set()
+
+
+def test_an_outlier_in_place_of_an_image_that_cannot_be_read_any_more_does_not_count(data, tmp_path):
+    trainer = ClusterTrainer(cluster_config(data, tmp_path), 4, CPU)
+    features, outputs = torch.randn(2, 4, 128)
+    trainer.begin_epoch(torch.tensor([0, 0, 1, 1]), features)
+    expected, _ = trainer.compare(outputs[:3], torch.tensor([0, 0, 1]))
+    loss, _ = trainer.compare(outputs, torch.tensor([0, 0, 1, -1]))
+    assert torch.equal(loss, expected)
+    trainer.after_step(outputs, torch.tensor([0, 0, -1, -1]))
+    assert torch.equal(trainer.memory.centroids[1], torch.nn.functional.normalize(features[2:].mean(0), dim=0))
+
+
+def test_two_processes_adapt_from_a_source_without_an_evaluation_between(data, tmp_path):
+    (tmp_path / "source.yaml").write_text("{epochs: 1, ids_per_batch: 2, images_per_id: 2, eval_epochs: 0}")
+    config = cluster_config(
+        data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"), epochs=1
+    )
+    children = world(_cluster, config, folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
 
 
 @pytest.mark.parametrize(

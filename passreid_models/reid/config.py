@@ -1,8 +1,8 @@
 """The configurations of fine-tuning with labels and without: one dataclass each for Python, command line and YAML."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from passreid_models.convert import ARCHITECTURES
 from passreid_models.training.config import DTYPES, RunConfig, wrong
@@ -26,6 +26,10 @@ class _ReIDConfig(RunConfig):
     dtype: str
     drop_path: float
     size: tuple[int, int] | None
+
+    def resolved(self, **values: Any) -> Self:
+        """With these values in place of what was left to the defaults."""
+        return replace(self, **values)  # type: ignore[type-var]
 
     def _check_common(self) -> None:
         self.check_kinds()
@@ -171,6 +175,9 @@ class FinetuneConfig(_ReIDConfig):
     def batch_size(self) -> int:
         """Images of a step, over all processes."""
         return self.ids_per_batch * self.images_per_id
+
+    def resolved(self, **values: Any) -> Self:
+        return super().resolved(warmup_epochs=self.num_warmup_epochs, **values)
 
     @property
     def num_warmup_epochs(self) -> int:

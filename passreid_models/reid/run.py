@@ -7,7 +7,6 @@ RUN/best/     the one of the highest mAP, where the run is evaluated
 import json
 import logging
 from collections.abc import Generator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,8 @@ class ReIDRun(Run):
         self.train_split = self.dataset.train
         if self.labelled:  # junk is nobody
             self.train_split = self.train_split.take(np.flatnonzero(self.train_split.pids >= 0))
+            if not len(self.train_split):
+                raise ValueError(f"data: all training images of {config.data} are junk (identity -1)")
         self.images = TrainImages(
             self.train_split.paths,
             np.zeros(len(self.train_split), dtype=np.int64),
@@ -138,7 +139,7 @@ def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
     size = config.size or tuple(told.get("size") or ARCHITECTURES[model].img_size)
     if not num_parts and fusion != "token":
         raise wrong("fusion", fusion, f"token, since {model} has no parts")
-    return replace(config, model=model, size=size, fusion=fusion)
+    return config.resolved(model=model, size=size, fusion=fusion)
 
 
 def evaluation_data(config: Any, dataset: ReIDDataset, labelled: bool) -> ReIDDataset | None:

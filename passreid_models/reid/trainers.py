@@ -199,14 +199,9 @@ class ClusterTrainer(ReIDTrainer):
             state: To continue from; ``config.init`` is not looked for then.
 
         Raises:
-            ValueError: If the clusters of a batch cannot be shared by the processes, or ``state`` is of a run with
-                other settings or data.
+            ValueError: If ``state`` is of a run with other settings or data.
         """
         super().__init__(config, num_images, config.steps, config.epochs, device, fingerprint)
-        if config.clusters_per_batch % self.world_size:
-            raise ValueError(
-                f"clusters_per_batch: {config.clusters_per_batch} is not divided by {self.world_size} processes"
-            )
         torch.manual_seed(config.seed)
         backbone = make_backbone(config, "bicubic", state and state["model"])
         self.prepare(DescriptorNetwork(backbone), backbone)
@@ -236,11 +231,13 @@ class ClusterTrainer(ReIDTrainer):
         return scale * self.config.lr * self.config.lr_gamma ** (epoch // self.config.lr_step)
 
     def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.memory(output.float(), labels)
+        known = labels >= 0  # where an image could not be read any more, the next one may be an outlier
+        loss = self.memory(output.float()[known], labels[known])
         return loss, {"loss": loss}
 
     def after_step(self, output: Any, labels: Tensor) -> None:
-        self.memory.update(gather_rows(output.detach().float()), gather_rows(labels))
+        output, labels = gather_rows(output.detach().float()), gather_rows(labels)
+        self.memory.update(output[labels >= 0], labels[labels >= 0])
 
     def tensors(self) -> dict[str, Any]:
         assert self.labels is not None

@@ -29,6 +29,7 @@ from passreid_models.reid.run import ReIDRun, complete, evaluation_data
 from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainers import ClusterTrainer
+from passreid_models.runtime import world
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.loop import process_group, run_in_folder
 
@@ -65,9 +66,10 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     """The configuration of the adaptation, when the fine-tuning on the source is done."""
     source, started = _source_config(config), time.monotonic()
     completed = complete(config)  # what is wrong with the target is told before hours on the source
-    evaluation_data(completed, open_dataset(config.data, labelled=False).require("train"), labelled=False)
+    dataset = open_dataset(config.data, labelled=False).require("train")
+    evaluation_data(completed, dataset, labelled=False)
+    check(config, len(dataset.train))
     RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
-    find_dbscan()
     try:
         export = finetune(source)
     except ValueError as e:
@@ -93,6 +95,18 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         raise ValueError(f"source_config: {e}") from None
 
 
+def check(config: ClusterConfig, num_images: int) -> None:
+    """
+    Raises:
+        ValueError: If so many images, this machine or the number of processes do not allow the run.
+    """
+    find_dbscan()
+    if num_images < 2:
+        raise ValueError(f"data: {config.data} holds one image, and clusters need more")
+    if config.clusters_per_batch % world()[1]:
+        raise ValueError(f"clusters_per_batch: {config.clusters_per_batch} is not divided by {world()[1]} processes")
+
+
 class ClusterRun(ReIDRun):
     """Clusters as classes, found anew in each epoch."""
 
@@ -103,10 +117,8 @@ class ClusterRun(ReIDRun):
     erase = ((0.02, 0.4), (0.485, 0.456, 0.406))
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> ClusterTrainer:
-        find_dbscan()  # or nothing can be trained
         count = len(self.train_split)
-        if count < 2:
-            raise ValueError(f"data: {self.config.data} holds one image, and clusters need more")
+        check(self.config, count)
         return ClusterTrainer(self.config, count, device, self.dataset.train_fingerprint, checkpoint)
 
     def before_step(self) -> None:
@@ -148,8 +160,8 @@ class ClusterRun(ReIDRun):
         count = int(labels.max(initial=-1)) + 1
         if count < max(2, t.world_size):
             self._go_on_without(count, labels[readable])
-            return
-        t.begin_epoch(torch.from_numpy(labels), features)
+        else:
+            t.begin_epoch(torch.from_numpy(labels), features)
         figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
         self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 

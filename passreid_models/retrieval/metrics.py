@@ -65,6 +65,11 @@ class _Rows(Interface):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory that a row takes while it is computed, besides its own 4 bytes a gallery image."""
+        ...
+
     def rows(self, start: int, stop: int) -> Tensor: ...
 
 
@@ -145,6 +150,8 @@ def evaluate_distances(
 class _Negative:
     def __init__(self, distances: Tensor | Reranked) -> None:
         self.distances, self.shape, self.device = distances, distances.shape, distances.device
+        bytes_an_image = 28 if isinstance(distances, Reranked) else distances.element_size()
+        self.row_bytes = bytes_an_image * self.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
         if isinstance(self.distances, Reranked):
@@ -162,6 +169,7 @@ def _score(similarities: _Rows, ids: Protocol, max_rank: int, budget_mb: float) 
     first = np.zeros(num_queries, dtype=np.int64)
     on_cpu = similarities.device.type == "cpu"
     row_bytes = (5 if on_cpu else 24) * num_gallery + 100 * ids.most  # on a GPU also sorted, and their order
+    row_bytes += similarities.row_bytes
     for start, stop in chunks(num_queries, row_bytes, budget_mb, similarities.device):
         matches, left_out = ids.matches(start, stop)
         if not len(matches.rows):

@@ -139,7 +139,7 @@ def roc(
 def _range(pairs: Similarities) -> tuple[float, float]:
     """The least and the greatest similarity that descriptors of these norms can have."""
     if pairs.metric == "cosine":
-        return -1.0, 1.0
+        return -1.0, 1.0 + 2**-18  # copies are as similar as 1, which is above an edge
     squares = torch.cat([pairs.query_norms, pairs.gallery_norms])
     squares = squares[squares.isfinite()]
     return -max(4 * float(squares.max()) if len(squares) else 0.0, 1e-12), 0.0

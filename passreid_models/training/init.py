@@ -62,6 +62,8 @@ def described(init: str, model: str = "") -> dict[str, Any]:
     """
     if folder := exported_folder(Path(init)):
         config = json.loads((folder / "config.json").read_text())
+        if not {"architecture", "pretrained_cfg"} <= config.keys() or config["architecture"] not in ARCHITECTURES:
+            raise ValueError(f"init: {folder}/config.json is not that of a model of this package")
         size = tuple(config["pretrained_cfg"]["input_size"][1:])
         found = {"model": config["architecture"], "size": size, "fusion": config.get("fusion")}
         return {k: v for k, v in found.items() if v}

@@ -176,6 +176,7 @@ class Run:
                         f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
                         received[0] if received else None,
                     )
+        all_reduce_mean(torch.zeros(1, device=trainer.device))  # the export is there for all processes from here on
         self.say(f"done: {self.folder.export_folder}")
         return self.folder.export_folder
 
