@@ -423,8 +423,8 @@ def test_a_model_that_is_none_is_named(tmp_path):
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def evaluate_to_json(root: Path, model: Path, out: Path) -> int:
-    rank = os.environ["RANK"]
+def evaluate_to_json(root: Path, model: Path, out: Path, cache: str) -> int:
+    rank, os.environ["PASSREID_CACHE"] = os.environ["RANK"], cache  # the server that forks may have another
     with process_group("cpu"):
         found = evaluate_model(root, str(model), device="cpu", per_camera=True, json_file=out / "eval.json")
         record: dict[str, Any] = {"result": found is not None, "score": score(make_model(), open_dataset(root), "cpu")}
@@ -442,7 +442,7 @@ def test_two_processes_share_the_images_and_find_the_numbers_of_one(tmp_path, sa
     write(
         tmp_path / "no match", ["query/0001_c1.jpg", "bounding_box_test/0001_c1.jpg", "bounding_box_test/0002_c2.jpg"]
     )
-    children = world(evaluate_to_json, root, saved, tmp_path, folder=tmp_path / "printed")
+    children = world(evaluate_to_json, root, saved, tmp_path, os.environ["PASSREID_CACHE"], folder=tmp_path / "printed")
     try:
         codes = [child.wait() for child in children]
     finally:
