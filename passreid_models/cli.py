@@ -49,8 +49,11 @@ def _train_config(argv: Sequence[str]) -> "TrainConfig":
     from passreid_models.ssl.config import PRESETS, TrainConfig
 
     what = "Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
-    expected = "a folder of person crops, such as passreid-train my_crops/|; a text file can list their images"
-    return read_config(argv, TrainConfig, PRESETS, "passreid-train", f"{what}synthetic:ids=1000.", expected)
+    expected, several = (
+        "a folder of person crops, such as passreid-train my_crops/",
+        "; a text file can list their images",
+    )
+    return read_config(argv, TrainConfig, PRESETS, "passreid-train", f"{what}synthetic:ids=1000.", expected, several)
 
 
 def _finetune(argv: Sequence[str]) -> int:

@@ -64,6 +64,7 @@ def read_config(
     program: str,
     description: str,
     expected: str,
+    several: str = "",
 ) -> Config:
     """The configuration from defaults, then the preset, then the YAML file, then the flags.
 
@@ -74,6 +75,7 @@ def read_config(
         program: Name for messages and help.
         description: What it does, for ``--help``.
         expected: What to say when no data are named.
+        several: What to add when more than one are.
 
     Raises:
         ValueError: If a value cannot be, or data are named twice or not at all.
@@ -99,9 +101,9 @@ def read_config(
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
     if len(named := [value for name, value in options if name == "--data"]) > 1:
-        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}{expected.partition('|')[2]}")
+        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}{several}")
     if not values["data"]:
-        raise ValueError(f"data: expected {expected.partition('|')[0]}")
+        raise ValueError(f"data: expected {expected}")
     return config(**{f.name: values[f.name] for f in all_fields})
 
 

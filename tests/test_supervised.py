@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tiny_reid import assert_same, finetune_config, numbers, write_persons
+from tiny_reid import assert_same, finetune_config, numbers, steps, write_persons
 from tiny_runs import files, metrics, world
 
 from passreid_models import load_report
@@ -44,10 +44,6 @@ def whole(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     finetune(finetune_config(data, out, save_minutes=0, keep=99))
     return out
-
-
-def steps(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step_*.pt"))
 
 
 # ---- What a run leaves

@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from tiny_reid import assert_same, cluster_config, finetune_config, numbers, write_persons
+from tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps, write_persons
 from tiny_runs import files, metrics, world
 
 from passreid_models import Embedder, load_report
@@ -41,10 +41,6 @@ def whole(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     cluster(cluster_config(data, out, save_minutes=0, keep=99))
     return out
-
-
-def steps(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step_*.pt"))
 
 
 def state_of(path: Path) -> dict:

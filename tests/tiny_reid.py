@@ -34,10 +34,14 @@ def cluster_config(data: Path | str, out: Path, **options: Any) -> ClusterConfig
     return ClusterConfig(**{**CLUSTER, "data": str(data), "out": str(out), **options})
 
 
+def steps(run: Path) -> list[Path]:
+    """Its checkpoints."""
+    return sorted((run / "checkpoints").glob("step_*.pt"))
+
+
 def numbers(run: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
     """All numbers of the last checkpoint and of the exports, by name."""
-    last = max((run / "checkpoints").glob("step_*.pt"))
-    state = torch.load(last, weights_only=True)
+    state = torch.load(steps(run)[-1], weights_only=True)
     exports = {name: safetensors.torch.load_file(run / name / "model.safetensors") for name in ("export", "best")}
     return dict(flat("", {**{k: state[k] for k in ("step", *keys)}, **exports}))
 

@@ -24,6 +24,7 @@ from passreid_models.reid.extract import extract, on_first
 from passreid_models.reid.feature_cache import FeatureCache, weights_key
 from passreid_models.reid.report import Evaluation, Retrieved, percent
 from passreid_models.runtime import atomic_file, world
+from passreid_models.training.init import exported_folder
 from passreid_models.viz import draw_evaluation, require_matplotlib
 
 _logger = logging.getLogger(__name__)
@@ -121,9 +122,8 @@ def make_embedder(
 def _model_name(model: str) -> str:
     if ":" in model or model.split(".")[0] in ARCHITECTURES:
         return model
-    for folder in (Path(model), Path(model) / "export"):
-        if (folder / "config.json").is_file():
-            return f"local-dir:{folder}"
+    if folder := exported_folder(Path(model)):
+        return f"local-dir:{folder}"
     if Path(model).exists():
         raise ValueError(f"{model} holds no model: expected a folder with config.json and model.safetensors")
     raise ValueError(f"unknown model {model!r}; known: {', '.join(ARCHITECTURES)}, or a folder with config.json")
@@ -219,8 +219,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     used = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
     files = {path: row for row, path in enumerate(dict.fromkeys(used))}  # a query can be in the gallery
     features = extract(embed, list(files), cache, progress)
-    readable = np.ones(len(files), dtype=bool)
-    readable[list(features.errors)] = False
+    readable = features.readable
     at = np.array([files[path] for path in used], dtype=np.int64)
     at_q, at_g = at[: len(rows_q)], at[len(rows_q) :]
     rows_q, rows_g = rows_q[readable[at_q]], rows_g[readable[at_g]]

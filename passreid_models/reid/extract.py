@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +29,13 @@ class Features:
     """Why, by row, with the name of the file."""
     cached: int
     """How many came from the cache."""
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Whether each image can be read, bool ``[N]``."""
+        found = np.ones(len(self.descriptors), dtype=bool)
+        found[list(self.errors)] = False
+        return found
 
 
 def extract(

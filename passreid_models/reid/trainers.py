@@ -3,6 +3,7 @@
 Shapes: B batch, C descriptor width, K identities or clusters.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from passreid_models.reid.losses import ClusterMemory, batch_hard_triplet
 from passreid_models.reid.model import ReIDModel, make_backbone
 from passreid_models.runtime import all_reduce_mean, gather_rows, seed_step, share_first
 from passreid_models.schedules import warmup_cosine_epochs
+from passreid_models.training.init import ready_to_train
 from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
 from passreid_models.training.trainer import BaseTrainer
 
@@ -31,14 +33,8 @@ class ReIDTrainer(BaseTrainer):
     def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **sgd: float) -> None:
         """Bring the network to the device, and make its optimiser."""
         config = self.config
-        if config.grad_checkpointing:
-            backbone.set_grad_checkpointing()
-        if self.device.type == "cpu":
-            for block in backbone.blocks:
-                block.attn.fused_attn = False  # its backward is slow on a CPU, for sequences as short as these
-        if config.sync_bn and self.world_size > 1 and self.device.type == "cuda":  # torch has none for CPUs
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self.network, self.backbone = network.to(self.device).train(), backbone
+        ready_to_train(backbone, self.device, config.grad_checkpointing)
+        self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
         self.optimizer = make_sgd(self.network, backbone, config.momentum, config.weight_decay, **sgd)
         self.parallel = self.wrap(self.network)
 
@@ -71,7 +67,7 @@ class ReIDTrainer(BaseTrainer):
         found = dict(zip(names, all_reduce_mean(values).tolist(), strict=True))  # a GPU is waited for here, once a step
         scheduled = {"lr": self.lr(self.epoch, 1.0)}
         if not self.is_finite(found["loss"], found["grad_norm"]):
-            self.leave_out(self.optimizer, "loss" if found["loss"] - found["loss"] != 0 else "gradient")
+            self.leave_out(self.optimizer, "gradient" if math.isfinite(found["loss"]) else "loss")
             return {"loss": float("nan"), **scheduled}
         self.move(self.optimizer)
         self.after_step(output, batch.labels)

@@ -152,8 +152,7 @@ class ClusterRun(ReIDRun):
             self.name_unreadable(found.errors.values())
         self.check_unreadable(len(found.errors), len(self.train_split))
         features = F.normalize(found.descriptors, dim=1)
-        readable = np.ones(len(features), dtype=bool)
-        readable[list(found.errors)] = False
+        readable = found.readable
         x = features[torch.from_numpy(readable)].to(t.device)
         labels = np.full(len(features), -1, dtype=np.int64)
         labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2))

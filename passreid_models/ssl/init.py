@@ -10,7 +10,7 @@ import torch
 from passreid_models.checkpoint import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.network import PASSNetwork
-from passreid_models.training.init import checkpoint_file, load_backbone
+from passreid_models.training.init import checkpoint_file, load_backbone, ready_to_train
 
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
 
 def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
     backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
-    if config.grad_checkpointing:
-        backbone.set_grad_checkpointing()
-    if device.type == "cpu":
-        for block in backbone.blocks:
-            block.attn.fused_attn = False  # its backward is slow on a CPU, for sequences as short as these
+    ready_to_train(backbone, device, config.grad_checkpointing)
     network = PASSNetwork(
         backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
     )

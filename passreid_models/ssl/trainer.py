@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from passreid_models.runtime import all_reduce_mean, seed_step
 from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
@@ -85,9 +85,8 @@ class Trainer(BaseTrainer):
                 f"micro-batches = {share}"
             )
         self.epoch_steps = self.epoch_starts[1]
-        self.student, self.teacher = make_networks(config if state is None else replace(config, init=""), device)
-        if config.sync_bn and self.world_size > 1 and device.type == "cuda":  # torch has none for CPUs
-            self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.student, self.teacher))
+        networks = make_networks(config if state is None else replace(config, init=""), device)
+        self.student, self.teacher = map(self.synchronized, networks)
         self.criterion = PASSLoss(
             config.num_prototypes, config.num_parts, config.student_temp, config.center_momentum
         ).to(device)

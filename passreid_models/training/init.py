@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from passreid_models.checkpoint import read_checkpoint
 from passreid_models.convert import ARCHITECTURES
@@ -46,6 +47,15 @@ def load_backbone(model: str, init: str, file: Path | None = None, **shape: Any)
             f"got {init!r}"
         )
     return timm.create_model(f"{model}.{tag}", pretrained=True, **shape)
+
+
+def ready_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:
+    """Set how a backbone computes its gradients on a device."""
+    if grad_checkpointing:
+        backbone.set_grad_checkpointing()
+    if device.type == "cpu":
+        for block in backbone.blocks:
+            block.attn.fused_attn = False  # its backward is slow on a CPU, for sequences as short as these
 
 
 def exported_folder(path: Path) -> Path | None:

@@ -113,6 +113,12 @@ class BaseTrainer:
         """Take ``tensors`` back."""
         raise NotImplementedError
 
+    def synchronized(self, network: Any) -> Any:
+        """The network with BatchNorms of all processes; as it is on CPUs, for which torch has none."""
+        if self.config.sync_bn and self.world_size > 1 and self.device.type == "cuda":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return network
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """The network for the forward pass: itself, or DDP around it where there are several processes."""
         if self.world_size == 1:
