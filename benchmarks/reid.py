@@ -6,7 +6,7 @@ under six cameras; the bundled weights saw persons and cameras of another seed. 
 before it runs and free to be run by hand; the last model of a run counts, not the best. For UDA also the source model
 as it comes to the target, which is what adaptation has to beat.
 
-    python benchmarks/reid.py --out RUNS        about 25 minutes on two cores; a second call continues
+    python benchmarks/reid.py --out RUNS        50 minutes on two busy cores; a second call continues
 """
 
 import argparse

@@ -112,6 +112,9 @@ def test_a_folder_of_another_make_is_refused_by_name(config, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match=r"init: .*config\.json is not that of a model of this package"):
         complete(config(data="market/", init=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"init: .*config\.json cannot be read as JSON"):
+        complete(config(data="market/", init=str(tmp_path)))
 
 
 # ---- Flags and YAML

@@ -242,6 +242,13 @@ def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tm
     (tmp_path / "source.yaml").write_text("ids_per_batch: 9\nepochs: 2\n")
     with pytest.raises(ValueError, match=r"source .*market: ids_per_batch: 9 is more than the 6 .*--source-config"):
         cluster(config)
+    (tmp_path / "source.yaml").write_text("a: [")
+    with pytest.raises(
+        ValueError, match=r"source_config: expected a YAML file or one of .*laptop, got .*source\.yaml: while parsing"
+    ):
+        cluster(config)
+    with pytest.raises(ValueError, match=r"source_config: expected a YAML file .*: .*No such file .*none\.yaml"):
+        cluster(replace(config, source_config="none.yaml"))
     with pytest.raises(ValueError, match="source_config: expected a source to go with it"):
         cluster_config(data, tmp_path / "run", source_config="x.yaml")
 

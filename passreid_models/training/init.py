@@ -71,7 +71,7 @@ def described(init: str, model: str = "") -> dict[str, Any]:
         model: Registered architecture, where that is known.
     """
     if folder := exported_folder(Path(init)):
-        config = json.loads((folder / "config.json").read_text())
+        config = _read_config(folder)
         if not {"architecture", "pretrained_cfg"} <= config.keys() or config["architecture"] not in ARCHITECTURES:
             raise ValueError(f"init: {folder}/config.json is not that of a model of this package")
         size = tuple(config["pretrained_cfg"]["input_size"][1:])
@@ -89,8 +89,15 @@ def described(init: str, model: str = "") -> dict[str, Any]:
 def provenance_of(init: str) -> dict[str, Any]:
     """Method, data and init of an exported folder: a chain that goes back to where its weights began."""
     folder = exported_folder(Path(init)) if init else None
-    provenance = json.loads((folder / "config.json").read_text()).get("provenance", {}) if folder else {}
+    provenance = _read_config(folder).get("provenance", {}) if folder else {}
     return {k: v for k, v in provenance.items() if k in ("method", "data", "init", "images_seen", "init_provenance")}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as e:
+        raise ValueError(f"init: {folder}/config.json cannot be read as JSON: {e}") from None
 
 
 def checkpoint_file(init: str) -> Path | None:
