@@ -243,9 +243,8 @@ def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tm
     with pytest.raises(ValueError, match=r"source .*market: ids_per_batch: 9 is more than the 6 .*--source-config"):
         cluster(config)
     (tmp_path / "source.yaml").write_text("a: [")
-    with pytest.raises(
-        ValueError, match=r"source_config: expected a YAML file or one of .*laptop, got .*source\.yaml: while parsing"
-    ):
+    broken = r"source_config: expected a YAML file or one of .*laptop, got .*source\.yaml: while parsing"
+    with pytest.raises(ValueError, match=broken):
         cluster(config)
     with pytest.raises(ValueError, match=r"source_config: expected a YAML file .*: .*No such file .*none\.yaml"):
         cluster(replace(config, source_config="none.yaml"))

@@ -87,11 +87,9 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         try:
             given = yaml.safe_load(Path(config.source_config).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            known = ", ".join(PRESETS["finetune"])
+            expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
             why = " ".join(str(e).split())
-            raise ValueError(
-                f"source_config: expected a YAML file or one of {known}, got {config.source_config}: {why}"
-            ) from None
+            raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {why}") from None
         if not isinstance(given, dict):
             raise ValueError(f"source_config: {config.source_config} holds no settings")
         values |= given
