@@ -132,6 +132,24 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="FILE", help="write counts and findings")
     check.set_defaults(run=_data_check)
 
+    synth = commands.add_parser("synth", help="write 3-D persons in the Market-1501 layout, or go on writing them")
+    synth.add_argument("--ids", type=int, required=True, metavar="N", help="persons")
+    synth.add_argument(
+        "--images", type=int, required=True, metavar="M", help="images of each, over the cameras in turn"
+    )
+    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or begun by this command")
+    synth.add_argument("--cameras", type=int, default=8, help="that see a person, 2 to 9 (default: %(default)s)")
+    synth.add_argument("--sites", type=int, default=1, help="groups of so many cameras (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="of persons, cameras and poses (default: %(default)s)")
+    synth.add_argument("--train-ids", type=int, metavar="N", help="persons that train, the others test (default: half)")
+    synth.add_argument("--size", type=_size, default=(256, 128), metavar="HxW", help="of the images (default: 256x128)")
+    synth.add_argument(
+        "--patterns", choices=("train", "held-out"), default="train", help="textures of garments (default: %(default)s)"
+    )
+    synth.add_argument("--workers", type=int, metavar="N", help="processes that draw (default: one a core)")
+    synth.add_argument("--first-id", type=int, default=0, help="for persons that no other folder holds (%(default)s)")
+    synth.set_defaults(run=_synth)
+
     convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
     convert.add_argument("checkpoint", type=Path, help="any published layout: .pth, .pth.tar, .safetensors")
     convert.add_argument("folder", type=Path, help="output, new or empty")
@@ -266,6 +284,26 @@ def _data_check(args: argparse.Namespace) -> int:
         with atomic_file(args.json) as temporary:
             temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n")
     return 0 if check.ok else 1
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from passreid_models.synthetic3d.dataset import make_data
+
+    said = make_data(
+        args.out,
+        args.ids,
+        args.images,
+        cameras=args.cameras,
+        sites=args.sites,
+        seed=args.seed,
+        size=args.size,
+        train_ids=args.train_ids,
+        patterns=args.patterns,
+        first_id=args.first_id,
+        workers=args.workers,
+    )
+    print(said)
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:

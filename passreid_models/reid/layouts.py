@@ -18,6 +18,7 @@ from pathlib import Path
 
 from passreid_models.embed import SUFFIXES
 from passreid_models.synthetic.dataset import MARKER
+from passreid_models.synthetic3d.dataset import MARKER as MARKER_3D
 
 __all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "images_below", "read_csv", "read_folder", "read_tree"]
 
@@ -154,7 +155,7 @@ def _read_market(root: Path) -> Layout:
                 layout.rows[split].append((entry.path, name[1], name[2]))
     if all(DUKE_NAME.match(os.path.basename(row[0])) for rows in layout.rows.values() for row in rows):
         layout.name = "DukeMTMC-reID"
-    if (root / MARKER).is_file():
+    if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
         layout.name = "synthetic"
     return layout
 

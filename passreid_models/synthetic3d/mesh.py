@@ -1,0 +1,152 @@
+"""Triangle meshes with materials: what garments, bags, walls and cars are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "PATTERNS", "REGIONS", "Array", "Colour", "Material", "Mesh",
+    "box", "cylinder", "ellipsoid", "empty", "merge", "quad", "triangulate",
+]  # fmt: skip
+
+Array = NDArray[np.floating]
+Colour = tuple[float, float, float]  # linear reflectance, 0 to 1
+
+# The kernel knows patterns and regions by their place in these lists.
+PATTERNS = (
+    "plain", "stripes", "bars", "checks", "gradient", "blocks", "dots", "zigzag", "argyle", "camouflage", "denim",
+    "side", "skin", "hair", "sole", "bricks", "tiles", "planks", "windows", "grass", "foliage", "plaster", "asphalt",
+    "crossing", "strap", "slabs", "shop", "poster",
+)  # fmt: skip
+REGIONS = ("thing", "torso", "arm", "leg", "head", "foot", "hand")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a surface looks like, and where it ends: cuts are in coordinates of the unposed standard body, metres.
+
+    A torso is kept from `hem` up to its neckline, which is wider the lower `top` is (0.62 is the neck itself) and goes
+    down by `dip` in front, or to `top` where that is a waist (below 0.4), and where the distance to the middle in front
+    is more than `opening`; a sleeve to `sleeve` from the shoulder; a leg from `hem` up.
+    """
+
+    pattern: str = "plain"
+    colour: Colour = (0.5, 0.5, 0.5)
+    second: Colour = (0.5, 0.5, 0.5)
+    third: Colour = (0.5, 0.5, 0.5)
+    period: float = 0.1
+    duty: float = 0.5
+    bump: float = 0.0
+    grain: float = 0.0
+    shine: float = 0.0
+    seed: float = 0.0
+    hem: float = -9.0
+    top: float = 9.0
+    dip: float = 0.0
+    opening: float = -1.0
+    sleeve: float = 9.0
+    logo: int = -1
+    logo_side: float = -1.0
+    logo_x: float = 0.0
+    logo_z: float = 0.33
+    logo_size: float = 0.2
+    logo_colour: Colour = (0.5, 0.5, 0.5)
+
+
+@dataclass
+class Mesh:
+    """Triangles: points [V, 3] in metres, z up; faces [F, 3]; uv [F, 3, 2] in metres; material and region of faces."""
+
+    points: Array
+    faces: NDArray[np.int32]
+    uv: Array
+    material: NDArray[np.int32]
+    region: NDArray[np.int32]
+    materials: list[Material] = field(default_factory=list)
+
+    def moved(self, matrix: Array) -> "Mesh":
+        """The mesh under an affine map [3, 4] or [4, 4]."""
+        return replace(self, points=self.points @ matrix[:3, :3].T + matrix[:3, 3])
+
+
+def empty() -> Mesh:
+    return Mesh(np.zeros((0, 3)), np.zeros((0, 3), np.int32), np.zeros((0, 3, 2)), *np.zeros((2, 0), np.int32))
+
+
+def merge(meshes: Sequence[Mesh]) -> Mesh:
+    """One mesh of all; materials that are equal are kept once."""
+    materials: dict[Material, int] = {}
+    columns, start = [], 0
+    for mesh in meshes:
+        numbers = np.array([materials.setdefault(m, len(materials)) for m in mesh.materials], np.int32)
+        material = numbers[mesh.material] if len(mesh.material) else mesh.material
+        columns.append((mesh.points, mesh.faces + start, mesh.uv, material, mesh.region))
+        start += len(mesh.points)
+    points, faces, uv, material, region = (np.concatenate(c) for c in zip(*columns, strict=True))
+    return Mesh(points, faces.astype(np.int32), uv, material, region, list(materials))
+
+
+def triangulate(quads: NDArray[np.integer]) -> NDArray[np.integer]:
+    """[N, 4] corners, in turn, to [2 N, 3]."""
+    return np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+
+
+def _of(points: Array, faces: NDArray[np.integer], uv: Array, material: Material) -> Mesh:
+    count = np.zeros(len(faces), np.int32)
+    return Mesh(np.asarray(points, float), faces.astype(np.int32), uv[faces], count, count.copy(), [material])
+
+
+def quad(corner: Sequence[float], along: Sequence[float], up: Sequence[float], material: Material) -> Mesh:
+    """A parallelogram; uv are metres along its two edges."""
+    c, a, b = (np.asarray(v, float) for v in (corner, along, up))
+    u, v = np.linalg.norm(a), np.linalg.norm(b)
+    uv = np.array([(0, 0), (u, 0), (u, v), (0, v)])
+    return _of(np.array([c, c + a, c + a + b, c + b]), np.array([(0, 1, 2), (0, 2, 3)]), uv, material)
+
+
+def box(centre: Sequence[float], size: Sequence[float], material: Material, yaw: float = 0.0) -> Mesh:
+    """A box around `centre` with edges of `size`, turned by `yaw` radians about the vertical."""
+    edges = np.eye(3) * np.asarray(size, float)
+    sides = []
+    for n in range(3):
+        a, b = (edges[i] for i in range(3) if i != n)  # of upright sides, b is the vertical
+        for sign in (-1, 1):
+            sides.append(quad((sign * edges[n] - a - b) / 2, a, b, material))
+    mesh = merge(sides)
+    c, s = np.cos(yaw), np.sin(yaw)
+    return mesh.moved(np.array([(c, -s, 0, centre[0]), (s, c, 0, centre[1]), (0, 0, 1, centre[2])]))
+
+
+def cylinder(foot: Sequence[float], top: Sequence[float], radii: tuple[float, float], material: Material,
+             sides: int = 10) -> Mesh:  # fmt: skip
+    """A tapered tube from `foot` to `top`, closed at the top."""
+    a, b = np.asarray(foot, float), np.asarray(top, float)
+    axis = (b - a) / np.linalg.norm(b - a)
+    x = np.cross(axis, (0, 1, 0) if abs(axis[1]) < 0.9 else (1, 0, 0))
+    x /= np.linalg.norm(x)
+    y = np.cross(axis, x)
+    angle = np.linspace(0, 2 * np.pi, sides + 1)
+    ring = np.cos(angle)[:, None] * x + np.sin(angle)[:, None] * y
+    points = np.concatenate([a + radii[0] * ring, b + radii[1] * ring, b[None]])
+    length, around = np.linalg.norm(b - a), angle * max(radii)
+    uv = np.concatenate([np.stack([around, 0 * angle], 1), np.stack([around, 0 * angle + length], 1), [(0, length)]])
+    i = np.arange(sides)
+    n = sides + 1
+    wall = triangulate(np.stack([i, i + 1, n + i + 1, n + i], 1))
+    cap = np.stack([n + i, n + i + 1, np.full(sides, 2 * n)], 1)
+    return _of(points, np.concatenate([wall, cap]), uv, material)
+
+
+def ellipsoid(centre: Sequence[float], radii: Sequence[float], material: Material, rings: int = 8, sides: int = 12,
+              power: float = 1.0) -> Mesh:  # fmt: skip
+    """An ellipsoid; a `power` below 1 makes it boxy."""
+    theta, phi = np.meshgrid(np.linspace(0, np.pi, rings + 1), np.linspace(0, 2 * np.pi, sides + 1), indexing="ij")
+    unit = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], -1).reshape(-1, 3)
+    unit = np.sign(unit) * np.abs(unit) ** power
+    points = unit * radii + np.asarray(centre, float)
+    uv = np.stack([phi.ravel() * radii[0], -theta.ravel() * radii[2]], 1)
+    r, s = np.meshgrid(np.arange(rings), np.arange(sides), indexing="ij")
+    first, n = (r * (sides + 1) + s).ravel(), sides + 1
+    return _of(points, triangulate(np.stack([first, first + 1, first + n + 1, first + n], 1)), uv, material)
