@@ -1,0 +1,104 @@
+"""3-D persons as they are rendered. Slow: anny builds its model once on a machine, in two to three minutes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from passreid_models.retrieval import evaluate
+from passreid_models.synthetic3d.mesh import Material, quad
+from passreid_models.synthetic3d.wardrobe import Garment, person
+
+pytestmark = pytest.mark.slow
+
+PAINT = (1.0, 0.0, 1.0)  # what nobody wears
+EVEN = dict(sun=(0, 0, 1), sunlight=(0, 0, 0), sky=(1, 1, 1), ground=(1, 1, 1), horizon=(0, 0, 0), zenith=(0, 0, 0))
+
+
+def portrait(figure, heading: float, seed: int, rows: int = 192) -> np.ndarray:
+    """Radiance [rows, rows / 2, 3] of a figure in an even light before black, seen from his height."""
+    from passreid_models.synthetic3d.light import Sunlight
+    from passreid_models.synthetic3d.render import Solid, Window, render
+
+    points, normals, feet = figure.stand(np.random.default_rng(seed), (0.0, 0.0), heading)
+    solid = Solid(figure.mesh, figure.at)
+    solid.move(points, normals)
+    far, tall = 8.0, figure.height * 1.1
+    step = tall / far / rows
+    window = Window(
+        np.array((0, -far, tall / 2)), np.array((1.0, 0, 0)), np.array((0, 0, -1.0)), np.array((0, 1.0, 0)),
+        -rows / 4 * step, -rows / 2 * step, step, rows, rows // 2,
+    )  # fmt: skip
+    behind = Solid(quad((-50, 60, -50), (100, 0, 0), (0, 0, 100), Material(colour=(0.0, 0.0, 0.0))))
+    return render([solid], behind, window, Sunlight(**EVEN, shadow=0.0), feet)
+
+
+def test_an_image_is_a_function_of_its_arguments_in_this_process_and_in_another():
+    from passreid_models.synthetic3d.picture import draw
+
+    first = draw(5, 3, 1, 2, (128, 64))
+    draw(5, 4, 0, 0, (128, 64))
+    draw(5, 3, 0, 0, (128, 64))  # the same person in another pose: the mesh is the same object
+    assert first.tobytes() == draw(5, 3, 1, 2, (128, 64)).tobytes()
+    code = (
+        "import sys; from passreid_models.synthetic3d.picture import draw;"
+        "sys.stdout.buffer.write(draw(5, 3, 1, 2, (128, 64)).tobytes())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
+    assert other == first.tobytes()
+    changed = [(6, 3, 1, 2), (5, 2, 1, 2), (5, 3, 2, 2), (5, 3, 1, 3)]
+    assert len({first.tobytes(), *(draw(*key, (128, 64)).tobytes() for key in changed)}) == 5
+
+
+def test_nobody_is_bare_between_neck_and_hips_from_any_side():
+    from passreid_models.synthetic3d.figure import Figure
+
+    skin = Material(colour=PAINT)
+    bare = []
+    for pid in range(24):
+        who = replace(person(1, pid), skin=skin, bag=None)
+        image = portrait(Figure(who), pid * 0.9, pid)
+        purple = (image[..., 0] > 0.5) & (image[..., 1] < 0.1) & (image[..., 2] > 0.5)
+        waist, middle = slice(int(192 * 0.3), int(192 * 0.47)), slice(44, 52)  # hands and arms are aside
+        bare.append(purple[waist, middle].mean())
+        assert purple.any()  # a head and hands
+    assert max(bare) < 0.25  # a hand may be before the belly
+    assert np.median(bare) == 0
+
+
+def test_an_open_jacket_shows_what_is_under_it_in_front_and_a_closed_one_does_not():
+    from passreid_models.synthetic3d.figure import Figure
+
+    base = next(w for w in (person(1, pid) for pid in range(99)) if w.outer and w.outer.kind == "jacket")
+    shirt = Garment("tshirt", replace(base.upper.material, pattern="plain", colour=PAINT, logo=-1, bump=0.0, grain=0.0))
+    jacket = Material(colour=(0.0, 1.0, 0.0), sleeve=0.46, hem=0.05, top=0.6)
+
+    def shown(opening: float, heading: float) -> int:
+        outer = Garment("jacket", replace(jacket, opening=opening), 0.02)
+        image = portrait(Figure(replace(base, upper=shirt, outer=outer, bag=None)), heading, 0)
+        return int(((image[..., 0] > 0.5) & (image[..., 2] > 0.5) & (image[..., 1] < 0.1)).sum())
+
+    assert shown(0.06, 0.0) > 300
+    assert shown(0.06, np.pi) < 40
+    assert shown(-1.0, 0.0) < 80
+
+
+def test_colours_alone_find_persons_again_better_than_chance_and_far_from_well():
+    from passreid_models.synthetic3d.picture import draw
+
+    persons, cameras = 24, 4
+    keys = [(pid, camid, k) for pid in range(persons) for k in range(2) for camid in range(cameras)]
+    images = np.stack([np.asarray(draw(0, *key, (128, 64), "held-out")) for key in keys])
+    pids, camids, k = np.array(keys).T
+    bands = images[:, :, 12:52].reshape(len(images), 8, -1, 3) // 32  # of the middle, where the person is
+    codes = (bands[..., 0] * 8 + bands[..., 1]) * 8 + bands[..., 2]
+    histograms = np.stack([[np.bincount(band, minlength=512) for band in image] for image in codes])
+    x = torch.from_numpy(np.sqrt(histograms.reshape(len(images), -1).astype(np.float32)))
+    q, g = k == 0, k == 1
+    found = 100 * evaluate(x[q], x[g], pids[q], pids[g], camids[q], camids[g]).mAP
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    chance = 100 * evaluate(noise[q], noise[g], pids[q], pids[g], camids[q], camids[g]).mAP
+    assert 1.5 * chance < found < 60
