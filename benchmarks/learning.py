@@ -1,75 +1,169 @@
-"""Does it learn? Zero-shot retrieval of random weights, of plain DINO and of PASS after the same number of images.
+"""Does it learn? Retrieval of random weights, DINO, PASS and what fine-tuning makes of them, at equal budgets.
 
-A table and, in the JSON line, random_mAP, dino_mAP, pass_mAP and *_rank1, in percent: 200 generated persons under four
-cameras, in the studio of the training data and, as street_*, with backgrounds and exposures that no training image
-had; persons and cameras are of another seed than those trained on. Pooled pixels and chance for comparison.
+Prints the tables of MODEL_CARD.md; the last line is JSON: METHOD_mAP, METHOD_rank1 and the spread METHOD_mAP_std, in
+percent, the mean over the seeds. All are trained on the same drawn persons for the same number of images, and
+evaluated on 200 others before other cameras, in patterns and prints that no training garment has (passreid synth draws
+both).
 
-DINO is the same trainer with --parts 0: one token, whose output is the descriptor (192 wide; that of PASS, CLS and the
-mean of its parts, is 384 wide), and as many local views, of the whole image instead of its areas: their scale is
-relative to that, so that they show twice as much. The settings, examples/bundled.yaml, were chosen by looking at PASS.
+    random, dino, pass          no training; one token and no parts; PASS with three parts
+    pass_1, pass_5              PASS with one part and with five
+    random_reid, pass_reid      fine-tuned with labels from random weights and from PASS
+    pixels, colours, chance     pixels pooled to 16x8; colour histograms of 8 bands; noise
 
-Each run computes on all cores in turn. Two at once, to be found by --out OUT, with DATA for
-synthetic:ids=5000,images=8,cameras=8,seed=1,size=128x64,place=studio:
+DINO is the same trainer with --parts 0 and as many local views, of the whole image instead of its areas: their scale is
+relative to that. Five parts have five local views instead of three. The settings, examples/bundled.yaml, were chosen by
+looking at PASS.
 
-    passreid-train DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/pass-0
-    passreid-train DATA --config examples/bundled.yaml --model pass_vit_tiny_patch16 --out OUT/dino-0 --parts 0
+    python benchmarks/learning.py --out RUNS --jobs 2       a run a core; a second call continues
 """
 
 import argparse
+import json
+import os
+import subprocess
+import sys
 import tempfile
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
+import numpy as np
 import timm
 import torch
-import yaml
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
-from passreid_models.demo import held_out_scores
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import train
+from passreid_models import Embedder, evaluate
+from passreid_models.reid.datasets import open_dataset
+from passreid_models.synthetic3d.dataset import write_market1501
 
-SETTINGS = Path(__file__).parent.parent / "examples" / "bundled.yaml"
-MODEL = "pass_vit_tiny_patch16"
-PLACES = {"studio": "", "street": "street_"}  # and what their figures' names begin with
+EXAMPLES = Path(__file__).parent.parent / "examples"
+MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
+METHODS = {"dino": "--parts 0", "pass": "", "pass_1": "--parts 1", "pass_5": "--parts 5 --local-views 5"}
+FUSIONS = ("CLS", "mean of parts", "cat", "mean")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
-    parser.add_argument("--ids", type=int, default=5000, help="persons to train on, 8 images each")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
-    parser.add_argument("--out", type=Path, help="keep the runs here, and continue them; default: a temporary folder")
+    parser.add_argument("--ids", type=int, default=1200, help="persons to train on, 10 images each")
+    parser.add_argument("--epochs", type=int, default=2, help="of pre-training; fine-tuning has those of its settings")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with a thread each if there are several")
+    parser.add_argument("--out", type=Path, help="keep data and runs here, and continue; default: a temporary folder")
     args = parser.parse_args()
-    ids, persons = (20, 10) if args.quick else (args.ids, 200)
-    values = {**yaml.safe_load(SETTINGS.read_text()), "model": MODEL, "resume": "auto"}
-    data = f"synthetic:ids={ids},images=8,cameras=8,seed=1,size=128x64,place=studio"
-    config = TrainConfig.from_dict({**values, "data": data})
-
+    if args.quick:
+        args.ids, args.epochs, args.seeds = 12, 1, 1
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        torch.manual_seed(0)
-        models = {"random": [timm.create_model(MODEL, img_size=config.size)]}
-        for method, parts in (("dino", 0), ("pass", 3)):
-            runs = [replace(config, parts=parts, seed=s, out=str(out / f"{method}-{s}")) for s in range(args.seeds)]
-            models[method] = [timm.create_model(f"local-dir:{train(run)}", pretrained=True) for run in runs]
+        seeds = range(args.seeds)
+        write_market1501(out / "persons", args.ids, 10, train_ids=args.ids, sites=12, seed=1, size=SIZE)
+        test = write_market1501(
+            out / "held-out",
+            10 if args.quick else 200,
+            8,
+            cameras=4,
+            train_ids=0,
+            seed=0,
+            patterns="held-out",
+            size=SIZE,
+        )
+        run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
+        run_all([finetuning(out, m, s, args.quick) for s in seeds for m in ("pass", "random")], args.jobs)
+        measured = measure(out, test, seeds)
+    tables(measured, args)
 
-    rows, figures = [], {}
-    for place, prefix in PLACES.items():
-        scores = {method: [held_out_scores(m, persons, place) for m in found] for method, found in models.items()}
-        found = {method: [s["model"] for s in of_seeds] for method, of_seeds in scores.items()}
-        found |= {name: [scores["random"][0][name]] for name in ("pixels, pooled to 16x8", "chance")}
-        for method, metrics in found.items():
-            for key in ("mAP", "rank1"):
-                x = torch.tensor([m[key] for m in metrics])
-                spread = f" ± {x.std():.2f}" if len(x) > 1 else ""
-                rows.append((f"{place}: {method}, {key}", f"{x.mean():.2f}{spread}"))
-                if method in models:
-                    figures[f"{prefix}{method}_{key}"] = float(x.mean())
-    seen = 8 * ids // config.batch_size * config.batch_size
-    title = f"{MODEL} at {config.size[0]}x{config.size[1]}, {seen} images seen, {args.seeds} seeds; {common.machine()}"
-    common.report(title, rows, figures)
+
+def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
+    words = f"train {out}/persons --config {EXAMPLES}/bundled.yaml --model {MODEL} --size {SIZE[0]} {SIZE[1]} "
+    words += f"--epochs {epochs} --coarse-epochs 0 --seed {seed} --probe {out}/held-out --out {out}/{method}-{seed} "
+    return f"{words} --resume auto --workers 0 {METHODS[method]}".split()
+
+
+def finetuning(out: Path, method: str, seed: int, quick: bool) -> list[str]:
+    init = "random" if method == "random" else f"{out}/{method}-{seed}/export"
+    words = f"finetune {out}/persons --config {EXAMPLES}/bundled_reid.yaml --model {MODEL} --size {SIZE[0]}x{SIZE[1]} "
+    words += f"--init {init} --seed {seed} --out {out}/{method}_reid-{seed} --resume auto --workers 0"
+    return f"{words} {'--epochs 1' if quick else ''}".split()
+
+
+def run_all(commands: list[list[str]], jobs: int) -> None:
+    """Run commands of passreid, several at a time on a core each."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
+
+    def run(words: list[str]) -> None:
+        print("passreid", *words, flush=True)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if jobs > 1 else {}
+        subprocess.run([sys.executable, "-m", "passreid_models.cli", *words], check=True, env=environment, **quiet)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, commands))
+
+
+def measure(out: Path, test: Path, seeds: range) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """(mAP, Rank-1) of each seed, by method and descriptor."""
+    data = open_dataset(test)
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+
+    def score(method: str, descriptor: str, query: Tensor, gallery: Tensor) -> None:
+        q, g = data.query, data.gallery
+        m = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
+        found.setdefault(method, {}).setdefault(descriptor, []).append((100 * m.mAP, 100 * m.rank1))
+
+    images = [[Image.open(path).convert("RGB") for path in split.paths] for split in (data.query, data.gallery)]
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models = {"random": timm.create_model(MODEL, img_size=SIZE)}
+        for method in (*METHODS, "random_reid", "pass_reid"):
+            models[method] = timm.create_model(f"local-dir:{out}/{method}-{seed}/export", pretrained=True)
+        for method, model in models.items():
+            tokens = [Embedder(model, fusion="parts")(split).unflatten(1, (-1, model.embed_dim)) for split in images]
+            for name in FUSIONS if model.num_parts else FUSIONS[:1]:
+                score(method, name, *(fused(x, name) for x in tokens))
+    for name, describe in (("pixels", pooled), ("colours", colours)):
+        score(name, "", *(describe(split) for split in images))
+    generator = torch.Generator().manual_seed(0)
+    score("chance", "", *(torch.randn(len(split), 64, generator=generator) for split in images))
+    return found
+
+
+def fused(tokens: Tensor, name: str) -> Tensor:
+    g, m = tokens[:, 0], tokens[:, 1:].mean(1)  # [N, T, D]
+    return F.normalize({"CLS": g, "mean of parts": m, "cat": torch.cat([g, m], 1), "mean": g + m}[name], dim=1)
+
+
+def pooled(images: list[Image.Image]) -> Tensor:
+    return F.normalize(torch.tensor(np.stack([np.asarray(im.resize((8, 16))).ravel() for im in images])).float())
+
+
+def colours(images: list[Image.Image]) -> Tensor:
+    """Histograms of 512 colours in 8 bands of the middle, where the person is."""
+    x = np.stack([np.asarray(im.resize(SIZE[::-1]))[:, 12:52] for im in images]).reshape(len(images), 8, -1, 3) // 32
+    codes = (x[..., 0] * 8 + x[..., 1]) * 8 + x[..., 2]
+    counts = [[np.bincount(band, minlength=512) for band in image] for image in codes]
+    return F.normalize(torch.tensor(np.stack(counts).reshape(len(images), -1)).float().sqrt())
+
+
+def tables(found: dict[str, dict[str, list[tuple[float, float]]]], args: argparse.Namespace) -> None:
+    def cell(scores: list[tuple[float, float]]) -> str:
+        m, r = np.array(scores).T
+        return f"{m.mean():.1f} ± {m.std(ddof=1):.1f} / {r.mean():.1f}" if len(m) > 1 else f"{m[0]:.1f} / {r[0]:.1f}"
+
+    print(
+        f"\n{MODEL} at {SIZE[0]}x{SIZE[1]}, {args.seeds} seeds: mAP ± standard deviation / Rank-1; {common.machine()}\n"
+    )
+    print(f"| | {' | '.join(FUSIONS)} |\n| --- |{' --- |' * len(FUSIONS)}")
+    figures: dict[str, float | None] = {}
+    for method, of in found.items():
+        cells = [cell(of[name]) if name in of else "-" for name in FUSIONS] if "" not in of else [cell(of[""])]
+        print(f"| {method} | {' | '.join(cells)} |")
+        own = np.array(of.get("cat", of.get("CLS", of.get(""))))
+        figures[f"{method}_mAP"], figures[f"{method}_rank1"] = own.mean(0).tolist()
+        if len(own) > 1:
+            figures[f"{method}_mAP_std"] = float(own[:, 0].std(ddof=1))
+    print(json.dumps({name: round(value, 2) for name, value in figures.items() if value is not None}))
 
 
 if __name__ == "__main__":

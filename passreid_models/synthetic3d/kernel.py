@@ -66,6 +66,7 @@ def cast(scene: Scene, origin: wp.vec3, direction: wp.vec3) -> Hit:
     """The first surface that is there along a ray from the eye."""
     best = Hit()
     best.found = 0
+    best.material = -1
     best.distance = FAR
     for i in range(scene.ids.shape[0] - 1):
         begin = float(0.0)
@@ -174,17 +175,16 @@ def picture(scene: Scene, view: View, light: Light, image: wp.array2d(dtype=wp.v
         same = hit.material == material
         colour = wp.vec3(0.0, 0.0, 0.0)
         if hit.found == 0:
-            material = int(-1)
             a = wp.clamp(3.0 * direction[2], 0.0, 1.0)
             colour = light.horizon * (1.0 - a) + light.zenith * a
         else:
-            material = hit.material
             place = view.eye + direction * hit.distance
             if light.shadow > 0.0 and (s % 2 == 0 or not same):  # a pair of rays to one surface shares its shadow
                 sunny = 1.0
                 if wp.dot(hit.normal, light.sun) > -0.2 and shaded(scene, place + hit.normal * 0.012, light.sun):
                     sunny = 1.0 - light.shadow
             colour = lit(scene, light, hit, place, direction, sunny)
+        material = hit.material
         total += colour
         count += 1
         if s == 0:

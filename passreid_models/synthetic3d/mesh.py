@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,11 @@ __all__ = [
 Array = NDArray[np.floating]
 Colour = tuple[float, float, float]  # linear reflectance, 0 to 1
 
-# The kernel knows patterns and regions by their place in these lists.
+# The kernel knows patterns and regions by their place in these lists. Some patterns use fields of `Material` as theirs:
+#   gradient, blocks   seed: the height where they begin; period: how far they go
+#   skin               second: lips; third: hair; duty: how thick a beard is
+#   sole               period, duty: heights of the sole and of the toe cap, in the colours second and third
+#   strap              seed: 0 two straps of a backpack, else across the body from that side
 PATTERNS = (
     "plain", "stripes", "bars", "checks", "gradient", "blocks", "dots", "zigzag", "argyle", "camouflage", "denim",
     "side", "skin", "hair", "sole", "bricks", "tiles", "planks", "windows", "grass", "foliage", "plaster", "asphalt",
@@ -106,17 +111,22 @@ def quad(corner: Sequence[float], along: Sequence[float], up: Sequence[float], m
     return _of(np.array([c, c + a, c + a + b, c + b]), np.array([(0, 1, 2), (0, 2, 3)]), uv, material)
 
 
-def box(centre: Sequence[float], size: Sequence[float], material: Material, yaw: float = 0.0) -> Mesh:
-    """A box around `centre` with edges of `size`, turned by `yaw` radians about the vertical."""
-    edges = np.eye(3) * np.asarray(size, float)
-    sides = []
+@lru_cache
+def _cube() -> Mesh:
+    """With edges of 1: a side along (y, z), along (x, z) and along (x, y), and those across from them."""
+    edges, sides = np.eye(3), []
     for n in range(3):
         a, b = (edges[i] for i in range(3) if i != n)  # of upright sides, b is the vertical
-        for sign in (-1, 1):
-            sides.append(quad((sign * edges[n] - a - b) / 2, a, b, material))
-    mesh = merge(sides)
-    c, s = np.cos(yaw), np.sin(yaw)
-    return mesh.moved(np.array([(c, -s, 0, centre[0]), (s, c, 0, centre[1]), (0, 0, 1, centre[2])]))
+        sides += [quad((sign * edges[n] - a - b) / 2, a, b, Material()) for sign in (-1, 1)]
+    return merge(sides)
+
+
+def box(centre: Sequence[float], size: Sequence[float], material: Material, yaw: float = 0.0) -> Mesh:
+    """A box around `centre` with edges of `size`, turned by `yaw` radians about the vertical."""
+    cube, (c, s) = _cube(), (np.cos(yaw), np.sin(yaw))
+    points = cube.points * size @ np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)]) + centre
+    along = np.repeat([(1, 2), (0, 2), (0, 1)], 4, axis=0)  # the edges that u and v go along, of its 12 faces
+    return replace(cube, points=points, uv=cube.uv * np.asarray(size, float)[along][:, None], materials=[material])
 
 
 def cylinder(foot: Sequence[float], top: Sequence[float], radii: tuple[float, float], material: Material,

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from passreid_models.synthetic.attributes import stream
+from passreid_models.synthetic3d.fabrics import PATTERN_FAMILIES
 from passreid_models.synthetic3d.figure import Figure
 from passreid_models.synthetic3d.mesh import Array
 from passreid_models.synthetic3d.place import Place, clearance, place
@@ -34,14 +35,22 @@ def draw(
         k: Which of the images.
         size: (height, width) in pixels.
         patterns: The families of garment textures and prints, "train" or "held-out".
+
+    Raises:
+        ValueError: If a number is negative, or there are no such patterns.
     """
+    if min(seed, pid, camid, k) < 0 or patterns not in PATTERN_FAMILIES:
+        raise ValueError(
+            f"expected numbers from 0 on and patterns of {', '.join(PATTERN_FAMILIES)}, got seed {seed}, pid {pid}, "
+            f"camid {camid}, k {k} and patterns {patterns!r}"
+        )
     rng, scene = stream(seed, PICTURE, pid, camid, k), place(seed, camid)
     shown = [_stand(rng, seed, pid, patterns, *scene.stand(rng))]
     if rng.random() < 0.16:
         x, y, heading = shown[0].spot
-        aside = rng.choice((-1, 1)) * rng.uniform(0.35, 0.8) * scene.right[:2] + rng.uniform(-1, 1.2) * _flat(
-            scene.forward
-        )
+        away = rng.uniform(-1, 1.2)
+        side = rng.choice((-1, 1)) * rng.uniform(0.35 if abs(away) > 0.5 else 0.6, 0.85)
+        aside = side * _flat(scene.right) + away * _flat(scene.forward)
         x, y, heading = x + aside[0], y + aside[1], heading + rng.choice((0, np.pi)) + rng.normal(0, 0.3)
         passer = NOBODY + int(rng.integers(PASSERS))
         if clearance(np.array([(x, y)]), scene.solids)[0] > 0.3:
@@ -60,10 +69,12 @@ class _Standing:
     spot: tuple[float, float, float]
 
 
-@lru_cache(1 + PASSERS)
 def _figure(seed: int, pid: int, patterns: str) -> tuple[Figure, Solid]:
     figure = Figure(person(seed, pid, patterns))
     return figure, Solid(figure.mesh, figure.at, printed(figure.who.logo, patterns, LOGO))
+
+
+_person, _passer = lru_cache(2)(_figure), lru_cache(PASSERS)(_figure)  # identities come one after the other
 
 
 @lru_cache(256)
@@ -74,7 +85,7 @@ def _surroundings(seed: int, camid: int) -> Solid:
 def _stand(
     rng: np.random.Generator, seed: int, pid: int, patterns: str, x: float, y: float, heading: float
 ) -> _Standing:
-    figure, solid = _figure(seed, pid, patterns)
+    figure, solid = (_person if pid < NOBODY else _passer)(seed, pid, patterns)
     points, normals, feet = figure.stand(rng, (x, y), heading)
     solid.move(points, normals)
     return _Standing(solid, points, feet, (x, y, heading))

@@ -4,7 +4,7 @@ World coordinates are metres, z up, the ground at z = 0; a person with heading 0
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from passreid_models.synthetic3d.mesh import Array, Mesh, empty, merge
 from passreid_models.synthetic3d.scene import Scene
 from passreid_models.synthetic3d.surroundings import KINDS, surroundings
 
-__all__ = ["Imaging", "Place", "Sunlight", "place"]
+__all__ = ["Place", "clearance", "place"]
 
 PLACE = 41  # random streams of this module are (seed, PLACE, camid, n) with n of:
 LAYOUT, LIGHT, IMAGING, AIM = range(1, 5)
@@ -48,7 +48,6 @@ class Place:
     frame: tuple[float, float]
     light: Sunlight
     imaging: Imaging
-    indoor: bool
     solids: Array  # [S, 7]: x, y, half length, half width, yaw, bottom, top of what stands there
     clear: Array
     hidden: Array
@@ -70,7 +69,7 @@ def place(seed: int, camid: int) -> Place:
     """The place of a camera, from the arguments alone.
 
     Raises:
-        ValueError: If `seed` or `camid` is negative.
+        ValueError: If `seed` or `camid` is negative, or people are in view nowhere, which did not happen yet.
     """
     if seed < 0 or camid < 0:
         raise ValueError(f"the seed and camid of a place must not be negative, got seed {seed} and camid {camid}")
@@ -88,11 +87,12 @@ def place(seed: int, camid: int) -> Place:
         clear, hidden = _spots(rng, scene, solids, view)
         imaging = imaging_of(stream(seed, PLACE, camid, IMAGING), light, _lit(light, clear, solids))
         if best is None or len(clear) > len(best.clear):
-            best = Place(kind, empty(), *view, light, imaging, indoor, solids, clear, hidden)
+            best = Place(kind, empty(), *view, light, imaging, solids, clear, hidden)
         if len(clear) >= 0.15 * CANDIDATES:
             break
-    assert best is not None
-    return Place(**{**vars(best), "mesh": merge(scene.meshes)})
+    if best is None or not len(best.clear):
+        raise ValueError(f"seed {seed}, camid {camid}: nobody can be seen in this {kind}; give another seed")
+    return replace(best, mesh=merge(scene.meshes))
 
 
 View = tuple[Array, Array, Array, Array, float, tuple[float, float]]  # as in `Place`, from eye to frame

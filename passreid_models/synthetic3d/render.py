@@ -1,7 +1,7 @@
 """Meshes, a view and a light to an image of linear radiance."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from passreid_models.synthetic3d.surfaces import table_of
 __all__ = ["LOGO", "Solid", "Window", "render"]
 
 LOGO = 48  # pixels
+WINDOW = ("eye", "right", "down", "forward", "left", "top", "step")
+LIGHT = tuple(field.name for field in fields(Sunlight))
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,14 @@ def render(persons: Sequence[Solid], surroundings: Solid, window: Window, light:
     scene.logos = wp.array(np.ascontiguousarray(logos, np.float32), dtype=float, device="cpu")
     scene.feet = _vectors(feet)
     image = wp.zeros((window.rows, window.columns), dtype=wp.vec3, device="cpu")
-    inputs = [scene, _filled(kernel.View(), window), _filled(kernel.Light(), light)]
+    inputs = [scene, _filled(kernel.View(), window, WINDOW), _filled(kernel.Light(), light, LIGHT)]
     wp.launch(kernel.picture, (window.rows, window.columns), inputs, outputs=[image], device="cpu")
     return np.asarray(image.numpy())
 
 
-def _filled(struct: Any, values: Any) -> Any:
-    """A struct of warp's with the fields of a dataclass."""
-    for name in struct._cls.vars:
+def _filled(struct: Any, values: Any, names: Sequence[str]) -> Any:
+    """A struct of warp's with these fields of a dataclass."""
+    for name in names:
         value = getattr(values, name)
         setattr(struct, name, float(value) if np.ndim(value) == 0 else wp.vec3(*map(float, value)))
     return struct

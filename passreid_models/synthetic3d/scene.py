@@ -6,8 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from passreid_models.synthetic3d import mesh
-from passreid_models.synthetic3d.mesh import Array, Colour, Material, Mesh, cylinder, quad
+from passreid_models.synthetic3d.mesh import Array, Colour, Material, Mesh, box, cylinder, quad
 
 Triple = tuple[float, float, float]
 ACCENTS = np.array([  # signs, posters, doors: a few bright among dull ones
@@ -19,17 +18,6 @@ STONES = np.array([(0.36, 0.35, 0.33), (0.26, 0.25, 0.24), (0.42, 0.37, 0.3), (0
 LEAVES = np.array([(0.07, 0.14, 0.035), (0.05, 0.1, 0.04), (0.11, 0.15, 0.04), (0.15, 0.12, 0.04)])
 WOODS = np.array([(0.26, 0.16, 0.09), (0.18, 0.12, 0.08), (0.34, 0.25, 0.16), (0.2, 0.19, 0.17)])
 GLASS = (0.05, 0.06, 0.07)
-
-_UNIT = mesh.box((0, 0, 0), (1, 1, 1), Material())
-_EDGES = np.repeat([(1, 2), (0, 2), (0, 1)], 4, axis=0)  # of its 12 faces, along u and v
-
-
-def box(centre: Triple, size: Triple, material: Material, yaw: float = 0.0) -> Mesh:
-    """`mesh.box` from a template, for places have many."""
-    c, s = math.cos(yaw), math.sin(yaw)
-    points = _UNIT.points * size @ np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)]) + centre
-    uv = _UNIT.uv * np.asarray(size, float)[_EDGES][:, None]
-    return Mesh(points, _UNIT.faces, uv, _UNIT.material, _UNIT.region, [material])
 
 
 @lru_cache

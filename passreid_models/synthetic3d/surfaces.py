@@ -11,7 +11,7 @@ from passreid_models.synthetic3d.mesh import PATTERNS, REGIONS, Material
 
 __all__ = ["Pattern", "Region", "Surface", "kept", "noise", "table_of", "tint"]
 
-wp.config.log_level = wp.LOG_ERROR  # no word of its start and of every kernel
+wp.config.log_level = wp.LOG_ERROR  # no word of every kernel
 Pattern = IntEnum("Pattern", [name.upper() for name in PATTERNS], start=0)
 Region = IntEnum("Region", [name.upper() for name in REGIONS], start=0)
 

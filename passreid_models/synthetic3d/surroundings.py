@@ -174,7 +174,7 @@ def _room(scene: Scene, rng: np.random.Generator, height: float, floor: Material
         wall(scene, rng, corners[k], corners[(k + 1) % 4], height, details, indoor=True)
     for _ in range(int(rng.integers(3, 7))):
         at = rng.uniform((-x + 2, -y + 2), (x - 2, y - 2))
-        if min(np.abs(np.linalg.norm(p.mean(0) - at)) for p in scene.paths) > 2:
+        if min(distance_to(path, at) for path in scene.paths) > 1:
             pillar(scene, rng, float(at[0]), float(at[1]), 0, height)
 
 
@@ -191,10 +191,10 @@ def _hall(scene: Scene, rng: np.random.Generator) -> None:
         mat = Material(kind, shade(rng, INDOORS), joint, period=0.6, duty=0.04, shine=0.2)
         scene.patch(x, y, long, wide, mat, float(rng.choice((0, math.pi / 2))))
     for _ in range(2):  # counters
-        x, y = rng.uniform(scene.area[:2], scene.area[2:])
+        at = rng.uniform(scene.area[:2], scene.area[2:])
         front = Material("bars", shade(rng, ACCENTS), shade(rng, INDOORS), period=0.8, duty=0.5)
-        if min(float(np.abs(p.mean(0) - (x, y)).sum()) for p in scene.paths) > 4:
-            scene.block(float(x), float(y), (2.6, 0.7, 1.05), front, float(rng.choice((0, math.pi / 2))))
+        if min(distance_to(path, at) for path in scene.paths) > 2:
+            scene.block(float(at[0]), float(at[1]), (2.6, 0.7, 1.05), front, float(rng.choice((0, math.pi / 2))))
     things = dict(planter=2, bench=2.5, bin=1.5, board=2.5, machine=1.5, railing=2, crates=0.8, bollard=0.8)
     scatter(scene, rng, 16, 0.75, **things)
 

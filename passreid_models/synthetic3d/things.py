@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from passreid_models.synthetic.attributes import pick
-from passreid_models.synthetic3d.mesh import Array, Material, Mesh, cylinder, ellipsoid, merge, quad, triangulate
+from passreid_models.synthetic3d.mesh import Array, Material, Mesh, box, cylinder, ellipsoid, merge, quad, triangulate
 from passreid_models.synthetic3d.scene import (
     ACCENTS,
     GLASS,
@@ -15,7 +15,6 @@ from passreid_models.synthetic3d.scene import (
     STONES,
     WOODS,
     Scene,
-    box,
     darker,
     seed_of,
     shade,

@@ -56,8 +56,8 @@ def _detail(rng: np.random.Generator, name: str) -> tuple[Material, float, float
     if name == "poster":
         return Material("poster", colour, other, (0.58, 0.57, 0.54), 0.25, seed=seed), 0.6 + 0.6 * u, 0.8 + u, 0.8, None
     if name == "graffiti":
-        name, base = pick(rng, camouflage=2, zigzag=1, argyle=0.7, dots=0.5), shade(rng, WALLS)
-        spray = Material(name, base, colour, darker(base, 1.15), period=0.2 + 0.3 * u, seed=seed)
+        base = shade(rng, WALLS)
+        spray = Material("poster", base, colour, darker(base, 1.15), period=0.2 + 0.3 * u, seed=seed)
         return spray, 0.8 + 1.6 * u, 0.7 + 0.7 * u, 0.3, None
     if name == "pipe":
         return Material("plain", shade(rng, METALS)), 0.12, 3.0, 0.0, None

@@ -1,7 +1,6 @@
 """Who someone is: phenotype, clothes, hair and bags, as a function of (seed, pid)."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from passreid_models.synthetic3d.fabrics import PATTERN_FAMILIES, Dice, dye, fabric, near
@@ -45,7 +44,6 @@ class Person:
     logo: int  # the seed of what is printed on chest or back
 
 
-@lru_cache(256)
 def person(seed: int, pid: int, patterns: str = "train") -> Person:
     """The looks of an identity, from the arguments alone.
 

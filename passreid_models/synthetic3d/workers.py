@@ -15,7 +15,7 @@ from threading import Thread
 
 import torch
 
-__all__ = ["run_here", "run_in_processes"]
+__all__ = ["one_thread", "run_here", "run_in_processes"]
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -28,11 +28,18 @@ def run_here(work: Callable[[int], int], jobs: Sequence[int], done: Callable[[in
         jobs: What it is given.
         done: Told what it returns.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the processes: sums in another order would be other images
-    try:
+    with one_thread():
         for job in jobs:
             done(work(job))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """In here torch computes as in the processes: sums in another order could be other images."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -62,8 +69,8 @@ def run_in_processes(
             done(future.result())
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a process that draws died, perhaps of too little memory; what it wrote stays: the same command goes on,"
-            " with fewer workers if memory is short"
+            "a process that draws died; what it wrote stays, and the same command goes on. If memory is short, use "
+            'fewer workers; a script has to call from under `if __name__ == "__main__":`'
         ) from None
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
