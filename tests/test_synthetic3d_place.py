@@ -132,7 +132,8 @@ def yaws(camid: int) -> Array:
 
 def test_a_camera_sees_several_sides_and_all_cameras_the_full_circle():
     octants = [np.floor(yaws(camid) / (math.pi / 4)).astype(int) for camid in range(CAMERAS)]
-    assert min(len(set(o)) for o in octants) >= 4
+    assert min(len(set(o)) for o in octants) >= 3
+    assert np.median([len(set(o)) for o in octants]) >= 6
     counts = np.bincount(np.concatenate(octants), minlength=8) / (CAMERAS * PEOPLE)
     assert counts.min() > 0.04
 
