@@ -1,5 +1,7 @@
 """Who the 3-D persons are, what they wear and how they move; nothing here needs anny or warp."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -219,3 +221,14 @@ def test_exposure_white_balance_and_saturation_do_what_they_say():
     assert warm[0] > warm[1] + 5 > warm[2] + 10
     assert np.ptp(mean(red, saturation=0.2)) < 0.5 * np.ptp(mean(red))
     assert mean(gray * 50).max() <= 255
+
+
+def test_the_package_and_the_readers_of_datasets_do_without_anny_and_warp():
+    code = (
+        "import sys; sys.modules['anny'] = sys.modules['warp'] = None;"  # importing them would fail
+        "import passreid_models.synthetic3d, passreid_models.reid.evaluate, passreid_models.synthetic3d.dataset;"
+        "import passreid_models.synthetic3d.wardrobe, passreid_models.synthetic3d.place;"
+        "print(passreid_models.synthetic3d.write_market1501.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("write_market1501\n", "")
