@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument(
         "--patterns", choices=("train", "held-out"), default="train", help="textures of garments (default: %(default)s)"
     )
+    synth.add_argument("--place", choices=("street", "studio"), default="street", help="surroundings (%(default)s)")
     synth.add_argument("--workers", type=int, metavar="N", help="processes that draw (default: one a core)")
     synth.add_argument("--first-id", type=int, default=0, help="for persons that no other folder holds (%(default)s)")
     synth.set_defaults(run=_synth)
@@ -299,6 +300,7 @@ def _synth(args: argparse.Namespace) -> int:
         size=args.size,
         train_ids=args.train_ids,
         patterns=args.patterns,
+        place=args.place,
         first_id=args.first_id,
         workers=args.workers,
     )

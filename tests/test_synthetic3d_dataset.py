@@ -29,9 +29,11 @@ from passreid_models.synthetic3d.dataset import write_market1501
 SMALL = (32, 16)
 
 
-def cheap(seed: int, pid: int, camid: int, k: int, size: tuple[int, int], patterns: str) -> Image.Image:
+def cheap(
+    seed: int, pid: int, camid: int, k: int, size: tuple[int, int], patterns: str, where: str = "street"
+) -> Image.Image:
     """Noise of its own for each image."""
-    rng = np.random.default_rng([seed, pid, camid, k, patterns == "train"])
+    rng = np.random.default_rng([seed, pid, camid, k, patterns == "train", where == "street"])
     return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
@@ -136,7 +138,7 @@ def test_where_all_identities_train_there_are_no_other_folders_and_the_readers_t
 def test_the_marker_holds_the_whole_recipe_and_that_all_is_there(tmp_path):
     assert marker(write(tmp_path / "market", 4, 5, seed=3, quality=80)) == {
         "num_ids": 4, "images_per_id": 5, "cameras": 3, "sites": 1, "seed": 3, "size": [32, 16], "train_ids": 2,
-        "patterns": "train", "first_id": 0, "quality": 80, "generator": 1, "complete": True,
+        "patterns": "train", "place": "street", "first_id": 0, "quality": 80, "generator": 1, "complete": True,
         "libraries": {name: version(name) for name in ("anny", "warp-lang")},
     }  # fmt: skip
 
@@ -365,13 +367,13 @@ def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path,
 # ---- passreid synth: of a folder where all is there, so that nothing needs anny
 
 OPTIONS = ["--ids=4", "--images=5", "--cameras=3", "--sites=1", "--seed=2", "--train-ids=1", "--size=32x16",
-           "--patterns=held-out", "--first-id=6"]  # fmt: skip
+           "--patterns=held-out", "--place=studio", "--first-id=6"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cli") / "market"
-    return write(root, 4, 5, seed=2, train_ids=1, patterns="held-out", first_id=6)
+    return write(root, 4, 5, seed=2, train_ids=1, patterns="held-out", place="studio", first_id=6)
 
 
 def refused(capsys, *words: object) -> str:
@@ -391,7 +393,7 @@ def test_synth_says_what_is_in_the_folder(whole, capsys):
 
 
 @pytest.mark.parametrize("word", ["--ids=5", "--images=6", "--cameras=2", "--sites=2", "--seed=3", "--train-ids=2",
-                                  "--size=48x16", "--patterns=train", "--first-id=0"])  # fmt: skip
+                                  "--size=48x16", "--patterns=train", "--place=street", "--first-id=0"])  # fmt: skip
 def test_synth_hands_every_option_on(whole, word, capsys):
     option, value = word.split("=")
     key = {"--ids": "num_ids", "--images": "images_per_id"}.get(option, option[2:].replace("-", "_"))
@@ -401,7 +403,9 @@ def test_synth_hands_every_option_on(whole, word, capsys):
 def test_synth_tells_how_quickly_it_drew_and_what_was_there(whole, tmp_path):
     root = shutil.copytree(whole, tmp_path / "market")
     pictures(root)[0].unlink()
-    options = dict(cameras=3, seed=2, train_ids=1, size=SMALL, patterns="held-out", first_id=6, workers=0)
+    options = dict(
+        cameras=3, seed=2, train_ids=1, size=SMALL, patterns="held-out", place="studio", first_id=6, workers=0
+    )
     said = dataset.make_data(root, 4, 5, **options, draw=cheap)
     assert said.startswith("20 images of 4 3-D persons under 3 cameras -> ")
     assert said.endswith(" images/s, 19 were there)")

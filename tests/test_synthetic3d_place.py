@@ -202,3 +202,14 @@ def test_clearance_by_hand():
 def test_negative_numbers_are_refused_by_name(arguments):
     with pytest.raises(ValueError, match=rf"must not be negative, got seed {arguments[0]} and camid {arguments[1]}"):
         place(*arguments)
+
+
+def test_studios_are_alike_but_for_where_their_cameras_hang():
+    studios = [place(SEED, camid, "studio") for camid in range(8)]
+    assert {s.kind for s in studios} == {"studio"}
+    assert len({s.imaging for s in studios}) == 1
+    assert len({(s.light.sunlight, s.light.sky, s.light.horizon) for s in studios}) == 1
+    assert len({tuple(s.eye) for s in studios}) == len({s.light.sun for s in studios}) == 8
+    assert all(len(s.hidden) == 0 and len(s.clear) > 50 for s in studios)
+    with pytest.raises(ValueError, match="place must be one of street, studio, got 'beach'"):
+        place(SEED, 0, "beach")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from passreid_models.runtime import atomic_file, lock, num_cores
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic3d.fabrics import PATTERN_FAMILIES
+from passreid_models.synthetic3d.place import PLACES
 from passreid_models.synthetic3d.workers import one_thread, run_here, run_in_processes
 
 __all__ = ["GENERATOR", "MARKER", "make_data", "write_market1501"]
@@ -50,6 +51,7 @@ class _Recipe:
     size: tuple[int, int]
     train_ids: int
     patterns: str
+    place: str
     first_id: int
     quality: int
     generator: int = GENERATOR
@@ -64,6 +66,8 @@ class _Recipe:
         self.size = (_integer("size", self.size[0], 16), _integer("size", self.size[1], 16))
         if self.patterns not in PATTERN_FAMILIES:
             raise ValueError(f"patterns must be one of {', '.join(PATTERN_FAMILIES)}, got {self.patterns!r}")
+        if self.place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {self.place!r}")
         if self.quality > 100:
             raise ValueError(f"quality must be between 1 and 100, got {self.quality}")
         if self.train_ids > self.num_ids:
@@ -97,8 +101,8 @@ class _Recipe:
 
 def write_market1501(
     root: str | PathLike[str], num_ids: int, images_per_id: int, *, cameras: int = 8, sites: int = 1, seed: int = 0,
-    size: tuple[int, int] = (256, 128), train_ids: int | None = None, patterns: str = "train", first_id: int = 0,
-    workers: int | None = None, quality: int = 92, progress: bool = True, draw: Draw | None = None,
+    size: tuple[int, int] = (256, 128), train_ids: int | None = None, patterns: str = "train", place: str = "street",
+    first_id: int = 0, workers: int | None = None, quality: int = 92, progress: bool = True, draw: Draw | None = None,
 ) -> Path:  # fmt: skip
     """Write 3-D persons as JPEG files in the layout of Market-1501, and return the folder.
 
@@ -119,6 +123,8 @@ def write_market1501(
         train_ids: The first so many identities train, the others test; by default half.
         patterns: Of what is woven into garments or printed on them: the families `train`, or the `held-out` ones that
             those never show. Plain cloth, denim and side stripes are in both.
+        place: `street`, for streets, squares, parks, halls and garages; or `studio`, where all cameras have gray
+            surroundings and the same exposure, and viewpoints of their own.
         first_id: The first pid, to get identities that no other part of the world holds.
         workers: Processes that draw, by default one a core; 0 draws in this one. The images are the same. A script
             that has processes draw must call from under ``if __name__ == "__main__":``.
@@ -133,7 +139,7 @@ def write_market1501(
         ChildProcessError: If a process that draws died; what it had written stays.
     """
     train_ids = _integer("num_ids", num_ids, 1) // 2 if train_ids is None else train_ids
-    recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, first_id, quality)
+    recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, place, first_id, quality)
     workers = num_cores() if workers is None else _integer("workers", workers, 0)
     root, files = Path(root), recipe.files()
     if _present(root, recipe, files) == files and _marker(root)["complete"]:
@@ -189,7 +195,7 @@ def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:
     """Draw what is missing of an identity: all in one process, which computes the body once. Returns the images."""
     missing = [(camid, k, root / file) for camid, k, file in recipe.images(pid) if not (root / file).exists()]
     for camid, k, path in missing:
-        image = draw(recipe.seed, pid, camid, k, recipe.size, recipe.patterns)
+        image = draw(recipe.seed, pid, camid, k, recipe.size, recipe.patterns, recipe.place)
         with atomic_file(path) as temporary:
             image.save(temporary, quality=recipe.quality)
     return len(missing)

@@ -8,7 +8,7 @@ import numpy as np
 from passreid_models.synthetic.attributes import pick
 from passreid_models.synthetic3d.mesh import Array
 
-__all__ = ["Imaging", "Sunlight", "imaging_of", "light_of"]
+__all__ = ["Imaging", "Sunlight", "imaging_of", "light_of", "studio_light"]
 
 Triple = tuple[float, float, float]
 
@@ -68,6 +68,15 @@ def light_of(rng: np.random.Generator, indoor: bool) -> Sunlight:
         zenith=_triple(np.array(high) * tone),
         shadow=float(np.clip(shadow + rng.normal(0, 0.03), 0, 0.95)) if shadow else 0.0,
     )
+
+
+def studio_light(rng: np.random.Generator) -> tuple[Sunlight, Imaging]:
+    """Soft light from a side, before gray, and a camera that changes nothing: alike for all but for the side."""
+    azimuth = rng.uniform(0, 2 * math.pi)
+    sun = (0.6 * math.cos(azimuth), 0.6 * math.sin(azimuth), 0.8)
+    gray = (0.3, 0.3, 0.3)
+    light = Sunlight(sun, (0.5, 0.5, 0.5), (0.8, 0.8, 0.8), gray, gray, gray, shadow=0.25)
+    return light, Imaging(1.3, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, noise=1.0, blur=0.2, sharpen=0.0, jpeg=(85, 95))
 
 
 def imaging_of(rng: np.random.Generator, light: Sunlight, lit: float) -> Imaging:

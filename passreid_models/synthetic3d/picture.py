@@ -24,7 +24,13 @@ PASSERS = 24  # who may walk into the image
 
 
 def draw(
-    seed: int, pid: int, camid: int, k: int, size: tuple[int, int] = (256, 128), patterns: str = "train"
+    seed: int,
+    pid: int,
+    camid: int,
+    k: int,
+    size: tuple[int, int] = (256, 128),
+    patterns: str = "train",
+    where: str = "street",
 ) -> Image.Image:
     """The k-th image of a person in a camera; the arguments alone determine the pixels.
 
@@ -35,16 +41,17 @@ def draw(
         k: Which of the images.
         size: (height, width) in pixels.
         patterns: The families of garment textures and prints, "train" or "held-out".
+        where: The kind of the place, "street" or "studio".
 
     Raises:
-        ValueError: If a number is negative, or there are no such patterns.
+        ValueError: If a number is negative, or there are no such patterns or places.
     """
     if min(seed, pid, camid, k) < 0 or patterns not in PATTERN_FAMILIES:
         raise ValueError(
             f"expected numbers from 0 on and patterns of {', '.join(PATTERN_FAMILIES)}, got seed {seed}, pid {pid}, "
             f"camid {camid}, k {k} and patterns {patterns!r}"
         )
-    rng, scene = stream(seed, PICTURE, pid, camid, k), place(seed, camid)
+    rng, scene = stream(seed, PICTURE, pid, camid, k), place(seed, camid, where)
     shown = [_stand(rng, seed, pid, patterns, *scene.stand(rng))]
     if rng.random() < 0.16:
         x, y, heading = shown[0].spot
@@ -57,7 +64,7 @@ def draw(
             shown.append(_stand(rng, seed, passer, patterns, x, y, heading))
     window = _box(rng, scene, shown[0].points, size[0])
     feet = np.concatenate([s.feet for s in shown])
-    radiance = render([s.solid for s in shown], _surroundings(seed, camid), window, scene.light, feet)
+    radiance = render([s.solid for s in shown], _surroundings(seed, camid, where), window, scene.light, feet)
     return developed(rng, radiance, scene.imaging, size)
 
 
@@ -78,8 +85,8 @@ _person, _passer = lru_cache(2)(_figure), lru_cache(PASSERS)(_figure)  # identit
 
 
 @lru_cache(256)
-def _surroundings(seed: int, camid: int) -> Solid:
-    return Solid(place(seed, camid).mesh)
+def _surroundings(seed: int, camid: int, where: str) -> Solid:
+    return Solid(place(seed, camid, where).mesh)
 
 
 def _stand(

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from passreid_models.synthetic.attributes import pick, stream
-from passreid_models.synthetic3d.light import Imaging, Sunlight, imaging_of, light_of
+from passreid_models.synthetic3d.light import Imaging, Sunlight, imaging_of, light_of, studio_light
 from passreid_models.synthetic3d.mesh import Array, Mesh, empty, merge
 from passreid_models.synthetic3d.scene import Scene
 from passreid_models.synthetic3d.surroundings import KINDS, surroundings
 
-__all__ = ["Place", "clearance", "place"]
+__all__ = ["PLACES", "Place", "clearance", "place"]
+
+PLACES = ("street", "studio")
 
 PLACE = 41  # random streams of this module are (seed, PLACE, camid, n) with n of:
 LAYOUT, LIGHT, IMAGING, AIM = range(1, 5)
@@ -65,27 +67,38 @@ class Place:
 
 
 @lru_cache(256)
-def place(seed: int, camid: int) -> Place:
+def place(seed: int, camid: int, kind: str = "street") -> Place:
     """The place of a camera, from the arguments alone.
 
+    Args:
+        seed: Of the world.
+        camid: The camera.
+        kind: `street`, for streets, squares, parks, halls and garages in their light; or `studio`, where all cameras
+            have gray surroundings and the same exposure, and viewpoints of their own.
+
     Raises:
-        ValueError: If `seed` or `camid` is negative, or people are in view nowhere, which did not happen yet.
+        ValueError: If `seed` or `camid` is negative, there is no such kind, or people are in view nowhere, which did
+            not happen yet.
     """
     if seed < 0 or camid < 0:
         raise ValueError(f"the seed and camid of a place must not be negative, got seed {seed} and camid {camid}")
-    rng = stream(seed, PLACE, camid, LAYOUT)
-    kind = pick(rng, **KINDS)
+    if kind not in PLACES:
+        raise ValueError(f"place must be one of {', '.join(PLACES)}, got {kind!r}")
+    rng, studio = stream(seed, PLACE, camid, LAYOUT), kind == "studio"
+    kind = kind if studio else pick(rng, **KINDS)
     scene = surroundings(rng, kind)
     solids = np.array(scene.solids)
-    indoor = kind in ("hall", "garage")
-    light = light_of(stream(seed, PLACE, camid, LIGHT), indoor)
+    rng = stream(seed, PLACE, camid, LIGHT)
+    light, imaging = studio_light(rng) if studio else (light_of(rng, kind in ("hall", "garage")), None)
     rng = stream(seed, PLACE, camid, AIM)
     best: Place | None = None
     for turn in range(16):  # until enough is in view
         # Cameras that follow each other look from different sides, or a few of them would all see fronts.
         view = _aim(rng, scene, camid * 2.4 + rng.uniform(-0.4, 0.4) + turn * 1.1)
         clear, hidden = _spots(rng, scene, solids, view)
-        imaging = imaging_of(stream(seed, PLACE, camid, IMAGING), light, _lit(light, clear, solids))
+        if not studio:
+            imaging = imaging_of(stream(seed, PLACE, camid, IMAGING), light, _lit(light, clear, solids))
+        assert imaging is not None
         if best is None or len(clear) > len(best.clear):
             best = Place(kind, empty(), *view, light, imaging, solids, clear, hidden)
         if len(clear) >= 0.15 * CANDIDATES:

@@ -215,13 +215,21 @@ def _garage(scene: Scene, rng: np.random.Generator) -> None:
     scatter(scene, rng, 9, 0.75, bollard=2, bin=1.5, crates=2, board=1, machine=0.7, railing=1.5)
 
 
+def _studio(scene: Scene, rng: np.random.Generator) -> None:
+    """Gray ground, and nothing to see."""
+    scene.area = scene.bounds = (-8, -8, 8, 8)
+    scene.paths = _cross(rng, 5)
+    scene.floor(60, 60, Material(colour=(0.3, 0.3, 0.3)))
+    scene.takes(0, 99, 1, 1, 0, 0, 1)  # far away
+
+
 LAYOUTS: dict[str, Callable[[Scene, np.random.Generator], None]] = {
-    "street": _street, "square": _square, "park": _park, "hall": _hall, "garage": _garage,
+    "street": _street, "square": _square, "park": _park, "hall": _hall, "garage": _garage, "studio": _studio,
 }  # fmt: skip
 
 
 def surroundings(rng: np.random.Generator, kind: str) -> Scene:
-    """A scene of a kind in `KINDS`, in metres, its ground at z = 0."""
+    """A scene of a kind in `KINDS`, or a studio, in metres, its ground at z = 0."""
     scene = Scene()
     LAYOUTS[kind](scene, rng)
     return scene
