@@ -1,9 +1,9 @@
 """Does it learn? Retrieval of random weights, DINO, PASS and what fine-tuning makes of them, at equal budgets.
 
 Prints the tables of MODEL_CARD.md; the last line is JSON: METHOD_mAP, METHOD_rank1 and the spread METHOD_mAP_std, in
-percent, the mean over the seeds. All are trained on the same drawn persons for the same number of images, and
-evaluated on 200 others before other cameras, in patterns and prints that no training garment has (passreid synth draws
-both).
+percent, the mean over the seeds; studio_METHOD_mAP and so on for studios. All are pre-trained in studios on the same
+drawn persons for the same number of images, fine-tuned on streets, and evaluated on 200 other persons before other
+cameras, in patterns and prints that no training garment has (passreid synth draws them all).
 
     random, dino, pass          no training; one token and no parts; PASS with three parts
     pass_1, pass_5              PASS with one part and with five
@@ -36,13 +36,15 @@ from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder, evaluate
-from passreid_models.reid.datasets import open_dataset
+from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.synthetic3d.dataset import write_market1501
+from passreid_models.synthetic3d.place import PLACES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
 METHODS = {"dino": "--parts 0", "pass": "", "pass_1": "--parts 1", "pass_5": "--parts 5 --local-views 5"}
 FUSIONS = ("CLS", "mean of parts", "cat", "mean")
+Found = dict[str, dict[str, list[tuple[float, float]]]]
 
 
 def main() -> None:
@@ -59,53 +61,56 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         seeds = range(args.seeds)
-        write_market1501(out / "persons", args.ids, 10, train_ids=args.ids, sites=12, seed=1, size=SIZE)
-        test = write_market1501(
-            out / "held-out",
-            10 if args.quick else 200,
-            8,
-            cameras=4,
-            train_ids=0,
-            seed=0,
-            patterns="held-out",
-            size=SIZE,
-        )
+        for place in PLACES:
+            train = dict(train_ids=args.ids, sites=12, seed=1, place=place, size=SIZE)
+            write_market1501(out / place, args.ids, 10, **train)
+            test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=SIZE)
+            write_market1501(out / f"held-out-{place}", 10 if args.quick else 200, 8, **test)
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
         run_all([finetuning(out, m, s, args.quick) for s in seeds for m in ("pass", "random")], args.jobs)
-        measured = measure(out, test, seeds)
-    tables(measured, args)
+        print(f"\n{MODEL} at {SIZE[0]}x{SIZE[1]}, {args.seeds} seeds, mAP ± standard deviation; {common.machine()}")
+        figures: dict[str, float | None] = {}
+        for place in PLACES:
+            found = measure(out, open_dataset(out / f"held-out-{place}"), seeds)
+            figures |= table(found, place, "" if place == "street" else f"{place}_")
+        curve(out, seeds, 10 * args.ids)
+    print(json.dumps({name: round(value, 2) for name, value in figures.items() if value is not None}))
 
 
 def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
-    words = f"train {out}/persons --config {EXAMPLES}/bundled.yaml --model {MODEL} --size {SIZE[0]} {SIZE[1]} "
-    words += f"--epochs {epochs} --coarse-epochs 0 --seed {seed} --probe {out}/held-out --out {out}/{method}-{seed} "
+    words = f"train {out}/studio --config {EXAMPLES}/bundled.yaml --model {MODEL} --size {SIZE[0]} {SIZE[1]} "
+    words += (
+        f"--epochs {epochs} --coarse-epochs 0 --seed {seed} --probe {out}/held-out-studio --out {out}/{method}-{seed} "
+    )
     return f"{words} --resume auto --workers 0 {METHODS[method]}".split()
 
 
 def finetuning(out: Path, method: str, seed: int, quick: bool) -> list[str]:
     init = "random" if method == "random" else f"{out}/{method}-{seed}/export"
-    words = f"finetune {out}/persons --config {EXAMPLES}/bundled_reid.yaml --model {MODEL} --size {SIZE[0]}x{SIZE[1]} "
+    words = f"finetune {out}/street --config {EXAMPLES}/bundled_reid.yaml --model {MODEL} --size {SIZE[0]}x{SIZE[1]} "
     words += f"--init {init} --seed {seed} --out {out}/{method}_reid-{seed} --resume auto --workers 0"
-    return f"{words} {'--epochs 1' if quick else ''}".split()
+    return f"{words} {'--epochs 1 --ids-per-batch 4' if quick else ''}".split()
 
 
 def run_all(commands: list[list[str]], jobs: int) -> None:
-    """Run commands of passreid, several at a time on a core each."""
+    """Run commands of passreid, several at a time on a core each; what they print goes to a file beside their run."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
 
     def run(words: list[str]) -> None:
         print("passreid", *words, flush=True)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if jobs > 1 else {}
-        subprocess.run([sys.executable, "-m", "passreid_models.cli", *words], check=True, env=environment, **quiet)
+        log = Path(words[words.index("--out") + 1] + ".log")
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "passreid_models.cli", *words]
+            if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
+                raise SystemExit(f"{log}: {log.read_text().splitlines()[-1]}")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, commands))
 
 
-def measure(out: Path, test: Path, seeds: range) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def measure(out: Path, data: ReIDDataset, seeds: range) -> Found:
     """(mAP, Rank-1) of each seed, by method and descriptor."""
-    data = open_dataset(test)
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    found: Found = {}
 
     def score(method: str, descriptor: str, query: Tensor, gallery: Tensor) -> None:
         q, g = data.query, data.gallery
@@ -119,7 +124,8 @@ def measure(out: Path, test: Path, seeds: range) -> dict[str, dict[str, list[tup
         for method in (*METHODS, "random_reid", "pass_reid"):
             models[method] = timm.create_model(f"local-dir:{out}/{method}-{seed}/export", pretrained=True)
         for method, model in models.items():
-            tokens = [Embedder(model, fusion="parts")(split).unflatten(1, (-1, model.embed_dim)) for split in images]
+            embed = Embedder(model, fusion="parts" if model.num_parts else None)
+            tokens = [embed(split).unflatten(1, (-1, model.embed_dim)) for split in images]  # [N, T, D]
             for name in FUSIONS if model.num_parts else FUSIONS[:1]:
                 score(method, name, *(fused(x, name) for x in tokens))
     for name, describe in (("pixels", pooled), ("colours", colours)):
@@ -130,7 +136,7 @@ def measure(out: Path, test: Path, seeds: range) -> dict[str, dict[str, list[tup
 
 
 def fused(tokens: Tensor, name: str) -> Tensor:
-    g, m = tokens[:, 0], tokens[:, 1:].mean(1)  # [N, T, D]
+    g, m = tokens[:, 0], tokens[:, 1:].mean(1)
     return F.normalize({"CLS": g, "mean of parts": m, "cat": torch.cat([g, m], 1), "mean": g + m}[name], dim=1)
 
 
@@ -146,24 +152,36 @@ def colours(images: list[Image.Image]) -> Tensor:
     return F.normalize(torch.tensor(np.stack(counts).reshape(len(images), -1)).float().sqrt())
 
 
-def tables(found: dict[str, dict[str, list[tuple[float, float]]]], args: argparse.Namespace) -> None:
-    def cell(scores: list[tuple[float, float]]) -> str:
-        m, r = np.array(scores).T
-        return f"{m.mean():.1f} ± {m.std(ddof=1):.1f} / {r.mean():.1f}" if len(m) > 1 else f"{m[0]:.1f} / {r[0]:.1f}"
-
-    print(
-        f"\n{MODEL} at {SIZE[0]}x{SIZE[1]}, {args.seeds} seeds: mAP ± standard deviation / Rank-1; {common.machine()}\n"
-    )
-    print(f"| | {' | '.join(FUSIONS)} |\n| --- |{' --- |' * len(FUSIONS)}")
+def table(found: Found, place: str, prefix: str) -> dict[str, float | None]:
+    """Print mAP and Rank-1 on a place; returns the figures of each method's own descriptor."""
+    print(f"\n| {place} | {' | '.join(FUSIONS)} |\n| --- |{' --- |' * len(FUSIONS)}")
     figures: dict[str, float | None] = {}
     for method, of in found.items():
         cells = [cell(of[name]) if name in of else "-" for name in FUSIONS] if "" not in of else [cell(of[""])]
         print(f"| {method} | {' | '.join(cells)} |")
         own = np.array(of.get("cat", of.get("CLS", of.get(""))))
-        figures[f"{method}_mAP"], figures[f"{method}_rank1"] = own.mean(0).tolist()
+        figures[f"{prefix}{method}_mAP"], figures[f"{prefix}{method}_rank1"] = own.mean(0).tolist()
         if len(own) > 1:
-            figures[f"{method}_mAP_std"] = float(own[:, 0].std(ddof=1))
-    print(json.dumps({name: round(value, 2) for name, value in figures.items() if value is not None}))
+            figures[f"{prefix}{method}_mAP_std"] = float(own[:, 0].std(ddof=1))
+    return figures
+
+
+def cell(scores: list[tuple[float, float]]) -> str:
+    m, r = np.array(scores).T
+    return f"{m.mean():.1f} ± {m.std(ddof=1):.1f} / {r.mean():.1f}" if len(m) > 1 else f"{m[0]:.1f} / {r[0]:.1f}"
+
+
+def curve(out: Path, seeds: range, images: int) -> None:
+    """Print mAP in the studio, every image a query, after each epoch."""
+    print(f"\n| images seen | {' | '.join(METHODS)} |\n| --- |{' --- |' * len(METHODS)}")
+    rows: dict[int, dict[str, list[float]]] = {}
+    for method in METHODS:
+        for seed in seeds:
+            for line in (out / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines():
+                if "probe_mAP" in (record := json.loads(line)):
+                    rows.setdefault(round(record["epoch"]), {}).setdefault(method, []).append(record["probe_mAP"])
+    for epoch, of in rows.items():
+        print(f"| {epoch * images:,} | {' | '.join(f'{np.mean(of[m]):.1f}' for m in METHODS)} |")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 The settings are those of bundled.yaml and bundled_reid.yaml beside this file; on a GPU give --settings a copy with a
 larger batch_size and more epochs. Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
 
-WORK/persons/      what passreid synth draws to train on, 96 cameras
-WORK/held-out/     other persons before other cameras, in patterns and prints that no training garment has
-WORK/tiny/         the run of passreid-train, without labels
-WORK/tiny-reid/    the run of passreid finetune that begins with it: the labels of drawn persons cost nothing
+WORK/studio/, WORK/street/    what passreid synth draws to train on, before 96 cameras each
+WORK/held-out-studio/, ...    other persons before other cameras, in patterns and prints that no training garment has
+WORK/tiny/         the run of passreid-train, on the studio: what two views of an image share, and other images do not,
+                   is what self-distillation learns first, and on a street that is the background
+WORK/tiny-reid/    the run of passreid finetune that begins with it, on the street: labels of drawn persons cost nothing
 WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json; with --split in pieces
                    below 16 MiB, to be joined by: cat model.safetensors.* > model.safetensors
 """
@@ -32,6 +33,7 @@ from passreid_models.runtime import atomic_file
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.loop import train
 from passreid_models.synthetic3d.dataset import write_market1501
+from passreid_models.synthetic3d.place import PLACES
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.loop import Stopped
 
@@ -45,10 +47,12 @@ PIECE = 15 * 2**20
 
 def main(args):
     settings, reid_settings = (yaml.safe_load(file.read_text()) for file in (args.settings, args.reid_settings))
-    persons = write_market1501(args.work / "persons", args.ids, 10, train_ids=args.ids, sites=12, seed=1)
-    write_market1501(args.work / "held-out", args.test_ids, 8, cameras=4, train_ids=0, seed=0, patterns="held-out")
+    for place in PLACES:
+        write_market1501(args.work / place, args.ids, 10, train_ids=args.ids, sites=12, seed=1, place=place)
+        others = dict(cameras=4, train_ids=0, seed=0, place=place, patterns="held-out")
+        write_market1501(args.work / f"held-out-{place}", args.test_ids, 8, **others)
     model, run = f"pass_vit_{args.size}_patch16", args.work / args.size
-    values = {"data": str(persons), "model": model, "resume": "auto", "save_minutes": 2}
+    values = {"data": str(args.work / "studio"), "model": model, "resume": "auto", "save_minutes": 2}
     init = {}
     if args.widen:
         init = {"init": str(args.work / "small-start.pt")}
@@ -56,7 +60,7 @@ def main(args):
             widen(args.work / "tiny", Path(init["init"]))
     export = train(TrainConfig.from_dict(settings | values | init | {"out": str(run)}))
     pack(args, export, f"{model}.synth")
-    values |= {"init": str(export), "out": f"{run}-reid"}
+    values |= {"data": str(args.work / "street"), "init": str(export), "out": f"{run}-reid"}
     export = finetune(FinetuneConfig.from_dict(reid_settings | values))
     pack(args, export, f"{model}.synth_reid")
 
@@ -97,12 +101,14 @@ def pack(args, export, name):
     """Write the weights as they are bundled, and what they are worth on the persons that were held out."""
     folder = args.work / name
     model = timm.create_model(f"local-dir:{export}", pretrained=True, img_size=(256, 128))
-    info, scores = {"provenance": json.loads((export / "config.json").read_text())["provenance"]}, {}
+    info = {"provenance": json.loads((export / "config.json").read_text())["provenance"]}
+    scores = {place: {} for place in PLACES}
     for precision in ("float32", "float16"):
         save_pretrained(model, folder, info=info, half=precision == "float16", overwrite=True)
-        found = evaluate_model(args.work / "held-out", str(folder), cache=False).to_dict()
-        scores[precision] = {key: found[key] for key in ("mAP", "rank1")}
-        print(f"{name}, stored as {precision}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True)
+        for place in PLACES:
+            found = evaluate_model(args.work / f"held-out-{place}", str(folder), cache=False).to_dict()
+            scores[place][precision] = {key: found[key] for key in ("mAP", "rank1")}
+            print(f"{name} as {precision}, {place}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True)
     claim_tag(folder / "config.json", name.partition(".")[2])
     (folder / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
     if args.split:

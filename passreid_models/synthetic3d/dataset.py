@@ -126,8 +126,8 @@ def write_market1501(
         place: `street`, for streets, squares, parks, halls and garages; or `studio`, where all cameras have gray
             surroundings and the same exposure, and viewpoints of their own.
         first_id: The first pid, to get identities that no other part of the world holds.
-        workers: Processes that draw, by default one a core; 0 draws in this one. The images are the same. A script
-            that has processes draw must call from under ``if __name__ == "__main__":``.
+        workers: Processes that draw, by default one a core, 1.2 GB each; 0 draws in this one. The images are the same.
+            A script that has processes draw must call from under ``if __name__ == "__main__":``.
         quality: Of the JPEG files.
         progress: Show it, where stderr is a terminal.
         draw: Private, for tests: what draws an image, as `picture.draw` does; a function of a module.
