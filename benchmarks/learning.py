@@ -157,7 +157,7 @@ def table(found: Found, place: str, prefix: str) -> dict[str, float | None]:
     print(f"\n| {place} | {' | '.join(FUSIONS)} |\n| --- |{' --- |' * len(FUSIONS)}")
     figures: dict[str, float | None] = {}
     for method, of in found.items():
-        cells = [cell(of[name]) if name in of else "-" for name in FUSIONS] if "" not in of else [cell(of[""])]
+        cells = [cell(of[name]) if name in of else "-" for name in (FUSIONS if "" not in of else ("", "-", "-", "-"))]
         print(f"| {method} | {' | '.join(cells)} |")
         own = np.array(of.get("cat", of.get("CLS", of.get(""))))
         figures[f"{prefix}{method}_mAP"], figures[f"{prefix}{method}_rank1"] = own.mean(0).tolist()
