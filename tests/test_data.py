@@ -266,7 +266,7 @@ def test_workers_leave_the_signals_of_the_process_group_to_the_training_process(
     before = set(multiprocessing.active_children())
     loader = make_loader(dataset(), StepSampler(N, BATCH, 40, seed=5), workers=2, pin_memory=False)
     with closing(batches_on(CPU, loader)) as batches:
-        taken = [next(batches)]  # two were loaded, so that both workers are at work
+        taken = [next(batches), next(batches)]  # one of each worker, so that both are at work
         for worker in set(multiprocessing.active_children()) - before:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(worker.pid, signum)
