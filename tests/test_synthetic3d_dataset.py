@@ -220,6 +220,7 @@ def wait_for(happened: Callable[[], bool]) -> bool:
     return happened()
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_goes_on_to_the_same_bytes(uninterrupted, tmp_path):
     root = tmp_path / "market"
     with Child(run_slowly, root, folder=tmp_path / "printed") as child:
@@ -238,7 +239,9 @@ def test_a_killed_run_leaves_no_process_and_goes_on_to_the_same_bytes(uninterrup
     assert content(root) == uninterrupted
 
 
-@pytest.mark.parametrize("images", [-1, 10], ids=["while workers start", "in the midst"])
+@pytest.mark.parametrize(
+    "images", [-1, pytest.param(10, marks=pytest.mark.slow)], ids=["while workers start", "in the midst"]
+)
 def test_ctrl_c_ends_all_processes_at_once_without_noise_and_the_folder_goes_on(uninterrupted, tmp_path, images):
     root = tmp_path / "market"
     with Child(run_slowly, root, folder=tmp_path / "printed") as child:
