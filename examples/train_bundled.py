@@ -47,17 +47,19 @@ PIECE = 15 * 2**20
 
 def main(args):
     settings, reid_settings = (yaml.safe_load(file.read_text()) for file in (args.settings, args.reid_settings))
+    init = {}
+    if args.widen:
+        init = {"init": str(args.work / "small-start.pt")}
+        if not Path(init["init"]).exists():
+            if RunFolder(args.work / "tiny").latest() is None:
+                raise SystemExit(f"--widen: {args.work / 'tiny'} holds no run: make tiny in the same --work first")
+            widen(args.work / "tiny", Path(init["init"]))
     for place in PLACES:
         write_market1501(args.work / place, args.ids, 10, train_ids=args.ids, sites=12, seed=1, place=place)
         others = dict(cameras=4, train_ids=0, seed=0, place=place, patterns="held-out")
         write_market1501(args.work / f"held-out-{place}", args.test_ids, 8, **others)
     model, run = f"pass_vit_{args.size}_patch16", args.work / args.size
     values = {"data": str(args.work / "studio"), "model": model, "resume": "auto", "save_minutes": 2}
-    init = {}
-    if args.widen:
-        init = {"init": str(args.work / "small-start.pt")}
-        if not Path(init["init"]).exists():
-            widen(args.work / "tiny", Path(init["init"]))
     export = train(TrainConfig.from_dict(settings | values | init | {"out": str(run)}))
     pack(args, export, f"{model}.synth")
     values |= {"data": str(args.work / "street"), "init": str(export), "out": f"{run}-reid"}
