@@ -18,7 +18,7 @@ from pathlib import Path
 
 from passreid_models.embed import SUFFIXES
 from passreid_models.synthetic.dataset import MARKER
-from passreid_models.synthetic3d.dataset import MARKER as MARKER_3D
+from passreid_models.synthetic3d import MARKER as MARKER_3D
 
 __all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "images_below", "read_csv", "read_folder", "read_tree"]
 

@@ -14,10 +14,15 @@ from PIL import Image
 from passreid_models.synthetic.scene import PLACES, draw
 
 MARKER = "synthetic_persons.json"
-_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 
-def _at_least(lowest: int, **given: int) -> None:
+def market1501_file(folder: str, pid: int, camid: int, k: int, site: int = 0) -> str:
+    """Where the k-th image of an identity in a camera is, below the dataset's folder."""
+    return f"{folder}/{pid + 1:04d}_c{camid + 1}s{site + 1}_{k:06d}_01.jpg"
+
+
+def at_least(lowest: int, **given: int) -> None:
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
             raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
@@ -43,8 +48,8 @@ class SyntheticPersons:
 
     def __init__(self, num_ids: int, images_per_id: int = 8, cameras: int = 4, seed: int = 0,
                  size: tuple[int, int] = (256, 128), first_id: int = 0, place: str = "street") -> None:  # fmt: skip
-        _at_least(1, num_ids=num_ids, images_per_id=images_per_id, cameras=cameras)
-        _at_least(0, seed=seed, first_id=first_id)
+        at_least(1, num_ids=num_ids, images_per_id=images_per_id, cameras=cameras)
+        at_least(0, seed=seed, first_id=first_id)
         if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 16:
             raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {size!r}")
         if place not in PLACES:
@@ -95,7 +100,7 @@ class SyntheticPersons:
             FileExistsError: If the folder holds anything else.
         """
         train_ids = self.num_ids // 2 if train_ids is None else train_ids
-        _at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
+        at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
         if train_ids > self.num_ids:
             raise ValueError(f"train_ids must be between 0 and num_ids = {self.num_ids}, got {train_ids}")
         if not 2 <= self.cameras <= 9 or self.images_per_id < self.cameras + 2:
@@ -109,7 +114,7 @@ class SyntheticPersons:
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished, old = (root.parent / f".{root.name}.{os.getpid()}.{state}" for state in ("unfinished", "old"))
         try:
-            for folder in _FOLDERS:
+            for folder in FOLDERS:
                 (unfinished / folder).mkdir(parents=True)
             save = partial(_save, self.seed, self.size, self.place, unfinished, quality)
             if workers > 0:
@@ -131,7 +136,7 @@ class SyntheticPersons:
         if root.exists() and not root.is_dir():
             raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
         names = {path.name for path in root.iterdir()} if root.exists() else set()
-        if names and (MARKER not in names or names - {*_FOLDERS, MARKER}):
+        if names and (MARKER not in names or names - {*FOLDERS, MARKER}):
             raise FileExistsError(
                 f"{root} holds files that write_market1501 did not write; give a new or an empty folder"
             )
@@ -143,7 +148,7 @@ class SyntheticPersons:
             folder = (
                 "bounding_box_train" if pid - self.first_id < train_ids else ("bounding_box_test" if k else "query")
             )
-            yield pid, camid, k, f"{folder}/{pid + 1:04d}_c{camid + 1}s1_{k:06d}_01.jpg"
+            yield pid, camid, k, market1501_file(folder, pid, camid, k)
         for i in range(distractors):
             camid = i % self.cameras
             yield (1 << 42) + i, camid, 0, f"bounding_box_test/0000_c{camid + 1}s1_{i:06d}_01.jpg"

@@ -14,7 +14,9 @@ Needs the extra ``[synth3d]``: anny's parametric body and warp, which casts the 
 
 from typing import Any
 
-__all__ = ["draw", "write_market1501"]
+__all__ = ["MARKER", "draw", "write_market1501"]
+
+MARKER = "synthetic3d.json"  # in a folder of such persons: how they were drawn
 
 
 def __getattr__(name: str) -> Any:  # anny and warp are imported when an image is drawn

@@ -100,7 +100,7 @@ class Body:
         weights, bones = self.model.vertex_bone_weights, self.model.vertex_bone_indices
         most = bones.gather(1, weights.argmax(1, keepdim=True))[:, 0].numpy()
         region = np.array([REGIONS.index(_region_of(name)) for name in self.names], np.int32)[most]
-        suit = np.unique(self.faces["helper-tights"])
+        suit = self.suit
         region[suit[region[suit] == REGIONS.index("head")]] = REGIONS.index("torso")  # its collar
         region[suit[region[suit] == REGIONS.index("hand")]] = REGIONS.index("arm")
         region[np.unique(self.faces["helper-skirt"])] = REGIONS.index("torso")
@@ -110,9 +110,13 @@ class Body:
     @cached_property
     def soles(self) -> list[NDArray[np.int64]]:
         """The vertices of the suit under the right and under the left foot."""
-        suit = np.unique(self.faces["helper-tights"])
-        low = suit[self.at[suit, 2] < -0.79]
+        low = self.suit[self.at[self.suit, 2] < -0.79]
         return [low[self.at[low, 0] * side > 0] for side in (-1, 1)]
+
+    @cached_property
+    def suit(self) -> NDArray[np.int64]:
+        """The vertices of the tight suit."""
+        return np.unique(self.faces["helper-tights"])
 
     @cached_property
     def skin(self) -> NDArray[np.int64]:
@@ -141,7 +145,7 @@ class Body:
     @cached_property
     def back(self) -> float:
         """y of the standard body's back, metres."""
-        suit = self.at[np.unique(self.faces["helper-tights"])]
+        suit = self.at[self.suit]
         return float(suit[(suit[:, 2] > 0.2) & (suit[:, 2] < 0.5), 1].max())
 
     @cached_property

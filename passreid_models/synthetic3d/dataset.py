@@ -17,13 +17,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import Timeout
 from PIL import Image
 from tqdm import tqdm
 
 from passreid_models.runtime import atomic_file, lock, num_cores
 from passreid_models.synthetic.attributes import stream
+from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
+from passreid_models.synthetic3d import MARKER
 from passreid_models.synthetic3d.fabrics import PATTERN_FAMILIES
 from passreid_models.synthetic3d.place import PLACES
 from passreid_models.synthetic3d.workers import one_thread, run_here, run_in_processes
@@ -32,8 +33,7 @@ __all__ = ["GENERATOR", "MARKER", "make_data", "write_market1501"]
 
 SITE = 24  # the random stream
 GENERATOR = 1  # raise it when the same recipe gives other images: folders of an older one are then not continued
-MARKER = "synthetic3d.json"
-FOLDERS = TRAIN, QUERY, GALLERY = ("bounding_box_train", "query", "bounding_box_test")
+TRAIN, QUERY, GALLERY = FOLDERS
 LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # of atomic_file, after a kill
 
 Draw = Callable[..., Image.Image]
@@ -90,7 +90,7 @@ class _Recipe:
             k, camid = divmod(nth, self.cameras)
             site = int(stream(self.seed, SITE, pid, camid).integers(self.sites))
             folder = TRAIN if pid - self.first_id < self.train_ids else GALLERY if k else QUERY
-            yield site * self.cameras + camid, k, f"{folder}/{pid + 1:04d}_c{camid + 1}s{site + 1}_{k:06d}_01.jpg"
+            yield site * self.cameras + camid, k, market1501_file(folder, pid, camid, k, site)
 
     def files(self) -> set[str]:
         return {file for pid in self.pids for _, _, file in self.images(pid)}
@@ -315,6 +315,5 @@ def _count(root: Path) -> int:
 
 
 def _integer(name: str, value: Any, lowest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < lowest:
-        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+    at_least(lowest, **{name: value})
     return int(value)

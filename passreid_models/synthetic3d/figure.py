@@ -25,7 +25,7 @@ class Figure:
         self.shape: Shape = self.body.shape(**who.phenotype)
         rest = self.shape.vertices[0].numpy()
         normals = self.body.normals(rest)
-        layers = dressed(who, self.body, rest)
+        layers = dressed(who, self.body, rest, normals)
         self.height = float(np.ptp(rest[self.body.skin, 2]))
         faces = np.concatenate([layer.faces for layer in layers])
         self.at = self.body.at[faces]

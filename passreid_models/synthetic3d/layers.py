@@ -26,14 +26,14 @@ class Layer:
     material: Material
 
 
-def dressed(who: Person, body: Body, rest: Array) -> list[Layer]:
-    """The layers of a person whose unposed vertices are [V, 3], from the skin outwards."""
-    return _Dresser(who, body, rest).layers
+def dressed(who: Person, body: Body, rest: Array, normals: Array) -> list[Layer]:
+    """The layers of a person whose unposed vertices and their normals are [V, 3], from the skin outwards."""
+    return _Dresser(who, body, rest, normals).layers
 
 
 class _Dresser:
-    def __init__(self, who: Person, body: Body, rest: Array) -> None:
-        self.who, self.body, self.rest, self.normals = who, body, rest, body.normals(rest)
+    def __init__(self, who: Person, body: Body, rest: Array, normals: Array) -> None:
+        self.who, self.body, self.rest, self.normals = who, body, rest, normals
         self.suit, self.skirt, self.height = body.faces["helper-tights"], body.faces["helper-skirt"], body.at[:, 2]
         self.layers = [Layer(body.faces[f"helper-{side}-eye"], self.flat(0.0), EYE) for side in "lr"]
         self.layers.append(Layer(self.bare(), self.flat(0.0), who.skin))
@@ -106,14 +106,16 @@ class _Dresser:
         """Adds the top; returns its surface [V] and about how thick it is, metres."""
         top = self.who.upper
         surface = self.draped(self.hanging(top, 0.011), 0.011, int(300 * top.loose))
+        self.add_top(top, surface)
+        return surface, 0.013 + top.loose
+
+    def add_top(self, top: Garment, surface: Array) -> None:
         hem = max(top.material.hem, CROTCH)
         self.layers.append(Layer(self.above(self.trunk, hem), surface, replace(top.material, hem=hem)))
-        return surface, 0.013 + top.loose
 
     def outer(self, top: Garment, under: Array, thickness: float) -> Array:
         surface = self.draped(self.hanging(top, thickness + 0.006), under + 0.006, 14)
-        hem = max(top.material.hem, CROTCH)
-        self.layers.append(Layer(self.above(self.trunk, hem), surface, replace(top.material, hem=hem)))
+        self.add_top(top, surface)
         if top.kind == "coat":
             out = self.draped(self.flat(thickness + 0.7 * top.loose), thickness, 10)
             self.layers.append(Layer(self.skirt, out, replace(top.material, top=0.1)))

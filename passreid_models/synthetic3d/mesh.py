@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "PATTERNS", "REGIONS", "Array", "Colour", "Material", "Mesh",
-    "box", "cylinder", "ellipsoid", "empty", "merge", "quad", "triangulate",
+    "box", "cylinder", "ellipsoid", "merge", "quad", "triangulate",
 ]  # fmt: skip
 
 Array = NDArray[np.floating]
@@ -71,13 +71,10 @@ class Mesh:
     region: NDArray[np.int32]
     materials: list[Material] = field(default_factory=list)
 
-    def moved(self, matrix: Array) -> "Mesh":
-        """The mesh under an affine map [3, 4] or [4, 4]."""
-        return replace(self, points=self.points @ matrix[:3, :3].T + matrix[:3, 3])
-
-
-def empty() -> Mesh:
-    return Mesh(np.zeros((0, 3)), np.zeros((0, 3), np.int32), np.zeros((0, 3, 2)), *np.zeros((2, 0), np.int32))
+    def placed(self, x: float, y: float, yaw: float) -> "Mesh":
+        """The mesh turned by `yaw` radians about the vertical and moved along the ground."""
+        c, s = np.cos(yaw), np.sin(yaw)
+        return replace(self, points=self.points @ np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)]) + (x, y, 0))
 
 
 def merge(meshes: Sequence[Mesh]) -> Mesh:

@@ -4,7 +4,7 @@ World coordinates are metres, z up, the ground at z = 0; a person with heading 0
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from passreid_models.synthetic.attributes import pick, stream
 from passreid_models.synthetic3d.light import Imaging, Sunlight, imaging_of, light_of, studio_light
-from passreid_models.synthetic3d.mesh import Array, Mesh, empty, merge
+from passreid_models.synthetic3d.mesh import Array, Mesh, merge
 from passreid_models.synthetic3d.scene import Scene
 from passreid_models.synthetic3d.surroundings import KINDS, surroundings
 
@@ -88,27 +88,33 @@ def place(seed: int, camid: int, kind: str = "street") -> Place:
     kind = kind if studio else pick(rng, **KINDS)
     scene = surroundings(rng, kind)
     solids = np.array(scene.solids)
-    rng = stream(seed, PLACE, camid, LIGHT)
-    light, imaging = studio_light(rng) if studio else (light_of(rng, kind in ("hall", "garage")), None)
-    rng = stream(seed, PLACE, camid, AIM)
-    best: Place | None = None
-    for turn in range(16):  # until enough is in view
-        # Cameras that follow each other look from different sides, or a few of them would all see fronts.
-        view = _aim(rng, scene, camid * 2.4 + rng.uniform(-0.4, 0.4) + turn * 1.1)
-        clear, hidden = _spots(rng, scene, solids, view)
-        if not studio:
-            imaging = imaging_of(stream(seed, PLACE, camid, IMAGING), light, _lit(light, clear, solids))
-        assert imaging is not None
-        if best is None or len(clear) > len(best.clear):
-            best = Place(kind, empty(), *view, light, imaging, solids, clear, hidden)
-        if len(clear) >= 0.15 * CANDIDATES:
-            break
-    if best is None or not len(best.clear):
+    view, clear, hidden = _viewpoint(stream(seed, PLACE, camid, AIM), scene, solids, camid * 2.4)
+    if not len(clear):
         raise ValueError(f"seed {seed}, camid {camid}: nobody can be seen in this {kind}; give another seed")
-    return replace(best, mesh=merge(scene.meshes))
+    rng = stream(seed, PLACE, camid, LIGHT)
+    if studio:
+        light, imaging = studio_light(rng)
+    else:
+        light = light_of(rng, indoor=kind in ("hall", "garage"))
+        imaging = imaging_of(stream(seed, PLACE, camid, IMAGING), light, _lit(light, clear, solids))
+    return Place(kind, merge(scene.meshes), *view, light, imaging, solids, clear, hidden)
 
 
 View = tuple[Array, Array, Array, Array, float, tuple[float, float]]  # as in `Place`, from eye to frame
+
+
+def _viewpoint(rng: np.random.Generator, scene: Scene, solids: Array, azimuth: float) -> tuple[View, Array, Array]:
+    """Where the camera hangs, and the clear and hidden spots: the first view of enough people, else the best of 16.
+
+    Cameras that follow each other begin from different sides, or a few of them would all see fronts.
+    """
+    found = []
+    for turn in range(16):
+        view = _aim(rng, scene, azimuth + rng.uniform(-0.4, 0.4) + turn * 1.1)
+        found.append((view, *_spots(rng, scene, solids, view)))
+        if len(found[-1][1]) >= 0.15 * CANDIDATES:
+            break
+    return max(found, key=lambda it: len(it[1]))
 
 
 def _aim(rng: np.random.Generator, scene: Scene, azimuth: float) -> View:

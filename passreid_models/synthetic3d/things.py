@@ -71,9 +71,9 @@ def car(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) 
             parts.append(cylinder(inner, outer, (0.31, 0.31), dark, 9))
             hub = (at, side * (wide / 2 + 0.02), 0.31)
             parts.append(cylinder(inner, hub, (0.17, 0.17), Material("plain", (0.3, 0.3, 0.31)), 6))
-    c, s = math.cos(yaw), math.sin(yaw)
-    scene.add(merge(parts).moved(np.array([(c, -s, 0, x), (s, c, 0, y), (0, 0, 1, 0)])))
+    scene.add(merge(parts).placed(x, y, yaw))
     scene.takes(x, y, long, wide, yaw, 0, belt)
+    c, s = math.cos(yaw), math.sin(yaw)
     scene.takes(x + (rear + front) / 2 * c, y + (rear + front) / 2 * s, front - rear - 0.4, wide - 0.2, yaw, belt, roof)
 
 
@@ -120,10 +120,9 @@ def planter(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: flo
 def bench(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) -> None:
     wood = Material("stripes", shade(rng, WOODS), (0.06, 0.05, 0.04), period=0.11, duty=0.14)
     metal = Material("plain", shade(rng, METALS))
-    c, s = math.cos(yaw), math.sin(yaw)
     parts = [box((0, 0, 0.44), (1.7, 0.45, 0.06), wood), box((0, 0.25, 0.7), (1.7, 0.05, 0.36), wood)]
     parts += [box((end, 0.03, 0.22), (0.07, 0.42, 0.44), metal) for end in (-0.7, 0.7)]
-    scene.add(merge(parts).moved(np.array([(c, -s, 0, x), (s, c, 0, y), (0, 0, 1, 0)])))
+    scene.add(merge(parts).placed(x, y, yaw))
     scene.takes(x, y, 1.7, 0.55, yaw, 0, 0.8)
 
 
