@@ -51,13 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
     parser.add_argument("--ids", type=int, default=1200, help="persons to train on, 10 images each")
-    parser.add_argument("--epochs", type=int, default=2, help="of pre-training; fine-tuning has those of its settings")
+    parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
+    parser.add_argument("--reid-epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with a thread each if there are several")
     parser.add_argument("--out", type=Path, help="keep data and runs here, and continue; default: a temporary folder")
     args = parser.parse_args()
     if args.quick:
-        args.ids, args.epochs, args.seeds = 12, 1, 1
+        args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, 1
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         seeds = range(args.seeds)
@@ -67,7 +68,7 @@ def main() -> None:
             test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=SIZE)
             write_market1501(out / f"held-out-{place}", 10 if args.quick else 200, 8, **test)
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
-        run_all([finetuning(out, m, s, args.quick) for s in seeds for m in ("pass", "random")], args.jobs)
+        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in ("pass", "random")], args.jobs)
         print(f"\n{MODEL} at {SIZE[0]}x{SIZE[1]}, {args.seeds} seeds, mAP ± standard deviation; {common.machine()}")
         figures: dict[str, float | None] = {}
         for place in PLACES:
@@ -85,11 +86,11 @@ def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
     return f"{words} --resume auto --workers 0 {METHODS[method]}".split()
 
 
-def finetuning(out: Path, method: str, seed: int, quick: bool) -> list[str]:
+def finetuning(out: Path, method: str, seed: int, epochs: int) -> list[str]:
     init = "random" if method == "random" else f"{out}/{method}-{seed}/export"
     words = f"finetune {out}/street --config {EXAMPLES}/bundled_reid.yaml --model {MODEL} --size {SIZE[0]}x{SIZE[1]} "
-    words += f"--init {init} --seed {seed} --out {out}/{method}_reid-{seed} --resume auto --workers 0"
-    return f"{words} {'--epochs 1 --ids-per-batch 4' if quick else ''}".split()
+    words += f"--init {init} --epochs {epochs} --seed {seed} --out {out}/{method}_reid-{seed}"
+    return f"{words} --resume auto --workers 0".split()
 
 
 def run_all(commands: list[list[str]], jobs: int) -> None:

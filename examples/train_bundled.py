@@ -11,12 +11,14 @@ WORK/held-out-studio/, ...    other persons before other cameras, in patterns an
 WORK/tiny/         the run of passreid-train, on the studio: what two views of an image share, and other images do not,
                    is what self-distillation learns first, and on a street that is the background
 WORK/tiny-reid/    the run of passreid finetune that begins with it, on the street: labels of drawn persons cost nothing
-WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json; with --split in pieces
-                   below 16 MiB, to be joined by: cat model.safetensors.* > model.safetensors
+WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json, and the log of the run,
+                   metrics.jsonl; with --split the weights are in pieces below 16 MiB, to be joined by:
+                   cat model.safetensors.* > model.safetensors
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import timm
@@ -39,8 +41,8 @@ from passreid_models.training.loop import Stopped
 
 HERE = Path(__file__).parent
 TASKS = {
-    "synth": "self-supervised pre-training on 3-D generated persons",
-    "synth_reid": "the same, then fine-tuning with their labels",
+    "synth": "self-supervised pre-training on generated 3-D persons",
+    "synth_reid": "self-supervised pre-training on generated 3-D persons, then fine-tuning with their labels",
 }
 PIECE = 15 * 2**20
 
@@ -49,21 +51,24 @@ def main(args):
     settings, reid_settings = (yaml.safe_load(file.read_text()) for file in (args.settings, args.reid_settings))
     init = {}
     if args.widen:
-        init = {"init": str(args.work / "small-start.pt")}
+        init = {"init": str(args.work / "small-start.pt"), "epochs": 2, "lr": settings["lr"] / 2}  # it has learnt
         if not Path(init["init"]).exists():
             if RunFolder(args.work / "tiny").latest() is None:
                 raise SystemExit(f"--widen: {args.work / 'tiny'} holds no run: make tiny in the same --work first")
             widen(args.work / "tiny", Path(init["init"]))
+    drawn, others = {}, {}
     for place in PLACES:
-        write_market1501(args.work / place, args.ids, 10, train_ids=args.ids, sites=12, seed=1, place=place)
-        others = dict(cameras=4, train_ids=0, seed=0, place=place, patterns="held-out")
-        write_market1501(args.work / f"held-out-{place}", args.test_ids, 8, **others)
-    model, run = f"pass_vit_{args.size}_patch16", args.work / args.size
-    values = {"data": str(args.work / "studio"), "model": model, "resume": "auto", "save_minutes": 2}
-    export = train(TrainConfig.from_dict(settings | values | init | {"out": str(run)}))
+        drawn[place], others[place] = str(args.work / place), str(args.work / f"held-out-{place}")
+        write_market1501(drawn[place], args.ids, 10, train_ids=args.ids, sites=12, seed=1, place=place)
+        test = dict(cameras=4, train_ids=0, seed=0, place=place, patterns="held-out")
+        write_market1501(others[place], args.test_ids, 8, **test)
+    model, run = f"pass_vit_{args.size}_patch16", str(args.work / args.size)
+    common = {"model": model, "resume": "auto", "save_minutes": 2}
+    values = {"data": drawn["studio"], "probe": others["studio"], "out": run}
+    export = train(TrainConfig.from_dict(settings | common | init | values))
     pack(args, export, f"{model}.synth")
-    values |= {"data": str(args.work / "street"), "init": str(export), "out": f"{run}-reid"}
-    export = finetune(FinetuneConfig.from_dict(reid_settings | values))
+    values = {"data": drawn["street"], "eval_data": others["street"], "init": str(export), "out": f"{run}-reid"}
+    export = finetune(FinetuneConfig.from_dict(reid_settings | common | values))
     pack(args, export, f"{model}.synth_reid")
 
 
@@ -113,6 +118,7 @@ def pack(args, export, name):
             print(f"{name} as {precision}, {place}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True)
     claim_tag(folder / "config.json", name.partition(".")[2])
     (folder / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
+    shutil.copy(export.parent / "metrics.jsonl", folder)
     if args.split:
         data = (folder / "model.safetensors").read_bytes()
         for i in range(0, len(data), PIECE):
@@ -132,7 +138,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("size", choices=("tiny", "small", "base"))
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs, outside the repository")
-    parser.add_argument("--ids", type=int, default=3000, help="persons to train on, 10 images each")
+    parser.add_argument("--ids", type=int, default=1500, help="persons to train on, 10 images each")
     parser.add_argument("--test-ids", type=int, default=200, help="persons to evaluate on, 8 images each")
     parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
     parser.add_argument("--settings", type=Path, default=HERE / "bundled.yaml", help="of passreid-train")

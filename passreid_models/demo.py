@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
 
 from passreid_models.embed import Embedder
 from passreid_models.retrieval import evaluate, rank
@@ -25,17 +24,6 @@ def make_data(folder: str | Path, num_ids: int) -> str:
     data = SyntheticPersons(num_ids, images_per_id=10, cameras=8, seed=DATA_SEED)
     data.write_market1501(folder, workers=2)
     return f"{len(data)} images of {num_ids} generated persons under 8 cameras -> {folder}"
-
-
-def held_out_scores(model: str | nn.Module, num_ids: int = 200, place: str = "street") -> dict[str, dict[str, float]]:
-    """mAP and Rank-1, in percent, of a model, of pooled pixels and of chance on persons kept out of all training.
-
-    Args:
-        model: Name for ``timm.create_model``, or a model.
-        num_ids: Persons, of 8 images under 4 cameras each; the first image is the query.
-        place: Of the cameras, as in ``SyntheticPersons``.
-    """
-    return _Ranked(model, num_ids, place).scores()
 
 
 def run(model: str, picture: str | Path, num_ids: int) -> str:
@@ -65,8 +53,8 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
 class _Ranked:
     """Generated persons and three descriptors of each image: the model's, pooled pixels, noise."""
 
-    def __init__(self, model: str | nn.Module, num_ids: int, place: str = "street") -> None:
-        data = SyntheticPersons(num_ids, images_per_id=8, cameras=4, seed=DEMO_SEED, place=place)
+    def __init__(self, model: str, num_ids: int) -> None:
+        data = SyntheticPersons(num_ids, images_per_id=8, cameras=4, seed=DEMO_SEED)
         self.images = [data[i][0] for i in range(len(data))]
         self.pids, self.camids = np.array(data.pids), np.array(data.camids)
         self.is_query = np.arange(len(data)) % 8 == 0  # the first image of each person

@@ -272,7 +272,7 @@ def _cfg(architecture: str, entry: weights.Weight | None = None) -> dict[str, An
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
-    """One cfg a weight. The bundled one is the default (``*``), never a published one; without it there is none."""
+    """One cfg a weight. The default (``*``) is the first bundled one, never a published one; else there is none."""
     cfgs = {}
     for architecture in ARCHITECTURES:
         entries = weights.list_weights(architecture)

@@ -68,7 +68,7 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
 def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path):
     heads = "num_prototypes: 64\nhidden_dim: 64\nbottleneck_dim: 16\n"
     (tmp_path / "pass.yaml").write_text(f"size: [128, 64]\nepochs: 1\nlocal_views: 3\nbatch_size: 16\n{heads}")
-    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\neval_epochs: 0\n")
+    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\neval_epochs: 1\n")
     command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path / "work", "--split"]
     command += ["--ids", "4", "--test-ids", "4", "--settings", tmp_path / "pass.yaml"]
     command += ["--reid-settings", tmp_path / "reid.yaml"]
@@ -83,6 +83,8 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
         assert figures.keys() == {"street", "studio"}
         assert all(abs(f["float16"]["mAP"] - f["float32"]["mAP"]) < 2 for f in figures.values())
         assert f"pass_vit_tiny_patch16.{tag} as float16, street: mAP" in done.stdout
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert any(("probe_mAP" if tag == "synth" else "mAP") in record for record in log)
         pieces = sorted(folder.glob("model.safetensors.*"))
         assert all(p.stat().st_size < 2**24 for p in pieces)
         (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
