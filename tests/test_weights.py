@@ -61,6 +61,7 @@ FEATURES = {  # where the descriptor is taken, and whether it is normalised once
     "each": ("after neck", False),
 }
 BUNDLED = [weight for weight in list_weights() if weight.bundled_file]
+UNTAGGED = {weight.architecture: weight.name for weight in reversed(BUNDLED)}  # the first in the manifest
 TINY = dict(embed_dim=64, depth=1, num_heads=2)
 LUP, MARKET = "pass_vit_small_patch16.lup", "pass_vit_small_patch16.lup_market1501"
 UDA = "pass_vit_small_patch16.lup_uda_market1501_to_msmt17"
@@ -161,13 +162,14 @@ def test_without_a_bundled_file_there_is_no_default_and_the_error_lists_the_tags
 
 
 @pytest.mark.parametrize("weight", BUNDLED, ids=lambda w: w.name)
-def test_a_bundled_file_is_the_one_the_manifest_states_and_the_default_of_its_architecture(weight, no_network):
+def test_a_bundled_file_is_the_one_the_manifest_states_and_the_first_of_an_architecture_the_default(weight, no_network):
     assert weight.bundled_file.stat().st_size == weight.source["bytes"]
     assert sha256(weight.bundled_file) == weight.source["sha256"]
     assert verify(weight.name) == [(weight.name, "ok")]
     assert weight.license in ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0")
     stored = safetensors.torch.load_file(weight.bundled_file)
-    for name in (weight.architecture, weight.name, f"local-dir:{weight.bundled_file.parent}"):
+    untagged = [weight.architecture] if UNTAGGED[weight.architecture] == weight.name else []
+    for name in (*untagged, weight.name, f"local-dir:{weight.bundled_file.parent}"):
         model = timm.create_model(name, pretrained=True)
         assert model.state_dict().keys() == stored.keys()
         assert all(torch.equal(t, stored[k].to(t.dtype)) for k, t in model.state_dict().items())
@@ -176,6 +178,18 @@ def test_a_bundled_file_is_the_one_the_manifest_states_and_the_default_of_its_ar
         assert tuple(cfg["input_size"]) == (3, *weight.input_size)
         assert (tuple(cfg["mean"]), tuple(cfg["std"])) == passreid_models.convert.STATISTICS[weight.mean_std]
         assert cfg["interpolation"] == weight.interpolation
+
+
+def test_the_bundled_files_stay_small_and_tiny_is_by_default_the_one_that_ranks_best():
+    sizes = [weight.source["bytes"] for weight in BUNDLED]
+    assert max(sizes) < 50e6
+    assert sum(sizes) < 70e6
+    assert UNTAGGED["pass_vit_tiny_patch16"] == "pass_vit_tiny_patch16.synth_reid"
+    street = {
+        weight.tag: json.loads((weight.bundled_file.parent / "figures.json").read_text())["street"]["float16"]["mAP"]
+        for weight in list_weights("pass_vit_tiny_patch16")
+    }
+    assert max(street, key=street.__getitem__) == "synth_reid"
 
 
 def stand_in(root: Path, rows: list[dict], wheel: bool = False) -> Path:
