@@ -68,7 +68,7 @@ def test_the_datasets_of_every_tag_have_the_form_of_the_hubs_ids(weight):
     datasets = ModelCard(
         model_card({**config, "pretrained_cfg": {**cfg, "interpolation": "bicubic"}}, "a/b")
     ).data.datasets
-    assert datasets[0] in ("LUPerson", "generated-persons")
+    assert datasets[0] in ("LUPerson", "generated-3-D-persons")
     assert ("MSMT17" in datasets) == ("msmt17" in weight.tag)
     assert ("Market-1501" in datasets) == ("market1501" in weight.tag)
     for dataset in datasets:
