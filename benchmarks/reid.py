@@ -2,11 +2,11 @@
 
 Zero-shot (the bundled weights as they are), supervised, USL, and UDA from a second domain: another seed's persons under
 other cameras, in warm light and in other colours of clothes. 100 persons train and 100 others test, 12 images each
-under six cameras; the bundled weights saw persons and cameras of another seed. One documented command each, printed
+under six cameras; the bundled weights saw 3-D persons of another generator. One documented command each, printed
 before it runs and free to be run by hand; the last model of a run counts, not the best. For UDA also the source model
 as it comes to the target, which is what adaptation has to beat.
 
-    python benchmarks/reid.py --out RUNS        50 minutes on two busy cores; a second call continues
+    python benchmarks/reid.py --out RUNS        40 minutes on one core with bfloat16; a second call continues
 """
 
 import argparse
