@@ -50,9 +50,9 @@ Found = dict[str, dict[str, list[tuple[float, float]]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
-    parser.add_argument("--ids", type=int, default=1200, help="persons to train on, 10 images each")
+    parser.add_argument("--ids", type=int, default=700, help="persons to train on, 10 images each")
     parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
-    parser.add_argument("--reid-epochs", type=int, default=5, help="of fine-tuning")
+    parser.add_argument("--reid-epochs", type=int, default=4, help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with a thread each if there are several")
     parser.add_argument("--out", type=Path, help="keep data and runs here, and continue; default: a temporary folder")
@@ -98,7 +98,7 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
 
     def run(words: list[str]) -> None:
-        print("passreid", *words, flush=True)
+        print(f"passreid {' '.join(words)}\n", end="", flush=True)
         log = Path(words[words.index("--out") + 1] + ".log")
         with log.open("a") as file:
             command = [sys.executable, "-m", "passreid_models.cli", *words]
