@@ -223,6 +223,13 @@ def test_pre_training_statistics_are_those_of_a_random_start_and_of_the_official
         assert mean == pytest.approx(IMAGENET[0])
 
 
+@pytest.mark.parametrize("model", ["pass_vit_tiny_patch16", "pass_vit_small_patch16"])
+def test_a_random_start_has_the_statistics_of_pre_training_not_those_of_the_default_weights(model):
+    for network in start(model=model, size=(64, 32)):
+        cfg = network.backbone.pretrained_cfg
+        assert (cfg["mean"], cfg["std"], cfg["interpolation"]) == (*IMAGENET, "bicubic")
+
+
 # ---- Refused
 
 

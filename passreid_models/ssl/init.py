@@ -8,6 +8,7 @@ import timm
 import torch
 
 from passreid_models.checkpoint import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
+from passreid_models.convert import IMAGENET
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.network import PASSNetwork
 from passreid_models.training.init import checkpoint_file, load_backbone, ready_to_train
@@ -39,6 +40,8 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
 
 def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
     backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
+    mean, std = IMAGENET  # of pre-training, whatever the default weights of the architecture are for
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
     ready_to_train(backbone, device, config.grad_checkpointing)
     network = PASSNetwork(
         backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
