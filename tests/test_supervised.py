@@ -207,6 +207,7 @@ def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_pa
         finetune(finetune_config(single, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     finetune(finetune_config(single, tmp_path / "run", triplet_weight=0, epochs=1, eval_epochs=0))
+    assert "images in random order" in (tmp_path / "run" / "log.txt").read_text()
     (record,) = (r for r in metrics(tmp_path / "run") if "loss" in r)
     assert "loss_triplet" not in record
     assert record["loss"] == record["loss_id"]

@@ -72,10 +72,12 @@ class SupervisedRun(ReIDRun):
 
     def announcement(self) -> list[str]:
         c, t = self.config, self.trainer
+        identities = f"{c.ids_per_batch} identities x {c.images_per_id} images"
+        batch = identities if c.triplet_weight else f"{c.batch_size} images in random order"
         return [
             *self.describe(),
-            f"{c.epochs} epochs of about {t.epoch_starts[1]} steps of {c.ids_per_batch} identities x {c.images_per_id} "
-            f"images, {t.model.num_ids} identities; {t.world_size} processes",
+            f"{c.epochs} epochs of about {t.epoch_starts[1]} steps of {batch}, {t.model.num_ids} identities; "
+            f"{t.world_size} processes",
             f"learning rate: {c.lr:g} after {c.num_warmup_epochs} epochs of warm-up",
         ]
 
