@@ -38,7 +38,7 @@ def cheap(
 
 
 def slow(*what: Any) -> Image.Image:
-    time.sleep(0.1)  # the slower, the surer is a test to find it at work
+    time.sleep(0.02)
     return cheap(*what)
 
 
