@@ -6,9 +6,10 @@ drawn persons for the same number of images, fine-tuned on streets, and evaluate
 cameras, in patterns and prints that no training garment has (passreid synth draws them all).
 
     random, dino, pass          no training; one token and no parts; PASS with three parts
+    dino_small                  DINO whose local views are as small as those of PASS
     pass_1, pass_5              PASS with one part and with five
-    random_reid, pass_reid      fine-tuned with labels from random weights and from PASS
-    pixels, colours, chance     pixels pooled to 16x8; colour histograms of 8 bands; noise
+    random_reid, dino_reid, pass_reid       fine-tuned with labels from random weights, DINO and PASS
+    pixels, colours, chance     without weights, see baselines.py
 
 DINO is the same trainer with --parts 0 and as many local views, of the whole image instead of its areas: their scale is
 relative to that. Five parts have five local views instead of three. The settings, examples/bundled.yaml, were chosen by
@@ -20,9 +21,11 @@ looking at PASS. The spread is over seeds of training alone: the persons are the
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,18 +34,24 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from baselines import MODEL, SIZE, random_model, read_images, score, unlearnt
 from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
-from passreid_models import Embedder, evaluate
+from passreid_models import Embedder
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.synthetic3d.dataset import write_market1501
 from passreid_models.synthetic3d.place import PLACES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
-METHODS = {"dino": "--parts 0", "pass": "", "pass_1": "--parts 1", "pass_5": "--parts 5 --local-views 5"}
+METHODS = {
+    "dino": ["--parts", "0"],
+    "dino_small": ["--parts", "0", "--local-scale", "0.15", "0.4"],  # an area of PASS is half of the image
+    "pass": [],
+    "pass_1": ["--parts", "1"],
+    "pass_5": ["--parts", "5", "--local-views", "5"],
+}
+STARTS = ("random", "dino", "pass")  # of fine-tuning
 FUSIONS = ("CLS", "mean of parts", "cat", "mean")
 Found = dict[str, dict[str, list[tuple[float, float]]]]
 
@@ -68,27 +77,33 @@ def main() -> None:
             test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=SIZE)
             write_market1501(out / f"held-out-{place}", 10 if args.quick else 200, 8, **test)
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
-        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in ("pass", "random")], args.jobs)
-        print(f"\n{MODEL} at {SIZE[0]}x{SIZE[1]}, {args.seeds} seeds, mAP ± standard deviation; {common.machine()}")
-        figures: dict[str, float | None] = {}
+        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in STARTS], args.jobs)
+        title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
+        print(f"\n{title}; {common.machine(common.pick_device(None))}")
+        figures: dict[str, float] = {}
         for place in PLACES:
             found = measure(out, open_dataset(out / f"held-out-{place}"), seeds)
             figures |= table(found, place, "" if place == "street" else f"{place}_")
         curve(out, seeds, 10 * args.ids)
-    print(json.dumps({name: round(value, 2) for name, value in figures.items() if value is not None}))
+    print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 
 def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
-    words = f"train {out}/studio --config {EXAMPLES}/bundled.yaml --model {MODEL} --size {SIZE[0]} {SIZE[1]} "
-    words += f"--epochs {epochs} --seed {seed} --probe {out}/held-out-studio --out {out}/{method}-{seed} "
-    return f"{words} --resume auto --workers 0 {METHODS[method]}".split()
+    command = ["train", f"{out}/studio", "--config", f"{EXAMPLES}/bundled.yaml", *METHODS[method]]
+    command += ["--size", *map(str, SIZE), "--epochs", str(epochs), "--probe", f"{out}/held-out-studio"]
+    return [*command, *common_options(out, method, seed)]
 
 
 def finetuning(out: Path, method: str, seed: int, epochs: int) -> list[str]:
     init = "random" if method == "random" else f"{out}/{method}-{seed}/export"
-    words = f"finetune {out}/street --config {EXAMPLES}/bundled_reid.yaml --model {MODEL} --size {SIZE[0]}x{SIZE[1]} "
-    words += f"--init {init} --epochs {epochs} --seed {seed} --out {out}/{method}_reid-{seed}"
-    return f"{words} --resume auto --workers 0".split()
+    command = ["finetune", f"{out}/street", "--config", f"{EXAMPLES}/bundled_reid.yaml", "--init", init]
+    command += ["--size", "x".join(map(str, SIZE)), "--epochs", str(epochs)]
+    return [*command, *common_options(out, f"{method}_reid", seed)]
+
+
+def common_options(out: Path, run: str, seed: int) -> list[str]:
+    options = ["--model", MODEL, "--seed", str(seed), "--out", f"{out}/{run}-{seed}"]
+    return [*options, "--resume", "auto", "--workers", "0"]
 
 
 def run_all(commands: list[list[str]], jobs: int) -> None:
@@ -96,7 +111,7 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
 
     def run(words: list[str]) -> None:
-        print(f"passreid {' '.join(words)}\n", end="", flush=True)
+        print(f"passreid {shlex.join(words)}\n", end="", flush=True)
         log = Path(words[words.index("--out") + 1] + ".log")
         with log.open("a") as file:
             command = [sys.executable, "-m", "passreid_models.cli", *words]
@@ -110,29 +125,18 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
 def measure(out: Path, data: ReIDDataset, seeds: range) -> Found:
     """(mAP, Rank-1) of each seed, by method and descriptor."""
     found: Found = {}
-
-    def score(method: str, descriptor: str, query: Tensor, gallery: Tensor) -> None:
-        q, g = data.query, data.gallery
-        m = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
-        found.setdefault(method, {}).setdefault(descriptor, []).append((100 * m.mAP, 100 * m.rank1))
-
-    images = [[Image.open(path).convert("RGB") for path in split.paths] for split in (data.query, data.gallery)]
+    images = read_images(data)
     for seed in seeds:
-        torch.manual_seed(seed)
-        models = {"random": timm.create_model(MODEL, img_size=SIZE)}
-        for method in (*METHODS, "random_reid", "pass_reid"):
+        models = {"random": random_model(seed, SIZE)}
+        for method in (*METHODS, *(f"{start}_reid" for start in STARTS)):
             models[method] = timm.create_model(f"local-dir:{out}/{method}-{seed}/export", pretrained=True)
-        models["random"].pretrained_cfg = models["pass"].pretrained_cfg  # the same mean, std and interpolation
         for method, model in models.items():
             embed = Embedder(model, fusion="parts" if model.num_parts else None)
             tokens = [embed(split).unflatten(1, (-1, model.embed_dim)) for split in images]  # [N, T, D]
             for name in FUSIONS if model.num_parts else FUSIONS[:1]:
-                score(method, name, *(fused(x, name) for x in tokens))
-    for name, describe in (("pixels", pooled), ("colours", colours)):
-        score(name, "", *(describe(split) for split in images))
-    generator = torch.Generator().manual_seed(0)
-    score("chance", "", *(torch.randn(len(split), 64, generator=generator) for split in images))
-    return found
+                scores = found.setdefault(method, {}).setdefault(name, [])
+                scores.append(score(data, *(fused(x, name) for x in tokens)))
+    return found | {name: {"": [scores]} for name, scores in unlearnt(data, images).items()}
 
 
 def fused(tokens: Tensor, name: str) -> Tensor:
@@ -140,26 +144,14 @@ def fused(tokens: Tensor, name: str) -> Tensor:
     return F.normalize({"CLS": g, "mean of parts": m, "cat": torch.cat([g, m], 1), "mean": g + m}[name], dim=1)
 
 
-def pooled(images: list[Image.Image]) -> Tensor:
-    return F.normalize(torch.tensor(np.stack([np.asarray(im.resize((8, 16))).ravel() for im in images])).float())
-
-
-def colours(images: list[Image.Image]) -> Tensor:
-    """Histograms of 512 colours in 8 bands of the middle, where the person is."""
-    x = np.stack([np.asarray(im.resize(SIZE[::-1]))[:, 12:52] for im in images]).reshape(len(images), 8, -1, 3) // 32
-    codes = (x[..., 0] * 8 + x[..., 1]) * 8 + x[..., 2]
-    counts = [[np.bincount(band, minlength=512) for band in image] for image in codes]
-    return F.normalize(torch.tensor(np.stack(counts).reshape(len(images), -1)).float().sqrt())
-
-
-def table(found: Found, place: str, prefix: str) -> dict[str, float | None]:
+def table(found: Found, place: str, prefix: str) -> dict[str, float]:
     """Print mAP and Rank-1 on a place; returns the figures of each method's own descriptor."""
-    print(f"\n| {place} | {' | '.join(FUSIONS)} |\n| --- |{' --- |' * len(FUSIONS)}")
-    figures: dict[str, float | None] = {}
+    columns = (*FUSIONS, "")
+    print(f"\n| {place} | {' | '.join(FUSIONS)} | without weights |\n| --- |{' --- |' * len(columns)}")
+    figures: dict[str, float] = {}
     for method, of in found.items():
-        cells = [cell(of[name]) if name in of else "-" for name in (FUSIONS if "" not in of else ("", "-", "-", "-"))]
-        print(f"| {method} | {' | '.join(cells)} |")
-        own = np.array(of.get("cat", of.get("CLS", of.get(""))))
+        print(f"| {method} | {' | '.join(cell(of[name]) if name in of else '-' for name in columns)} |")
+        own = np.array(next(of[name] for name in ("cat", "CLS", "") if name in of))
         figures[f"{prefix}{method}_mAP"], figures[f"{prefix}{method}_rank1"] = own.mean(0).tolist()
         if len(own) > 1:
             figures[f"{prefix}{method}_mAP_std"] = float(own[:, 0].std(ddof=1))
@@ -168,11 +160,15 @@ def table(found: Found, place: str, prefix: str) -> dict[str, float | None]:
 
 def cell(scores: list[tuple[float, float]]) -> str:
     m, r = np.array(scores).T
-    return f"{m.mean():.1f} ± {m.std(ddof=1):.1f} / {r.mean():.1f}" if len(m) > 1 else f"{m[0]:.1f} / {r[0]:.1f}"
+    return f"{spread(m)} / {r.mean():.1f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def curve(out: Path, seeds: range, images: int) -> None:
-    """Print mAP in the studio, every image a query, after each epoch."""
+    """Print mAP in the studio, every image a query, after each epoch of pre-training."""
     print(f"\n| images seen | {' | '.join(METHODS)} |\n| --- |{' --- |' * len(METHODS)}")
     rows: dict[int, dict[str, list[float]]] = {}
     for method in METHODS:
@@ -181,7 +177,7 @@ def curve(out: Path, seeds: range, images: int) -> None:
                 if "probe_mAP" in (record := json.loads(line)):
                     rows.setdefault(round(record["epoch"]), {}).setdefault(method, []).append(record["probe_mAP"])
     for epoch, of in rows.items():
-        print(f"| {epoch * images:,} | {' | '.join(f'{np.mean(of[m]):.1f}' for m in METHODS)} |")
+        print(f"| {epoch * images:,} | {' | '.join(spread(of[m]) for m in METHODS)} |")
 
 
 if __name__ == "__main__":

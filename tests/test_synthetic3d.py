@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from passreid_models import Embedder
 from passreid_models.retrieval import evaluate
 from passreid_models.synthetic3d.mesh import Material, quad
 from passreid_models.synthetic3d.wardrobe import Garment, person
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import baselines
 
 pytestmark = pytest.mark.slow
 
@@ -141,12 +145,8 @@ def test_colours_alone_find_persons_again_better_than_chance_and_worse_than_the_
     persons, cameras = 24, 4
     keys = [(pid, camid, k) for pid in range(persons) for k in range(2) for camid in range(cameras)]
     pictures = [draw(0, *key, (128, 64), "held-out") for key in keys]
-    images = np.stack([np.asarray(picture) for picture in pictures])
     pids, camids, k = np.array(keys).T
-    bands = images[:, :, 12:52].reshape(len(images), 8, -1, 3) // 32  # of the middle, where the person is
-    codes = (bands[..., 0] * 8 + bands[..., 1]) * 8 + bands[..., 2]
-    histograms = np.stack([[np.bincount(band, minlength=512) for band in image] for image in codes])
-    colours = torch.from_numpy(np.sqrt(histograms.reshape(len(images), -1).astype(np.float32)))
+    colours = baselines.colours(pictures)
     noise = torch.randn(colours.shape, generator=torch.Generator().manual_seed(0))
     trained = Embedder("pass_vit_tiny_patch16.synth_reid")(pictures)
     q, g = k == 0, k == 1

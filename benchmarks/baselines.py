@@ -1,0 +1,92 @@
+"""mAP and Rank-1 of what has learnt nothing, on a labelled dataset: what trained weights must beat.
+
+pixels     images pooled to 16x8
+colours    histograms of 512 colours in 8 bands of the middle, where the person is
+random     pass_vit_tiny_patch16 with random weights, mean of 3 seeds
+chance     noise
+
+    python benchmarks/baselines.py DATA --size 256 128
+
+DATA is a dataset as of passreid eval. The last line is JSON: NAME_mAP, NAME_rank1, in percent.
+"""
+
+import argparse
+
+import common
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import passreid_models  # noqa: F401  registers the models
+from passreid_models import Embedder, evaluate
+from passreid_models.convert import IMAGENET
+from passreid_models.reid.datasets import ReIDDataset, open_dataset
+
+MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", default="synthetic:ids=20", help="default: 20 drawn persons")
+    parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="of the images of random weights, in pixels")
+    parser.add_argument("--quick", action="store_true", help="1 seed of random weights instead of 3")
+    args = parser.parse_args()
+    data = open_dataset(args.data)
+    images = read_images(data)
+    found = {name: [score] for name, score in unlearnt(data, images).items()}
+    for seed in range(1 if args.quick else 3):
+        embed = Embedder(random_model(seed, tuple(args.size)))
+        found.setdefault("random", []).append(score(data, *map(embed, images)))
+    means = {name: np.mean(scores, axis=0) for name, scores in found.items()}
+    rows = [(name, f"{m:.1f} / {r:.1f}") for name, (m, r) in means.items()]
+    figures = {
+        f"{name}_{what}": value for name, of in means.items() for what, value in zip(("mAP", "rank1"), of, strict=True)
+    }
+    common.report(f"mAP / Rank-1, {data.name}: {args.data}", rows, figures)
+
+
+def read_images(data: ReIDDataset) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Queries and gallery."""
+    query, gallery = ([Image.open(path).convert("RGB") for path in split.paths] for split in (data.query, data.gallery))
+    return query, gallery
+
+
+def score(data: ReIDDataset, query: Tensor, gallery: Tensor) -> tuple[float, float]:
+    """mAP and Rank-1 in percent."""
+    q, g = data.query, data.gallery
+    found = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
+    return 100 * found.mAP, 100 * found.rank1
+
+
+def unlearnt(data: ReIDDataset, images: tuple[list[Image.Image], list[Image.Image]]) -> dict[str, tuple[float, float]]:
+    """Scores of descriptors without weights."""
+    generator = torch.Generator().manual_seed(0)
+    describe = {"pixels": pooled, "colours": colours, "chance": lambda x: torch.randn(len(x), 64, generator=generator)}
+    return {name: score(data, *map(f, images)) for name, f in describe.items()}
+
+
+def random_model(seed: int, size: tuple[int, int]) -> torch.nn.Module:
+    """Weights and preprocessing as pre-training begins with."""
+    torch.manual_seed(seed)
+    model = timm.create_model(MODEL, img_size=size)
+    mean, std = IMAGENET
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
+    return model
+
+
+def pooled(images: list[Image.Image]) -> Tensor:
+    return F.normalize(torch.tensor(np.stack([np.asarray(im.resize((8, 16))).ravel() for im in images])).float())
+
+
+def colours(images: list[Image.Image]) -> Tensor:
+    x = np.stack([np.asarray(im.resize(SIZE[::-1]))[:, 12:52] for im in images]).reshape(len(images), 8, -1, 3) // 32
+    codes = (x[..., 0] * 8 + x[..., 1]) * 8 + x[..., 2]
+    counts = [[np.bincount(band, minlength=512) for band in image] for image in codes]
+    return F.normalize(torch.tensor(np.stack(counts).reshape(len(images), -1)).float().sqrt())
+
+
+if __name__ == "__main__":
+    main()
