@@ -8,7 +8,7 @@ wait_share             share of the time with a loader that the step waits for v
 plain_...              the same of the plain reading
 
 The loader reads JPEG files of 256x128, with all cores but one; ours leaves the photometric part to the device, the
-plain reading does all of it in the loader. Without CUDA the figures are null.
+plain reading does all of it in the loader. Figures are printed as they come. Without CUDA they are null.
 """
 
 import argparse
@@ -115,8 +115,13 @@ def with_peak(build: Callable[[], Callable[[], None]], device: torch.device) -> 
 def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, float | None]:
     rounds, steps, workers = 2 if quick else 7, 3 if quick else 10, max(1, (os.cpu_count() or 1) - 1)
     figures, views = null_figures(), random_views(BATCH, device)
+
+    def say(*names: str) -> None:
+        print(*(f"{name} {figures[name]:.2f}" for name in names), sep="  ", flush=True)
+
     ours, figures["peak_gib"] = with_peak(lambda: Ours("bfloat16", *views, compile=compiled), device)
     plain_run, figures["plain_peak_gib"] = with_peak(lambda: Plain(torch.float16, *views), device)
+    say("peak_gib", "plain_peak_gib")
 
     def several(run: Callable[[], None]) -> None:
         for _ in range(steps):
@@ -127,6 +132,7 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, floa
     figures["speedup"] = common.median_ratio(*seconds.values())
     for prefix, times in seconds.items():
         figures[f"{prefix}images_per_s"] = steps * BATCH / statistics.median(times)
+    say("speedup", "images_per_s", "plain_images_per_s")
 
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), workers + 1)
@@ -135,6 +141,7 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, floa
             loaded = start(run, Path(folder), workers + measured, workers)
             images_per_s, wait_share = with_loader(loaded, workers, device)
             figures[f"{prefix}loaded_images_per_s"], figures[f"{prefix}wait_share"] = images_per_s, wait_share
+            say(f"{prefix}loaded_images_per_s", f"{prefix}wait_share")
     return figures
 
 

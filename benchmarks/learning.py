@@ -40,10 +40,11 @@ from torch import Tensor
 import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
-from passreid_models.synthetic3d.dataset import write_market1501
 from passreid_models.synthetic3d.place import PLACES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from train_bundled import REID_SETTINGS, SETTINGS, draw_persons
+
 METHODS = {
     "dino": ["--parts", "0"],
     "dino_small": ["--parts", "0", "--local-scale", "0.15", "0.4"],  # an area of PASS is half of the image
@@ -71,11 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         seeds = range(args.seeds)
-        for place in PLACES:
-            train = dict(train_ids=args.ids, sites=12, seed=1, place=place, size=SIZE)
-            write_market1501(out / place, args.ids, 10, **train)
-            test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=SIZE)
-            write_market1501(out / f"held-out-{place}", 10 if args.quick else 200, 8, **test)
+        draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
         run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in STARTS], args.jobs)
         title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
@@ -89,14 +86,14 @@ def main() -> None:
 
 
 def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
-    command = ["train", f"{out}/studio", "--config", f"{EXAMPLES}/bundled.yaml", *METHODS[method]]
+    command = ["train", f"{out}/studio", "--config", str(SETTINGS), *METHODS[method]]
     command += ["--size", *map(str, SIZE), "--epochs", str(epochs), "--probe", f"{out}/held-out-studio"]
     return [*command, *common_options(out, method, seed)]
 
 
 def finetuning(out: Path, method: str, seed: int, epochs: int) -> list[str]:
     init = "random" if method == "random" else f"{out}/{method}-{seed}/export"
-    command = ["finetune", f"{out}/street", "--config", f"{EXAMPLES}/bundled_reid.yaml", "--init", init]
+    command = ["finetune", f"{out}/street", "--config", str(REID_SETTINGS), "--init", init]
     command += ["--size", "x".join(map(str, SIZE)), "--epochs", str(epochs)]
     return [*command, *common_options(out, f"{method}_reid", seed)]
 

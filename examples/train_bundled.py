@@ -3,8 +3,9 @@
     python examples/train_bundled.py tiny --work ~/bundled             # killed: run it again, it continues
     python examples/train_bundled.py small --work ~/bundled --widen    # begins as the tiny there, twice as wide
 
-The settings are those of bundled.yaml and bundled_reid.yaml beside this file; on a GPU give --settings a copy with a
-larger batch_size and more epochs. Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
+The settings are those of bundled.yaml and bundled_reid.yaml beside this file; with --widen 2 epochs at half the rate,
+since the start has learnt. On a GPU give --settings a file of your own, with a larger batch_size and more epochs.
+Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
 
 WORK/studio/, WORK/street/    what passreid synth draws to train on, before 96 cameras each
 WORK/held-out-studio/, ...    other persons before other cameras, in patterns and prints that no training garment has
@@ -20,26 +21,29 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
-import yaml
 from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
+from passreid_models import flags
+from passreid_models.flags import read_config
 from passreid_models.local_dir import save_pretrained
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.reid.evaluate import evaluate_model
 from passreid_models.reid.supervised import finetune
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, atomic_folder
 from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.loop import train
 from passreid_models.synthetic3d.dataset import write_market1501
 from passreid_models.synthetic3d.place import PLACES
 from passreid_models.training.folder import RunFolder
-from passreid_models.training.loop import Stopped
+from passreid_models.training.init import provenance_of
 
 HERE = Path(__file__).parent
+SETTINGS, REID_SETTINGS = HERE / "bundled.yaml", HERE / "bundled_reid.yaml"
 TASKS = {
     "synth": "self-supervised pre-training on generated 3-D persons",
     "synth_reid": "self-supervised pre-training on generated 3-D persons, then fine-tuning with their labels",
@@ -47,29 +51,72 @@ TASKS = {
 PIECE = 15 * 2**20
 
 
-def main(args):
-    settings, reid_settings = (yaml.safe_load(file.read_text()) for file in (args.settings, args.reid_settings))
-    init = {}
+def main(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("size", choices=("tiny", "small", "base"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs, outside the repository")
+    parser.add_argument("--ids", type=int, default=1500, help="persons to train on, 10 images each")
+    parser.add_argument("--test-ids", type=int, default=200, help="persons to evaluate on, 8 images each")
+    parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
+    parser.add_argument("--settings", type=Path, default=SETTINGS, help="of passreid-train")
+    parser.add_argument("--reid-settings", type=Path, default=REID_SETTINGS, help="of passreid finetune")
+    parser.add_argument("--split", action="store_true", help="weights in pieces below 16 MiB")
+    args = parser.parse_args(argv)
+    if args.widen and args.size != "small":
+        parser.error("--widen: only small is twice as wide as tiny")
+    try:
+        make(args)
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: run it again, it continues") from None
+
+
+def make(args):
+    work, model = args.work, f"pass_vit_{args.size}_patch16"
+    pretraining, tuning = ["--config", args.settings], ["--config", args.reid_settings]
+    common = ["--model", model, "--resume", "auto", "--save-minutes", 2, "--max-minutes", 0]
+    origin = {}
     if args.widen:
-        init = {"init": str(args.work / "small-start.pt"), "epochs": 2, "lr": settings["lr"] / 2}  # it has learnt
-        if not Path(init["init"]).exists():
-            if RunFolder(args.work / "tiny").latest() is None:
-                raise SystemExit(f"--widen: {args.work / 'tiny'} holds no run: make tiny in the same --work first")
-            widen(args.work / "tiny", Path(init["init"]))
-    drawn, others = {}, {}
+        tiny, start = work / "pass_vit_tiny_patch16.synth", work / "small-start.pt"
+        if not tiny.exists():
+            raise SystemExit(f"--widen: {tiny} is not there: make tiny in the same --work first, to its end")
+        if not start.exists():
+            widen(work / "tiny", start)
+        pretraining += ["--init", start]
+        if args.settings == SETTINGS:
+            pretraining += ["--epochs", 2, "--lr", 4e-3]
+        origin = provenance_of(str(tiny))
+    run, tuned = work / args.size, work / f"{args.size}-reid"
+    pretraining += [work / "studio", *common, "--probe", work / "held-out-studio", "--out", run]
+    tuning += [work / "street", *common, "--eval-data", work / "held-out-street", "--out", tuned]
+    pretraining = settings(TrainConfig, pretraining)
+    tuning = settings(FinetuneConfig, [*tuning, "--init", run / "export"])
+    draw_persons(work, args.ids, args.test_ids)
+    train_by(train, pretraining)
+    pack(args, run, f"{model}.synth", origin)
+    train_by(finetune, tuning)
+    pack(args, tuned, f"{model}.synth_reid", origin)
+
+
+def settings(config, words):
+    """The settings of a run, read as the command line reads them."""
+    return read_config([str(word) for word in words], config, {}, "train_bundled.py", "", "data")
+
+
+def train_by(function, config):
+    """Train to the end; what stops it is said."""
+    if code := flags.run("train_bundled.py", function, lambda: config):
+        raise SystemExit(code)
+
+
+def draw_persons(folder, ids, test_ids, size=(256, 128)):
+    """Draw persons to train on and others to evaluate on, of each place; what is there already stays."""
     for place in PLACES:
-        drawn[place], others[place] = str(args.work / place), str(args.work / f"held-out-{place}")
-        write_market1501(drawn[place], args.ids, 10, train_ids=args.ids, sites=12, seed=1, place=place)
-        test = dict(cameras=4, train_ids=0, seed=0, place=place, patterns="held-out")
-        write_market1501(others[place], args.test_ids, 8, **test)
-    model, run = f"pass_vit_{args.size}_patch16", str(args.work / args.size)
-    common = {"model": model, "resume": "auto", "save_minutes": 2}
-    values = {"data": drawn["studio"], "probe": others["studio"], "out": run}
-    export = train(TrainConfig.from_dict(settings | common | init | values))
-    pack(args, export, f"{model}.synth")
-    values = {"data": drawn["street"], "eval_data": others["street"], "init": str(export), "out": f"{run}-reid"}
-    export = finetune(FinetuneConfig.from_dict(reid_settings | common | values))
-    pack(args, export, f"{model}.synth_reid")
+        train = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
+        write_market1501(folder / place, ids, 10, **train)
+        test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=size)
+        write_market1501(folder / f"held-out-{place}", test_ids, 8, **test)
 
 
 def widen(run, file):
@@ -104,26 +151,41 @@ def split(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([weight * share, weight * (1 - share)], dim=1)
 
 
-def pack(args, export, name):
-    """Write the weights as they are bundled, and what they are worth on the persons that were held out."""
-    folder = args.work / name
+def pack(args, run, name, origin):
+    """Write a run's weights as they are bundled, and what they are worth on the persons that were held out."""
+    folder, export = args.work / name, run / "export"
+    provenance = json.loads((export / "config.json").read_text())["provenance"]
+    if origin:  # of the run that was widened; the file of its start does not tell
+        first = provenance
+        while "init_provenance" in first:
+            first = first["init_provenance"]
+        first["init_provenance"] = origin
+    if folder.exists() and json.loads((folder / "config.json").read_text())["provenance"] == provenance:
+        print(f"{folder} is there")
+        return
     model = timm.create_model(f"local-dir:{export}", pretrained=True, img_size=(256, 128))
-    info = {"provenance": json.loads((export / "config.json").read_text())["provenance"]}
     scores = {place: {} for place in PLACES}
-    for precision in ("float32", "float16"):
-        save_pretrained(model, folder, info=info, half=precision == "float16", overwrite=True)
-        for place in PLACES:
-            found = evaluate_model(args.work / f"held-out-{place}", str(folder), cache=False).to_dict()
-            scores[place][precision] = {key: found[key] for key in ("mAP", "rank1")}
-            print(f"{name} as {precision}, {place}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True)
-    claim_tag(folder / "config.json", name.partition(".")[2])
-    (folder / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
-    shutil.copy(export.parent / "metrics.jsonl", folder)
-    if args.split:
-        data = (folder / "model.safetensors").read_bytes()
-        for i in range(0, len(data), PIECE):
-            (folder / f"model.safetensors.{i // PIECE:02d}").write_bytes(data[i : i + PIECE])
-        (folder / "model.safetensors").unlink()
+    with TemporaryDirectory(dir=args.work) as temporary:
+        for precision in ("float32", "float16"):
+            new = Path(temporary) / precision
+            save_pretrained(model, new, info={"provenance": provenance}, half=precision == "float16")
+            for place in PLACES:
+                found = evaluate_model(args.work / f"held-out-{place}", str(new), cache=False).to_dict()
+                scores[place][precision] = {key: found[key] for key in ("mAP", "rank1")}
+                print(
+                    f"{name} as {precision}, {place}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True
+                )
+        claim_tag(new / "config.json", name.partition(".")[2])
+        (new / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
+        shutil.copy(run / "metrics.jsonl", new)
+        if args.split:
+            data = (new / "model.safetensors").read_bytes()
+            for i in range(0, len(data), PIECE):
+                (new / f"model.safetensors.{i // PIECE:02d}").write_bytes(data[i : i + PIECE])
+            (new / "model.safetensors").unlink()
+        with atomic_folder(folder, overwrite=True) as whole:
+            for file in new.iterdir():
+                file.rename(whole / file.name)
     print(folder)
 
 
@@ -135,19 +197,4 @@ def claim_tag(file, tag):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("size", choices=("tiny", "small", "base"))
-    parser.add_argument("--work", type=Path, required=True, help="folder for data and runs, outside the repository")
-    parser.add_argument("--ids", type=int, default=1500, help="persons to train on, 10 images each")
-    parser.add_argument("--test-ids", type=int, default=200, help="persons to evaluate on, 8 images each")
-    parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
-    parser.add_argument("--settings", type=Path, default=HERE / "bundled.yaml", help="of passreid-train")
-    parser.add_argument("--reid-settings", type=Path, default=HERE / "bundled_reid.yaml", help="of passreid finetune")
-    parser.add_argument("--split", action="store_true", help="weights in pieces below 16 MiB")
-    args = parser.parse_args()
-    if args.widen and args.size != "small":
-        parser.error("--widen: only small is twice as wide as tiny")
-    try:
-        main(args)
-    except (Stopped, ValueError, OSError) as e:
-        raise SystemExit(str(e)) from None
+    main()

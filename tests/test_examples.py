@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from tiny_runs import TINY, tiny, write_images
 
 import passreid_models
+from passreid_models.reid.config import FinetuneConfig
+from passreid_models.ssl.config import TrainConfig
 from passreid_models.ssl.loop import train
 from passreid_models.ssl.network import PASSNetwork
 from passreid_models.training.folder import RunFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+BENCHMARKS = EXAMPLES.parent / "benchmarks"
 
 
 def test_the_minimal_example_trains_from_images_to_weights_that_load(tmp_path):
@@ -42,10 +46,15 @@ def network(state, **dimensions):
     return made.train()
 
 
-def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread):
+@pytest.fixture
+def train_bundled():
     spec = importlib.util.spec_from_file_location("train_bundled", EXAMPLES / "train_bundled.py")
-    train_bundled = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train_bundled)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread, train_bundled):
     train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
     train_bundled.widen(tmp_path / "run", tmp_path / "start.pt")
     start = torch.load(tmp_path / "start.pt", weights_only=True)
@@ -64,15 +73,58 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
     assert ((grad[:256] - grad[256:]).norm() / grad.norm()) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "changed"),
+    [
+        ("pass_vit_tiny_patch16.synth", TrainConfig, "bundled.yaml", {}),
+        ("pass_vit_small_patch16.synth", TrainConfig, "bundled.yaml", {"epochs": 2, "lr": 4e-3}),  # widened
+        ("pass_vit_tiny_patch16.synth_reid", FinetuneConfig, "bundled_reid.yaml", {}),
+    ],
+)
+def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed):
+    asked = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | changed).to_dict()
+    folder = EXAMPLES.parent / "weights" / name
+    trained = json.loads((folder / "config.json").read_text())["provenance"]["config"]
+    left_to_the_run = {"model", "dtype", "fusion"}
+    differing = {k: (asked[k], v) for k, v in trained.items() if asked[k] != v and k not in left_to_the_run}
+    assert not differing
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "message"),
+    [
+        (["small", "--widen"], "", "--widen: {work}/pass_vit_tiny_patch16.synth is not there: make tiny"),
+        (["tiny", "--widen"], "", "--widen: only small is twice as wide as tiny"),
+        (["tiny", "--ids", "0"], "", "num_ids must be an integer of at least 1, got 0"),
+        (["tiny", "--settings", "none.yaml"], "", "none.yaml"),
+        (["tiny", "--settings", "{yaml}"], "epochs: [1", "while parsing a flow sequence"),
+        (["tiny", "--settings", "{yaml}"], "epochs: 0", "epochs: expected 1 or more, got 0"),
+        (["tiny", "--reid-settings", "{yaml}"], "erasing: 0", "erasing"),
+    ],
+)
+def test_bundling_says_what_is_wrong_before_it_draws(words, settings, message, tmp_path, train_bundled, capsys):
+    work = tmp_path / "work"
+    (tmp_path / "some.yaml").write_text(settings)
+    with pytest.raises(SystemExit) as stopped:
+        train_bundled.main([*(word.format(yaml=tmp_path / "some.yaml") for word in words), "--work", str(work)])
+    assert stopped.value.code not in (None, 0)
+    assert message.format(work=work) in f"{stopped.value.code} {capsys.readouterr().err}"
+    assert not list(work.rglob("*.jpg"))
+
+
+def bundle(work, *words):
+    command = [sys.executable, EXAMPLES / "train_bundled.py", *words, "--work", work]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
 @pytest.mark.slow
 def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path):
     heads = "num_prototypes: 64\nhidden_dim: 64\nbottleneck_dim: 16\n"
     (tmp_path / "pass.yaml").write_text(f"size: [128, 64]\nepochs: 1\nlocal_views: 3\nbatch_size: 16\n{heads}")
-    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\neval_epochs: 1\n")
-    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", tmp_path / "work", "--split"]
-    command += ["--ids", "4", "--test-ids", "4", "--settings", tmp_path / "pass.yaml"]
-    command += ["--reid-settings", tmp_path / "reid.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\ntriplet_weight: 0\n")
+    words = ["--ids", "4", "--test-ids", "4", "--split", "--settings", tmp_path / "pass.yaml"]
+    words += ["--reid-settings", tmp_path / "reid.yaml"]
+    done = bundle(tmp_path / "work", "tiny", *words)
     assert done.returncode == 0, done.stderr
     for tag, seen in (("synth", 32), ("synth_reid", 8)):  # of 40 images in batches of 16; of 4 persons in one of 2 x 4
         folder = tmp_path / "work" / f"pass_vit_tiny_patch16.{tag}"
@@ -91,3 +143,26 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert model.patch_embed.img_size == (256, 128)
     assert config["provenance"]["init_provenance"]["images_seen"] == 32  # the chain goes back to the beginning
+
+    again = bundle(tmp_path / "work", "tiny", *words)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is there") == 2
+    wide = bundle(tmp_path / "work", "small", "--widen", *words)
+    assert wide.returncode == 0, wide.stderr
+    config = json.loads((tmp_path / "work/pass_vit_small_patch16.synth_reid/config.json").read_text())
+    of_small = config["provenance"]["init_provenance"]
+    assert (of_small["init"], of_small["init_provenance"]["images_seen"]) == ("small-start.pt", 32)
+
+
+@pytest.mark.slow
+def test_the_comparison_of_methods_runs_and_ranks_the_same_persons_by_each(tmp_path):
+    command = [sys.executable, BENCHMARKS / "learning.py", "--quick", "--jobs", "2", "--out", tmp_path / "a folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    methods = ["random", "dino", "dino_small", "pass", "pass_1", "pass_5", "random_reid", "dino_reid", "pass_reid"]
+    methods += ["pixels", "colours", "chance"]
+    assert figures.keys() == {
+        f"{place}{method}_{what}" for place in ("", "studio_") for method in methods for what in ("mAP", "rank1")
+    }
+    assert figures["studio_colours_mAP"] > 2 * figures["studio_chance_mAP"]
