@@ -182,6 +182,7 @@ class Child:
 
 def _begin(function: Callable[..., Any], args: tuple, printed: Path, how: dict[str, Any]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process of a shell
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
