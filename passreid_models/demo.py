@@ -11,7 +11,7 @@ from passreid_models.retrieval import evaluate, rank
 from passreid_models.runtime import atomic_file
 from passreid_models.synthetic import SyntheticPersons
 
-DATA_SEED, DEMO_SEED = 1, 0  # identities and cameras are functions of the seed: what is shown was not trained on
+DATA_SEED, DEMO_SEED = 1, 0  # identities and cameras are functions of the seed: who is shown is not in the data
 SHOWN, TOPK = 6, 8
 
 
