@@ -52,7 +52,7 @@ METHODS = {
     "pass_1": ["--parts", "1"],
     "pass_5": ["--parts", "5", "--local-views", "5"],
 }
-STARTS = ("random", "dino", "pass")  # of fine-tuning
+STARTS = ("dino", "pass")  # of fine-tuning, beside random weights
 FUSIONS = ("CLS", "mean of parts", "cat", "mean")
 Found = dict[str, dict[str, list[tuple[float, float]]]]
 
@@ -60,6 +60,7 @@ Found = dict[str, dict[str, list[tuple[float, float]]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of pre-training")
     parser.add_argument("--ids", type=int, default=700, help="persons to train on, 10 images each")
     parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
     parser.add_argument("--reid-epochs", type=int, default=4, help="of fine-tuning")
@@ -71,17 +72,19 @@ def main() -> None:
         args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, 1
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        seeds = range(args.seeds)
+        seeds, methods = range(args.seeds), args.methods
+        starts = ["random", *(m for m in STARTS if m in methods)]
         draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
-        run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in METHODS], args.jobs)
-        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in STARTS], args.jobs)
+        run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)
+        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in starts], args.jobs)
         title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
         print(f"\n{title}; {common.machine(common.pick_device(None))}")
         figures: dict[str, float] = {}
         for place in PLACES:
-            found = measure(out, open_dataset(out / f"held-out-{place}"), seeds)
+            trained = [*methods, *(f"{start}_reid" for start in starts)]
+            found = measure(out, open_dataset(out / f"held-out-{place}"), trained, seeds)
             figures |= table(found, place, "" if place == "street" else f"{place}_")
-        curve(out, seeds, 10 * args.ids)
+        curve(out, methods, seeds, 10 * args.ids)
     print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 
@@ -119,13 +122,13 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
         list(pool.map(run, commands))
 
 
-def measure(out: Path, data: ReIDDataset, seeds: range) -> Found:
+def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: range) -> Found:
     """(mAP, Rank-1) of each seed, by method and descriptor."""
     found: Found = {}
     images = read_images(data)
     for seed in seeds:
         models = {"random": random_model(seed, SIZE)}
-        for method in (*METHODS, *(f"{start}_reid" for start in STARTS)):
+        for method in trained:
             models[method] = timm.create_model(f"local-dir:{out}/{method}-{seed}/export", pretrained=True)
         for method, model in models.items():
             embed = Embedder(model, fusion="parts" if model.num_parts else None)
@@ -164,17 +167,17 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def curve(out: Path, seeds: range, images: int) -> None:
+def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
     """Print mAP in the studio, every image a query, after each epoch of pre-training."""
-    print(f"\n| images seen | {' | '.join(METHODS)} |\n| --- |{' --- |' * len(METHODS)}")
+    print(f"\n| images seen | {' | '.join(methods)} |\n| --- |{' --- |' * len(methods)}")
     rows: dict[int, dict[str, list[float]]] = {}
-    for method in METHODS:
+    for method in methods:
         for seed in seeds:
             for line in (out / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines():
                 if "probe_mAP" in (record := json.loads(line)):
                     rows.setdefault(round(record["epoch"]), {}).setdefault(method, []).append(record["probe_mAP"])
     for epoch, of in rows.items():
-        print(f"| {epoch * images:,} | {' | '.join(spread(of[m]) for m in METHODS)} |")
+        print(f"| {epoch * images:,} | {' | '.join(spread(of[m]) for m in methods)} |")
 
 
 if __name__ == "__main__":
