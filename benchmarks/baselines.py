@@ -30,11 +30,14 @@ MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", default="synthetic:ids=20", help="default: 20 drawn persons")
+    parser.add_argument("data", nargs="?", default="synthetic:ids=20", help="default: 20 of the 2-D persons")
     parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="of the images of random weights, in pixels")
     parser.add_argument("--quick", action="store_true", help="1 seed of random weights instead of 3")
     args = parser.parse_args()
-    data = open_dataset(args.data)
+    try:
+        data = open_dataset(args.data).require("query", "gallery")
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from None
     images = read_images(data)
     found = {name: [score] for name, score in unlearnt(data, images).items()}
     for seed in range(1 if args.quick else 3):
@@ -82,7 +85,8 @@ def pooled(images: list[Image.Image]) -> Tensor:
 
 
 def colours(images: list[Image.Image]) -> Tensor:
-    x = np.stack([np.asarray(im.resize(SIZE[::-1]))[:, 12:52] for im in images]).reshape(len(images), 8, -1, 3) // 32
+    x = np.stack([np.asarray(im.resize(SIZE[::-1]))[:, 12:52] for im in images]).reshape(len(images), 8, -1, 3)
+    x = x.astype(int) // 32
     codes = (x[..., 0] * 8 + x[..., 1]) * 8 + x[..., 2]
     counts = [[np.bincount(band, minlength=512) for band in image] for image in codes]
     return F.normalize(torch.tensor(np.stack(counts).reshape(len(images), -1)).float().sqrt())

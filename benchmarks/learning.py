@@ -9,6 +9,7 @@ cameras, in patterns and prints that no training garment has (passreid synth dra
     dino_small                  DINO whose local views are as small as those of PASS
     pass_1, pass_5              PASS with one part and with five
     random_reid, dino_reid, pass_reid       fine-tuned with labels from random weights, DINO and PASS
+    dino_parts_reid             fine-tuned from DINO's weights and part tokens at random
     pixels, colours, chance     without weights, see baselines.py
 
 DINO is the same trainer with --parts 0 and as many local views, of the whole image instead of its areas: their scale is
@@ -39,6 +40,7 @@ from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder
+from passreid_models.local_dir import save_pretrained
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.synthetic3d.place import PLACES
 
@@ -52,7 +54,7 @@ METHODS = {
     "pass_1": ["--parts", "1"],
     "pass_5": ["--parts", "5", "--local-views", "5"],
 }
-STARTS = ("dino", "pass")  # of fine-tuning, beside random weights
+STARTS = {"random": "", "dino": "dino", "dino_parts": "dino", "pass": "pass"}  # of fine-tuning, and whence they come
 FUSIONS = ("CLS", "mean of parts", "cat", "mean")
 Found = dict[str, dict[str, list[tuple[float, float]]]]
 
@@ -72,10 +74,13 @@ def main() -> None:
         args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, 1
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        seeds, methods = range(args.seeds), args.methods
-        starts = ["random", *(m for m in STARTS if m in methods)]
+        seeds, methods = range(args.seeds), list(dict.fromkeys(args.methods))
+        starts = [start for start, method in STARTS.items() if method in ("", *methods)]
         draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)
+        if "dino_parts" in starts:
+            for seed in seeds:
+                add_parts(out, seed)
         run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in starts], args.jobs)
         title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
         print(f"\n{title}; {common.machine(common.pick_device(None))}")
@@ -92,6 +97,16 @@ def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
     command = ["train", f"{out}/studio", "--config", str(SETTINGS), *METHODS[method]]
     command += ["--size", *map(str, SIZE), "--epochs", str(epochs), "--probe", f"{out}/held-out-studio"]
     return [*command, *common_options(out, method, seed)]
+
+
+def add_parts(out: Path, seed: int) -> None:
+    """Give DINO's weights part tokens, at random as PASS begins with them."""
+    model = random_model(seed, SIZE)
+    state = timm.create_model(f"local-dir:{out}/dino-{seed}/export", pretrained=True).state_dict()
+    unfilled = model.load_state_dict(state, strict=False)
+    assert not unfilled.unexpected_keys
+    assert unfilled.missing_keys == ["reg_token"]
+    save_pretrained(model, out / f"dino_parts-{seed}" / "export", overwrite=True)
 
 
 def finetuning(out: Path, method: str, seed: int, epochs: int) -> list[str]:

@@ -4,13 +4,14 @@
     python examples/train_bundled.py small --work ~/bundled --widen    # begins as the tiny there, twice as wide
 
 The settings are those of bundled.yaml and bundled_reid.yaml beside this file; with --widen 2 epochs at half the rate,
-since the start has learnt. On a GPU give --settings a file of your own, with a larger batch_size and more epochs.
-Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
+since the start has learnt. On a GPU give --settings a file of your own, with a larger batch_size and more epochs; it is
+taken as it is. Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
 
 WORK/studio/, WORK/street/    what passreid synth draws to train on, before 96 cameras each
 WORK/held-out-studio/, ...    other persons before other cameras, in patterns and prints that no training garment has
 WORK/tiny/         the run of passreid-train, on the studio: what two views of an image share, and other images do not,
                    is what self-distillation learns first, and on a street that is the background
+WORK/small-start.pt           with --widen: what small begins with
 WORK/tiny-reid/    the run of passreid finetune that begins with it, on the street: labels of drawn persons cost nothing
 WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json, and the log of the run,
                    metrics.jsonl; with --split the weights are in pieces below 16 MiB, to be joined by:
@@ -20,22 +21,23 @@ WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json,
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
 from passreid_models import flags
-from passreid_models.flags import read_config
 from passreid_models.local_dir import save_pretrained
+from passreid_models.reid.config import PRESETS as REID_PRESETS
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.reid.evaluate import evaluate_model
 from passreid_models.reid.supervised import finetune
 from passreid_models.runtime import atomic_file, atomic_folder
-from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.config import PRESETS, TrainConfig
 from passreid_models.ssl.loop import train
 from passreid_models.synthetic3d.dataset import write_market1501
 from passreid_models.synthetic3d.place import PLACES
@@ -44,79 +46,90 @@ from passreid_models.training.init import provenance_of
 
 HERE = Path(__file__).parent
 SETTINGS, REID_SETTINGS = HERE / "bundled.yaml", HERE / "bundled_reid.yaml"
+WIDENED = {"epochs": 2, "lr": 4e-3}
+START = "small-start.pt"
 TASKS = {
     "synth": "self-supervised pre-training on generated 3-D persons",
     "synth_reid": "self-supervised pre-training on generated 3-D persons, then fine-tuning with their labels",
 }
 PIECE = 15 * 2**20
+GOES_ON = "run it again, it continues"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("size", choices=("tiny", "small", "base"))
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs, outside the repository")
-    parser.add_argument("--ids", type=int, default=1500, help="persons to train on, 10 images each")
-    parser.add_argument("--test-ids", type=int, default=200, help="persons to evaluate on, 8 images each")
+    parser.add_argument("--ids", type=positive, default=1500, help="persons to train on, 10 images each")
+    parser.add_argument("--test-ids", type=positive, default=200, help="persons to evaluate on, 8 images each")
     parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
-    parser.add_argument("--settings", type=Path, default=SETTINGS, help="of passreid-train")
-    parser.add_argument("--reid-settings", type=Path, default=REID_SETTINGS, help="of passreid finetune")
+    parser.add_argument("--settings", type=Path, help="of passreid-train, instead of bundled.yaml")
+    parser.add_argument("--reid-settings", type=Path, default=REID_SETTINGS, help="of finetune")
     parser.add_argument("--split", action="store_true", help="weights in pieces below 16 MiB")
     args = parser.parse_args(argv)
     if args.widen and args.size != "small":
         parser.error("--widen: only small is twice as wide as tiny")
     try:
         make(args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(str(e)) from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: run it again, it continues") from None
+        print(GOES_ON, file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def positive(word):
+    if int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {word}")
+    return int(word)
 
 
 def make(args):
     work, model = args.work, f"pass_vit_{args.size}_patch16"
-    pretraining, tuning = ["--config", args.settings], ["--config", args.reid_settings]
-    common = ["--model", model, "--resume", "auto", "--save-minutes", 2, "--max-minutes", 0]
-    origin = {}
-    if args.widen:
-        tiny, start = work / "pass_vit_tiny_patch16.synth", work / "small-start.pt"
-        if not tiny.exists():
-            raise SystemExit(f"--widen: {tiny} is not there: make tiny in the same --work first, to its end")
-        if not start.exists():
-            widen(work / "tiny", start)
-        pretraining += ["--init", start]
-        if args.settings == SETTINGS:
-            pretraining += ["--epochs", 2, "--lr", 4e-3]
-        origin = provenance_of(str(tiny))
     run, tuned = work / args.size, work / f"{args.size}-reid"
-    pretraining += [work / "studio", *common, "--probe", work / "held-out-studio", "--out", run]
-    tuning += [work / "street", *common, "--eval-data", work / "held-out-street", "--out", tuned]
-    pretraining = settings(TrainConfig, pretraining)
-    tuning = settings(FinetuneConfig, [*tuning, "--init", run / "export"])
+    common = ["--model", model, "--resume", "auto", "--save-minutes", 2, "--max-minutes", 0]
+    words = [work / "studio", "--config", args.settings or SETTINGS, *common, "--out", run]
+    words += ["--probe", work / "held-out-studio"]
+    if args.widen:
+        words += ["--init", work / START]
+        if not args.settings:
+            words += [word for name, value in WIDENED.items() for word in (f"--{name}", value)]
+    pretraining = read_settings(words, TrainConfig, PRESETS, "passreid-train")
+    words = [work / "street", "--config", args.reid_settings, *common, "--out", tuned]
+    words += ["--eval-data", work / "held-out-street", "--init", run / "export"]
+    tuning = read_settings(words, FinetuneConfig, REID_PRESETS["finetune"], "passreid finetune")
+    if args.widen and RunFolder(run).latest() is None:  # else it has begun
+        if not (work / "pass_vit_tiny_patch16.synth" / "figures.json").exists():
+            raise SystemExit(f"--widen: {work} holds no pass_vit_tiny_patch16.synth: make tiny there first, to its end")
+        widen(work / "tiny", work / START)
     draw_persons(work, args.ids, args.test_ids)
-    train_by(train, pretraining)
-    pack(args, run, f"{model}.synth", origin)
-    train_by(finetune, tuning)
-    pack(args, tuned, f"{model}.synth_reid", origin)
+    train_by(train, pretraining, "passreid-train")
+    pack(args, run, f"{model}.synth")
+    train_by(finetune, tuning, "passreid finetune")
+    pack(args, tuned, f"{model}.synth_reid")
 
 
-def settings(config, words):
-    """The settings of a run, read as the command line reads them."""
-    return read_config([str(word) for word in words], config, {}, "train_bundled.py", "", "data")
+def read_settings(words, config, presets, program):
+    """The settings of a run, read as its command reads them."""
+    return flags.read_config([str(word) for word in words], config, presets, program, "", "data")
 
 
-def train_by(function, config):
+def train_by(function, config, program):
     """Train to the end; what stops it is said."""
-    if code := flags.run("train_bundled.py", function, lambda: config):
+    if code := flags.run(program, function, lambda: config):
+        if code > 128:
+            print(GOES_ON, file=sys.stderr)
         raise SystemExit(code)
 
 
 def draw_persons(folder, ids, test_ids, size=(256, 128)):
     """Draw persons to train on and others to evaluate on, of each place; what is there already stays."""
     for place in PLACES:
-        train = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
-        write_market1501(folder / place, ids, 10, **train)
         test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=size)
         write_market1501(folder / f"held-out-{place}", test_ids, 8, **test)
+    for place in PLACES:
+        train = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
+        write_market1501(folder / place, ids, 10, **train)
 
 
 def widen(run, file):
@@ -125,11 +138,14 @@ def widen(run, file):
     Every channel stands twice. A weight is shared out at random between the two copies of its input, since equal copies
     would stay equal in training.
     """
-    saved = RunFolder(run).load_latest()[1]
-    generator = torch.Generator().manual_seed(0)
+    found = RunFolder(run).load_latest()
+    if found is None:
+        raise ValueError(f"--widen: {run} holds no run: make tiny in the same --work first, to its end")
+    saved, generator = found[1], torch.Generator().manual_seed(0)
     wide = {name: twice(name, value, generator) for name, value in saved["teacher"].items()}
+    start = {"student": wide, "teacher": wide, "statistics": saved["statistics"], "provenance": provenance_of(str(run))}
     with atomic_file(file) as temporary:
-        torch.save({"student": wide, "teacher": wide, "statistics": saved["statistics"]}, temporary)
+        torch.save(start, temporary)
 
 
 def twice(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
@@ -151,24 +167,24 @@ def split(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([weight * share, weight * (1 - share)], dim=1)
 
 
-def pack(args, run, name, origin):
+def pack(args, run, name):
     """Write a run's weights as they are bundled, and what they are worth on the persons that were held out."""
     folder, export = args.work / name, run / "export"
     provenance = json.loads((export / "config.json").read_text())["provenance"]
-    if origin:  # of the run that was widened; the file of its start does not tell
-        first = provenance
-        while "init_provenance" in first:
-            first = first["init_provenance"]
-        first["init_provenance"] = origin
-    if folder.exists() and json.loads((folder / "config.json").read_text())["provenance"] == provenance:
+    first = provenance
+    while "init_provenance" in first:
+        first = first["init_provenance"]
+    if first["init"] == START:
+        first["init_provenance"] = torch.load(args.work / START, mmap=True)["provenance"]
+    if is_packed(folder, provenance, args.split):
         print(f"{folder} is there")
         return
     model = timm.create_model(f"local-dir:{export}", pretrained=True, img_size=(256, 128))
     scores = {place: {} for place in PLACES}
-    with TemporaryDirectory(dir=args.work) as temporary:
+    with atomic_folder(folder, overwrite=True) as new:
         for precision in ("float32", "float16"):
-            new = Path(temporary) / precision
-            save_pretrained(model, new, info={"provenance": provenance}, half=precision == "float16")
+            half = precision == "float16"
+            save_pretrained(model, new, info={"provenance": provenance}, half=half, overwrite=True)
             for place in PLACES:
                 found = evaluate_model(args.work / f"held-out-{place}", str(new), cache=False).to_dict()
                 scores[place][precision] = {key: found[key] for key in ("mAP", "rank1")}
@@ -183,10 +199,14 @@ def pack(args, run, name, origin):
             for i in range(0, len(data), PIECE):
                 (new / f"model.safetensors.{i // PIECE:02d}").write_bytes(data[i : i + PIECE])
             (new / "model.safetensors").unlink()
-        with atomic_folder(folder, overwrite=True) as whole:
-            for file in new.iterdir():
-                file.rename(whole / file.name)
     print(folder)
+
+
+def is_packed(folder, provenance, in_pieces):
+    """Whether the folder holds all of these weights already."""
+    if not (folder / "figures.json").exists() or (folder / "model.safetensors").exists() == in_pieces:
+        return False
+    return json.loads((folder / "config.json").read_text())["provenance"] == provenance
 
 
 def claim_tag(file, tag):

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from tiny_runs import TINY, tiny, write_images
 
 import passreid_models
@@ -56,10 +57,13 @@ def train_bundled():
 
 def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread, train_bundled):
     train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
+    with pytest.raises(ValueError, match="holds no run"):
+        train_bundled.widen(tmp_path / "none", tmp_path / "start.pt")
     train_bundled.widen(tmp_path / "run", tmp_path / "start.pt")
     start = torch.load(tmp_path / "start.pt", weights_only=True)
     saved = RunFolder(tmp_path / "run").load_latest()[1]
     assert start["statistics"] == saved["statistics"]
+    assert start["provenance"]["images_seen"] == saved["step"] * saved["config"]["batch_size"]
 
     narrow, wide = network(saved["teacher"]), network(start["teacher"], embed_dim=128, num_heads=4)
     views = torch.randn(2, 3, 3, 64, 32), torch.randn(3, 3, 3, 32, 16)
@@ -77,15 +81,16 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
     ("name", "config", "settings", "changed"),
     [
         ("pass_vit_tiny_patch16.synth", TrainConfig, "bundled.yaml", {}),
-        ("pass_vit_small_patch16.synth", TrainConfig, "bundled.yaml", {"epochs": 2, "lr": 4e-3}),  # widened
+        ("pass_vit_small_patch16.synth", TrainConfig, "bundled.yaml", "WIDENED"),
         ("pass_vit_tiny_patch16.synth_reid", FinetuneConfig, "bundled_reid.yaml", {}),
     ],
 )
-def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed):
+def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed, train_bundled):
+    changed = changed and getattr(train_bundled, changed)
     asked = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | changed).to_dict()
     folder = EXAMPLES.parent / "weights" / name
     trained = json.loads((folder / "config.json").read_text())["provenance"]["config"]
-    left_to_the_run = {"model", "dtype", "fusion"}
+    left_to_the_run = {"model", "fusion"}
     differing = {k: (asked[k], v) for k, v in trained.items() if asked[k] != v and k not in left_to_the_run}
     assert not differing
 
@@ -93,23 +98,26 @@ def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, se
 @pytest.mark.parametrize(
     ("words", "settings", "message"),
     [
-        (["small", "--widen"], "", "--widen: {work}/pass_vit_tiny_patch16.synth is not there: make tiny"),
+        (["small", "--widen"], "", "--widen: {work} holds no pass_vit_tiny_patch16.synth: make tiny there first"),
         (["tiny", "--widen"], "", "--widen: only small is twice as wide as tiny"),
-        (["tiny", "--ids", "0"], "", "num_ids must be an integer of at least 1, got 0"),
+        (["tiny", "--ids", "0"], "", "--ids: expected 1 or more, got 0"),
+        (["tiny", "--test-ids", "-1"], "", "--test-ids: expected 1 or more, got -1"),
         (["tiny", "--settings", "none.yaml"], "", "none.yaml"),
         (["tiny", "--settings", "{yaml}"], "epochs: [1", "while parsing a flow sequence"),
         (["tiny", "--settings", "{yaml}"], "epochs: 0", "epochs: expected 1 or more, got 0"),
         (["tiny", "--reid-settings", "{yaml}"], "erasing: 0", "erasing"),
     ],
 )
-def test_bundling_says_what_is_wrong_before_it_draws(words, settings, message, tmp_path, train_bundled, capsys):
+def test_bundling_says_what_is_wrong_before_it_draws(
+    words, settings, message, tmp_path, train_bundled, capsys, monkeypatch
+):
+    monkeypatch.setattr(train_bundled, "write_market1501", lambda *args, **more: pytest.fail("it draws"))
     work = tmp_path / "work"
     (tmp_path / "some.yaml").write_text(settings)
     with pytest.raises(SystemExit) as stopped:
         train_bundled.main([*(word.format(yaml=tmp_path / "some.yaml") for word in words), "--work", str(work)])
     assert stopped.value.code not in (None, 0)
     assert message.format(work=work) in f"{stopped.value.code} {capsys.readouterr().err}"
-    assert not list(work.rglob("*.jpg"))
 
 
 def bundle(work, *words):
@@ -154,14 +162,32 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
     assert (of_small["init"], of_small["init_provenance"]["images_seen"]) == ("small-start.pt", 32)
 
 
+def test_what_has_learnt_nothing_is_measured_on_any_dataset(tmp_path):
+    sys.path.insert(0, str(BENCHMARKS))
+    from baselines import colours
+
+    dark_red, black = Image.new("RGB", (64, 128), (128, 0, 0)), Image.new("RGB", (64, 128))
+    x = colours([dark_red, black, black])
+    torch.testing.assert_close(x @ x.T, torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
+    command = [sys.executable, BENCHMARKS / "baselines.py", "--quick"]
+    done = subprocess.run([*command, "synthetic:ids=8,size=128x64"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["pixels_mAP"] > figures["chance_mAP"] > 0
+    write_images(tmp_path / "unlabelled")
+    refused = subprocess.run([*command, tmp_path / "unlabelled"], capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+
+
 @pytest.mark.slow
-def test_the_comparison_of_methods_runs_and_ranks_the_same_persons_by_each(tmp_path):
+def test_the_comparison_of_methods_runs_and_gives_the_figures_of_each(tmp_path):
     command = [sys.executable, BENCHMARKS / "learning.py", "--quick", "--jobs", "2", "--out", tmp_path / "a folder"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     methods = ["random", "dino", "dino_small", "pass", "pass_1", "pass_5", "random_reid", "dino_reid", "pass_reid"]
-    methods += ["pixels", "colours", "chance"]
+    methods += ["dino_parts_reid", "pixels", "colours", "chance"]
     assert figures.keys() == {
         f"{place}{method}_{what}" for place in ("", "studio_") for method in methods for what in ("mAP", "rank1")
     }

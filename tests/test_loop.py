@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -149,13 +150,29 @@ def test_the_number_of_workers_changes_no_bit(whole, data, home):
     assert_same_bits(home / "workers", result(whole))
 
 
-def test_a_probe_is_logged_every_so_many_epochs_and_changes_no_bit(whole, data, home, tmp_path):
-    labelled = tmp_path / "labelled"
+def labelled_folder(data, folder):
     for i, path in enumerate(sorted(data.iterdir())[:8]):
-        person = labelled / f"person{i // 2}"
+        person = folder / f"person{i // 2}"
         person.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, person)
-    train(tiny(data, tmp_path / "run", probe=str(labelled), probe_epochs=2, log_steps=5))
+    return str(folder)
+
+
+def test_a_probe_that_a_kill_cut_short_is_made_again(data, tmp_path):
+    config = tiny(data, tmp_path / "run", epochs=1, probe=labelled_folder(data, tmp_path / "labelled"))
+    train(config)
+    whole = metrics(tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text("".join(line for line in file.open() if "probe_mAP" not in line))
+    train(replace(config, resume="auto"))
+    assert metrics(tmp_path / "run") == whole
+    train(replace(config, resume="auto"))
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_a_probe_is_logged_every_so_many_epochs_and_changes_no_bit(whole, data, home, tmp_path):
+    labelled = labelled_folder(data, tmp_path / "labelled")
+    train(tiny(data, tmp_path / "run", probe=labelled, probe_epochs=2, log_steps=5))
     assert_same_bits(tmp_path / "run", result(whole))
     records = metrics(tmp_path / "run")
     assert [r["step"] for r in records] == [4, 5, 8, 8, 10, 12]  # the probe, after the checkpoint, has its own line

@@ -110,13 +110,9 @@ class ReIDRun(Run):
 
     def train(self) -> Path:
         t = self.trainer
-        if t.step and t.begins_epoch and not on_first(self._was_evaluated):  # a kill came between
-            self.after_epoch()
+        if t.step and t.begins_epoch and not on_first(lambda: self.folder.has_metric(t.step, "mAP")):
+            self.after_epoch()  # a kill came between
         return super().train()
-
-    def _was_evaluated(self) -> bool:
-        lines = self.folder.metrics_file.read_text().splitlines() if self.folder.metrics_file.is_file() else []
-        return any(record["step"] == self.trainer.step and "mAP" in record for record in map(json.loads, lines))
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:

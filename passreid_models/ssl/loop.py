@@ -78,6 +78,12 @@ class PretrainRun(Run):
     def about(self) -> dict[str, Any]:
         return {"method": "PASS" if self.config.num_parts else "DINO", "data": self.source.description}
 
+    def train(self) -> Path:
+        t = self.trainer
+        if t.step and t.begins_epoch and self.is_main and not self.folder.has_metric(t.step, "probe_mAP"):
+            self.after_epoch()  # a kill came between
+        return super().train()
+
     def after_epoch(self) -> None:
         t = self.trainer
         if t.epoch % self.config.probe_epochs == 0 and self.is_main and self.labelled is not None:

@@ -161,6 +161,11 @@ class RunFolder:
             with atomic_file(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{x}\n" for x in lines))
 
+    def has_metric(self, step: int, name: str) -> bool:
+        """Whether ``metrics.jsonl`` holds a figure of a step."""
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
+        return any(record["step"] == step and name in record for record in map(json.loads, lines))
+
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; what is not finite is null, since JSON has no word for it."""
         with self.metrics_file.open("a") as file:
