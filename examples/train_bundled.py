@@ -204,7 +204,8 @@ def pack(args, run, name):
 
 def is_packed(folder, provenance, in_pieces):
     """Whether the folder holds all of these weights already."""
-    if not (folder / "figures.json").exists() or (folder / "model.safetensors").exists() == in_pieces:
+    weights = "model.safetensors.00" if in_pieces else "model.safetensors"
+    if not all((folder / name).exists() for name in (weights, "figures.json")):
         return False
     return json.loads((folder / "config.json").read_text())["provenance"] == provenance
 
