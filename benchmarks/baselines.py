@@ -14,16 +14,15 @@ import argparse
 
 import common
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder, evaluate
-from passreid_models.convert import IMAGENET
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
+from passreid_models.ssl.config import TrainConfig
+from passreid_models.ssl.init import make_backbone
 
 MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
 
@@ -39,7 +38,7 @@ def main() -> None:
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
     images = read_images(data)
-    found = {name: [score] for name, score in unlearnt(data, images).items()}
+    found = {name: [scores] for name, scores in unlearnt(data, images).items()}
     for seed in range(1 if args.quick else 3):
         embed = Embedder(random_model(seed, tuple(args.size)))
         found.setdefault("random", []).append(score(data, *map(embed, images)))
@@ -72,12 +71,9 @@ def unlearnt(data: ReIDDataset, images: tuple[list[Image.Image], list[Image.Imag
 
 
 def random_model(seed: int, size: tuple[int, int]) -> torch.nn.Module:
-    """Weights and preprocessing as pre-training begins with."""
+    """What pre-training begins with."""
     torch.manual_seed(seed)
-    model = timm.create_model(MODEL, img_size=size)
-    mean, std = IMAGENET
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
-    return model
+    return make_backbone(TrainConfig(model=MODEL, size=size))
 
 
 def pooled(images: list[Image.Image]) -> Tensor:

@@ -4,14 +4,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -106,6 +109,23 @@ def gather_rows(x: Tensor) -> Tensor:
     dist.all_gather(shares, x.detach().contiguous())
     shares[rank] = x
     return torch.cat(shares)
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What ``function()`` returns in the first process, in every process; what it raises too."""
+    rank, size = world()
+    if size == 1:
+        return function()
+    result: list[Any] = [None]
+    if rank == 0:
+        try:
+            result = [function()]
+        except Exception as e:  # the others would wait for it
+            result = [e]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 def share_first(tensors: Iterable[Tensor]) -> None:

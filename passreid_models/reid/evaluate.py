@@ -20,10 +20,10 @@ from torch import nn
 from passreid_models.convert import ARCHITECTURES
 from passreid_models.embed import Embedder
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
-from passreid_models.reid.extract import extract, on_first
+from passreid_models.reid.extract import extract
 from passreid_models.reid.feature_cache import FeatureCache, weights_key
 from passreid_models.reid.report import Evaluation, Retrieved, percent
-from passreid_models.runtime import atomic_file, world
+from passreid_models.runtime import atomic_file, on_first, world
 from passreid_models.training.init import exported_folder
 from passreid_models.viz import draw_evaluation, require_matplotlib
 

@@ -1,9 +1,9 @@
 """Descriptors of many files: shared among the processes of ``torchrun``, taken from the cache where they are known."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from passreid_models.embed import Embedder
 from passreid_models.reid.feature_cache import FeatureCache, hash_files
 from passreid_models.runtime import world
 
-__all__ = ["Features", "extract", "on_first"]
-
-T = TypeVar("T")
+__all__ = ["Features", "extract"]
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,3 @@ def extract(
         good = [i for i, digest in enumerate(all_hashes) if digest and i not in all_errors]
         cache.store([all_hashes[i] for i in good], descriptors[torch.tensor(good, dtype=torch.long)])
     return Features(descriptors, dict(sorted(all_errors.items())), cached)
-
-
-def on_first(function: Callable[[], T]) -> T:
-    """What ``function()`` returns in the first process, in every process; what it raises too."""
-    rank, size = world()
-    if size == 1:
-        return function()
-    result: list[Any] = [None]
-    if rank == 0:
-        try:
-            result = [function()]
-        except Exception as e:  # the others would wait for it
-            result = [e]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]

@@ -7,7 +7,6 @@ RUN/best/     the one of the highest mAP, where the run is evaluated
 import json
 import logging
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from passreid_models.convert import ARCHITECTURES
 from passreid_models.reid.data import RANDOM, Batch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.reid.datasets import ReIDDataset, open_dataset
 from passreid_models.reid.evaluate import score
-from passreid_models.reid.extract import on_first
 from passreid_models.training.config import wrong
 from passreid_models.training.init import DEFAULT_MODEL, described
 from passreid_models.training.loop import Run, pick_workers
@@ -29,6 +27,7 @@ class ReIDRun(Run):
     """A run on a dataset of persons."""
 
     labelled = True
+    epoch_figure = "mAP"
     erase: tuple[tuple[float, float], Any] = ((0.02, 1 / 3), RANDOM)
     """Area of random erasing, and what is put there."""
 
@@ -107,12 +106,6 @@ class ReIDRun(Run):
         self.write(scores)  # last: it tells a resumed run that all this is done
         if t.step == t.total_steps:  # the best was chosen on the test set, the last was not
             self.say(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
-
-    def train(self) -> Path:
-        t = self.trainer
-        if t.step and t.begins_epoch and not on_first(lambda: self.folder.has_metric(t.step, "mAP")):
-            self.after_epoch()  # a kill came between
-        return super().train()
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:

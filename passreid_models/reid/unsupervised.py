@@ -23,13 +23,13 @@ from passreid_models.reid.clustering import find_dbscan
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.data import Batch
 from passreid_models.reid.datasets import open_dataset
-from passreid_models.reid.extract import extract, on_first
+from passreid_models.reid.extract import extract
 from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.run import ReIDRun, complete, evaluation_data
 from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainers import ClusterTrainer
-from passreid_models.runtime import world
+from passreid_models.runtime import on_first, world
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.loop import process_group, run_in_folder
 

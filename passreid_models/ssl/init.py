@@ -38,10 +38,16 @@ def make_networks(config: TrainConfig, device: torch.device) -> tuple[PASSNetwor
     return student.train(), teacher.requires_grad_(False).train()
 
 
-def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
+def make_backbone(config: TrainConfig, drop_path: float = 0.0) -> Any:
+    """Random weights, and the preprocessing of pre-training."""
     backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
-    mean, std = IMAGENET  # of pre-training, whatever the default weights of the architecture are for
+    mean, std = IMAGENET  # whatever the default weights of the architecture are for
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
+    return backbone
+
+
+def _make_network(config: TrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
+    backbone = make_backbone(config, drop_path)
     ready_to_train(backbone, device, config.grad_checkpointing)
     network = PASSNetwork(
         backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer

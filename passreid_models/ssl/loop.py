@@ -40,6 +40,7 @@ class PretrainRun(Run):
     """Part-wise self-distillation on a source of images."""
 
     trainer_class = Trainer
+    epoch_figure = "probe_mAP"
     shown = ("loss", "lr", "images_per_s", "wait_share", "teacher_entropy", "feature_std", "part_cosine", "probe_mAP",
              "probe_rank1")  # fmt: skip
 
@@ -77,12 +78,6 @@ class PretrainRun(Run):
 
     def about(self) -> dict[str, Any]:
         return {"method": "PASS" if self.config.num_parts else "DINO", "data": self.source.description}
-
-    def train(self) -> Path:
-        t = self.trainer
-        if t.step and t.begins_epoch and self.is_main and not self.folder.has_metric(t.step, "probe_mAP"):
-            self.after_epoch()  # a kill came between
-        return super().train()
 
     def after_epoch(self) -> None:
         t = self.trainer

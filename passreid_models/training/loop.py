@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from passreid_models.local_dir import save_pretrained
-from passreid_models.runtime import all_reduce_mean, num_cores, world
+from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
 from passreid_models.training.config import RunConfig
 from passreid_models.training.device import pick_device
 from passreid_models.training.folder import RunFolder, tells_of_dead_worker
@@ -58,6 +59,8 @@ class Run:
     trainer_class: ClassVar[type[BaseTrainer]]
     shown: ClassVar[tuple[str, ...]] = ("loss", "lr", "images_per_s", "wait_share")
     """Figures of a line of the log."""
+    epoch_figure: ClassVar[str]
+    """What ``after_epoch`` writes last: a resumed run whose epoch ended without it looks at the networks again."""
 
     config: Any
     trainer: Any
@@ -136,6 +139,9 @@ class Run:
             The exported folder.
         """
         config, trainer = self.config, self.trainer
+        was_looked_at = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
+        if trainer.step and trainer.begins_epoch and not on_first(was_looked_at):  # a kill came between
+            self.after_epoch()
         for line in self.announcement():
             self.say(line)
         if config.init:
