@@ -76,7 +76,10 @@ def main() -> None:
         out = args.out or Path(temporary)
         seeds, methods = range(args.seeds), list(dict.fromkeys(args.methods))
         starts = [start for start, method in STARTS.items() if method in ("", *methods)]
-        draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
+        try:
+            draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
+        except (ValueError, OSError) as e:  # such as the persons of another --ids
+            raise SystemExit(str(e)) from None
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)
         if "dino_parts" in starts:
             for seed in seeds:
@@ -196,4 +199,7 @@ def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: a second call with the same --out continues") from None

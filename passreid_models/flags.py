@@ -99,7 +99,10 @@ def read_config(
         given["--preset"] = _preset_in(Path(str(given["--config"])))
     parser.set_defaults(dict(presets.get(given.get("--preset") or "", {})))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
-    values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
+    try:
+        values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
+    except UnicodeDecodeError:
+        raise ValueError(f"config: {given['--config']} is no text file, expected YAML") from None
     if len(named := [value for name, value in options if name == "--data"]) > 1:
         raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}{several}")
     if not values["data"]:

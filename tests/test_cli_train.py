@@ -181,6 +181,12 @@ def test_a_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path
     assert "config" in said or '"preset"' in said
 
 
+def test_a_binary_file_as_configuration_is_refused_by_its_name(tmp_path, capsys):
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    said = refused(capsys, ["crops/", f"--config={tmp_path}/photo.jpg"])
+    assert f"config: {tmp_path}/photo.jpg is no text file, expected YAML" in said
+
+
 def test_the_configuration_of_a_run_is_a_file_that_makes_the_same_run_again(run, data, tmp_path, capsys):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert list(saved) == OPTIONS
