@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from passreid_models import Embedder, evaluate
-from passreid_models.reid.datasets import ReIDDataset, open_dataset
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.init import make_backbone
+from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.network import random_backbone
 
 MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
 
@@ -73,7 +73,7 @@ def unlearnt(data: ReIDDataset, images: tuple[list[Image.Image], list[Image.Imag
 def random_model(seed: int, size: tuple[int, int]) -> torch.nn.Module:
     """What pre-training begins with."""
     torch.manual_seed(seed)
-    return make_backbone(TrainConfig(model=MODEL, size=size))
+    return random_backbone(PretrainConfig(model=MODEL, size=size))
 
 
 def pooled(images: list[Image.Image]) -> Tensor:

@@ -17,14 +17,14 @@ import peak
 import plain
 import torch
 
-from passreid_models.reid.clustering import cluster
+from passreid_models.reid.pseudo_labels import cluster_features
 
 SIZES, DENSE = (6000, 12936, 32621, 100000), 12936
 QUICK_SIZES, QUICK_DENSE = (2000, 6000), 2000
 
 
 def ours(x: torch.Tensor) -> np.ndarray:
-    return cluster(x, eps=0.6)
+    return cluster_features(x, eps=0.6)
 
 
 def dense(x: torch.Tensor) -> np.ndarray:

@@ -33,7 +33,7 @@ def pick_device(name: str | None) -> torch.device:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; a CPU that does not takes 100 times as long in it."""
-    from passreid_models.training.device import pick_dtype
+    from passreid_models.device import pick_dtype
 
     return pick_dtype("auto", device) == torch.bfloat16
 

@@ -31,9 +31,9 @@ from step import Ours, Plain, random_views
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from passreid_models.ssl.data import StepSampler, ViewDataset, batches_on, make_loader
-from passreid_models.ssl.sources import open_source
-from passreid_models.ssl.views import MultiCrop
+from passreid_models.data.sources import open_source
+from passreid_models.pretrain.batches import StepSampler, ViewDataset, batches_on, make_loader
+from passreid_models.pretrain.views import MultiCrop
 from passreid_models.synthetic import SyntheticPersons
 
 BATCH, IMAGES, QUALITY = 128, 1024, 92

@@ -23,16 +23,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import train
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.run import train
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
 IMAGES, SIZE, BATCH = 48, (64, 32), 8
 
 
-def make_config(data: str, out: str, epochs: int) -> TrainConfig:
-    return TrainConfig(
+def make_config(data: str, out: str, epochs: int) -> PretrainConfig:
+    return PretrainConfig(
         data=data, out=out, epochs=epochs, resume="auto", model="test_pass_vit", size=SIZE, batch_size=BATCH,
         num_prototypes=1024, hidden_dim=128, bottleneck_dim=32, workers=1, device="cpu", log_steps=1,
         save_minutes=1 / 60, save_epochs=10**6,

@@ -40,13 +40,14 @@ from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder
-from passreid_models.local_dir import save_pretrained
-from passreid_models.reid.datasets import ReIDDataset, open_dataset
-from passreid_models.synthetic3d.place import PLACES
+from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_synth3d.dataset import write_training_and_test
+from passreid_synth3d.place import PLACES
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from train_bundled import REID_SETTINGS, SETTINGS, draw_persons
-
+SETTINGS, REID_SETTINGS = (
+    Path(__file__).parents[1] / "examples" / name for name in ("bundled.yaml", "bundled_reid.yaml")
+)
 METHODS = {
     "dino": ["--parts", "0"],
     "dino_small": ["--parts", "0", "--local-scale", "0.15", "0.4"],  # an area of PASS is half of the image
@@ -77,7 +78,7 @@ def main() -> None:
         seeds, methods = range(args.seeds), list(dict.fromkeys(args.methods))
         starts = [start for start, method in STARTS.items() if method in ("", *methods)]
         try:
-            draw_persons(out, args.ids, 10 if args.quick else 200, SIZE)
+            write_training_and_test(out, args.ids, 10 if args.quick else 200, SIZE)
         except (ValueError, OSError) as e:  # such as the persons of another --ids
             raise SystemExit(str(e)) from None
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)

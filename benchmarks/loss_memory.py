@@ -25,9 +25,9 @@ import plain
 import torch
 from torch import Tensor, nn
 
-from passreid_models.ssl.heads import ProjectionHead
-from passreid_models.ssl.loss import PASSLoss
-from passreid_models.ssl.network import Projections
+from passreid_models.pretrain.heads import ProjectionHead
+from passreid_models.pretrain.loss import PASSLoss
+from passreid_models.pretrain.network import Projections
 
 DIM, PROTOTYPES, BATCH, TEACHER_TEMP = 384, 65536, 64, 0.04
 VIEWS = (11, 5, 5, 5)  # of the student, for CLS and each PART; the teacher has 2 of each

@@ -18,18 +18,18 @@ from pathlib import Path
 import common
 import torch
 
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.data import Batch, StepSampler, ViewDataset, batches_on, make_loader
-from passreid_models.ssl.sources import open_source
-from passreid_models.ssl.trainer import Trainer
+from passreid_models.data.sources import open_source
+from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset, batches_on, make_loader
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.trainer import PretrainTrainer
 from passreid_models.training.folder import RunFolder
 
 SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_dim=128, bottleneck_dim=32)
 
 
-def make_config(folder: str, quick: bool) -> TrainConfig:
+def make_config(folder: str, quick: bool) -> PretrainConfig:
     settings = SMALL if quick else {}
-    return TrainConfig(  # the prototypes move at once, so that the first checkpoint is as large as all later ones
+    return PretrainConfig(  # the prototypes move at once, so that the first checkpoint is as large as all later ones
         data="synthetic:ids=8,images=4",
         out=folder,
         batch_size=4,
@@ -41,7 +41,7 @@ def make_config(folder: str, quick: bool) -> TrainConfig:
     )
 
 
-def first_batch(trainer: Trainer) -> Batch:
+def first_batch(trainer: PretrainTrainer) -> ViewBatch:
     """The views that the trainer's next step is about, from its own loader."""
     config = trainer.config
     crop = config.crop(config.epochs)
@@ -50,11 +50,11 @@ def first_batch(trainer: Trainer) -> Batch:
     return next(batches_on(trainer.device, make_loader(dataset, sampler, 0, False)))
 
 
-def make_trainer(config: TrainConfig) -> Trainer:
-    return Trainer(config, len(open_source(config.data)), torch.device("cpu"))
+def make_trainer(config: PretrainConfig) -> PretrainTrainer:
+    return PretrainTrainer(config, len(open_source(config.data)), torch.device("cpu"))
 
 
-def resume(config: TrainConfig) -> tuple[float, float]:
+def resume(config: PretrainConfig) -> tuple[float, float]:
     """In a process of its own: read the newest checkpoint and take one step; the times before it and after."""
     trainer = make_trainer(config)
     _, state = RunFolder(config.out).load_latest()
@@ -81,7 +81,7 @@ def main() -> None:
     common.report(f"save and resume, {model}; {common.machine(torch.device('cpu'))}", rows, figures)
 
 
-def measure(config: TrainConfig, args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, float | None]]:
+def measure(config: PretrainConfig, args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, float | None]]:
     trainer = make_trainer(config)
     trainer.training_step([first_batch(trainer)])  # makes the moments of the optimiser
     run = RunFolder(config.out)

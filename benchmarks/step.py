@@ -15,9 +15,9 @@ import plain
 import torch
 from torch import Tensor
 
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.data import Batch
-from passreid_models.ssl.trainer import Trainer
+from passreid_models.pretrain.batches import ViewBatch
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.trainer import PretrainTrainer
 
 BATCH, SIZE, LOCAL_SIZE, PER_AREA = 4, (256, 128), (128, 64), 3
 
@@ -27,15 +27,15 @@ class Ours:
 
     def __init__(self, dtype: str, global_views: Tensor, local_views: Tensor, **settings: Any) -> None:
         batch, device = global_views.shape[1], global_views.device
-        config = TrainConfig(
+        config = PretrainConfig(
             batch_size=batch, dtype=dtype, device=device.type, freeze_last_layer_epochs=0, workers=0, **settings
         )
-        self.trainer = Trainer(config, 1000 * batch, device)
+        self.trainer = PretrainTrainer(config, 1000 * batch, device)
         self.trainer.photometric.batch = lambda views: (global_views, local_views)  # type: ignore[method-assign]
         self.losses: list[float] = []
 
     def __call__(self) -> None:
-        self.losses.append(self.trainer.training_step([Batch(None, [])])["loss"])  # type: ignore[arg-type]
+        self.losses.append(self.trainer.training_step([ViewBatch(None, [])])["loss"])  # type: ignore[arg-type]
 
 
 class Plain:

@@ -12,7 +12,7 @@ from pathlib import Path
 import common
 
 from passreid_models.runtime import num_cores
-from passreid_models.synthetic3d.dataset import write_market1501
+from passreid_synth3d.dataset import write_market1501
 
 IMAGES = 10
 

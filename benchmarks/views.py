@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from passreid_models.ssl.photometric import Photometric
-from passreid_models.ssl.views import MultiCrop, Views
+from passreid_models.pretrain.photometric import Photometric
+from passreid_models.pretrain.views import MultiCrop, Views
 from passreid_models.synthetic import SyntheticPersons
 
 BATCH, IMAGES, QUALITY = 16, 64, 92

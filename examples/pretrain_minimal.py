@@ -15,15 +15,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import passreid_models  # noqa: F401  registers the models
-from passreid_models.local_dir import save_pretrained
+from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.data.sources import open_source
+from passreid_models.device import pick_dtype
+from passreid_models.pretrain.loss import PASSLoss
+from passreid_models.pretrain.network import PASSNetwork
+from passreid_models.pretrain.optim import clip_gradients, make_optimizer, update_teacher
+from passreid_models.pretrain.photometric import Photometric
+from passreid_models.pretrain.views import MultiCrop
 from passreid_models.schedules import cosine, warmup_cosine
-from passreid_models.ssl.loss import PASSLoss
-from passreid_models.ssl.network import PASSNetwork
-from passreid_models.ssl.optim import clip_gradients, make_optimizer, update_teacher
-from passreid_models.ssl.photometric import Photometric
-from passreid_models.ssl.sources import open_source
-from passreid_models.ssl.views import MultiCrop
-from passreid_models.training.device import pick_dtype
 from passreid_models.training.optim import set_hyperparameters
 
 

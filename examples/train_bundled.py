@@ -30,19 +30,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
-from passreid_models import flags
-from passreid_models.local_dir import save_pretrained
+from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.evaluation.evaluate import evaluate_model
+from passreid_models.pretrain.config import PRESETS, PretrainConfig
+from passreid_models.pretrain.run import train
 from passreid_models.reid.config import PRESETS as REID_PRESETS
 from passreid_models.reid.config import FinetuneConfig
-from passreid_models.reid.evaluate import evaluate_model
 from passreid_models.reid.supervised import finetune
 from passreid_models.runtime import atomic_file, atomic_folder
-from passreid_models.ssl.config import PRESETS, TrainConfig
-from passreid_models.ssl.loop import train
-from passreid_models.synthetic3d.dataset import write_market1501
-from passreid_models.synthetic3d.place import PLACES
+from passreid_models.training import command
 from passreid_models.training.folder import RunFolder
-from passreid_models.training.init import provenance_of
+from passreid_models.training.warm_start import provenance_of
+from passreid_synth3d.dataset import write_training_and_test
+from passreid_synth3d.place import PLACES
 
 HERE = Path(__file__).parent
 SETTINGS, REID_SETTINGS = HERE / "bundled.yaml", HERE / "bundled_reid.yaml"
@@ -94,7 +94,7 @@ def make(args):
         words += ["--init", work / START]
         if not args.settings:
             words += [word for name, value in WIDENED.items() for word in (f"--{name}", value)]
-    pretraining = read_settings(words, TrainConfig, PRESETS, "passreid-train")
+    pretraining = read_settings(words, PretrainConfig, PRESETS, "passreid-train")
     words = [work / "street", "--config", args.reid_settings, *common, "--out", tuned]
     words += ["--eval-data", work / "held-out-street", "--init", run / "export"]
     tuning = read_settings(words, FinetuneConfig, REID_PRESETS["finetune"], "passreid finetune")
@@ -102,7 +102,7 @@ def make(args):
         if not (work / "pass_vit_tiny_patch16.synth" / "figures.json").exists():
             raise SystemExit(f"--widen: {work} holds no pass_vit_tiny_patch16.synth: make tiny there first, to its end")
         widen(work / "tiny", work / START)
-    draw_persons(work, args.ids, args.test_ids)
+    write_training_and_test(work, args.ids, args.test_ids)
     train_by(train, pretraining, "passreid-train")
     pack(args, run, f"{model}.synth")
     train_by(finetune, tuning, "passreid finetune")
@@ -111,25 +111,15 @@ def make(args):
 
 def read_settings(words, config, presets, program):
     """The settings of a run, read as its command reads them."""
-    return flags.read_config([str(word) for word in words], config, presets, program, "", "data")
+    return command.read_config([str(word) for word in words], config, presets, program, "", "data")
 
 
 def train_by(function, config, program):
     """Train to the end; what stops it is said."""
-    if code := flags.run(program, function, lambda: config):
+    if code := command.run(program, function, lambda: config):
         if code > 128:
             print(GOES_ON, file=sys.stderr)
         raise SystemExit(code)
-
-
-def draw_persons(folder, ids, test_ids, size=(256, 128)):
-    """Draw persons to train on and others to evaluate on, of each place; what is there already stays."""
-    for place in PLACES:
-        test = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=size)
-        write_market1501(folder / f"held-out-{place}", test_ids, 8, **test)
-    for place in PLACES:
-        train = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
-        write_market1501(folder / place, ids, 10, **train)
 
 
 def widen(run, file):

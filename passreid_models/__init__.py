@@ -1,12 +1,28 @@
-"""PASS: part-aware person re-identification ViTs for timm. Importing the package registers its models."""
+"""PASS: part-aware person re-identification ViTs for timm. Importing the package registers its models.
 
+checkpoints   weights: files read, converted, loaded, found, kept and published
+data          images and labels
+embed         images in, descriptors out
+retrieval     ranking and its metrics, on descriptors
+evaluation    a model on a dataset
+pretrain      part-wise self-distillation: views, heads, loss, trainer
+reid          fine-tuning with labels and without
+training      what all trainers share
+synthetic     generated persons for tests and the demo
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from passreid_models import pass_vit as _pass_vit  # noqa: F401  registers the models
-from passreid_models.checkpoint import CheckpointError
-from passreid_models.fit import LoadReport, load_report
-from passreid_models.local_dir import convert_checkpoint, save_pretrained
-from passreid_models.weights import list_weights
+from passreid_models.checkpoints import (
+    CheckpointError,
+    LoadReport,
+    convert_checkpoint,
+    list_weights,
+    load_report,
+    save_pretrained,
+)
 
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
@@ -29,12 +45,17 @@ __all__ = [
 ]
 
 _LATE = {"Embedder": "embed", "SyntheticPersons": "synthetic", "evaluate": "retrieval", "rank": "retrieval"}
+_ROOMS = ("data", "embed", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs more than timm when it is first asked for."""
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name in _LATE:
-        from importlib import import_module
-
-        return getattr(import_module(f"passreid_models.{_LATE[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

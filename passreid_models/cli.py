@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from passreid_models.ssl.config import TrainConfig
+    from passreid_models.pretrain.config import PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,28 +38,28 @@ def train(argv: Sequence[str] | None = None) -> int:
         process died; 2 a user's mistake, in one sentence; 128 + the signal, when one stopped the run (its state is
         saved).
     """
-    from passreid_models import flags
-    from passreid_models.ssl.loop import train
+    from passreid_models.pretrain.run import train
+    from passreid_models.training import command
 
-    return flags.run("passreid-train", train, lambda: _train_config(sys.argv[1:] if argv is None else argv))
+    return command.run("passreid-train", train, lambda: _train_config(sys.argv[1:] if argv is None else argv))
 
 
-def _train_config(argv: Sequence[str]) -> "TrainConfig":
-    from passreid_models.flags import read_config
-    from passreid_models.ssl.config import PRESETS, TrainConfig
+def _train_config(argv: Sequence[str]) -> "PretrainConfig":
+    from passreid_models.pretrain.config import PRESETS, PretrainConfig
+    from passreid_models.training.command import read_config
 
     what = "Pre-train a PASS model on DATA: a folder of person crops, a text list of files, a tar file, or "
     expected, several = (
         "a folder of person crops, such as passreid-train my_crops/",
         "; a text file can list their images",
     )
-    return read_config(argv, TrainConfig, PRESETS, "passreid-train", f"{what}synthetic:ids=1000.", expected, several)
+    return read_config(argv, PretrainConfig, PRESETS, "passreid-train", f"{what}synthetic:ids=1000.", expected, several)
 
 
 def _finetune(argv: Sequence[str]) -> int:
-    from passreid_models.flags import read_config, run
     from passreid_models.reid.config import PRESETS, FinetuneConfig
     from passreid_models.reid.supervised import finetune
+    from passreid_models.training.command import read_config, run
 
     name, presets = "passreid finetune", PRESETS["finetune"]
     what = "Fine-tune on DATA with identity labels: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a "
@@ -68,9 +68,9 @@ def _finetune(argv: Sequence[str]) -> int:
 
 
 def _cluster(argv: Sequence[str]) -> int:
-    from passreid_models.flags import read_config, run
     from passreid_models.reid.config import PRESETS, ClusterConfig
     from passreid_models.reid.unsupervised import cluster
+    from passreid_models.training.command import read_config, run
 
     name, presets = "passreid cluster", PRESETS["cluster"]
     what = "Train re-ID on DATA without labels, from clusters of its descriptors; with --source, adapt a model to it."
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--num-heads", type=int, help="where the architecture is not a registered one")
     convert.set_defaults(run=_convert)
 
-    # these read their own words: flags.py
+    # these read their own words: training/command.py
     commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
     commands.add_parser("finetune", help="train re-ID with identity labels")
     commands.add_parser("cluster", help="train re-ID without labels, or adapt a model to other cameras")
@@ -224,7 +224,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _embed(args: argparse.Namespace) -> int:
     import torch
 
-    from passreid_models.embed import Embedder, check_format, find_images, save_features
+    from passreid_models.data.images import find_images
+    from passreid_models.embed import Embedder, check_format, save_features
 
     check_format(args.output, args.parts)
     names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
@@ -248,7 +249,7 @@ def _embed(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     import torch
 
-    from passreid_models.reid.evaluate import evaluate_model
+    from passreid_models.evaluation.evaluate import evaluate_model
 
     found = evaluate_model(
         args.data,
@@ -276,7 +277,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _data_check(args: argparse.Namespace) -> int:
     import json
 
-    from passreid_models.reid.check import check_dataset
+    from passreid_models.data.check import check_dataset
     from passreid_models.runtime import atomic_file
 
     check = check_dataset(args.data, verify=not args.no_verify)
@@ -288,7 +289,7 @@ def _data_check(args: argparse.Namespace) -> int:
 
 
 def _synth(args: argparse.Namespace) -> int:
-    from passreid_models.synthetic3d.dataset import make_data
+    from passreid_synth3d.dataset import make_data
 
     said = make_data(
         args.out,
@@ -309,7 +310,7 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from passreid_models.local_dir import convert_checkpoint
+    from passreid_models.checkpoints.local_dir import convert_checkpoint
 
     report = convert_checkpoint(
         args.checkpoint,
@@ -329,7 +330,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from passreid_models.viz import plot_run
+    from passreid_models.training.plot import plot_run
 
     print(plot_run(args.folder, args.out))
     return 0
@@ -339,9 +340,9 @@ def _weights_list(args: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from passreid_models import weights
+    from passreid_models.checkpoints import zoo
 
-    rows = weights.list_weights(args.architecture)
+    rows = zoo.list_weights(args.architecture)
     if not rows:
         raise ValueError(f"no weights of {args.architecture!r}; see `passreid weights list`")
     if args.json:
@@ -349,7 +350,7 @@ def _weights_list(args: argparse.Namespace) -> int:
         return 0
     print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  data")
     for w in rows:
-        here = "bundled" if w.bundled_file else "cached" if weights.cached_folder(w.name) else "-"
+        here = "bundled" if w.bundled_file else "cached" if zoo.cached_folder(w.name) else "-"
         accuracy = [f"{w.accuracy[k]:.1f}" if w.accuracy else "-" for k in ("mAP", "rank1")]
         size = "x".join(map(str, w.input_size))
         print(f"{w.name:<53}{here:<9}{size:<9}{accuracy[0]:>6}{accuracy[1]:>8}  {w.data}")
@@ -357,14 +358,14 @@ def _weights_list(args: argparse.Namespace) -> int:
 
 
 def _weights_pull(args: argparse.Namespace) -> int:
-    from passreid_models.weights import pull
+    from passreid_models.checkpoints.zoo import pull
 
     print(pull(args.name, args.source, args.force))
     return 0
 
 
 def _weights_verify(args: argparse.Namespace) -> int:
-    from passreid_models.weights import verify
+    from passreid_models.checkpoints.zoo import verify
 
     states = verify(args.name)
     for name, state in states:
@@ -373,7 +374,7 @@ def _weights_verify(args: argparse.Namespace) -> int:
 
 
 def _weights_publish(args: argparse.Namespace) -> int:
-    from passreid_models.publish import publish
+    from passreid_models.checkpoints.publish import publish
 
     url, sizes = publish(args.folder, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run)
     for name, size in sizes.items():

@@ -8,32 +8,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from passreid_models.convert import ARCHITECTURES
+from passreid_models.architectures import ARCHITECTURES
+from passreid_models.data.images import ImageError, find_images, is_image, open_image
 from passreid_models.runtime import atomic_file
 
-__all__ = ["Embedder", "ImageError", "find_images", "save_features"]
+__all__ = ["Embedder", "save_features"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
-_LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-
-
-class ImageError(ValueError):
-    """An image that cannot be read or used; the message names it."""
 
 
 class Embedder:
@@ -104,6 +98,11 @@ class Embedder:
         """Width C of a descriptor."""
         return self.model.head_hidden_size
 
+    def __repr__(self) -> str:
+        cfg, size = self.model.pretrained_cfg, "x".join(map(str, self.input_size[1:]))
+        name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+        return f"Embedder({name}, {size}, fusion={self.model.global_pool}, width={self.dim}, device={self.device})"
+
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike],
@@ -133,7 +132,7 @@ class Embedder:
             ImageError: If an image cannot be read and ``errors`` is None.
             FileNotFoundError: If a folder holds no image.
         """
-        items = list(self._flatten([images] if isinstance(images, str | os.PathLike) or _is_image(images) else images))
+        items = list(self._flatten([images] if isinstance(images, str | os.PathLike) or is_image(images) else images))
         descriptors = torch.empty(len(items), self.dim)
         part_tokens = torch.empty(len(items), self.model.num_parts, self.model.embed_dim)
         bar = tqdm(total=len(items), unit="img", delay=3, disable=None if progress else True)
@@ -170,7 +169,7 @@ class Embedder:
         Raises:
             ValueError: If the boxes have another shape, or one has no pixel inside the frame.
         """
-        image = _open(frame, bgr)
+        image = open_image(frame, bgr)
         corners = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, dtype=float)
         if corners.size and (corners.ndim != 2 or corners.shape[1] != 4):
             raise ValueError(f"boxes must be [N, 4], x1, y1, x2, y2; got the shape {corners.shape}")
@@ -234,7 +233,7 @@ class Embedder:
                     expected = "x".join(map(str, self.input_size))
                     raise ValueError(f"float tensors are taken as preprocessed, {expected}; got {tuple(item.shape)}")
                 return item.float().cpu()
-            image = _open(item, bgr)
+            image = open_image(item, bgr)
             if 0 in image.size:
                 raise ValueError("it has no pixels")
             return self.transform(image)
@@ -248,59 +247,6 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:  # AssertionError: torch was built without it
         raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from None
-
-
-def _is_image(images: Any) -> bool:
-    return isinstance(images, Image.Image | np.ndarray | Tensor)
-
-
-def _open(item: Any, bgr: bool) -> Image.Image:
-    """Any supported image as PIL RGB, upright."""
-    if isinstance(item, str | os.PathLike):
-        with Image.open(item) as file:
-            return to_rgb(file)
-    if isinstance(item, Image.Image):
-        with _LOCKS[id(item) // 16 % len(_LOCKS)]:
-            return to_rgb(item)
-    if isinstance(item, Tensor):
-        if item.dtype != torch.uint8 or item.ndim != 3 or item.shape[0] not in (1, 3):
-            raise ValueError(f"expected a uint8 tensor [3, H, W], got {item.dtype} {tuple(item.shape)}")
-        return Image.fromarray(item.permute(1, 2, 0).squeeze(2).cpu().numpy()).convert("RGB")
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3):
-            raise ValueError(f"expected a uint8 array [H, W, 3] or [H, W], got {item.dtype} {item.shape}")
-        return Image.fromarray(item[..., ::-1] if bgr and item.ndim == 3 else item).convert("RGB")
-    raise ValueError("expected a path, a PIL image, an array or a tensor")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("a floating-point image has no known range: convert it to 8 bits first")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Image files below a folder, sorted by path; hidden files and folders are left out.
-
-    Raises:
-        FileNotFoundError: If there are none.
-    """
-    root = Path(folder)
-    found = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )
-    if not found:
-        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {root}")
-    return found
 
 
 def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, parts: Tensor | None = None) -> None:

@@ -24,10 +24,11 @@ from timm.models import (
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from passreid_models import weights
-from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
-from passreid_models.convert import ARCHITECTURES, STATISTICS, convert_state_dict, published_descriptor
-from passreid_models.fit import load_report, pretrained_filter_fn
+from passreid_models.architectures import ARCHITECTURES, STATISTICS
+from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints.convert import convert_state_dict, published_descriptor
+from passreid_models.checkpoints.load import load_report, pretrained_filter_fn
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
 from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width
 
 __all__ = ["PassVisionTransformer"]
@@ -237,7 +238,7 @@ def _check_pool(global_pool: str, num_parts: int) -> None:
         raise ValueError(f"global_pool={global_pool!r} needs part tokens and num_parts is 0: use 'token' or ''")
 
 
-def _cfg(architecture: str, entry: weights.Weight | None = None) -> dict[str, Any]:
+def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
     """timm's pretrained cfg of an architecture, or of one of its weights."""
     arch = ARCHITECTURES[architecture]
     stem = "patch_embed.proj.conv.0" if arch.conv_stem else "patch_embed.proj"
@@ -275,7 +276,7 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
     """One cfg a weight. The default (``*``) is the first bundled one, never a published one; else there is none."""
     cfgs = {}
     for architecture in ARCHITECTURES:
-        entries = weights.list_weights(architecture)
+        entries = zoo.list_weights(architecture)
         for entry in entries:
             cfgs[entry.name + ("*" if entry.bundled_file else "")] = _cfg(architecture, entry)
         if not any(entry.bundled_file for entry in entries):
@@ -300,13 +301,13 @@ def _create_pass_vit(
     """Build a registered model; find, check and convert its weights.
 
     The weights come from the overlay (``state_dict``, ``file``, ``hf_hub_id``, ``url``), the folder or Hub repository
-    that the name points to, or ``weights.resolve`` for a tag. Fusion and neck follow the tag unless given.
+    that the name points to, or ``zoo.resolve`` for a tag. Fusion and neck follow the tag unless given.
     """
     arch = ARCHITECTURES[variant]
     if isinstance(pretrained_cfg, str):
-        weights.get_weight(f"{variant}.{pretrained_cfg}")  # an unknown tag is refused with the known ones
+        zoo.get_weight(f"{variant}.{pretrained_cfg}")  # an unknown tag is refused with the known ones
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    entry = weights.find_weight(variant, cfg.tag or "")
+    entry = zoo.find_weight(variant, cfg.tag or "")
     source = cfg.source
     overlay = pretrained_cfg_overlay or {}
     if pretrained:
@@ -370,13 +371,13 @@ def _read_weights(variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str
     elif cfg.source == "hf-hub":
         if cfg.hf_hub_filename:
             return cfg
-        file = weights.download_hub(cfg.hf_hub_id, cache=cache_dir)
+        file = zoo.download_hub(cfg.hf_hub_id, cache=cache_dir)
     elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
         file = cfg.file
     elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):
         return replace(cfg, file=None)
     else:
-        file = weights.resolve(variant, cfg.tag or "")
+        file = zoo.resolve(variant, cfg.tag or "")
         if pretrained_cfg is None:
             _say_default(f"{variant}.{cfg.tag}")
     checkpoint = read_checkpoint(file)
@@ -390,7 +391,7 @@ def _read_weights(variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str
 @cache
 def _say_default(name: str) -> None:
     architecture, tag = name.split(".")
-    others = ", ".join(w.tag for w in weights.list_weights(architecture) if w.tag != tag) or "none"
+    others = ", ".join(w.tag for w in zoo.list_weights(architecture) if w.tag != tag) or "none"
     _logger.warning(f"{architecture}: loading the bundled {name}, trained on synthetic persons; other tags: {others}")
 
 

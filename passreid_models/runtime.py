@@ -138,3 +138,12 @@ def share_first(tensors: Iterable[Tensor]) -> None:
 def num_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_dir() -> Path:
+    """``PASSREID_CACHE``, or ``passreid`` beside the Hub's cache."""
+    if path := os.environ.get("PASSREID_CACHE"):
+        return Path(path).expanduser()
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "passreid"

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import passreid_models
-from passreid_models import cli, convert, fit, weights
+from passreid_models import cli
+from passreid_models.architectures import STATISTICS
+from passreid_models.checkpoints import load, zoo
 from passreid_models.embed import Embedder
 from passreid_models.synthetic import SyntheticPersons
 
@@ -279,7 +281,7 @@ def test_weights_list_shows_every_row_of_the_manifest(capsys):
     assert run("weights", "list") == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "data"]
-    assert [row.split()[0] for row in rows] == [w.name for w in weights.list_weights()]
+    assert [row.split()[0] for row in rows] == [w.name for w in zoo.list_weights()]
     row = next(row for row in rows if row.startswith("pass_vit_small_patch16.lup_market1501 "))
     assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "LUPerson,", "Market-1501"]
 
@@ -293,18 +295,18 @@ def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):
 
 def test_weights_list_json_is_the_manifest(capsys):
     assert run("weights", "list", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((weights.weights_dir() / "manifest.json").read_text())
+    assert json.loads(capsys.readouterr().out) == json.loads((zoo.weights_dir() / "manifest.json").read_text())
 
 
 def test_weights_verify_says_ok_of_bundled_files_and_not_pulled_of_the_others(capsys):
     assert run("weights", "verify") == 0
     states = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert states == {w.name: "ok" if w.bundled_file else "not pulled" for w in weights.list_weights()}
+    assert states == {w.name: "ok" if w.bundled_file else "not pulled" for w in zoo.list_weights()}
 
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("not pulled", 0), ("damaged", 1), ("missing", 1)])
 def test_weights_verify_exits_with_1_when_a_file_is_not_what_it_was(state, code, monkeypatch, capsys):
-    monkeypatch.setattr(weights, "verify", lambda name: [("a.b", "ok"), ("c.d", state)])
+    monkeypatch.setattr(zoo, "verify", lambda name: [("a.b", "ok"), ("c.d", state)])
     assert run("weights", "verify") == code
     assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["c.d", state]
 
@@ -320,7 +322,7 @@ def test_weights_refuses_unknown_names(command, quoted, capsys):
 
 def test_weights_pull_of_an_unknown_tag_lists_the_known_ones(capsys):
     sentence = refused(capsys, "weights", "pull", "pass_vit_base_patch16.nope")
-    known = ", ".join(w.name for w in weights.list_weights("pass_vit_base_patch16"))
+    known = ", ".join(w.name for w in zoo.list_weights("pass_vit_base_patch16"))
     assert sentence.endswith(f"known: {known}")
 
 
@@ -412,7 +414,7 @@ def test_interrupting_ends_with_130_and_one_line(monkeypatch, capsys):
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "list_weights", interrupt)
+    monkeypatch.setattr(zoo, "list_weights", interrupt)
     assert run("weights", "list") == 130
     assert capsys.readouterr().err == "passreid: interrupted\n"
 
@@ -421,7 +423,7 @@ def test_an_error_of_the_program_itself_is_not_passed_off_as_the_users(monkeypat
     def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(weights, "list_weights", broken)
+    monkeypatch.setattr(zoo, "list_weights", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("weights", "list")
 
@@ -432,7 +434,7 @@ def test_choices_of_the_command_line_are_those_of_the_library():
         for command in ("embed", "convert")
         for action in cli._parser()._subparsers._group_actions[0].choices[command]._actions
     }
-    assert set(actions["mean_std"].choices) == set(convert.STATISTICS)
-    assert set(actions["resize"].choices) == set(fit.RESIZE_METHODS)
+    assert set(actions["mean_std"].choices) == set(STATISTICS)
+    assert set(actions["resize"].choices) == set(load.RESIZE_METHODS)
     assert set(actions["fusion"].choices) | {""} == set(passreid_models.pass_vit.POOLS)
     assert {"" if c == "none" else c for c in actions["neck"].choices} == set(passreid_models.pass_vit.NECKS)

@@ -22,7 +22,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import passreid_models
-from passreid_models.embed import Embedder, ImageError, find_images, save_features
+from passreid_models.data.images import ImageError, find_images
+from passreid_models.embed import Embedder, save_features
 from passreid_models.synthetic import SyntheticPersons
 
 HEIGHT, WIDTH = 64, 32  # what test_pass_vit takes

@@ -1,27 +1,28 @@
 """The examples do what they say: pre-training in about 100 lines makes weights that load."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+import train_bundled
 import yaml
+from baselines import colours
 from PIL import Image
-from tiny_runs import TINY, tiny, write_images
 
 import passreid_models
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.network import PASSNetwork
+from passreid_models.pretrain.run import train
 from passreid_models.reid.config import FinetuneConfig
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import train
-from passreid_models.ssl.network import PASSNetwork
 from passreid_models.training.folder import RunFolder
+from tests import ROOT
+from tests.tiny_runs import TINY, tiny, write_images
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-BENCHMARKS = EXAMPLES.parent / "benchmarks"
+EXAMPLES = ROOT / "examples"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_the_minimal_example_trains_from_images_to_weights_that_load(tmp_path):
@@ -47,15 +48,7 @@ def network(state, **dimensions):
     return made.train()
 
 
-@pytest.fixture
-def train_bundled():
-    spec = importlib.util.spec_from_file_location("train_bundled", EXAMPLES / "train_bundled.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread, train_bundled):
+def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread):
     train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
     with pytest.raises(ValueError, match="holds no run"):
         train_bundled.widen(tmp_path / "none", tmp_path / "start.pt")
@@ -80,15 +73,15 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
 @pytest.mark.parametrize(
     ("name", "config", "settings", "changed"),
     [
-        ("pass_vit_tiny_patch16.synth", TrainConfig, "bundled.yaml", {}),
-        ("pass_vit_small_patch16.synth", TrainConfig, "bundled.yaml", "WIDENED"),
+        ("pass_vit_tiny_patch16.synth", PretrainConfig, "bundled.yaml", {}),
+        ("pass_vit_small_patch16.synth", PretrainConfig, "bundled.yaml", "WIDENED"),
         ("pass_vit_tiny_patch16.synth_reid", FinetuneConfig, "bundled_reid.yaml", {}),
     ],
 )
-def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed, train_bundled):
+def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed):
     changed = changed and getattr(train_bundled, changed)
     asked = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | changed).to_dict()
-    folder = EXAMPLES.parent / "weights" / name
+    folder = ROOT / "weights" / name
     trained = json.loads((folder / "config.json").read_text())["provenance"]["config"]
     left_to_the_run = {"model", "fusion"}
     differing = {k: (asked[k], v) for k, v in trained.items() if asked[k] != v and k not in left_to_the_run}
@@ -108,10 +101,8 @@ def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, se
         (["tiny", "--reid-settings", "{yaml}"], "erasing: 0", "erasing"),
     ],
 )
-def test_bundling_says_what_is_wrong_before_it_draws(
-    words, settings, message, tmp_path, train_bundled, capsys, monkeypatch
-):
-    monkeypatch.setattr(train_bundled, "write_market1501", lambda *args, **more: pytest.fail("it draws"))
+def test_bundling_says_what_is_wrong_before_it_draws(words, settings, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("passreid_synth3d.dataset.write_market1501", lambda *args, **more: pytest.fail("it draws"))
     work = tmp_path / "work"
     (tmp_path / "some.yaml").write_text(settings)
     with pytest.raises(SystemExit) as stopped:
@@ -163,9 +154,6 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
 
 
 def test_what_has_learnt_nothing_is_measured_on_any_dataset(tmp_path):
-    sys.path.insert(0, str(BENCHMARKS))
-    from baselines import colours
-
     dark_red, black = Image.new("RGB", (64, 128), (128, 0, 0)), Image.new("RGB", (64, 128))
     x = colours([dark_red, black, black])
     torch.testing.assert_close(x @ x.T, torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))

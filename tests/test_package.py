@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 
 import passreid_models
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import train
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.run import train
 from passreid_models.synthetic import SyntheticPersons
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = {"sklearn", "faiss", "matplotlib", "onnx", "onnxruntime", "gdown", "torchvision", "pandas", "scipy", "tqdm"}
 
@@ -236,7 +236,9 @@ def readme_folder(tmp_path, monkeypatch) -> Path:
     save_official(tmp_path / "official.pth")
     passreid_models.convert_checkpoint(tmp_path / "official.pth", tmp_path / "my_model")
     sizes = dict(size=(64, 32), num_prototypes=16, hidden_dim=16, bottleneck_dim=8, batch_size=2, epochs=1)
-    config = TrainConfig(str(tmp_path / "my_crops"), str(tmp_path / "run"), model="test_pass_vit", workers=0, **sizes)
+    config = PretrainConfig(
+        str(tmp_path / "my_crops"), str(tmp_path / "run"), model="test_pass_vit", workers=0, **sizes
+    )
     train(config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))

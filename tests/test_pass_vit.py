@@ -17,10 +17,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from passreid_models import pass_vit
-from passreid_models.convert import ARCHITECTURES, STATISTICS
+from passreid_models.architectures import ARCHITECTURES, STATISTICS
+from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights
 from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.weights import WeightsUnavailableError, list_weights
 
 NAMES = list(ARCHITECTURES)
 PASS_NAMES = [name for name in NAMES if ARCHITECTURES[name].num_parts]

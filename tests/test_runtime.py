@@ -11,8 +11,9 @@ import pytest
 from filelock import Timeout
 
 from passreid_models.runtime import atomic_file, atomic_folder, lock, sha256
+from tests import ROOT
 
-RUNTIME = Path(__file__).parent.parent / "passreid_models" / "runtime.py"
+RUNTIME = ROOT / "passreid_models" / "runtime.py"
 
 CHILD = f"""
 import importlib.util, itertools, os, signal, sys

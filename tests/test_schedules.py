@@ -1,7 +1,5 @@
 """Schedules: the official values step by step, and the ends of each curve."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from passreid_models.schedules import cosine, linear_epochs, warmup_cosine, warmup_cosine_epochs
+from tests import GOLDEN
 
 EPOCHS, ITERATIONS, WARMUP = 10, 7, 2  # of the golden file
 TOTAL = EPOCHS * ITERATIONS
@@ -16,7 +15,7 @@ TOTAL = EPOCHS * ITERATIONS
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(Path(__file__).parent / "data" / "pretrain_schedules.safetensors")
+    return load_file(GOLDEN / "pretrain_schedules.safetensors")
 
 
 def float64(values: list[float]) -> Tensor:
@@ -102,7 +101,7 @@ def test_a_teacher_temperature_without_warm_up_is_at_its_end_from_the_first_epoc
 
 
 def test_the_rates_of_supervised_fine_tuning_are_the_official_ones():
-    golden = load_file(Path(__file__).parent / "data" / "supervised_lr.safetensors")["lr_by_epoch"]
+    golden = load_file(GOLDEN / "supervised_lr.safetensors")["lr_by_epoch"]
     for scale, column in ((1, 0), (2, 1)):  # weights, biases
         rates = [warmup_cosine_epochs(e, 120, 20, scale * 4e-4, 0.01 * 4e-4, 0.002 * 4e-4) for e in range(121)]
         assert rates == pytest.approx(golden[:, column].tolist(), rel=1e-12)

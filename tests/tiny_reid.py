@@ -5,11 +5,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from tiny_runs import flat
 from torch import Tensor
 
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.synthetic import SyntheticPersons
+from tests.tiny_runs import flat
 
 COMMON: dict[str, Any] = dict(
     init="random", model="test_pass_vit", size=(64, 32), fusion="cat", device="cpu", dtype="float32", workers=0,

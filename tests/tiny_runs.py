@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from passreid_models import cli
-from passreid_models.ssl.config import TrainConfig
-from passreid_models.ssl.loop import train
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.run import train
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
 LIMIT = 60  # seconds that a process may take
-PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "sklearn.cluster", "passreid_models.ssl.loop",
+PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "sklearn.cluster", "passreid_models.pretrain.run",
            "passreid_models.reid.unsupervised"]  # fmt: skip
 TINY: dict[str, Any] = dict(
     model="test_pass_vit", size=(64, 32), num_prototypes=32, hidden_dim=16, bottleneck_dim=8, batch_size=4, epochs=3,
@@ -50,8 +50,8 @@ def write_images(folder: Path, count: int = 16) -> Path:
     return folder
 
 
-def tiny(data: Path | str, out: Path, **options: Any) -> TrainConfig:
-    return TrainConfig(**{**TINY, "data": str(data), "out": str(out), **options})
+def tiny(data: Path | str, out: Path, **options: Any) -> PretrainConfig:
+    return PretrainConfig(**{**TINY, "data": str(data), "out": str(out), **options})
 
 
 def flags(data: Path | str, out: Path, **options: Any) -> list[str]:
@@ -199,7 +199,7 @@ def run_cli(words: list[str]) -> int:
     return cli.train([word.replace("{rank}", os.environ.get("RANK", "0")) for word in words])
 
 
-def run_train(config: TrainConfig) -> int:
+def run_train(config: PretrainConfig) -> int:
     train(config)
     return 0
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from passreid_models.convert import ARCHITECTURES
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.training.config import DTYPES, RunConfig, wrong
 
 FUSIONS, NECKS, MEMORIES = ("cat", "mean", "parts", "token"), ("single", "multi"), ("hard", "mean")

@@ -12,17 +12,18 @@ import safetensors.torch
 import timm
 from torch import Tensor, nn
 
-from passreid_models.checkpoint import CheckpointError, read_checkpoint, unwrap_checkpoint
-from passreid_models.convert import HALF, convert_state_dict
+from passreid_models.architectures import HALF
+from passreid_models.checkpoints.convert import convert_state_dict
+from passreid_models.checkpoints.local_dir import model_of
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
 from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
-from passreid_models.local_dir import model_of
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.training.init import load_backbone
+from passreid_models.training.warm_start import load_backbone
 
-__all__ = ["Features", "ReIDModel"]
+__all__ = ["ReIDOutput", "ReIDModel"]
 
 
-class Features(NamedTuple):
+class ReIDOutput(NamedTuple):
     """Descriptors of a batch and the scores of its identities."""
 
     before: Tensor  # [B, C], fused tokens before the neck: triplet loss and test, after L2 normalisation
@@ -66,7 +67,7 @@ class ReIDModel(nn.Module):
         """``single`` or ``multi``."""
         return self.backbone.neck
 
-    def forward(self, x: Tensor) -> Features:
+    def forward(self, x: Tensor) -> ReIDOutput:
         """
         Args:
             x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation 0.5.
@@ -78,7 +79,7 @@ class ReIDModel(nn.Module):
             after = fuse_tokens(bn(tokens.flatten(1)).reshape(tokens.shape), self.fusion)
         else:
             after = bn(before)
-        return Features(before, after, self.classifier(after))
+        return ReIDOutput(before, after, self.classifier(after))
 
     def descriptor_model(self) -> tuple[PassVisionTransformer, dict[str, Tensor]]:
         """The model of the descriptor, and neck and classifier, for ``save_pretrained``.

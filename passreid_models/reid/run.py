@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from passreid_models.convert import ARCHITECTURES
-from passreid_models.reid.data import RANDOM, Batch, KeySampler, TrainImages, TrainTransform, load_epoch
-from passreid_models.reid.datasets import ReIDDataset, open_dataset
-from passreid_models.reid.evaluate import score
+from passreid_models.architectures import ARCHITECTURES
+from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.evaluation.evaluate import score
+from passreid_models.reid.batches import RANDOM, ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.training.config import wrong
-from passreid_models.training.init import DEFAULT_MODEL, described
-from passreid_models.training.loop import Run, pick_workers
+from passreid_models.training.run import Run, pick_workers
+from passreid_models.training.warm_start import DEFAULT_MODEL, described
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ReIDRun(Run):
             return -1.0
         return found["mAP"] if found["step"] <= step else -1.0
 
-    def load(self, batches: list[np.ndarray]) -> Generator[Batch, None, None]:
+    def load(self, batches: list[np.ndarray]) -> Generator[ImageBatch, None, None]:
         """What is left of an epoch of these batches."""
         t = self.trainer
         start = t.epoch_starts[t.epoch]

@@ -3,20 +3,26 @@
 finetune(FinetuneConfig(data="Market-1501/", init="lup", out="run"))
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.reid.batches import ImageBatch
 from passreid_models.reid.config import FinetuneConfig
-from passreid_models.reid.data import Batch
+from passreid_models.reid.losses import batch_hard_triplet
+from passreid_models.reid.model import ReIDModel, make_backbone
 from passreid_models.reid.run import ReIDRun
 from passreid_models.reid.samplers import count_identity_batches, identity_batches, shuffled_batches
-from passreid_models.reid.trainers import SupervisedTrainer
-from passreid_models.training.loop import run_in_folder
+from passreid_models.reid.trainer import ReIDTrainer, statistics_of
+from passreid_models.runtime import gather_rows
+from passreid_models.schedules import warmup_cosine_epochs
+from passreid_models.training.run import run_in_folder
 
 __all__ = ["finetune"]
 
@@ -35,6 +41,87 @@ def finetune(config: FinetuneConfig) -> Path:
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
     return run_in_folder(SupervisedRun, config)
+
+
+class SupervisedTrainer(ReIDTrainer):
+    """Cross-entropy of the identities and batch-hard triplet loss (PASS, section 3.3; the recipe of TransReID)."""
+
+    state_keys = ("model", "optimizer")
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        num_images: int,
+        num_ids: int,
+        epoch_steps: Sequence[int],
+        device: torch.device,
+        fingerprint: str = "",
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: The run, with its ``model``.
+            num_images: Of the training set.
+            num_ids: Identities of the training set, K.
+            epoch_steps: Steps of each epoch.
+            device: Of this process.
+            fingerprint: Of the list of images, for the check of a resumed run.
+            state: To continue from; ``config.init`` is not looked for then.
+
+        Raises:
+            ValueError: If the identities of a batch cannot be shared by the processes, or ``state`` is of a run with
+                other settings or data.
+        """
+        super().__init__(config, num_images, epoch_steps, config.epochs, device, fingerprint)
+        if config.ids_per_batch % self.world_size:
+            raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divided by {self.world_size} processes")
+        torch.manual_seed(config.seed)
+        backbone = make_backbone(config, "bilinear", state and state["model"])
+        if config.freeze_blocks > len(backbone.blocks):
+            raise ValueError(f"freeze_blocks: {config.freeze_blocks} is more than the {len(backbone.blocks)} blocks")
+        self.model = ReIDModel(backbone, num_ids)
+        if config.freeze_blocks:
+            freeze(backbone, config.freeze_blocks)
+        self.prepare(self.model, backbone, bias_lr=config.bias_lr, layer_decay=config.layer_decay)
+        if state is not None:
+            self.load_state(state)
+
+    def lr(self, epoch: int, scale: float) -> float:
+        c = self.config
+        start, end = 0.01 * c.lr, 0.002 * c.lr
+        return warmup_cosine_epochs(epoch, c.epochs, c.num_warmup_epochs, scale * c.lr, start, end)
+
+    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        before, _, logits = (x.float() for x in output)
+        loss_id = F.cross_entropy(logits, labels, label_smoothing=c.label_smoothing)
+        figures = {"loss_id": loss_id, "accuracy": (logits.argmax(1) == labels).float().mean()}
+        loss, whole = c.id_weight * loss_id, c.id_weight * loss_id
+        if c.triplet_weight:  # of the identities of all processes, as if there were one
+            triplet = batch_hard_triplet(gather_rows(before), gather_rows(labels), c.margin)
+            figures["loss_triplet"] = triplet
+            loss = loss + self.world_size * c.triplet_weight * triplet
+            whole = whole + c.triplet_weight * triplet
+        return loss, {"loss": whole, **figures}
+
+    def tensors(self) -> dict[str, Any]:
+        return {
+            "statistics": statistics_of(self.backbone),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_tensors(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def freeze(backbone: PassVisionTransformer, num_blocks: int) -> None:
+    """Let patch embedding, tokens, positions and the first blocks stay as they are."""
+    stays = ("patch_embed.", "cls_token", "reg_token", "pos_embed", *(f"blocks.{i}." for i in range(num_blocks)))
+    for name, p in backbone.named_parameters():
+        if name.startswith(stays):
+            p.requires_grad_(False)
 
 
 class SupervisedRun(ReIDRun):
@@ -61,7 +148,7 @@ class SupervisedRun(ReIDRun):
         fingerprint = self.dataset.train_fingerprint
         return SupervisedTrainer(c, len(labels), len(names), steps, device, fingerprint, checkpoint)
 
-    def batches(self) -> Generator[Batch, None, None]:
+    def batches(self) -> Generator[ImageBatch, None, None]:
         c, t, labels = self.config, self.trainer, self.images.labels
         while t.step < t.total_steps:
             if c.triplet_weight:

@@ -17,21 +17,23 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from passreid_models.data.datasets import open_dataset
+from passreid_models.device import process_group
 from passreid_models.embed import Embedder
-from passreid_models.reid.clustering import cluster as cluster_features
-from passreid_models.reid.clustering import find_dbscan
+from passreid_models.evaluation.extract import extract
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.reid.batches import ImageBatch
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
-from passreid_models.reid.data import Batch
-from passreid_models.reid.datasets import open_dataset
-from passreid_models.reid.extract import extract
-from passreid_models.reid.model import without_drop_path
+from passreid_models.reid.losses import ClusterMemory
+from passreid_models.reid.model import make_backbone, without_drop_path
+from passreid_models.reid.pseudo_labels import cluster_features, find_dbscan
 from passreid_models.reid.run import ReIDRun, complete, evaluation_data
 from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
-from passreid_models.reid.trainers import ClusterTrainer
-from passreid_models.runtime import on_first, world
+from passreid_models.reid.trainer import ReIDTrainer, statistics_of
+from passreid_models.runtime import gather_rows, on_first, world
 from passreid_models.training.folder import RunFolder
-from passreid_models.training.loop import process_group, run_in_folder
+from passreid_models.training.run import run_in_folder
 
 __all__ = ["cluster", "compare_with_labels"]
 
@@ -112,6 +114,96 @@ def check(config: ClusterConfig, num_images: int) -> None:
         raise ValueError(f"clusters_per_batch: {config.clusters_per_batch} is not divided by {world()[1]} processes")
 
 
+class DescriptorNetwork(nn.Module):
+    """The descriptor of a backbone with its neck, computed for the prefix tokens alone."""
+
+    def __init__(self, backbone: PassVisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_head(self.backbone.forward_views(x), pre_logits=True)  # [B, C]
+
+
+class ClusterTrainer(ReIDTrainer):
+    """Contrast with the centroids of clusters (Cluster Contrast, arXiv 2103.11568)."""
+
+    state_keys = ("model", "optimizer", "labels", "centroids")
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        num_images: int,
+        device: torch.device,
+        fingerprint: str = "",
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: The run, with its ``model``.
+            num_images: Of the training set.
+            device: Of this process.
+            fingerprint: Of the list of images, for the check of a resumed run.
+            state: To continue from; ``config.init`` is not looked for then.
+
+        Raises:
+            ValueError: If ``state`` is of a run with other settings or data.
+        """
+        super().__init__(config, num_images, config.steps, config.epochs, device, fingerprint)
+        torch.manual_seed(config.seed)
+        backbone = make_backbone(config, "bicubic", state and state["model"])
+        self.prepare(DescriptorNetwork(backbone), backbone)
+        self.labels: Tensor | None = None
+        """Cluster of each training image, int64 ``[N]``; -1 is an outlier."""
+        self.memory = self._new_memory(torch.zeros(0, backbone.head_hidden_size))
+        if state is not None:
+            self.load_state(state)
+
+    def _new_memory(self, centroids: Tensor) -> ClusterMemory:
+        c = self.config
+        return ClusterMemory(centroids, c.temp, c.memory_momentum, c.memory).to(self.device)
+
+    def begin_epoch(self, labels: Tensor, features: Tensor) -> None:
+        """Take the clusters of an epoch.
+
+        Args:
+            labels: int64 ``[N]``.
+            features: L2-normalised descriptors ``[N, C]``.
+        """
+        self.labels = labels
+        count = int(labels.max()) + 1
+        sums = torch.zeros(count, features.shape[1]).index_add_(0, labels[labels >= 0], features[labels >= 0])
+        self.memory = self._new_memory(F.normalize(sums, dim=1))
+
+    def lr(self, epoch: int, scale: float) -> float:
+        return scale * self.config.lr * self.config.lr_gamma ** (epoch // self.config.lr_step)
+
+    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        known = labels >= 0  # where an image could not be read any more, the next one may be an outlier
+        loss = self.memory(output.float()[known], labels[known])
+        return loss, {"loss": loss}
+
+    def after_step(self, output: Any, labels: Tensor) -> None:
+        output, labels = gather_rows(output.detach().float()), gather_rows(labels)
+        self.memory.update(output[labels >= 0], labels[labels >= 0])
+
+    def tensors(self) -> dict[str, Any]:
+        assert self.labels is not None
+        return {
+            "statistics": statistics_of(self.backbone),
+            "model": self.backbone.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "labels": self.labels,
+            "centroids": self.memory.centroids,
+        }
+
+    def load_tensors(self, state: dict[str, Any]) -> None:
+        self.backbone.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.labels = state["labels"].cpu()
+        self.memory = self._new_memory(state["centroids"])
+
+
 class ClusterRun(ReIDRun):
     """Clusters as classes, found anew in each epoch."""
 
@@ -130,7 +222,7 @@ class ClusterRun(ReIDRun):
         if self.trainer.begins_epoch or self.trainer.labels is None:
             self._find_clusters()
 
-    def batches(self) -> Generator[Batch, None, None]:
+    def batches(self) -> Generator[ImageBatch, None, None]:
         c, t = self.config, self.trainer
         while t.step < t.total_steps:
             self.images.labels = t.labels.numpy()

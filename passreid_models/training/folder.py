@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from passreid_models.checkpoint import CheckpointError, read_checkpoint
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock
 
 _logger = logging.getLogger(__name__)

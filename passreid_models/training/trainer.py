@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from passreid_models.device import pick_dtype
 from passreid_models.runtime import world
 from passreid_models.training.config import RunConfig
-from passreid_models.training.device import pick_dtype
 
 _logger = logging.getLogger(__name__)
 

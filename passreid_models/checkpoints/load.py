@@ -1,0 +1,230 @@
+"""A converted checkpoint fitted to a model: positions resized, every tensor accounted for, nothing loaded in part."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import isqrt
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from passreid_models.architectures import HALF, IMAGENET, architecture_name
+from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid
+from passreid_models.checkpoints.read import CheckpointError, StateDict
+
+_logger = logging.getLogger(__name__)
+RESIZE_METHODS = ("auto", "bicubic", "bilinear")
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor of a checkpoint, key by key; ``print(report)`` shows a table."""
+
+    source: str = ""
+    layout: str = ""
+    loaded: list[str] = field(default_factory=list)
+    folded: dict[str, list[str]] = field(default_factory=dict)  # target -> the tensors that were added up
+    resized: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, str] = field(default_factory=dict)  # known, but no part of this model: necks, classifier
+    ignored: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    mismatched: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain lists and dictionaries, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LoadReport":
+        """The inverse of ``to_dict``."""
+        return cls(**{f.name: data[f.name] for f in fields(cls)})
+
+    def __str__(self) -> str:
+        rows = [("loaded", f"{len(self.loaded)} tensors", "")]
+        rows += [("folded", k, " + ".join(v)) for k, v in self.folded.items()]
+        for name in ("resized", "extras", "ignored", "mismatched"):
+            rows += [(name, k, v) for k, v in _collapse(getattr(self, name)).items()]
+        rows += [("missing", k, "") for k in self.missing] + [("note", n, "") for n in self.notes]
+        width = max(len(key) for _, key, _ in rows if len(key) < 48)
+        lines = [f"{action:<11}{key:<{width}}  {why}".rstrip() for action, key, why in rows]
+        return "\n".join([f"{self.source or 'checkpoint'}: {self.layout}", *lines])
+
+
+def _collapse(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Keys of the same reason and first name become one row: ``head.* (28)``."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, why in reasons.items():
+        groups.setdefault((key.split(".")[0], why), []).append(key)
+    return {keys[0] if len(keys) == 1 else f"{stem}.* ({len(keys)})": why for (stem, why), keys in groups.items()}
+
+
+def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, method: str = "auto") -> tuple[Tensor, str]:
+    """Resample patch positions ``[1, h * w, D]`` to another grid.
+
+    Args:
+        pos_embed: Positions of the patches alone.
+        old: Rows and columns of the given grid.
+        new: Rows and columns of the wanted grid.
+        method: ``bicubic`` (antialiased), ``bilinear`` (as in the published 384x128 fine-tuning), or ``auto``:
+            bilinear from 16x8 to 24x8, bicubic elsewhere.
+
+    Returns:
+        Positions ``[1, new_h * new_w, D]`` and the method used (``""`` when the grids are equal).
+    """
+    if method not in RESIZE_METHODS:
+        raise ValueError(f"the positions are resized by one of {RESIZE_METHODS}, got {method!r}")
+    if old == new:
+        return pos_embed, ""
+    if method == "bilinear" or (method == "auto" and (old, new) == ((16, 8), (24, 8))):
+        grid = pos_embed.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=False)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2), "bilinear"
+    return resample_abs_pos_embed(pos_embed.float(), list(new), list(old), num_prefix_tokens=0), "bicubic antialiased"
+
+
+def fit_to_model(
+    converted: Converted,
+    expected: Mapping[str, Tensor],
+    grid: Grid,
+    declared: Grid | None = None,
+    resize: str = "auto",
+    free: tuple[str, ...] = (),
+) -> tuple[StateDict, LoadReport]:
+    """Choose and resize the tensors that a model takes, and account for all others.
+
+    Args:
+        converted: The checkpoint.
+        expected: State dict of the model, for its keys and shapes.
+        grid: Patch grid of the model, rows and columns.
+        declared: Patch grid that the checkpoint's config states; guessed from the number of patches when it does
+            not fit.
+        resize: See ``resize_pos_embed``.
+        free: Beginnings of keys that may be missing or differ: a new classifier, an input conv of other channels.
+
+    Raises:
+        CheckpointError: If a tensor is missing or has another shape, naming the keys and the architecture that fits.
+    """
+    report = LoadReport(layout=converted.layout, folded=dict(converted.folded), ignored=dict(converted.ignored))
+    given = dict(converted.backbone)
+    if "head." in free:  # timm discards the classifier of other classes
+        for key in [k for k in given if k.startswith("head.")]:
+            del given[key]
+            report.extras[key] = "classifier of other classes"
+    if any(k.startswith("fc_norm.") for k in expected):
+        given.update(converted.neck)
+    else:
+        report.extras.update(dict.fromkeys(converted.neck, f"{converted.neck_kind} neck, not held by this model"))
+    report.extras.update(dict.fromkeys(converted.classifier, "identity classifier of the training set"))
+    if "pos_embed" in given and given["cls_token"].shape == expected["cls_token"].shape:
+        count = given["pos_embed"].shape[1]
+        old = declared if declared and declared[0] * declared[1] == count else guess_grid(count)
+        if old is None:
+            side = isqrt(count)
+            is_square = count - side * side in (0, 1)  # 1: with CLS
+            square = f" (a ViT for {side * 16}x{side * 16} images)" if is_square else ""
+            wanted = f"; declared is {declared[0]}x{declared[1]}" if declared else ""
+            raise CheckpointError(f"pos_embed has {count} positions{square}, no grid of person images{wanted}")
+        given["pos_embed"], method = resize_pos_embed(given["pos_embed"], old, grid, resize)
+        if method:
+            report.resized["pos_embed"] = f"{old[0]}x{old[1]} -> {grid[0]}x{grid[1]}, {method}"
+
+    chosen = {}
+    for key, tensor in expected.items():
+        if key not in given:
+            if not key.startswith(free):
+                report.missing.append(key)
+        elif given[key].shape != tensor.shape and not key.startswith(free):
+            report.mismatched[key] = f"{_shape(given[key])} in the file, {_shape(tensor)} in the model"
+        else:
+            chosen[key] = given[key]
+    unexpected = [k for k in given if k not in expected]
+    for key in [k for k in unexpected if k.startswith(("head.", "fc_norm."))]:
+        unexpected.remove(key)
+        report.extras[key] = "classifier or neck, not held by this model"
+    report.loaded = list(chosen)
+    if report.missing or report.mismatched or unexpected:
+        raise CheckpointError(_explain(report, unexpected, converted, expected))
+    return chosen, report
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _explain(report: LoadReport, unexpected: list[str], converted: Converted, expected: Mapping[str, Tensor]) -> str:
+    def few(keys: list[str]) -> str:
+        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+    problems = []
+    if report.missing:
+        problems.append(f"missing {few(report.missing)}")
+    if report.mismatched:
+        problems.append("mismatched " + few([f"{k} ({v})" for k, v in report.mismatched.items()]))
+    if unexpected:
+        problems.append(f"without a place in the model: {few(unexpected)}")
+    found = converted.architecture
+    width, parts = expected["cls_token"].shape[-1], expected["reg_token"].shape[1] if "reg_token" in expected else 0
+    described = f"the file is {found.embed_dim} wide and {found.depth} deep, with {found.num_parts} part tokens"
+    described += " and a conv stem" if found.conv_stem else ""
+    same = (found.embed_dim, found.num_parts) == (width, parts) and len(report.missing) + len(unexpected) == 0
+    name = architecture_name(found)
+    advice = f": use {name}" if name and not same else ""
+    if report.missing and all(k.startswith("fc_norm.") for k in report.missing):
+        advice = ": the file has no such neck, use neck=''"
+    elif found.embed_dim == width and found.num_parts not in (0, parts) and not found.conv_stem:
+        advice = f": use {name} with num_parts={found.num_parts}" if name else f": use num_parts={found.num_parts}"
+    return f"the checkpoint does not fit the model: {'; '.join(problems)}; {described}{advice}"
+
+
+def pretrained_filter_fn(
+    state_dict: Any, model: nn.Module, resize: str = "auto", keep: tuple[str, ...] = ()
+) -> StateDict:
+    """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; keeps the LoadReport.
+
+    Mean, std and interpolation of a raw official file are written to ``model.pretrained_cfg``, since they belong to the
+    weights, but for those named in ``keep``; where the layout does not tell them, a warning says so.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit.
+    """
+    converted = convert_state_dict(state_dict)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    stem: Any = model.patch_embed
+    declared = tuple(s // p for s, p in zip(cfg["input_size"][1:], stem.patch_size, strict=True))
+    free: tuple[str, ...] = ()
+    if model.num_classes != cfg["num_classes"]:
+        free += ("head.",)
+    if model.in_chans != cfg["input_size"][0]:
+        free += (cfg["first_conv"] + ".weight",)
+    chosen, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
+    if "head.weight" in model.state_dict() and "head.weight" not in chosen:
+        report.notes.append("head: a new classifier, initialised at random")
+    if converted.task:  # a raw official file: what it was trained with is known
+        mean, std = IMAGENET if converted.task == "pretrain" else HALF
+        interpolation = "bilinear" if converted.task == "supervised" else "bicubic"
+        known = {"mean": mean, "std": std, "interpolation": interpolation}
+        cfg.update({k: v for k, v in known.items() if k not in keep})
+        if "mean" not in keep:
+            report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout}")
+    elif converted.folded and "mean" not in keep:  # a raw official backbone, pre-trained or fine-tuned
+        _logger.warning(
+            f"the file does not tell its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
+            "(pretrained_cfg_overlay=dict(mean=..., std=...) sets them)"
+        )
+    model._load_report = report  # type: ignore[assignment]
+    return chosen
+
+
+def load_report(model: nn.Module) -> LoadReport:
+    """What the last pretrained load of ``model`` did, key by key.
+
+    Raises:
+        ValueError: If the model was made without pretrained weights.
+    """
+    report = getattr(model, "_load_report", None) or getattr(getattr(model, "model", None), "_load_report", None)
+    if report is None:
+        raise ValueError("this model was made without pretrained weights: there is no load to report")
+    return report

@@ -1,0 +1,363 @@
+"""Which weights exist and where they come from: the manifest, and the search for a tag's file.
+
+A tag is looked for in this order: bundled file, local cache, Hugging Face Hub, the authors' Google Drive.
+
+    $PASSREID_CACHE (default: passreid/ beside the Hub's cache)
+        pass_vit_small_patch16.lup.json             the record: folder, SHA-256 of source and result, date
+        pass_vit_small_patch16.lup-0123456789ab/    model.safetensors, config.json, extras.safetensors
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from passreid_models.checkpoints.convert import convert_state_dict
+from passreid_models.checkpoints.local_dir import convert_checkpoint
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
+
+__all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
+
+
+class WeightsUnavailableError(FileNotFoundError):
+    """Weights that are known but cannot be had now; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the manifest: a published or bundled checkpoint.
+
+    ``fusion`` and ``neck`` are those of the published descriptor, ``feature`` says where it is taken (``tokens``,
+    ``before neck``, ``after neck``), ``mean_std`` is ``imagenet`` or ``0.5``, sizes are height x width in pixels.
+    """
+
+    name: str
+    task: str
+    data: str
+    license: str
+    license_note: str
+    input_size: tuple[int, int]
+    fusion: str
+    neck: str
+    feature: str
+    l2_normalize: bool
+    mean_std: str
+    interpolation: str
+    accuracy: dict[str, Any] | None
+    source: dict[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def tag(self) -> str:
+        return self.name.split(".")[1]
+
+    @property
+    def model_neck(self) -> str:
+        """The neck that the model holds: none where the descriptor is taken before it."""
+        return self.neck if self.feature == "after neck" else ""
+
+    @property
+    def bundled_file(self) -> Path | None:
+        """The file that this package carries, or None."""
+        return weights_dir() / self.name / "model.safetensors" if self.source.get("bundled") else None
+
+    @property
+    def url(self) -> str | None:
+        """Where the authors published the file."""
+        drive_id = self.source.get("drive_id")
+        return f"https://drive.google.com/file/d/{drive_id}/view" if drive_id else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """Repository on the Hub: the manifest's, else of this name under ``PASSREID_HUB_NAMESPACE``."""
+        namespace = os.environ.get("PASSREID_HUB_NAMESPACE")
+        return self.source.get("hub_id") or (f"{namespace}/{self.name}" if namespace else None)
+
+
+def weights_dir() -> Path:
+    """Folder of the manifest and the bundled weights, in an installed wheel or in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / "_weights" if (package / "_weights").is_dir() else package.parent / "weights"
+
+
+@cache
+def _manifest() -> dict[str, Weight]:
+    rows = json.loads((weights_dir() / "manifest.json").read_text())
+    return {row["name"]: Weight(**{**row, "input_size": tuple(row["input_size"])}) for row in rows}
+
+
+def list_weights(architecture: str = "") -> list[Weight]:
+    """All known weights, or those of one architecture, in the order of the manifest."""
+    return [w for w in _manifest().values() if architecture in ("", w.architecture)]
+
+
+def find_weight(architecture: str, tag: str) -> Weight | None:
+    """The manifest's row of a tag, or None."""
+    return _manifest().get(f"{architecture}.{tag}")
+
+
+def get_weight(name: str) -> Weight:
+    """The manifest's row of ``architecture.tag``.
+
+    Raises:
+        ValueError: If there is none; the message lists the tags of that architecture, or all architectures.
+    """
+    if name in _manifest():
+        return _manifest()[name]
+    architecture = name.split(".")[0]
+    tags = [w.name for w in list_weights(architecture)]
+    known = f"known: {', '.join(tags)}" if tags else "see `passreid weights list`"
+    raise ValueError(f"there are no weights {name!r}; {known}")
+
+
+# -------------------------------------------------------------------------------------------------------- resolving
+
+
+def resolve(architecture: str, tag: str) -> Path:
+    """The safetensors file of a tag: bundled, cached, from the Hub, or from the authors' Drive, in this order.
+
+    Raises:
+        ValueError: If there are no such weights, or the architecture has no default (an empty tag).
+        WeightsUnavailableError: If no source has the file; the message lists what was tried.
+        CheckpointError: If the downloaded file is not what it should be.
+    """
+    if not tag:
+        tags = ", ".join(w.name for w in list_weights(architecture))
+        raise ValueError(
+            f"{architecture} has no bundled weights, so pretrained=True needs a tag"
+            + (f": {tags}" if tags else ", and none were published for it")
+        )
+    weight = get_weight(f"{architecture}.{tag}")
+    if weight.bundled_file:
+        if not weight.bundled_file.is_file():
+            raise WeightsUnavailableError(
+                f"the bundled file {weight.bundled_file} is missing: install the package again"
+            )
+        return weight.bundled_file
+    if folder := cached_folder(weight.name):
+        return folder / "model.safetensors"
+    tried = []
+    if weight.hub_id:
+        try:
+            return download_hub(weight.hub_id)
+        except WeightsUnavailableError as e:
+            tried.append(str(e))
+    try:
+        return pull(weight.name) / "model.safetensors"
+    except WeightsUnavailableError as e:
+        tried.append(str(e))
+    raise WeightsUnavailableError(f"{weight.name}: " + "; ".join(tried))
+
+
+def cached_folder(name: str) -> Path | None:
+    """Folder of pulled weights, or None."""
+    record = _read_record(name)
+    folder = cache_dir() / record["folder"] if record else None
+    return folder if folder and (folder / "model.safetensors").is_file() else None
+
+
+def _read_record(name: str) -> dict[str, Any] | None:
+    path = cache_dir() / f"{name}.json"
+    try:
+        record = json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:  # written by something else: pull again
+        return None
+    return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
+
+
+def pull(name: str, source: str | Path | None = None, force: bool = False) -> Path:
+    """Fetch the published file of a tag, verify it, convert it and record it in the cache.
+
+    The record is replaced in one step at the end: an interrupted or a parallel pull leaves the old weights or the new.
+
+    Args:
+        name: ``architecture.tag``.
+        source: The authors' file, downloaded by hand; None to download it from their Drive.
+        force: Fetch again what is already there.
+
+    Returns:
+        The folder, as ``local-dir:`` takes it.
+
+    Raises:
+        ValueError: If there are no such weights, or they are bundled and a file is given.
+        WeightsUnavailableError: If the download fails; the message says how to go on.
+        CheckpointError: If the file has the wrong SHA-256 or does not fit the architecture.
+    """
+    weight = get_weight(name)
+    if weight.bundled_file:
+        if source is not None:
+            raise ValueError(f"{name} is bundled with the package and takes no file")
+        return weight.bundled_file.parent
+    with lock(cache_dir() / name):
+        old = cached_folder(name)
+        if old and source is None and not force:
+            return old
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=cache_dir()) as work:
+            file = Path(source) if source else _download_drive(weight, Path(work))
+            try:
+                folder = _adopt(weight, file, old)
+            except CheckpointError as e:
+                if source:
+                    raise
+                what = str(e).replace(str(file), "the file from Google Drive")
+                raise CheckpointError(f"{what}; {_by_hand(weight)}") from None
+        _sweep(name, folder)
+        return folder
+
+
+def _sweep(name: str, keep: Path) -> None:
+    """Remove the older folder of a name, and what pulls that were killed left; call it under the lock."""
+    for pattern in (f"{name}-*", f".{name}-*", f".{name}.*"):
+        for path in cache_dir().glob(pattern):
+            if path != keep and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
+    """Verify and convert a published file into the cache."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file at {file}")
+    digest, expected = sha256(file), weight.source.get("sha256")
+    if expected and digest != expected:
+        raise CheckpointError(
+            f"{file} is not {weight.name}: its SHA-256 is {digest[:12]}.., the published file's {expected[:12]}.."
+        )
+    _check_is(weight, file)
+    folder = cache_dir() / f"{weight.name}-{digest[:12]}"
+    if folder == old:  # it may be damaged, and stays until the record names the new one
+        folder = folder.with_name(f"{folder.name}b")
+    shutil.rmtree(folder, ignore_errors=True)  # of a pull that was cut off before its record
+    convert_checkpoint(
+        file,
+        folder,
+        weight.name,
+        fusion=weight.fusion,
+        neck=weight.model_neck,
+        mean_std=weight.mean_std,
+        interpolation=weight.interpolation,
+    )
+    record = {
+        "name": weight.name,
+        "folder": folder.name,
+        "source": weight.url,
+        "source_sha256": digest,
+        "source_bytes": file.stat().st_size,
+        "sha256": sha256(folder / "model.safetensors"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with atomic_file(cache_dir() / f"{weight.name}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+    return folder
+
+
+def _check_is(weight: Weight, file: Path) -> None:
+    """Raise CheckpointError if the layout shows that ``file`` is another checkpoint than the tag's."""
+    try:
+        found = convert_state_dict(read_checkpoint(file))
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if str(file) in str(e) else f"{file}: {e}") from None
+    tasks = {"supervised": "supervised"}
+    tasks |= dict.fromkeys(("unsupervised", "unsupervised domain adaptation"), "unsupervised")
+    task = tasks.get(weight.task, "pretrain")
+    (height, width), (found_height, found_width) = weight.input_size, found.architecture.img_size
+    wrong = []
+    if found.task != task and (found.task, task) != ("", "pretrain"):  # a bare backbone shows no task
+        wrong.append(f"task {found.task or 'unknown'}, not {task}")
+    if found.neck_kind != weight.neck:
+        wrong.append(f"neck {found.neck_kind or 'none'}, not {weight.neck or 'none'}")
+    if found.fusion not in ("", weight.fusion):
+        wrong.append(f"fusion {found.fusion}, not {weight.fusion}")
+    if found_height * width != found_width * height:
+        wrong.append(f"images {found_height // found_width} times as high as wide, not {height // width}")
+    if wrong:
+        raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(wrong)}")
+
+
+def _by_hand(weight: Weight) -> str:
+    return f"download {weight.url} by hand and run `passreid weights pull {weight.name} --from FILE`"
+
+
+def _download_drive(weight: Weight, folder: Path) -> Path:
+    by_hand = _by_hand(weight)
+    if not weight.url:
+        raise WeightsUnavailableError(f"{weight.name} was published nowhere")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise WeightsUnavailableError(f"HF_HUB_OFFLINE is set and the weights are not in the cache; {by_hand}")
+    try:
+        import gdown
+    except ImportError:
+        raise WeightsUnavailableError(
+            f"it is on Google Drive and gdown is not installed: pip install 'passreid-models[gdrive]', or {by_hand}"
+        ) from None
+    file = folder / f"{weight.source['drive_id']}.pth"  # the name goes into the provenance
+    try:
+        done = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
+    except Exception as e:  # gdown passes on whatever requests, Drive's pages and the file system raise
+        raise WeightsUnavailableError(f"the download from Google Drive failed ({short_error(e)}); {by_hand}") from None
+    if not done or not file.is_file():
+        raise WeightsUnavailableError(f"the download from Google Drive gave no file; {by_hand}")
+    return file
+
+
+def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | Path | None = None) -> Path:
+    """A file of a Hub repository, ``org/name`` or ``org/name@revision``, with its SHA-256 checked.
+
+    The Hub's client compares sizes alone; a blob in its cache is named by the hash that it should have.
+
+    Raises:
+        WeightsUnavailableError: If the repository or the file cannot be had.
+        CheckpointError: If the file arrives damaged, twice.
+    """
+    from huggingface_hub import hf_hub_download
+
+    repo_id, _, revision = hub_id.partition("@")
+    for again in (False, True):
+        try:
+            path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
+        except Exception as e:  # the client's HTTP library is its own affair, and so are its exceptions
+            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
+        blob = Path(path).resolve()
+        if len(blob.name) != 64 or sha256(blob) == blob.name:
+            return Path(path)
+        blob.unlink()
+    raise CheckpointError(f"{filename} of {hub_id} arrives damaged: its SHA-256 is not the one the Hub states")
+
+
+def short_error(error: Exception) -> str:
+    """An exception of a network client in one line; the Hub's begin with a line that holds the status alone."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    status = re.match(r"\d{3} (Client|Server) Error", lines[0])
+    return f"{status[0]}: {lines[1]}" if status and len(lines) > 1 else lines[0]
+
+
+def verify(name: str = "") -> list[tuple[str, str]]:
+    """Hash the bundled and the pulled weights again, all or one.
+
+    Returns:
+        Pairs of name and state: ``ok``, ``damaged``, ``missing`` (bundled) or ``not pulled``.
+    """
+    states = []
+    for weight in [get_weight(name)] if name else list_weights():
+        if weight.bundled_file:
+            file, expected = weight.bundled_file, weight.source["sha256"]
+        else:
+            record = _read_record(weight.name)
+            if record is None:
+                states.append((weight.name, "not pulled"))
+                continue
+            file, expected = cache_dir() / record["folder"] / "model.safetensors", record["sha256"]
+        state = "missing" if not file.is_file() else "ok" if sha256(file) == expected else "damaged"
+        states.append((weight.name, state))
+    return states

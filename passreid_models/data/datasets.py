@@ -1,0 +1,274 @@
+"""Labelled person images: the published layouts, own folders and lists, and generated persons, opened as one thing.
+
+    open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
+    open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
+    open_dataset("crops/")                            a folder per identity
+    open_dataset("crops.csv")                         columns path,pid,camid,split
+    open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
+
+Identities keep their numbers where they are numbers. -1 is junk. 0 (0000) is a distractor where it is in the gallery
+alone; where training images or queries have it too it is an identity like others, and gets the next free number.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, images_below, read_csv, read_folder, read_tree
+from passreid_models.runtime import cache_dir, lock, num_cores
+from passreid_models.synthetic.recipe import PREFIX, read_recipe
+
+__all__ = ["ReIDDataset", "Split", "open_dataset"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images with their labels; N of them."""
+
+    paths: list[Path]
+    pids: np.ndarray
+    """Identities, int64 ``[N]``: -1 is junk, or without a label; 0, in a gallery only, a distractor."""
+    camids: np.ndarray
+    """Cameras, int64 ``[N]``, from 0; -1 is unknown."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """These rows, int64 ``[N]``."""
+        return Split([self.paths[i] for i in rows], self.pids[rows], self.camids[rows])
+
+    @property
+    def num_ids(self) -> int:
+        """Identities, without junk and distractors."""
+        return len(np.unique(self.pids[self.pids > 0]))
+
+    @property
+    def num_cameras(self) -> int:
+        """Known cameras."""
+        return len(np.unique(self.camids[self.camids >= 0]))
+
+
+@dataclass(frozen=True, eq=False)
+class ReIDDataset:
+    """Training images, queries and gallery; a split is empty where the layout has none."""
+
+    name: str
+    """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``CSV``,
+    ``synthetic`` or ``unlabelled folder``."""
+    root: Path
+    train: Split
+    query: Split
+    gallery: Split
+    has_cameras: bool
+    """All queries and gallery images have a camera, and there are two or more: without, every image but the query
+    itself may match."""
+    recipe: str = ""
+    """Of generated persons."""
+    parts: tuple[str, str, str] = ("", "", "")
+    """What the splits are read from, such as ``query/``, for messages."""
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """``train``, ``query`` and ``gallery`` by name."""
+        return {"train": self.train, "query": self.query, "gallery": self.gallery}
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """Row of each query's own file in the gallery, int64 ``[Q]``; -1 where it is not there."""
+        rows = {path: row for row, path in enumerate(self.gallery.paths)}
+        return np.array([rows.get(path, -1) for path in self.query.paths], dtype=np.int64)
+
+    @property
+    def description(self) -> str:
+        """One line for the provenance, which says nothing of the folders above."""
+        what = self.recipe or f"{self.name}, {self.parts[0] if self.name == 'CSV' else f'{self.root.name}/'}"
+        counts = [
+            _count(len(self.train), "training image"),
+            _count(self.train.num_ids, "identity", "identities"),
+            _count(len(self.query), "query", "queries"),
+            _count(len(self.gallery), "gallery image"),
+            _count(len(np.unique(np.concatenate([s.camids[s.camids >= 0] for s in self.splits.values()]))), "camera"),
+        ]
+        return f"{what}: {counts[0]} of {counts[1]}, {counts[2]}, {', '.join(counts[3:])}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal; changes with names and labels, and is the same on every machine."""
+        return self._fingerprint(self.train, self.query, self.gallery)
+
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """The same of the training images alone."""
+        return self._fingerprint(self.train)
+
+    @property
+    def is_one_set(self) -> bool:
+        """Whether the training images are those of queries and gallery too: no measure of a model trained on them."""
+        return bool(len(self.query)) and set(self.train.paths) >= {*self.query.paths, *self.gallery.paths}
+
+    def _fingerprint(self, *splits: Split) -> str:
+        digest = hashlib.sha256((self.recipe or self.name).encode())
+        for split in () if self.recipe else splits:
+            digest.update(b"\0split\0")
+            for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True):
+                name = self.relative(path)
+                digest.update(f"{name}\0{pid}\0{camid}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def relative(self, path: Path) -> str:
+        """A path as seen from the root, with slashes."""
+        root, name = f"{self.root}{os.sep}", str(path)
+        return (name.removeprefix(root) if name.startswith(root) else os.path.relpath(name, root)).replace(os.sep, "/")
+
+    def require(self, *splits: str) -> "ReIDDataset":
+        """The dataset itself.
+
+        Raises:
+            ValueError: If one of ``train``, ``query`` and ``gallery`` is empty; the message says what is missing where.
+        """
+        for split in splits:
+            if not len(self.splits[split]):
+                part = self.parts[SPLITS.index(split)]
+                where = f"in {part} of {self.root}" if part else f"in {self.root}"
+                raise ValueError(f"no {split} images {where} ({self.name}); expected {EXPECTED}")
+        return self
+
+
+def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
+    """The images that ``data`` names, with their labels; none is opened.
+
+    Args:
+        data: A folder in one of the layouts above, or one that holds such a folder; a CSV file; or ``synthetic:`` with
+            ``ids=``, ``images=``, ``cameras=``, ``seed=``, ``size=``, ``place=``, ``train_ids=``.
+        labelled: Without, a folder of images in no known layout opens too: all of them train, without labels.
+
+    Raises:
+        FileNotFoundError: If there is nothing of this name, or a list of MSMT17 is missing.
+        ValueError: If the layout is none of these, or a file does not fit it; the message names the file and what is
+            expected.
+    """
+    if str(data).startswith(PREFIX):
+        return _open_synthetic(str(data))
+    path = Path(os.path.abspath(data))
+    if not str(data) or not path.exists():
+        raise FileNotFoundError(f"{data or 'data'}: no such file or folder; expected {EXPECTED}")
+    if not path.is_dir():
+        if path.suffix.lower() != ".csv":
+            raise ValueError(f"{data}: a dataset cannot come from this kind of file; expected {EXPECTED}")
+        return _dataset(read_csv(path))
+    layout = read_folder(path) or _read_child(path)
+    if layout is None:
+        try:
+            layout = read_tree(path)
+        except ValueError:  # images beside folders
+            if labelled:
+                raise
+    if layout is None and not labelled:
+        layout = Layout("unlabelled folder", path)
+        layout.rows["train"] = [(image, "-1", "") for image in images_below(path)]
+    if layout is None or not any(layout.rows.values()):
+        raise ValueError(f"{data} holds {_held(path)}, which is no known layout; expected {EXPECTED}")
+    return _dataset(layout)
+
+
+def _read_child(root: Path) -> Layout | None:
+    """The layout one level below, where an archive was unpacked into a folder of its own."""
+    with os.scandir(root) as entries:
+        children = [entry.path for entry in entries if entry.is_dir() and entry.name[0] not in "._"]  # __MACOSX
+    for child in sorted(children):
+        if layout := read_folder(Path(child)):
+            if len(children) > 1:
+                raise ValueError(f"{root} holds {layout.name} in {layout.root.name}/ beside other folders: name one")
+            return layout
+    return None
+
+
+def _held(path: Path) -> str:
+    with os.scandir(path) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    folders = sorted(f"{entry.name}/" for entry in visible if entry.is_dir())
+    files = sorted(entry.name for entry in visible if not entry.is_dir())
+    names = [*folders[:3], *files[:3]]
+    shown = f" ({', '.join(names)}{', ..' if len(names) < len(visible) else ''})" if names else ""
+    return f"{_count(len(folders), 'folder')} and {_count(len(files), 'file')}{shown}"
+
+
+def _dataset(layout: Layout) -> ReIDDataset:
+    rows = [layout.rows[split] for split in SPLITS]
+    pids = _numbers_of_ids([[row[1] for row in split] for split in rows])
+    camids = _numbers_of_cameras([[row[2] for row in split] for split in rows])
+    train, query, gallery = (
+        Split([Path(row[0]) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
+    )
+    tested = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
+    return ReIDDataset(
+        name=layout.name,
+        root=layout.root,
+        train=train,
+        query=query,
+        gallery=gallery,
+        has_cameras=bool((tested >= 0).all() and len(np.unique(tested)) > 1),
+        parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
+    )
+
+
+def _numbers_of_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Identities as they are written, of the three splits, as int64."""
+    train, query, gallery = map(set, labels)
+    names = train | query | gallery
+    junk, zeros = {"-1"} & names, {name for name in names if not name.strip("0")}
+    distractors = set() if zeros & (train | query) else zeros
+    persons = _natural(names - junk - distractors)
+    numbers = {int(name) for name in persons if name.isdecimal() and name.isascii()}
+    if len(numbers) == len(persons) and max(numbers, default=0) < 1 << 62:
+        pids = {name: int(name) or max(numbers) + 1 for name in persons}
+    else:
+        pids = {name: number for number, name in enumerate(persons, 1)}
+    pids |= dict.fromkeys(junk, -1) | dict.fromkeys(distractors, 0)
+    return [np.array([pids[name] for name in split], dtype=np.int64) for split in labels]
+
+
+def _numbers_of_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Cameras as they are written as int64, from 0: numbers count from 1, unless there is a 0."""
+    names = _natural({name for split in labels for name in split} - {""})
+    if all(name.isdecimal() and name.isascii() for name in names) and len({int(name) for name in names}) == len(names):
+        first = min(1, *map(int, names)) if names else 1
+        camids = {name: int(name) - first for name in names}
+    else:
+        camids = {name: number for number, name in enumerate(names)}
+    camids[""] = -1
+    return [np.array([camids[name] for name in split], dtype=np.int64) for split in labels]
+
+
+def _natural(names: set[str]) -> list[str]:
+    """Sorted, with numbers in the names by their value."""
+    return sorted(names, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
+
+
+def _open_synthetic(text: str) -> ReIDDataset:
+    """Persons of the generator, drawn into the cache when they are not there."""
+    recipe = read_recipe(text, splits=True)
+    drawn_by = [path.read_bytes() for path in sorted(Path(__file__).parents[1].joinpath("synthetic").glob("*.py"))]
+    key = hashlib.sha256(recipe.text.encode() + b"".join(drawn_by)).hexdigest()[:16]
+    root = cache_dir() / "synthetic" / key
+    with lock(root):
+        layout = read_folder(root) if root.is_dir() else None
+        if layout is None or sum(map(len, layout.rows.values())) < len(recipe.persons):
+            try:
+                recipe.persons.write_market1501(root, recipe.train_ids, workers=num_cores())
+            except ValueError as e:
+                raise ValueError(f"{text}: {e}") from None
+            layout = read_folder(root)
+    assert layout is not None  # it was just written
+    return replace(_dataset(layout), name="synthetic", recipe=recipe.text)
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

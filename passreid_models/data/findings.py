@@ -1,0 +1,211 @@
+"""What can be off in a dataset: in its labels, and in its files."""
+
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from passreid_models.data.datasets import ReIDDataset, Split
+from passreid_models.data.images import to_rgb
+from passreid_models.runtime import num_cores
+
+__all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
+
+_MSMT17 = {"train": (32_621, 1_041, 15), "query": (11_659, 3_060, 15), "gallery": (82_161, 3_060, 15)}
+PUBLISHED = {  # images, identities without junk and distractors, cameras
+    "Market-1501": {"train": (12_936, 751, 6), "query": (3_368, 750, 6), "gallery": (19_732, 750, 6)},
+    "DukeMTMC-reID": {"train": (16_522, 702, 8), "query": (2_228, 702, 8), "gallery": (17_661, 1_110, 8)},
+    "MSMT17 V1": _MSMT17,
+    "MSMT17 V2": _MSMT17,
+}
+PUBLISHED_JUNK = {"Market-1501": (3_819, 2_798)}  # junk (-1) and distractors (0000) of the gallery
+SHOWN = 3  # names in a finding's line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is off: an ``error`` or a ``remark``."""
+
+    level: str
+    kind: str
+    message: str
+    files: list[str] = field(default_factory=list)
+    """All that it is about, as seen from the dataset's folder."""
+
+    def __str__(self) -> str:
+        names = ", ".join(self.files[:SHOWN])
+        more = f" and {len(self.files) - SHOWN:,} more" if len(self.files) > SHOWN else ""
+        return f"{self.level}: {self.message}{f': {names}{more}' if names else ''}"
+
+
+def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
+    """What identities, cameras and numbers of images show."""
+    for rule in (_missing, _identities, _cameras, _matches, _counts):
+        yield from rule(dataset)
+
+
+def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
+    """Splits without images."""
+    for (name, split), part in zip(dataset.splits.items(), dataset.parts, strict=True):
+        if not len(split):
+            use = "training" if name == "train" else "evaluation"
+            level = "error" if dataset.name in PUBLISHED else "remark"
+            where = f"{part} is missing or has no images" if part else "there are none"
+            yield Finding(level, "missing split", f"no {name} images, so no {use}: {where}")
+
+
+def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
+    train = dataset.train
+    pids, counts = np.unique(train.pids[train.pids > 0], return_counts=True)
+    if len(single := pids[counts == 1]):
+        files = _names(dataset, train, np.isin(train.pids, single))
+        message = f"{_count(len(single), 'training identity', 'training identities')} with one image, too few for the "
+        yield Finding("remark", "single images", message + "triplet loss, which takes two", files)
+    for name, split in (("training", train), ("query", dataset.query)):
+        if (junk := split.pids == -1).any():
+            message = f"{_count(int(junk.sum()), f'{name} image')} marked as junk (-1), of no use there"
+            yield Finding("remark", "junk", message, _names(dataset, split, junk))
+    tested = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
+    both = np.intersect1d(pids, tested[tested > 0])
+    shared = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
+    if shared:
+        message = f"{_count(len(shared), 'image')} both train and test: fine for a look, no measure of a model"
+        yield Finding("remark", "one set", f"{message} that was trained on them")
+    elif len(both) and not dataset.name.startswith("MSMT17"):  # its two sets count from 0 each
+        message = f"{_count(len(both), 'identity', 'identities')} both in training and test, which should be disjoint"
+        yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, both)))
+
+
+def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
+    splits = [split for split in dataset.splits.values() if len(split)]
+    known = np.concatenate([split.camids for split in splits]) >= 0
+    mode = "evaluation leaves out the query itself alone, and training does without cameras"
+    if dataset.has_cameras:
+        return
+    if not known.any():
+        yield Finding("remark", "no cameras", f"no cameras are known: {mode}")
+    elif not known.all():
+        files = [name for split in splits for name in _names(dataset, split, split.camids < 0)]
+        message = f"{_count(len(set(files)), 'image')} without a camera, so none counts: {mode}"
+        yield Finding("remark", "some cameras", message, list(dict.fromkeys(files)))
+    else:
+        yield Finding("remark", "one camera", f"one camera only: {mode}")
+
+
+def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
+    """Queries that no gallery image can match."""
+    query, gallery = dataset.query, dataset.gallery
+    if not len(query) or not len(gallery):
+        return
+    cameras = dataset.has_cameras
+    same = Counter(gallery.pids.tolist())
+    under = Counter(zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True)) if cameras else Counter()
+    labels = zip(query.pids.tolist(), query.camids.tolist(), dataset.own.tolist(), strict=True)
+    left = [same[pid] - (under[pid, camid] if cameras else own >= 0) for pid, camid, own in labels]
+    lonely = (np.array(left) < 1) & (query.pids > 0)
+    if lonely.any():
+        every = int(lonely.sum()) == int((query.pids > 0).sum())
+        where = "in the gallery under another camera" if cameras else "in the gallery"
+        message = f"{_count(int(lonely.sum()), 'query', 'queries')} of {len(query):,} without a match {where}"
+        message += ", so there is nothing to evaluate" if every else ", which do not count"
+        yield Finding("error" if every else "remark", "no match", message, _names(dataset, query, lonely))
+
+
+def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
+    for name, published in PUBLISHED.get(dataset.name, {}).items():
+        split = dataset.splits[name]
+        found = (len(split), split.num_ids)
+        if len(split) and found != published[:2]:
+            message = f"{name} has {found[0]:,} images of {found[1]:,} identities, {dataset.name} as it was published "
+            message += f"{published[0]:,} of {published[1]:,}: expected only where this is another dataset"
+            yield Finding("remark", "counts", message)
+
+
+def file_findings(dataset: ReIDDataset, progress: bool) -> Iterator[Finding]:
+    """What is found when every image is opened: those that cannot be read, and equal ones."""
+    paths = list(dict.fromkeys(path for split in dataset.splits.values() for path in split.paths))
+    with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
+        bar = tqdm(pool.map(_read, paths, chunksize=16), total=len(paths), unit="img", delay=3,
+                   disable=None if progress else True)  # fmt: skip
+        read = dict(zip(paths, bar, strict=True))
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for path, (_, reason) in read.items():
+        if reason:
+            reasons[reason].append(dataset.relative(path))
+    for reason, files in reasons.items():
+        yield Finding("error", "unreadable", f"{_count(len(files), 'image')} cannot be read, {reason}", files)
+    yield from _duplicates(dataset, {path: digest for path, (digest, _) in read.items() if digest})
+
+
+def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Finding]:
+    """Files of equal content, by what they do to the numbers."""
+    labels: dict[Path, tuple[int, int, str]] = {}  # identity, camera, the splits as letters
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for name, split in dataset.splits.items():
+        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True):
+            labels[path] = (pid, camid, labels[path][2] + name[0] if path in labels else name[0])
+    for path, digest in digests.items():
+        groups[digest].append(path)
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for group in groups.values():
+        if len(group) > 1:
+            names = " = ".join(dataset.relative(path) for path in group)
+            kinds[_kind([labels[path] for path in group], dataset.has_cameras)].append(names)
+    meanings = {
+        "leak": ("error", "of training images are in the test set, which should be disjoint"),
+        "copy": ("error", "of queries are in the gallery and count as matches"),
+        "labels": ("error", "have different identities"),
+        "repeated": ("remark", "do no harm to the numbers"),
+    }
+    for kind, (level, meaning) in meanings.items():
+        if files := kinds.get(kind):
+            yield Finding(
+                level, f"duplicates: {kind}", f"{_count(len(files), 'image')} more than once, {meaning}", files
+            )
+
+
+def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
+    where = [set(splits) for _, _, splits in labels]
+    in_train, in_test = any("t" in w for w in where), any(w & {"q", "g"} for w in where)
+    if in_train and in_test and not any("t" in w and w & {"q", "g"} for w in where):
+        return "leak"
+    if len({pid for pid, _, _ in labels if pid >= 0}) > 1:
+        return "labels"
+    queries = {camid for pid, camid, splits in labels if "q" in splits and pid > 0}
+    others = [camid for pid, camid, splits in labels if "g" in splits and pid > 0]
+    if queries and others and (not has_cameras or any(camid not in queries or len(queries) > 1 for camid in others)):
+        return "copy"
+    return "repeated"
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """SHA-256 of a file, and why it is no image."""
+    try:
+        content = path.read_bytes()
+        if not content:
+            return "", "the file is empty"
+        with Image.open(io.BytesIO(content)) as image:
+            if 0 in to_rgb(image).size:
+                return "", "it has no pixels"
+        return hashlib.sha256(content).hexdigest(), ""
+    except UnidentifiedImageError:
+        return "", "no image that Pillow can identify"
+    except FileNotFoundError:
+        return "", "the file is not there"
+    except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+        return "", (e.strerror if isinstance(e, OSError) else None) or str(e).split("(")[0].strip() or type(e).__name__
+
+
+def _names(dataset: ReIDDataset, split: Split, mask: np.ndarray) -> list[str]:
+    return [dataset.relative(split.paths[i]) for i in np.flatnonzero(mask)]
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

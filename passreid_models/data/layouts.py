@@ -1,0 +1,263 @@
+"""The layouts of re-ID datasets as rows: which image, whose, under which camera. No image is opened.
+
+market/bounding_box_train|query|bounding_box_test/0002_c1s1_000451_03.jpg     Market-1501; -1_ junk, 0000_ distractor
+duke/bounding_box_train|query|bounding_box_test/0001_c2_f0046182.jpg          DukeMTMC-reID
+msmt/list_train|val|query|gallery.txt with train/ and test/                   MSMT17 V1
+                                      with mask_train_v2/ and mask_test_v2/   MSMT17 V2
+own/train|query|gallery/ID/*.jpg      also train_all and test                 folder per identity
+own/ID/*.jpg                          every image is train, query and gallery
+own.csv                               path,pid,camid,split
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from passreid_models.data.images import SUFFIXES
+from passreid_models.synthetic.dataset import MARKER
+
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "images_below", "read_csv", "read_folder", "read_tree"]
+
+EXPECTED = (
+    "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
+    "0002_c1s1_000451_03.jpg), MSMT17 (list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ "
+    "and test/ or mask_train_v2/ and mask_test_v2/), a folder per identity (DIR/ID/*.jpg, or ID folders in DIR/train, "
+    "DIR/query and DIR/gallery), a CSV file with the columns path,pid,camid,split, or synthetic:ids=200"
+)
+MARKER_3D = "synthetic3d.json"
+"""In a folder of persons of ``passreid_synth3d``: how they were drawn."""
+SPLITS = ("train", "query", "gallery")
+MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+FOLDERS = {"train": ("train_all", "train", MARKET["train"]), "query": ("query",),
+           "gallery": ("gallery", "test", MARKET["gallery"])}  # fmt: skip
+LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
+VERSIONS = {"MSMT17 V1": ("train", "test"), "MSMT17 V2": ("mask_train_v2", "mask_test_v2")}
+MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
+DUKE_NAME = re.compile(r"\d+_c\d+_f\d+")
+MSMT_NAME = re.compile(r"\d+_\d+_\d+_\d{4}\D+_\d+_\d+")
+CAMERA = re.compile(r"(?:^|[_-])c(\d+)(?=s\d|[_.-])")  # of 0002_c1s1_000451_03.jpg
+
+Row = tuple[str, str, str]
+"""Path, identity as it is written (``-1`` junk), camera as it is written (``""`` unknown)."""
+
+
+@dataclass
+class Layout:
+    """A dataset as it lies on the disk; paths are absolute."""
+
+    name: str
+    root: Path
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    parts: dict[str, str] = field(default_factory=dict)
+    """What a split is read from, such as ``query/``."""
+
+
+def read_folder(root: Path) -> Layout | None:
+    """The layout of a folder, or None when it has none of those above.
+
+    Raises:
+        ValueError: If a file does not fit the layout that the folder has.
+        FileNotFoundError: If list files of MSMT17 are missing.
+    """
+    folders = {entry.name for entry in _entries(root) if entry.is_dir()}
+    files = {entry.name for entry in _entries(root) if entry.is_file()}
+    lists = [name for names in LISTS.values() for name in names]
+    if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
+        return _read_msmt17(root, folders, [name for name in lists if name not in files])
+    if any(_has_images(root / name) for name in folders & set(MARKET.values())):
+        return _read_market(root)
+    if any(_has_folders(root / name) for names in FOLDERS.values() for name in folders & set(names)):
+        return _read_split_folders(root, folders)
+    return None
+
+
+def read_tree(root: Path) -> Layout | None:
+    """A folder of identities, each a folder of images; None when there is no image in any.
+
+    Raises:
+        ValueError: If images lie beside the folders of identities, or deeper.
+    """
+    rows: list[Row] = []
+    for entry in _entries(root):
+        if entry.is_dir():
+            for image in images_below(entry.path):
+                if os.path.dirname(image) != entry.path:
+                    raise ValueError(f"{image}: an image below the folder of an identity; {_tree(root)}")
+                rows.append((image, entry.name, _camera(image)))
+    if rows and (stray := next((e.path for e in _entries(root) if _is_image(e)), "")):
+        raise ValueError(f"{stray}: an image beside the folders of identities; {_tree(root)}")
+    known = [row for row in rows if row[1] != "-1"]
+    return Layout("folder per identity", root, {"train": rows, "query": known, "gallery": rows}) if rows else None
+
+
+def read_csv(file: Path) -> Layout:
+    """A CSV file with the columns path, pid, split, and camid if cameras are known.
+
+    Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` is another word for
+    ``gallery``.
+
+    Raises:
+        ValueError: If columns are missing, or a line has a value that is blank or unknown.
+    """
+    layout = Layout("CSV", file.parent, parts=dict.fromkeys(SPLITS, file.name))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, skipinitialspace=True)
+            columns = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            if missing := [name for name in ("path", "pid", "split") if name not in columns]:
+                raise ValueError(
+                    f"{file}: the first line names no column {' and '.join(missing)} but {', '.join(columns) or 'none'}"
+                    "; expected path,pid,camid,split (camid may be left out)"
+                )
+            wanted = ("path", "pid", "split", *(["camid"] if "camid" in columns else []))
+            for line in reader:
+                values = {name: (line[name] or "").strip() for name in wanted}
+                if blank := [name for name in wanted if not values[name]]:
+                    raise ValueError(f"{file}:{reader.line_num}: no {' and no '.join(blank)}; expected a value")
+                split = "gallery" if values["split"] == "test" else values["split"]
+                if split not in SPLITS:
+                    raise ValueError(
+                        f"{file}:{reader.line_num}: split is {values['split']!r}; expected train, query or gallery"
+                    )
+                path = os.path.normpath(os.path.join(file.parent, values["path"]))
+                camera = values.get("camid", "")
+                layout.rows[split].append((path, values["pid"], "" if camera == "-1" else camera))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{file}: no CSV file in UTF-8: {e}") from None
+    if not any(layout.rows.values()):
+        raise ValueError(f"{file}: no line after the first; expected a line an image: path,pid,camid,split")
+    return layout
+
+
+def images_below(folder: str | Path) -> Iterator[str]:
+    """Paths of the images in a folder and the folders in it, in order; hidden ones are left out."""
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from images_below(entry.path)
+        elif _is_image(entry):
+            yield entry.path
+
+
+def _read_market(root: Path) -> Layout:
+    layout = Layout("Market-1501", root, parts={split: f"{name}/" for split, name in MARKET.items()})
+    for split, folder in MARKET.items():
+        for entry in _entries(root / folder):
+            if _is_image(entry):
+                name = MARKET_NAME.match(entry.name)
+                if name is None:
+                    raise ValueError(
+                        f"{entry.path}: the name shows no identity and camera; expected PPPP_cC in front, such as "
+                        "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
+                    )
+                layout.rows[split].append((entry.path, name[1], name[2]))
+    if all(DUKE_NAME.match(os.path.basename(row[0])) for rows in layout.rows.values() for row in rows):
+        layout.name = "DukeMTMC-reID"
+    if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
+        layout.name = "synthetic"
+    return layout
+
+
+def _is_msmt17(root: Path, folders: set[str]) -> bool:
+    """Whether train/ and test/ are MSMT17's though there are no lists."""
+    for folder in sorted(folders & set(VERSIONS["MSMT17 V1"])):
+        first = next(images_below(root / folder), "")
+        if MSMT_NAME.match(os.path.basename(first)):
+            return True
+    return False
+
+
+def _read_msmt17(root: Path, folders: set[str], missing: list[str]) -> Layout:
+    version = msmt17_version(root, folders)
+    if len(missing) == 4 or ("list_train.txt" in missing) != ("list_val.txt" in missing):
+        raise FileNotFoundError(
+            f"{root / missing[0]} is not there; expected the lists of {version}: list_train.txt and list_val.txt (both "
+            "are its training set), list_query.txt and list_gallery.txt"
+        )
+    layout = Layout(version, root)
+    train, test = VERSIONS[version]
+    for split, names in LISTS.items():
+        folder = root / (train if split == "train" else test)
+        layout.parts[split] = " + ".join(names)
+        for name in names:
+            if name not in missing:
+                layout.rows[split] += _read_list(root / name, folder)
+    return layout
+
+
+def msmt17_version(root: Path, folders: set[str]) -> str:
+    """``MSMT17 V1`` or ``MSMT17 V2``, by the folders of images.
+
+    Raises:
+        ValueError: If there are folders of both, or of none.
+    """
+    found = {name: [f"{f}/" for f in pair if f in folders] for name, pair in VERSIONS.items() if folders & set(pair)}
+    if len(found) == 1:
+        return next(iter(found))
+    pairs = " or ".join(f"{a}/ and {b}/ ({name[-2:]})" for name, (a, b) in VERSIONS.items())
+    if not found:
+        raise ValueError(f"{root}: lists of MSMT17, and no images; expected {pairs}")
+    held = " and ".join(f"{', '.join(f)} of {name[-2:]}" for name, f in found.items())
+    raise ValueError(
+        f"{root} mixes MSMT17 V1 and V2, which give different numbers: it holds {held}; expected {pairs}: keep one"
+    )
+
+
+def _read_list(file: Path, folder: Path) -> Iterator[Row]:
+    """The rows of a list of MSMT17. Its identities count from 0, where 0 is a person: here they count from 1."""
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        if not line.strip():
+            continue
+        path, _, pid = line.strip().rpartition(" ")
+        camera = path.rpartition("/")[2].split("_")[2:3]
+        if not pid.isdecimal() or not path or not camera or not camera[0].isdecimal():
+            raise ValueError(
+                f"{file}:{number}: {line.strip()!r}; expected a path, whose name has the camera as the third _ field, "
+                "and an identity, such as 0000/0000_000_01_0303morning_0008_0.jpg 0"
+            )
+        yield os.path.join(folder, path.strip()), str(int(pid) + 1), camera[0]
+
+
+def _read_split_folders(root: Path, folders: set[str]) -> Layout:
+    layout = Layout("folder per identity", root)
+    for split, names in FOLDERS.items():
+        name = next((name for name in names if name in folders), None)
+        layout.parts[split] = f"{name or names[-1 if split == 'train' else 0]}/"
+        tree = read_tree(root / name) if name else None
+        if tree:
+            layout.rows[split] = tree.rows["gallery"]
+    if "query" not in folders:  # every image of the gallery is a query
+        layout.rows["query"] = [row for row in layout.rows["gallery"] if row[1] != "-1"]
+    return layout
+
+
+def _camera(path: str) -> str:
+    found = CAMERA.search(os.path.basename(path))
+    return found[1] if found else ""
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name; nothing where there is no folder, hidden files left out."""
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
+
+
+def _tree(root: Path) -> str:
+    return f"expected {root.name}/ID/*.jpg, with an ID of any text"
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_is_image(entry) for entry in _entries(folder))
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in _entries(folder))

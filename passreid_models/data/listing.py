@@ -1,0 +1,263 @@
+"""Which images a folder or a tar file holds: found once, then kept until the tree changes.
+
+    $PASSREID_CACHE/listings/
+        0123456789abcdef.npz        one listing; its name is the hash of the folder's absolute path
+
+Adding or removing a file changes the time of its folder, so a listing is good while the times of all folders are the
+same: for a million images in a thousand folders a thousand questions to the file system, not a million.
+"""
+
+import hashlib
+import os
+import posixpath
+import stat
+import tarfile
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from passreid_models.data.images import SUFFIXES
+from passreid_models.runtime import atomic_file, lock
+
+__all__ = ["Listing", "Names", "list_images"]
+
+SETTLED = 2.0  # seconds; the coarsest clock of a file system: a younger folder can change and keep its time
+_IMAGES = tuple(suffix.encode() for suffix in SUFFIXES)
+
+
+class Names:
+    """Many names in two buffers.
+
+    Of a list of str, forked workers would get a copy bit by bit: reading a Python object writes its count of
+    references, and so takes its page of memory from what the processes share.
+    """
+
+    def __init__(self, names: Iterable[bytes] = ()) -> None:
+        self.blob, self.ends = bytearray(), array("q")  # all names without a gap, and where each ends
+        for name in names:
+            self.append(name)
+
+    def append(self, name: bytes) -> None:
+        self.blob += name
+        self.ends.append(len(self.blob))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self.ends):
+            raise IndexError(f"index {index} is out of range for {len(self.ends)} names")
+        return os.fsdecode(bytes(self.blob[self.ends[index - 1] if index else 0 : self.ends[index]]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the count and the names, in hexadecimal."""
+        digest = hashlib.sha256(b"%d\n" % len(self))
+        digest.update(np.frombuffer(self.ends, dtype=np.int64).astype("<i8").tobytes())
+        digest.update(self.blob)
+        return digest.hexdigest()
+
+
+@dataclass
+class Listing:
+    """The images below a folder, or in tar files, sorted as ``sorted`` does paths."""
+
+    names: Names = field(default_factory=Names)  # relative to the folder or tar, with /
+    tars: Names = field(default_factory=Names)  # paths of the tar files; none where the images are files
+    members: "array[int]" = field(
+        default_factory=lambda: array("q")
+    )  # three an image: number of its tar, first byte, bytes
+    watched: Names = field(default_factory=Names)  # paths of the folders and tar files that were read
+    stamps: "array[int]" = field(default_factory=lambda: array("q"))  # two each: time in ns, bytes of a tar or 0
+
+    def watch(self, path: bytes, status: os.stat_result) -> None:
+        self.watched.append(path)
+        self.stamps.extend(_stamp(status))
+
+    def is_current(self) -> bool:
+        """Whether all that was read is as it was then."""
+        for i in range(len(self.watched)):
+            try:
+                if _stamp(os.stat(self.watched[i])) != tuple(self.stamps[2 * i : 2 * i + 2]):
+                    return False
+            except OSError:
+                return False
+        return True
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+
+
+def list_images(root: Path, cache: Path) -> Listing:
+    """The images below a folder, or in its tar files where it has no images, or in one tar file.
+
+    Hidden files and folders are left out. Links are followed; a folder that is reached twice is listed once.
+
+    Args:
+        root: The folder or the tar file.
+        cache: Folder to keep the listing in; if it cannot be written to, the next call lists again.
+
+    Raises:
+        FileNotFoundError: If there is no image.
+        ValueError: If a folder cannot be read, or a tar file is damaged or compressed.
+    """
+    path = Path(os.path.abspath(root))
+    file = cache / "listings" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.npz"
+    with _one_process(file):  # the others wait for its listing
+        known = _read(file)
+        if known and known.watched[0] == str(path) and known.is_current():
+            return known
+        started = time.time()
+        try:
+            listing = _list_folder(path) if path.is_dir() else _list_tars([os.fsencode(path)])
+        except OSError as e:
+            if not e.strerror:
+                raise  # ours
+            raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
+        if max(listing.stamps[::2]) < (started - SETTLED) * 1e9:
+            with suppress(OSError):
+                _write(file, listing)
+        return listing
+
+
+@contextmanager
+def _one_process(file: Path) -> Iterator[None]:
+    """Hold the lock of a file, unless its folder cannot be written to."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(lock(file))
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def _list_folder(root: Path) -> Listing:
+    listing, tars, others = Listing(), [], 0
+    for name, status in _walk(os.fsencode(root), b"", set()):
+        if status:
+            listing.watch(os.path.join(os.fsencode(root), name).rstrip(b"/"), status)
+        elif name.lower().endswith(_IMAGES):
+            listing.names.append(name)
+        elif name.lower().endswith(b".tar"):
+            tars.append(name)
+        else:
+            others += 1
+    if tars and not listing.names:
+        return _list_tars([os.path.join(os.fsencode(root), tar) for tar in tars], root, listing)
+    if not listing.names:
+        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) and no .tar file in {root}, {others} other files")
+    return listing
+
+
+def _walk(folder: bytes, below: bytes, seen: set[tuple[int, int]]) -> Iterator[tuple[bytes, os.stat_result | None]]:
+    """The folder with its status, the files in it with None, and so on for its folders; all relative to the first."""
+    status = os.stat(folder)  # before the content: what changes meanwhile makes the stamp an old one
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    yield below, status
+    names, folders = [], set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            try:
+                if entry.is_dir():
+                    folders.add(entry.name)
+                elif not (entry.is_file() or entry.is_symlink()):  # a pipe would make its reader wait
+                    continue
+            except OSError:  # a link to itself, an error when it is read
+                pass
+            names.append(entry.name)
+    names.sort()
+    for name in names:
+        if name in folders:
+            yield from _walk(os.path.join(folder, name), below + name + b"/", seen)
+        else:
+            yield below + name, None
+
+
+# -------------------------------------------------------------------------------------------------------- tar files
+
+
+def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | None = None) -> Listing:
+    """Images in tar files; with the root of several, their names begin with the name of the tar."""
+    listing, others = listing or Listing(), 0
+    for number, tar in enumerate(tars):
+        status = os.stat(tar)
+        listing.watch(tar, status)
+        listing.tars.append(tar)
+        found: dict[bytes, tuple[int, int]] = {}
+        try:
+            with open(tar, "rb") as file:
+                for name, start, size in _members(file):
+                    if name.lower().endswith(_IMAGES):
+                        found[name] = start, size  # of several with one name the last counts, as tar has it
+                    else:
+                        others += 1
+        except tarfile.TarError as e:
+            path = os.fsdecode(tar)
+            raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
+        prefix = os.path.relpath(tar, os.fsencode(root)) + b"/" if root else b""
+        for name in sorted(found, key=lambda name: name.replace(b"/", b"\0")):
+            listing.names.append(prefix + name)
+            listing.members.extend((number, *found[name]))
+    if not listing.names:
+        where = f"the {len(tars)} tar files of {root}" if root else os.fsdecode(tars[0])
+        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {others} other files")
+    return listing
+
+
+def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tuple[bytes, int, int]]:
+    """(name, first byte, bytes) of the files in a tar and in the tars in it.
+
+    timm's ``ReaderImageInTar`` reads every byte for it, keeps 0.7 KB an image, knows no suffixes but three, and its
+    open file neither pickles nor survives a fork: workers move each other's position.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while member := tar.next():
+            tar.members.clear()  # type: ignore[attr-defined]  # all are kept else
+            name = posixpath.normpath(os.fsencode(member.name)).lstrip(b"/")
+            if not member.isfile() or any(part.startswith(b".") for part in name.split(b"/")):
+                continue
+            if name.lower().endswith(b".tar") and (inner := tar.extractfile(member)):
+                yield from _members(inner, below + name + b"/", base + member.offset_data)
+            else:
+                yield below + name, base + member.offset_data, member.size
+        file.seek(tar.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"no header at byte {base + tar.offset}")
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+def _read(file: Path) -> Listing | None:
+    """A listing of the cache; None if there is none, or none that can be used."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            listing = Listing()
+            for names in ("names", "tars", "watched"):
+                getattr(listing, names).blob += arrays[names].tobytes()
+                getattr(listing, names).ends.frombytes(arrays[f"{names}_ends"].tobytes())
+            listing.members.frombytes(arrays["members"].tobytes())
+            listing.stamps.frombytes(arrays["stamps"].tobytes())
+    except Exception:  # whatever zipfile and numpy say to damage: it is only a cache
+        return None
+    return listing if listing.names and listing.watched else None
+
+
+def _write(file: Path, listing: Listing) -> None:
+    arrays = {"members": np.array(listing.members), "stamps": np.array(listing.stamps)}
+    for names in ("names", "tars", "watched"):
+        arrays[names] = np.frombuffer(getattr(listing, names).blob, dtype=np.uint8)
+        arrays[f"{names}_ends"] = np.array(getattr(listing, names).ends)
+    with atomic_file(file) as temporary:
+        np.savez(temporary, allow_pickle=False, **arrays)

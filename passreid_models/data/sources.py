@@ -1,0 +1,205 @@
+"""Where the images of pre-training come from: folders, lists of files, tar files, and the synthetic generator.
+
+    open_source("crops/")                   images below a folder
+    open_source("lup.txt")                  a path a line, absolute or below the list's folder; # begins a comment
+    open_source("lup.tar")                  images in a tar file
+    open_source("shards/")                  a folder of tar files, if it has no images
+    open_source("synthetic:ids=1000")       drawn on the fly; also images=, cameras=, seed=,
+                                            size=HEIGHTxWIDTH, place=studio
+
+A source pickles, and holds no open file: workers that are forked and workers that are spawned read the same.
+"""
+
+import os
+from collections.abc import Sized
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from passreid_models.data.images import ImageError, to_rgb
+from passreid_models.data.listing import Listing, Names, list_images
+from passreid_models.runtime import cache_dir
+
+__all__ = ["FileSource", "ListSource", "Source", "SyntheticSource", "TarSource", "open_source"]
+
+LISTS = (".txt", ".lst")
+EXPECTED = f"a folder of images, a list of paths ({' or '.join(LISTS)}), a .tar file, or synthetic:ids=1000"
+
+
+class Source(Protocol):
+    """Images by number, for a trainer that needs no labels."""
+
+    description: str
+    """One line for the provenance, which says nothing of the folders above."""
+
+    fingerprint: str
+    """Changes with the list of images; the same for the same names on every machine."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What messages call the image, such as its path."""
+
+    def load(self, index: int) -> Image.Image:
+        """The image in RGB, decoded and upright.
+
+        Raises:
+            ImageError: If it cannot be read; the message has its name and the reason.
+        """
+
+
+def open_source(data: str | Path, cache: Path | None = None) -> Source:
+    """The images that ``data`` names.
+
+    Args:
+        data: A folder, a list, a tar file or ``synthetic:``, as above.
+        cache: Folder that keeps the listing of a folder or tar file; by default the package's cache.
+
+    Raises:
+        FileNotFoundError: If there is nothing of this name, or no image in it.
+        ValueError: If it is nothing that images can come from, or damaged.
+    """
+    if not str(data):
+        raise ValueError(f"data: nothing is named; expected {EXPECTED}")
+    if str(data).startswith("synthetic:"):
+        return SyntheticSource(str(data))
+    path = Path(os.path.abspath(data))
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{data}: no such file or folder; expected {EXPECTED}")
+    if path.suffix.lower() in LISTS and path.is_file():
+        return ListSource(path)
+    if not path.is_dir() and path.suffix.lower() != ".tar":
+        raise ValueError(f"{data}: images cannot come from this kind of file; expected {EXPECTED}")
+    listing = list_images(path, cache or cache_dir())
+    return TarSource(path, listing) if listing.tars else FileSource(path, listing.names)
+
+
+class FileSource:
+    """Image files below a folder."""
+
+    def __init__(self, root: Path, names: Names) -> None:
+        """
+        Args:
+            root: Folder that the names are relative to.
+            names: Paths of the images.
+        """
+        self.root, self.names = str(root), names
+        self.description = f"{root.name}/: {_count(names)}"
+        self.fingerprint = names.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def load(self, index: int) -> Image.Image:
+        name = self.name(index)
+        try:
+            with Image.open(self._file(index)) as image:
+                return _decoded(image)
+        except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+            raise ImageError(f"{name}: {_reason(e)}") from e
+
+    def _file(self, index: int) -> str | BytesIO:
+        return self.name(index)
+
+
+class ListSource(FileSource):
+    """Image files that a text file lists; those that are missing are found when they are read."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: The list: a path a line, absolute or relative to the list's folder.
+
+        Raises:
+            FileNotFoundError: If it lists nothing.
+            ValueError: If it is no text.
+        """
+        names = Names()
+        with path.open("rb") as file:
+            for line in file:
+                if b"\0" in line:
+                    raise ValueError(f"{path}: a list of images is text in UTF-8, this is UTF-16 or no text")
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()  # Windows marks UTF-8 at the beginning
+                if line and not line.startswith(b"#"):
+                    names.append(line)
+        if not names:
+            raise FileNotFoundError(
+                f"{path}: the list is empty; expected a path of an image a line, absolute or relative to {path.parent}"
+            )
+        super().__init__(path.parent, names)
+        self.description = f"{path.name}: {_count(names)}"
+
+
+class TarSource(FileSource):
+    """Images in tar files, read in place."""
+
+    def __init__(self, root: Path, listing: Listing) -> None:
+        """
+        Args:
+            root: The tar file, or the folder of several.
+            listing: Of ``root``.
+        """
+        super().__init__(root, listing.names)
+        self.tars, self.members = listing.tars, listing.members
+        self.description = f"{root.name}{'/*.tar' if root.is_dir() else ''}: {_count(self.names)}"
+
+    def _file(self, index: int) -> BytesIO:
+        tar, start, size = self.members[3 * index : 3 * index + 3]
+        with open(self.tars[tar], "rb", buffering=0) as file:  # anew, as a file of a folder: nothing to share
+            file.seek(start)
+            return BytesIO(file.read(size))
+
+
+class SyntheticSource:
+    """Persons of the synthetic generator, drawn when they are asked for."""
+
+    def __init__(self, text: str) -> None:
+        """
+        Args:
+            text: ``synthetic:`` and any of ``ids=``, ``images=`` (of each), ``cameras=``, ``seed=``, ``size=`` as
+                height x width, and ``place=``, with commas between.
+
+        Raises:
+            ValueError: If a key is unknown or given twice, or a value is none that it can have.
+        """
+        from passreid_models.synthetic.recipe import read_recipe
+
+        recipe = read_recipe(text)
+        self.recipe, self.persons = recipe.text, recipe.persons
+        self.description = f"{self.recipe}: {_count(self.persons)}"
+        self.fingerprint = Names([self.recipe.encode()]).fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.persons)
+
+    def name(self, index: int) -> str:
+        return f"image {index} of {self.recipe}"
+
+    def load(self, index: int) -> Image.Image:
+        return self.persons[index][0]
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image = to_rgb(image)
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, without its name, which Pillow and the system say in some errors."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty or no image that Pillow can identify"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _count(images: Sized) -> str:
+    count = len(images)
+    return f"{count:,} image{'' if count == 1 else 's'}"

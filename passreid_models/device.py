@@ -1,0 +1,64 @@
+"""Where and in which dtype a process computes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device: {name!r} is not there ({str(e).partition(chr(10))[0]})") from None
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast; ``auto`` is bfloat16 where the device computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and _cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.9 on
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def process_group(name: str) -> Iterator[torch.device]:
+    """The device of this process; under torchrun, in a process group.
+
+    Args:
+        name: ``auto``, or a torch device.
+    """
+    device = pick_device(name)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first clusters or saves
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,15 @@
+"""A model on a dataset.
+
+    evaluate        the whole: descriptors, ranking, metrics, report
+    extract         descriptors of many files, shared by processes; feature_cache: kept
+    report          the result as a table and as JSON; pictures: as pictures
+    probe           a labelled folder, ranked between the epochs of pre-training
+
+The metrics themselves (mAP, CMC, ROC) are in ``passreid_models.retrieval``.
+"""
+
+from passreid_models.evaluation.evaluate import evaluate_dataset, evaluate_model, make_embedder
+from passreid_models.evaluation.pictures import draw_evaluation
+from passreid_models.evaluation.report import Evaluation
+
+__all__ = ["Evaluation", "draw_evaluation", "evaluate_dataset", "evaluate_model", "make_embedder"]

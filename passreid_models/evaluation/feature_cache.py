@@ -1,0 +1,115 @@
+"""Descriptors that need not be computed twice: kept by the content of the weights and of each image.
+
+$PASSREID_CACHE/features/0123456789abcdef-fedcba9876543210.safetensors
+    the weights with the settings of the descriptor - the dataset
+    hashes       uint8 [N, 32], SHA-256 of each image file
+    descriptors  float32 [N, C]
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from passreid_models.embed import Embedder
+from passreid_models.runtime import atomic_file, cache_dir, num_cores, sha256
+
+__all__ = ["FeatureCache", "hash_files", "weights_key"]
+
+VERSION = 1  # a change of what is made of an image raises it
+_logger = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """The known descriptors of one dataset by one model, in one file."""
+
+    def __init__(self, embed: Embedder, dataset: str, folder: str | Path | None = None) -> None:
+        """
+        Args:
+            embed: Model and settings that the descriptors are made with.
+            dataset: What tells datasets apart, such as the folder: one file each.
+            folder: Where the files are; by default ``features`` in the package's cache.
+        """
+        self.key, self.dim = weights_key(embed), embed.dim
+        scope = hashlib.sha256(dataset.encode(errors="surrogateescape")).hexdigest()
+        folder = cache_dir() / "features" if folder is None else Path(folder)
+        self.file = folder / f"{self.key[:16]}-{scope[:16]}.safetensors"
+
+    def load(self) -> dict[str, np.ndarray]:
+        """Descriptors ``[C]`` by the SHA-256 of the image; none from a damaged file, which is said."""
+        if not self.file.is_file():
+            return {}
+        try:
+            with safe_open(self.file, "numpy") as file:
+                metadata, hashes, descriptors = (
+                    file.metadata(),
+                    file.get_tensor("hashes"),
+                    file.get_tensor("descriptors"),
+                )
+            if hashes.shape[1:] != (32,) or descriptors.shape != (len(hashes), self.dim):
+                raise ValueError("the shapes are others")
+            if metadata["weights"] != self.key or metadata["checksum"] != _checksum(hashes, descriptors):
+                raise ValueError("the checksum is another")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+            _logger.warning(f"{self.file} is damaged ({e}): its descriptors are computed again")
+            return {}
+        return {digest.tobytes().hex(): row for digest, row in zip(hashes, descriptors, strict=True)}
+
+    def store(self, hashes: Sequence[str], descriptors: Tensor) -> None:
+        """Write the descriptors ``[N, C]`` of the images with these hashes, in place of those that were there.
+
+        Where that is not possible it is said: the descriptors are there all the same.
+        """
+        rows = {digest: row for row, digest in enumerate(hashes)}  # of equal files one
+        raw = np.frombuffer(bytes.fromhex("".join(rows)), dtype=np.uint8).reshape(-1, 32)
+        kept = descriptors[torch.tensor(list(rows.values()), dtype=torch.long)].numpy()
+        metadata = {"weights": self.key, "checksum": _checksum(raw, kept)}
+        try:
+            with atomic_file(self.file) as temporary:
+                save_file({"hashes": raw, "descriptors": kept}, temporary, metadata)
+        except (OSError, SafetensorError) as e:  # a full disk, a cache of someone else
+            _logger.warning(f"{self.file} cannot be written ({e}): the descriptors are not kept")
+
+
+def weights_key(embed: Embedder) -> str:
+    """SHA-256 of everything that a descriptor depends on besides the image: weights, fusion, neck, flip, transform."""
+    model = embed.model
+    settings: dict[str, Any] = {
+        "version": VERSION,
+        "transform": repr(embed.transform),  # size, interpolation, statistics
+        "descriptor": [model.global_pool, model.neck, embed.flip, embed.l2_normalize, str(embed.dtype)],
+        "network": [repr(model), [getattr(module, "num_heads", 0) for module in model.modules()]],
+    }
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of the bytes of each file; ``""`` where it cannot be read."""
+    with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
+        return list(pool.map(_hash, paths, chunksize=64))
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError:
+        return ""
+
+
+def _checksum(hashes: np.ndarray, descriptors: np.ndarray) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(hashes).data)
+    digest.update(np.ascontiguousarray(descriptors).data)
+    return digest.hexdigest()

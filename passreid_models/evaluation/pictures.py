@@ -1,0 +1,126 @@
+"""The pictures of an evaluation: ranked galleries, CMC, ROC, and the similarities of right and wrong pairs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from passreid_models.figure import new_figure
+from passreid_models.runtime import atomic_file
+
+if TYPE_CHECKING:
+    from passreid_models.evaluation.report import Evaluation, Retrieved
+
+WIDTH, HEIGHT, GAP, LABEL = 64, 128, 4, 14  # of a ranked image, in pixels
+COLOURS = {"query": "black", "right": "green", "wrong": "red"}
+
+
+def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int = 10, topk: int = 10) -> list[Path]:
+    """Draw ``ranking.png``, ``cmc.png``, ``roc.png`` and ``similarities.png``.
+
+    Args:
+        evaluation: From ``evaluate_dataset``.
+        folder: Where to; made when it is not there.
+        queries: Rows of the ranking, spread evenly over the queries that count.
+        topk: Hits in a row; images that the protocol leaves out are not shown.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    figures: dict[str, Any] = {name: new_figure(5, 4, "pictures") for name in ("cmc", "roc", "similarities")}
+    _draw_cmc(figures["cmc"], evaluation)
+    _draw_roc(figures["roc"], evaluation)
+    _draw_similarities(figures["similarities"], evaluation)
+    counted = np.flatnonzero(np.asarray(evaluation.metrics.first_match) > 0)
+    rows = counted[np.unique(np.linspace(0, len(counted) - 1, queries).round().astype(int))]
+    drawn = [Path(folder) / "ranking.png"]
+    with atomic_file(drawn[0]) as temporary:
+        draw_ranking(evaluation.retrieved, rows, topk).save(temporary)
+    for name, figure in figures.items():
+        drawn.append(Path(folder) / f"{name}.png")
+        with atomic_file(drawn[-1]) as temporary:
+            figure.savefig(temporary, dpi=110)
+    return drawn
+
+
+def best_hits(retrieved: "Retrieved", query: int, topk: int) -> np.ndarray:
+    """Rows of the gallery, best first, without those that the protocol leaves out for this query."""
+    from passreid_models.retrieval import rank
+
+    left_out = np.zeros(len(retrieved.gallery), dtype=bool)
+    if retrieved.own[query] >= 0:
+        left_out[retrieved.own[query]] = True
+    if retrieved.has_cameras:
+        same = retrieved.gallery.pids == retrieved.query.pids[query]
+        left_out |= same & (retrieved.gallery.camids == retrieved.query.camids[query])
+    wanted = topk + int(left_out.sum())
+    found = rank(retrieved.query_features[query], retrieved.gallery_features, wanted, retrieved.metric)
+    hits = found.indices[0].cpu().numpy()
+    return hits[~left_out[hits]][:topk]
+
+
+def draw_ranking(retrieved: "Retrieved", queries: np.ndarray, topk: int) -> Image.Image:
+    """A row a query: the query framed black, its hits green where the identity is right and red where not.
+
+    Below each is its camera, below the query also its identity.
+    """
+    cell_width, cell_height = WIDTH + 2 * GAP, HEIGHT + 2 * GAP + LABEL
+    sheet = Image.new("RGB", ((1 + topk) * cell_width + 2 * GAP, len(queries) * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, query in enumerate(queries.tolist()):
+        pid = int(retrieved.query.pids[query])
+        cells = [(retrieved.query.paths[query], int(retrieved.query.camids[query]), "query")]
+        for hit in best_hits(retrieved, query, topk).tolist():
+            kind = "right" if retrieved.gallery.pids[hit] == pid else "wrong"
+            cells.append((retrieved.gallery.paths[hit], int(retrieved.gallery.camids[hit]), kind))
+        for column, (path, camid, kind) in enumerate(cells):
+            x = column * cell_width + GAP + (2 * GAP if column else 0)
+            y = row * cell_height + GAP
+            frame = (x - GAP + 1, y - GAP + 1, x + WIDTH + GAP - 2, y + HEIGHT + GAP - 2)
+            draw.rectangle(frame, fill=COLOURS[kind])
+            sheet.paste(_thumbnail(path), (x, y))
+            label = [f"id {pid}"] * (kind == "query") + [f"cam {camid + 1}"] * (camid >= 0)
+            draw.text((x, y + HEIGHT + GAP), " ".join(label), fill="black")
+    return sheet
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    from passreid_models.data.images import to_rgb
+
+    with Image.open(path) as image:
+        return to_rgb(image).resize((WIDTH, HEIGHT))
+
+
+def _draw_cmc(figure: Any, evaluation: "Evaluation") -> None:
+    axes = figure.subplots()
+    for name, metrics in (("as ranked", evaluation.metrics), ("re-ranked", evaluation.rerank)):
+        if metrics is not None:
+            share = 100 * np.asarray(metrics.cmc)
+            axes.plot(np.arange(1, len(share) + 1), share, label=f"{name}, mAP {100 * metrics.mAP:.1f}")
+    axes.set(title="CMC", xlabel="rank", ylabel="queries with a match up to there, %", ylim=(0, 101))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_roc(figure: Any, evaluation: "Evaluation") -> None:
+    axes, found = figure.subplots(), evaluation.roc
+    axes.plot(found.fpr, 100 * found.tpr, label="pairs of query and gallery")
+    axes.plot([found.eer], [100 * (1 - found.eer)], "o", label=f"EER {100 * found.eer:.1f} %")
+    axes.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate, %", ylim=(0, 101), xscale="log")
+    axes.set_xlim(1 / found.num_negatives, 1)  # fewer than one pair cannot be seen
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_similarities(figure: Any, evaluation: "Evaluation") -> None:
+    axes, found = figure.subplots(), evaluation.roc
+    edges, used = found.histogram_edges, np.flatnonzero(found.positive_histogram + found.negative_histogram)
+    shown = slice(used[0], used[-1] + 1)
+    for name, counts in (("right pairs", found.positive_histogram), ("wrong pairs", found.negative_histogram)):
+        shares = 100 * counts[shown] / counts.sum()
+        axes.stairs(shares, edges[used[0] : used[-1] + 2], fill=True, alpha=0.5, label=name)
+    axes.axvline(found.eer_threshold, color="black", linewidth=1, label=f"EER, at {found.eer_threshold:.3f}")
+    kind = "cosine" if evaluation.retrieved.metric == "cosine" else "negative squared distance"
+    axes.set(title="similarities", xlabel=kind, ylabel="of the pairs, %")
+    axes.legend()

@@ -1,0 +1,177 @@
+"""The result of an evaluation: what was ranked, what was measured, as a table and as JSON."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from passreid_models.data.datasets import ReIDDataset, Split
+from passreid_models.retrieval import ROC, RetrievalMetrics, evaluate, evaluate_distances, rerank, roc
+
+__all__ = ["Evaluation", "Retrieved", "percent"]
+
+RANKS = (1, 5, 10)
+FPRS = (1e-3, 1e-4)
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieved:
+    """Readable queries and gallery images without junk, with their descriptors."""
+
+    query: Split
+    gallery: Split
+    query_features: Tensor  # [Q, C]
+    gallery_features: Tensor  # [G, C]
+    own: np.ndarray  # [Q], row in the gallery or -1
+    has_cameras: bool
+    metric: str
+    unreadable: list[str]
+    images: int
+    cached: int
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Labels as the metrics take them, without cameras where these do not count."""
+        return {
+            "query_pids": self.query.pids,
+            "gallery_pids": self.gallery.pids,
+            "query_camids": self.query.camids if self.has_cameras else None,
+            "gallery_camids": self.gallery.camids if self.has_cameras else None,
+            "own": self.own,
+        }
+
+    def metrics(self) -> RetrievalMetrics:
+        """mAP, mINP and CMC."""
+        return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
+
+    def reranked(self) -> RetrievalMetrics:
+        """The same after k-reciprocal re-ranking."""
+        distances = rerank(self.query_features, self.gallery_features, metric=self.metric)
+        return evaluate_distances(distances, **self.labels)
+
+    def roc(self) -> ROC:
+        """All pairs that count, as a verification."""
+        return roc(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What ``passreid eval`` reports."""
+
+    dataset: ReIDDataset
+    model: dict[str, Any]
+    """Name, size, fusion, neck, flip, dtype, width of the descriptor, and the hash of weights and settings."""
+    retrieved: Retrieved
+    metrics: RetrievalMetrics
+    roc: ROC
+    rerank: RetrievalMetrics | None = None
+    per_camera: bool = False
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Images that were left out, each with its reason."""
+        return self.retrieved.unreadable
+
+    @property
+    def protocol(self) -> str:
+        """What a query is compared with."""
+        if self.retrieved.has_cameras:
+            return "Market-1501: matches under the query's own camera and junk are left out"
+        cameras = "one camera" if self.dataset.gallery.num_cameras == 1 else "no cameras"
+        return f"{cameras}: the query itself and junk are left out"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the descriptors, for JSON; scores are in percent."""
+        total, read = len(self.dataset.query), len(self.retrieved.query)
+        found: dict[str, Any] = {
+            "dataset": {
+                "name": self.dataset.name,
+                "description": self.dataset.description,
+                "fingerprint": self.dataset.fingerprint,
+            },
+            "model": self.model,
+            "protocol": self.protocol,
+            "metric": self.retrieved.metric,
+            "queries": {
+                "total": total,
+                "counted": self.metrics.num_queries,
+                "without_match": read - self.metrics.num_queries,
+            },
+            "gallery": len(self.retrieved.gallery),
+            "images": self.retrieved.images,
+            "from_cache": self.retrieved.cached,
+            "unreadable": self.unreadable,
+            **percent(self.metrics),
+            "cmc": [round(100 * float(share), 4) for share in self.metrics.cmc],
+            "eer": 100 * self.roc.eer,
+            "eer_threshold": _finite(self.roc.eer_threshold),
+            "verification": [
+                {"fpr": fpr, "tpr": _finite(100 * self.roc.tpr_at(fpr)), "threshold": _finite(self.roc.threshold(fpr))}
+                for fpr in FPRS
+            ],
+        }
+        if self.rerank:
+            found["reranked"] = percent(self.rerank)
+        if self.per_camera:
+            found["cameras"] = self._cameras()
+        return found
+
+    def _cameras(self) -> list[dict[str, Any]]:
+        precisions, first = np.asarray(self.metrics.average_precision), np.asarray(self.metrics.first_match)  # [Q]
+        camids, rows = self.retrieved.query.camids, []
+        for camid in np.unique(camids).tolist():
+            counted = (camids == camid) & (first > 0)
+            if counted.any():
+                row = {"camera": camid + 1 if camid >= 0 else None, "queries": int(counted.sum())}
+                scores = {"mAP": precisions[counted].mean(), "rank1": (first[counted] == 1).mean()}
+                rows.append(row | {key: 100 * float(value) for key, value in scores.items()})
+        return rows
+
+    def __str__(self) -> str:
+        values, model = self.to_dict(), self.model
+        queries = values["queries"]
+        kind = [model["name"], model["size"], model["fusion"], f"{model['neck']} neck" if model["neck"] else ""]
+        kind += [f"width {model['width']}", "mirrored images too" if model["flip"] else "", model["dtype"]]
+        counts = [f"{queries['counted']:,} of {queries['total']:,} queries count"]
+        counts += [f"{queries['without_match']:,} have no match"] if queries["without_match"] else []
+        counts += [f"{len(self.unreadable):,} images cannot be read"] if self.unreadable else []
+        lines = [
+            self.dataset.description,
+            ", ".join(filter(None, [*kind, f"{values['metric']} distance"])),
+            f"{self.protocol}; {', '.join(counts)}",
+            f"{values['from_cache']:,} of {values['images']:,} descriptors came from the cache",
+            "",
+            f"{'':<12}{'queries':>9}{'mAP':>8}{'mINP':>8}" + "".join(f"{f'Rank-{k}':>9}" for k in RANKS),
+        ]
+        table = [("as ranked", {**values, "queries": queries["counted"]})]
+        table += [("re-ranked", values["reranked"])] if "reranked" in values else []
+        for row in values.get("cameras", []):
+            table.append((f"camera {row['camera']}" if row["camera"] else "no camera", row))
+        for name, row in table:
+            cells = [f"{row[key]:>{width}.1f}" if key in row else " " * width for key, width in COLUMNS.items()]
+            lines.append(f"{name:<12}{row.get('queries', ''):>9}{''.join(cells)}".rstrip())
+        lines += ["", f"{'as a verification':<21}{'TPR':>8}{'similarity':>12}"]
+        rows = [(f"EER {values['eer']:.2f} %", 100 - values["eer"], values["eer_threshold"])]
+        rows += [(f"FPR {row['fpr']:g}", row["tpr"], row["threshold"]) for row in values["verification"]]
+        for name, tpr, threshold in rows:
+            shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((tpr, 1), (threshold, 4)))
+            lines.append("{:<21}{:>8}{:>12}".format(name, *shown))
+        if any(row["tpr"] is None for row in values["verification"]):
+            lines.append(f"-: {self.roc.num_negatives:,} pairs of two identities are too few to measure it")
+        return "\n".join(lines)
+
+
+COLUMNS = {"mAP": 8, "mINP": 8, **{f"rank{k}": 9 for k in RANKS}}
+
+
+def percent(metrics: RetrievalMetrics) -> dict[str, float]:
+    """mAP, mINP and Rank-1, 5, 10 in percent, as ``mAP``, ``mINP``, ``rank1``, ``rank5``, ``rank10``."""
+    scores = {"mAP": metrics.mAP, "mINP": metrics.mINP, **{f"rank{k}": metrics.rank(k) for k in RANKS}}
+    return {key: round(100 * float(value), 4) for key, value in scores.items()}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,275 @@
+"""The configuration of a pre-training run: one dataclass for Python, the command line and YAML files."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from passreid_models.architectures import ARCHITECTURES
+from passreid_models.pretrain.views import MultiCrop
+from passreid_models.training.config import DTYPES, RunConfig, wrong
+
+Area = tuple[float, float]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # the published ViT-S run: 8 processes of 128 images
+    "pass-vit-s-lup": {"model": "pass_vit_small_patch16", "batch_size": 1024, "epochs": 100},
+    "pass-vit-b-lup": {"model": "pass_vit_base_patch16", "batch_size": 512, "epochs": 100},
+    # 2 to 8 cores or one small GPU, thousands of images: many small steps, half the resolution in the first epochs, a
+    # teacher that follows sooner (0.996 averages over 250 steps), and targets that are not nearly uniform at the start
+    # (fewer prototypes in fewer dimensions, a lower temperature), where a short run would stay
+    "laptop": {
+        "model": "pass_vit_tiny_patch16",
+        "batch_size": 32,
+        "epochs": 50,
+        "coarse_epochs": 40,
+        "warmup_epochs": 2,
+        "num_prototypes": 1024,
+        "hidden_dim": 1024,
+        "bottleneck_dim": 64,
+        "lr": 4e-3,
+        "momentum": 0.99,
+        "teacher_temp": 0.03,
+        "warmup_teacher_temp": 0.03,
+    },
+}
+CLIPS = ("parameter", "norm")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Settings of ``passreid-train``; the defaults are the published ones but for the batch size.
+
+    Args:
+        data: Folder of person crops, text list, tar file, or ``synthetic:ids=1000,seed=1``.
+        out: Folder of the run.
+        model: Registered architecture.
+        init: Weights to continue from: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a
+            checkpoint file; empty for random ones.
+        resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
+        parts: Number of part tokens and of areas; by default the architecture's; 0 is plain DINO.
+        areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
+            height, for 3 parts the published halves.
+        size: Height and width of global views in pixels.
+        local_size: Height and width of local views; half of ``size`` by default.
+        local_views: Local views of an image, over all areas.
+        global_scale: Area of a global crop, as a fraction of the image.
+        local_scale: Area of a local crop, as a fraction of its area.
+        brightness: Strength of the colour jitter: factors are uniform in 1 ± this. Colour is much of an identity: on
+            one's own crops weaker saturation and hue, and no grayscale, may pay.
+        contrast: Likewise.
+        saturation: Likewise.
+        hue: Shifts of the hue are uniform in ± this, in turns.
+        gray_prob: Probability of grayscale.
+        solarize_prob: Probability of solarisation, of the second global view only.
+        blur_radius: Range of the standard deviation of the blur, in pixels of the view.
+        coarse_epochs: Epochs at half the resolution, first; not in the paper.
+        epochs: Passes over the data.
+        batch_size: Images of a step, over all processes and micro-batches.
+        accumulate: Micro-batches of a process in a step: the loss is the mean of theirs, and the centres move once, so
+            that it is that of the joint batch (BatchNorm of a conv stem excepted).
+        lr: Peak learning rate for a batch of 256; scaled linearly.
+        min_lr: Learning rate at the end.
+        warmup_epochs: Of the learning rate, from 0; by default a tenth of ``epochs``.
+        weight_decay: At the start.
+        weight_decay_end: At the end.
+        momentum: Of the teacher, at the start; 1 at the end.
+        teacher_temp: Temperature of the teacher.
+        warmup_teacher_temp: Its value in the first epoch.
+        warmup_teacher_temp_epochs: Epochs of its linear warm-up.
+        student_temp: Temperature of the student.
+        center_momentum: Of the centres.
+        num_prototypes: Outputs of a projection head, K.
+        hidden_dim: Hidden width of a projection head.
+        bottleneck_dim: Width of the normalised features.
+        norm_last_layer: Keep the gains of the prototypes at 1.
+        freeze_last_layer_epochs: First epochs without an update of the prototypes.
+        drop_path: Stochastic depth of the student's last block, growing linearly over the blocks.
+        clip: Largest norm of a gradient; 0 does not clip.
+        clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
+        device: ``auto``, or a torch device.
+        loss_chunk: Samples whose logits are held at a time; 0 holds all of them; by default 8, on a GPU 64.
+        grad_checkpointing: Recompute activations, for less memory.
+        compile: Compile the backbones.
+        sync_bn: Synchronise the BatchNorms of a conv stem over the processes of several GPUs.
+        workers: Loader processes, of each training process; by default by the number of cores.
+        seed: Of weights, order, views and stochastic depth.
+        save_minutes: Longest time between two checkpoints.
+        save_epochs: Epochs between two checkpoints.
+        keep: Checkpoints to keep.
+        log_steps: Steps between two lines of the log.
+        max_minutes: Save and stop after so many minutes; 0 does not.
+        max_unreadable: Largest share of unreadable images.
+        skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
+        probe: Labelled folder to rank after an epoch: ``PPPP_cC...`` names or a folder for each identity.
+        probe_epochs: Epochs between two probes.
+        tensorboard: Write TensorBoard files too.
+    """
+
+    FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+            "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
+    NUMERICS = ("accumulate", "dtype", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
+
+    data: str = ""
+    out: str = "run"
+    model: str = "pass_vit_small_patch16"
+    init: str = ""
+    resume: str = ""
+    parts: int | None = None
+    areas: list[Area] | None = None
+    size: tuple[int, int] = (256, 128)
+    local_size: tuple[int, int] | None = None
+    local_views: int = 9
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.1, 0.8)
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    gray_prob: float = 0.2
+    solarize_prob: float = 0.2
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    coarse_epochs: int = 0
+    epochs: int = 100
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float | None = None
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    momentum: float = 0.996
+    teacher_temp: float = 0.04
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+    student_temp: float = 0.1
+    center_momentum: float = 0.9
+    num_prototypes: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    norm_last_layer: bool = True
+    freeze_last_layer_epochs: int = 1
+    drop_path: float = 0.1
+    clip: float = 3.0
+    clip_by: str = "parameter"
+    dtype: str = "auto"
+    device: str = "auto"
+    loss_chunk: int | None = None
+    grad_checkpointing: bool = False
+    compile: bool = False
+    sync_bn: bool = True
+    workers: int | None = None
+    seed: int = 0
+    save_minutes: float = 10
+    save_epochs: int = 1
+    keep: int = 2
+    log_steps: int = 50
+    max_minutes: float = 0
+    max_unreadable: float = 0.01
+    skip_nonfinite: int = 0
+    probe: str = ""
+    probe_epochs: int = 1
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: If a value cannot be; the message begins with the field's name.
+        """
+        self.check_kinds()
+        if self.model not in ARCHITECTURES:
+            raise wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
+        self.check_ranges(
+            (
+                ("epochs batch_size accumulate num_prototypes hidden_dim bottleneck_dim keep log_steps", 1, math.inf),
+                ("save_epochs probe_epochs", 1, math.inf),
+                ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
+                ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
+                ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
+                ("momentum center_momentum max_unreadable gray_prob solarize_prob", 0, 1),
+                ("brightness contrast saturation", 0, math.inf),
+                ("hue", 0, 0.5),
+            )
+        )
+        for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise wrong(name, getattr(self, name), "more than 0")
+        if not 0 <= self.drop_path < 1:
+            raise wrong("drop_path", self.drop_path, "at least 0 and less than 1")
+        for name, allowed in (("clip_by", CLIPS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
+        for name in ("global_scale", "local_scale"):
+            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
+                raise wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
+        if not 0 < self.blur_radius[0] <= self.blur_radius[1] < math.inf:
+            raise wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
+        pixels, why = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
+        for name in ("size", "local_size"):
+            self.check_size(name, pixels, why)
+        if self.local_size is None and self.local_views and any(v % (2 * pixels) for v in self.size):
+            raise wrong("size", self.size, f"in multiples of {2 * pixels}, since local views are half as large")
+        if self.local_views % self.num_areas:
+            raise wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
+        if self.areas is not None and len(self.areas) != self.num_areas:
+            raise wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
+        for area in self.areas or ():
+            if not 0 <= area[0] < area[1] <= 1:
+                raise wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
+        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
+            raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
+        if self.coarse_epochs > self.epochs:
+            raise wrong("coarse_epochs", self.coarse_epochs, f"at most epochs = {self.epochs}")
+
+    @property
+    def num_parts(self) -> int:
+        """Number of part tokens, P."""
+        return ARCHITECTURES[self.model].num_parts if self.parts is None else self.parts
+
+    @property
+    def num_areas(self) -> int:
+        """One area a part; without parts the whole image."""
+        return max(self.num_parts, 1)
+
+    @property
+    def view_areas(self) -> tuple[Area, ...]:
+        """Rows of the areas that local views are cut from."""
+        if self.areas is not None:
+            return tuple((float(top), float(bottom)) for top, bottom in self.areas)
+        count = self.num_areas
+        return tuple((k / (count + 1), (k + 2) / (count + 1)) for k in range(count))
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up, for this batch size."""
+        return self.lr * self.batch_size / 256
+
+    def crop(self, epoch: int) -> MultiCrop:
+        """What cuts the views of an image in an epoch."""
+        return MultiCrop(
+            *self.view_sizes(epoch),
+            self.view_areas,
+            self.local_views // self.num_areas,
+            self.global_scale,
+            self.local_scale,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            hue=self.hue,
+            gray_prob=self.gray_prob,
+            solarize_prob=self.solarize_prob,
+            blur_radius=self.blur_radius,
+        )
+
+    def view_sizes(self, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Sizes of the global and of the local views in an epoch."""
+        (h, w), local = self.size, self.local_size or (self.size[0] // 2, self.size[1] // 2)
+        return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
+
+    def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """As of every configuration; ``parts`` and the architecture's own number are the same."""
+        pairs = super().changed(other)
+        if self.num_parts == self.known(other).num_parts:  # given in one, the architecture's in the other
+            pairs.pop("parts", None)
+        return pairs

@@ -1,0 +1,173 @@
+"""Student and teacher: a PASS backbone with one projection head for each kind of token.
+
+Shapes: B batch, V views, P parts, T = 1 + P kinds of token, D width, C bottleneck width, K prototypes.
+"""
+
+import logging
+import re
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from passreid_models.architectures import IMAGENET
+from passreid_models.checkpoints.read import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.pretrain.chunked import weight_norm_scales
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.heads import ProjectionHead
+from passreid_models.training.warm_start import checkpoint_file, load_backbone, ready_to_train
+
+_logger = logging.getLogger(__name__)
+
+
+class Projections(NamedTuple):
+    """What a network makes of a batch of views, by kind of token: CLS, PART 1 .. P."""
+
+    features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
+    prototypes: list[Tensor]  # [K, C]
+    gains: list[Tensor] | None = None  # [K], lengths that the prototypes are normalised to; None: left as they are
+
+    def logits(self) -> list[Tensor]:
+        """``[V_t, B, K]`` for each kind of token."""
+        logits = [x @ w.T for x, w in zip(self.features, self.prototypes, strict=True)]
+        return logits if self.gains is None else [z * s for z, (_, s) in zip(logits, self.scaled(), strict=True)]
+
+    def weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Prototypes and gains of each kind of token."""
+        if self.gains is None:
+            return [(w, None) for w in self.prototypes]
+        return list(zip(self.prototypes, self.gains, strict=True))
+
+    def scaled(self) -> list[tuple[Tensor, Tensor]]:
+        """Prototypes of each kind of token, and what their logits are multiplied with."""
+        return [(w, weight_norm_scales(w, g)) for w, g in self.weights()]
+
+
+class PASSNetwork(nn.Module):
+    """Backbone and projection heads, one for CLS and one for each PART token (arXiv 2203.03931, section 3.2)."""
+
+    def __init__(
+        self,
+        backbone: PassVisionTransformer,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = True,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.forward_views = backbone.forward_views
+        self.heads = nn.ModuleList(
+            ProjectionHead(backbone.embed_dim, num_prototypes, hidden_dim, bottleneck_dim, norm_last_layer)
+            for _ in range(backbone.num_prefix_tokens)
+        )
+
+    def compile_backbone(self) -> None:
+        """Compile the forward pass of the backbone, for both sizes of views."""
+        # a graph for each size: with symbolic sizes torch 2.14 fails on the resampling of the positions
+        self.forward_views = torch.compile(self.backbone.forward_views, dynamic=False)
+
+    def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> Projections:
+        """
+        Args:
+            global_views: ``[G, B, 3, H, W]``; they carry every token.
+            local_views: ``[A * L, B, 3, h, w]``, L views of area 1, then of area 2 and so on; a view of area k carries
+                CLS and PART k. Without parts, of any areas.
+        """
+        tokens = self._tokens(global_views)  # [G, B, T, D]
+        views = list(tokens.unbind(2))
+        if local_views is not None and len(local_views):
+            parts = self.backbone.num_parts
+            area = None
+            if parts:
+                per_area = len(local_views) // parts
+                area = torch.arange(parts, device=local_views.device)
+                area = area.repeat_interleave(per_area * local_views.shape[1])
+            local = self._tokens(local_views, area)  # [A * L, B, 2, D]
+            views[0] = torch.cat([views[0], local[:, :, 0]])
+            for k in range(parts):
+                views[1 + k] = torch.cat([views[1 + k], local[k * per_area : (k + 1) * per_area, :, 1]])
+        heads = cast(list[ProjectionHead], self.heads)
+        features = [head.features(x) for head, x in zip(heads, views, strict=True)]
+        prototypes, gains = zip(*(head.factors() for head in heads), strict=True)
+        return Projections(features, list(prototypes), list(gains))
+
+    def _tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
+        return self.forward_views(views.flatten(0, 1), area).unflatten(0, views.shape[:2])
+
+
+def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNetwork, PASSNetwork]:
+    """Student and teacher on ``device``, equal but for the student's stochastic depth.
+
+    Raises:
+        ValueError: If ``config.init`` names no weights, or those of another architecture.
+        CheckpointError: If the weights do not fit.
+    """
+    torch.manual_seed(config.seed)
+    student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
+    if config.init:
+        file = checkpoint_file(config.init)
+        checkpoint = read_checkpoint(file) if file else {}
+        start = load_backbone(config.model, config.init, file, **_shape(config))
+        student.backbone.load_state_dict(start.state_dict())
+        statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # of views, probe and export
+        for backbone in (student.backbone, teacher.backbone):
+            backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
+        _load_heads(student, config, checkpoint)
+    teacher.load_state_dict(student.state_dict())
+    return student.train(), teacher.requires_grad_(False).train()
+
+
+def random_backbone(config: PretrainConfig, drop_path: float = 0.0) -> Any:
+    """Random weights, and the preprocessing of pre-training."""
+    backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
+    mean, std = IMAGENET  # whatever the default weights of the architecture are for
+    backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
+    return backbone
+
+
+def _make_network(config: PretrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
+    backbone = random_backbone(config, drop_path)
+    ready_to_train(backbone, device, config.grad_checkpointing)
+    network = PASSNetwork(
+        backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
+    )
+    return network.to(device)
+
+
+def _shape(config: PretrainConfig) -> dict[str, Any]:
+    return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
+
+
+def _load_heads(network: PASSNetwork, config: PretrainConfig, checkpoint: Any) -> None:
+    """Projection heads of a checkpoint file that holds some of the same shape; else they stay new, which is said."""
+    given = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
+    heads = network.heads
+    if not given:
+        _logger.info(f"{config.init} holds no projection heads: they begin at random")
+        return
+    wanted = _find_heads({f"heads.{k}": v for k, v in heads.state_dict().items()})
+    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
+        raise CheckpointError(
+            f"init: the projection heads of {checkpoint_file(config.init)} have other shapes than those of "
+            f"num_prototypes={config.num_prototypes}, hidden_dim={config.hidden_dim}, "
+            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: give the file's, or "
+            "`passreid convert` it first, to begin with new heads"
+        )
+    heads.load_state_dict(given)
+
+
+def _find_heads(tensors: StateDict) -> StateDict:
+    """Heads of the official layouts and of ours, as ``0.mlp.*`` (CLS), ``1.mlp.*`` (PART 1) and so on."""
+    found = {}
+    for key, value in tensors.items():
+        key = re.sub(r"parametrizations\.weight\.original0", "weight_g", key)
+        key = re.sub(r"parametrizations\.weight\.original1", "weight_v", key)
+        if m := re.search(r"(?:^|\.)heads\.(\d+)\.((?:mlp|last_layer)\..+)", key):
+            found[f"{m[1]}.{m[2]}"] = value
+        elif m := re.search(r"(?:^|\.)head\.(mlp|last_layer)(?:_(cls|pt\d+))?\.(.+)", key):
+            kind = 0 if m[2] in (None, "cls") else int(m[2][2:])
+            found[f"{kind}.{m[1]}.{m[3]}"] = value
+    return found

@@ -1,0 +1,90 @@
+"""A whole pre-training run.
+
+train(PretrainConfig(data="my_crops/", out="run"))
+"""
+
+import logging
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passreid_models.data.sources import open_source
+from passreid_models.evaluation.probe import probe, read_labelled
+from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset, batches_on, make_loader
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.trainer import PretrainTrainer
+from passreid_models.training.run import Run, pick_workers, run_in_folder
+
+_logger = logging.getLogger(__name__)
+
+
+def train(config: PretrainConfig) -> Path:
+    """Pre-train, from the first step or from the last checkpoint on, to ``out/export``; also under ``torchrun``.
+
+    Returns:
+        The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``.
+
+    Raises:
+        ValueError: If a setting does not fit the data, the machine, or the run to resume.
+        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        NonFiniteLossError: If the loss is NaN or infinite.
+        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+    """
+    return run_in_folder(PretrainRun, config)
+
+
+class PretrainRun(Run):
+    """Part-wise self-distillation on a source of images."""
+
+    trainer_class = PretrainTrainer
+    epoch_figure = "probe_mAP"
+    shown = ("loss", "lr", "images_per_s", "wait_share", "teacher_entropy", "feature_std", "part_cosine", "probe_mAP",
+             "probe_rank1")  # fmt: skip
+
+    def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> PretrainTrainer:
+        config = self.config
+        self.labelled = read_labelled(config.probe) if config.probe else None
+        self.source = open_source(config.data)
+        return PretrainTrainer(config, len(self.source), device, self.source.fingerprint, checkpoint)
+
+    def batches(self) -> Generator[ViewBatch, None, None]:
+        config, trainer = self.config, self.trainer
+        fine, coarse = config.crop(config.epochs), config.crop(0)
+        dataset = ViewDataset(self.source, fine, coarse, config.coarse_epochs, config.seed)
+        sampler = StepSampler(
+            trainer.num_images, config.batch_size, trainer.total_steps, config.seed,
+            trainer.step, trainer.rank, trainer.world_size, config.accumulate,
+        )  # fmt: skip
+        loader = make_loader(dataset, sampler, pick_workers(config), trainer.device.type == "cuda")
+        return batches_on(trainer.device, loader)
+
+    def announcement(self) -> list[str]:
+        c, t = self.config, self.trainer
+        return [
+            f"data: {self.source.description}",
+            f"{c.epochs} epochs of {t.epoch_steps} steps of {c.batch_size} images: {t.world_size} processes x "
+            f"{c.accumulate} micro-batches x {c.batch_size // t.world_size // c.accumulate}",
+            f"model: {c.model}, {c.num_parts} parts, K = {c.num_prototypes}; {t.device}, {t.dtype}".replace(
+                "torch.", ""
+            ),
+            f"learning rate: {c.lr:g} x {c.batch_size} / 256 = {c.peak_lr:g} after the warm-up",
+        ]
+
+    def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        return self.trainer.teacher.backbone, {}
+
+    def about(self) -> dict[str, Any]:
+        return {"method": "PASS" if self.config.num_parts else "DINO", "data": self.source.description}
+
+    def after_epoch(self) -> None:
+        t = self.trainer
+        if t.epoch % self.config.probe_epochs == 0 and self.is_main and self.labelled is not None:
+            try:
+                scores = probe(t.teacher.backbone, self.labelled, t.device)
+            except (ValueError, OSError) as e:
+                _logger.warning(f"probe: {e}")
+            else:
+                self.write(scores)

@@ -1,0 +1,194 @@
+"""The training step of PASS, and the state that it moves.
+
+Cut views come from the loader; the device changes their colours; the teacher sees the global views, the student all;
+the loss compares them; student, teacher and centres move. Everything random is a function of (seed, step or sample), so
+that a resumed run goes on as if nothing had happened.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from passreid_models.pretrain.batches import ViewBatch
+from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.pretrain.heads import ProjectionHead
+from passreid_models.pretrain.loss import PASSLoss, mean_logits, mean_of_pairs
+from passreid_models.pretrain.monitor import collapse_indicators
+from passreid_models.pretrain.network import Projections, make_networks
+from passreid_models.pretrain.optim import clip_gradients, make_optimizer, update_teacher
+from passreid_models.pretrain.photometric import Photometric
+from passreid_models.runtime import all_reduce_mean, seed_step
+from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
+from passreid_models.training.optim import set_hyperparameters
+from passreid_models.training.trainer import BaseTrainer, sync_gradients
+
+
+class Values(NamedTuple):
+    """What the schedules give for a step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+
+
+def scheduled(config: PretrainConfig, step: int, epoch_steps: int) -> Values:
+    """The schedules of a run as a pure function of the step (those of DINO, arXiv 2104.14294)."""
+    c, total = config, config.epochs * epoch_steps
+    warmup = round((c.epochs / 10 if c.warmup_epochs is None else c.warmup_epochs) * epoch_steps)
+    return Values(
+        lr=warmup_cosine(step, total, min(warmup, total), c.peak_lr, c.min_lr),
+        weight_decay=cosine(step, total, c.weight_decay, c.weight_decay_end),
+        momentum=cosine(step, total, c.momentum, 1.0),
+        teacher_temp=linear_epochs(
+            step // epoch_steps, c.warmup_teacher_temp_epochs, c.warmup_teacher_temp, c.teacher_temp
+        ),
+    )
+
+
+class PretrainTrainer(BaseTrainer):
+    """Student, teacher, loss and optimiser of one process, and the step that moves them."""
+
+    state_keys = ("student", "teacher", "optimizer", "centers")
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        num_images: int,
+        device: torch.device,
+        fingerprint: str = "",
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: The run.
+            num_images: Images of the data.
+            device: Of this process.
+            fingerprint: Of the list of images, for the check of a resumed run.
+            state: To continue from; ``config.init`` is not looked for then.
+
+        Raises:
+            ValueError: If the data are fewer than a batch, the batch cannot be shared by the processes, or ``state`` is
+                of a run with other settings or data.
+        """
+        super().__init__(config, num_images, num_images // config.batch_size, config.epochs, device, fingerprint)
+        if num_images < config.batch_size:
+            raise ValueError(f"batch_size: {config.batch_size} is more than the {num_images} images of {config.data}")
+        if config.batch_size % (share := self.world_size * config.accumulate):
+            raise ValueError(
+                f"batch_size: {config.batch_size} is not divided by {self.world_size} processes x {config.accumulate} "
+                f"micro-batches = {share}"
+            )
+        self.epoch_steps = self.epoch_starts[1]
+        networks = make_networks(config if state is None else replace(config, init=""), device)
+        self.student, self.teacher = map(self.synchronized, networks)
+        self.criterion = PASSLoss(
+            config.num_prototypes, config.num_parts, config.student_temp, config.center_momentum
+        ).to(device)
+        self.chunk = (64 if device.type == "cuda" else 8) if config.loss_chunk is None else config.loss_chunk
+        cfg = self.student.backbone.pretrained_cfg
+        self.photometric = Photometric(cfg["mean"], cfg["std"]).to(device)
+        self.optimizer = make_optimizer(self.student)
+        self.parallel = self.wrap(self.student)
+        if config.compile:
+            self.student.compile_backbone()
+            self.teacher.compile_backbone()
+        if state is not None:
+            self.load_state(state)
+
+    def training_step(self, batches: Sequence[ViewBatch]) -> dict[str, float]:
+        """One step on the micro-batches of this process; ``step`` counts it.
+
+        Returns:
+            Loss, its mean for each kind of token, the schedules' values and the gradient norm.
+
+        Raises:
+            NonFiniteLossError: After more than ``skip_nonfinite`` steps with a loss that is NaN or infinite.
+        """
+        config, values = self.config, scheduled(self.config, self.step, self.epoch_steps)
+        seed_step(config.seed, self.step, self.rank)
+        set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
+        means, losses, terms = torch.zeros_like(self.criterion.centers), [], []
+        for i, batch in enumerate(batches):
+            global_views, local_views = self.photometric.batch(batch.views)
+            with sync_gradients(self.parallel, i == len(batches) - 1):
+                with self.autocast():
+                    with torch.no_grad():
+                        targets = self.teacher(global_views)
+                    outputs = self.parallel(global_views, local_views)
+                    loss, pairs = self._compare(outputs, targets, values.teacher_temp)
+                self.scaler.scale(loss / len(batches)).backward()
+            losses.append(torch.stack([loss.detach(), *(mean_of_pairs([t]) for t in pairs)]))
+            means += mean_logits(targets) / len(batches)
+            terms.append(pairs)
+
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = clip_gradients(self.student, config.clip, config.clip_by)
+        figures = torch.cat([torch.stack(losses).mean(0), grad_norm[None]])
+        *found, norm = all_reduce_mean(figures).tolist()  # a GPU is waited for here, once a step
+        if not self.is_finite(found[0], norm):
+            if math.isfinite(found[0]):
+                self.leave_out(self.optimizer, "gradient")
+            else:
+                self.leave_out(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
+            return {"loss": float("nan"), **values._asdict()}
+
+        if self.epoch < config.freeze_last_layer_epochs:
+            for head in self.student.heads:
+                cast(ProjectionHead, head).last_layer.zero_grad()
+        self.move(self.optimizer)
+        update_teacher(self.teacher.parameters(), self.student.parameters(), values.momentum)
+        self.criterion.move_centers(means)
+
+        if self.ends_epoch:
+            self._inspect(outputs, targets, values.teacher_temp, global_views)
+        self.step += 1
+        kinds = [f"loss_{kind.lower()}" for kind in token_kinds(config.num_parts)]
+        return {"loss": found[0], **dict(zip(kinds, found[1:], strict=True)), **values._asdict(), "grad_norm": norm}
+
+    def _compare(self, outputs: Projections, targets: Projections, temp: float) -> tuple[Tensor, list[Tensor]]:
+        if self.chunk:
+            return self.criterion.lean(outputs, targets, temp, self.chunk)
+        terms = self.criterion.pairs(outputs.logits(), targets.logits(), temp)
+        return mean_of_pairs(terms), [t.detach() for t in terms]
+
+    @torch.no_grad()
+    def _inspect(self, outputs: Projections, targets: Projections, temp: float, global_views: Tensor) -> None:
+        tokens = self.teacher.backbone.forward_views(global_views[0])
+        self.indicators = collapse_indicators(self.criterion, outputs, targets, temp, tokens)
+
+    def tensors(self) -> dict[str, Any]:
+        return {
+            "statistics": {k: tuple(self.teacher.backbone.pretrained_cfg[k]) for k in ("mean", "std")},
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "centers": self.criterion.centers,
+        }
+
+    def load_tensors(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.criterion.centers.copy_(state["centers"])
+        for backbone in (self.student.backbone, self.teacher.backbone):
+            backbone.pretrained_cfg = {**backbone.pretrained_cfg, **state["statistics"]}
+        self.photometric = Photometric(**state["statistics"]).to(self.device)
+
+
+def token_kinds(num_parts: int) -> list[str]:
+    """Names of the kinds of token, as logs show them."""
+    return ["CLS", *(f"PART{k + 1}" for k in range(num_parts))]
+
+
+def _name_nonfinite(terms: Sequence[Sequence[Tensor]]) -> str:
+    for of_kinds in terms:
+        for kind, pairs in zip(token_kinds(len(of_kinds) - 1), of_kinds, strict=True):
+            if (bad := (~pairs.isfinite()).nonzero()).numel():
+                i, v = bad[0].tolist()
+                return f"{kind}: teacher's global view {i + 1}, student's view {v + 1}"
+    return "in another process"

@@ -1,0 +1,155 @@
+"""Batches of labelled images for the trainers of re-ID.
+
+What is drawn for an image is a function of seed, step and place in the batch.
+
+Shapes: B batch.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from passreid_models.architectures import HALF
+from passreid_models.data.listing import Names
+from passreid_models.data.loader import load_readable, loaded, make_loader
+from passreid_models.data.sources import FileSource
+from passreid_models.runtime import seed_step
+
+RANDOM = "random"
+"""Erased pixels are of a normal distribution each."""
+
+Key = tuple[int, int, int]  # step, place in the batch, image
+
+
+class ImageBatch(NamedTuple):
+    """Images of one process, and those that could not be read and were replaced by the next one."""
+
+    images: Tensor  # [B, 3, H, W], normalised
+    labels: Tensor  # int64 [B]
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Resize, flip, pad, crop, normalise by 0.5, erase as TransReID and the published models.
+
+    Args:
+        size: Height and width in pixels.
+        flip_prob: Probability of a horizontal flip.
+        pad: Black pixels on each side, before the random crop.
+        erase_prob: Probability of random erasing (arXiv 1708.04896).
+        erase_area: Least and largest share of the image.
+        erase_value: What is put there, after the normalisation: three numbers, or ``random`` for noise.
+    """
+
+    size: tuple[int, int] = (256, 128)
+    flip_prob: float = 0.5
+    pad: int = 10
+    erase_prob: float = 0.5
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_value: tuple[float, float, float] | str = RANDOM
+
+    def compose(self) -> Any:
+        """The torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator."""
+        from torchvision import transforms as T
+
+        return T.Compose(
+            [
+                T.Resize(self.size, T.InterpolationMode.BICUBIC),
+                T.RandomHorizontalFlip(self.flip_prob),
+                T.RandomCrop(self.size, self.pad),
+                T.ToTensor(),
+                T.Normalize(*HALF),
+                T.RandomErasing(self.erase_prob, self.erase_area, value=self.erase_value),
+            ]
+        )
+
+
+class TrainImages(Dataset):
+    """Transformed images with their labels, at keys (step, place in the batch, image)."""
+
+    def __init__(self, paths: list[Path], labels: np.ndarray, transform: TrainTransform, seed: int) -> None:
+        """
+        Args:
+            paths: N files.
+            labels: int64 ``[N]``.
+            transform: How a training image is made.
+            seed: Of what the transform draws.
+        """
+        self.source = FileSource(Path("/"), Names(os.fsencode(path.absolute()) for path in paths))
+        self.labels, self.seed = labels, seed
+        self.transform = transform.compose()
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
+        """
+        Raises:
+            ImageError: If so many images in a row cannot be read that something else must be wrong.
+        """
+        step, place, index = key
+        image, index, unreadable = load_readable(self.source, index)
+        with torch.random.fork_rng(devices=()):
+            seed_step(self.seed, step, place)
+            return self.transform(image), int(self.labels[index]), unreadable
+
+
+@dataclass(frozen=True)
+class KeySampler(Sampler[list[Key]]):
+    """Keys of the batches of one process.
+
+    A step takes the same images whatever the number of processes, and what is drawn for them is the same.
+
+    Args:
+        batches: Of an epoch, each int64 ``[groups, images]``: a group (the images of an identity) stays together.
+        first_step: The step of the first batch.
+        skip: Batches that are done.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+
+    batches: list[np.ndarray]
+    first_step: int
+    skip: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.skip
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for nth in range(self.skip, len(self.batches)):
+            batch = self.batches[nth]
+            places = np.arange(batch.size).reshape(batch.shape)[self.rank :: self.world_size]
+            mine = batch[self.rank :: self.world_size]
+            pairs = zip(places.ravel().tolist(), mine.ravel().tolist(), strict=True)
+            yield [(self.first_step + nth, place, image) for place, image in pairs]
+
+
+def load_epoch(
+    images: TrainImages, sampler: KeySampler, device: torch.device, workers: int
+) -> Generator[ImageBatch, None, None]:
+    """The batches of an epoch, on ``device``.
+
+    Raises:
+        ImageError: As ``images``.
+    """
+    loader: DataLoader = make_loader(images, sampler, workers, device.type == "cuda", _collate)
+    with closing(loaded(loader)) as batches:
+        for batch in batches:
+            yield ImageBatch(
+                batch.images.to(device, non_blocking=True),
+                batch.labels.to(device, non_blocking=True),
+                batch.unreadable,
+            )
+
+
+def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> ImageBatch:
+    images, labels, unreadable = zip(*samples, strict=True)
+    return ImageBatch(torch.stack(images), torch.tensor(labels), [name for names in unreadable for name in names])

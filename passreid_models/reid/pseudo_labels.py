@@ -1,0 +1,156 @@
+"""Pseudo-labels without labels: Jaccard distances of k-reciprocal neighbours, and DBSCAN on their sparse graph.
+
+As in Cluster Contrast (arXiv 2103.11568), whose code PASS uses; for N images no N x N matrix is made.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest, sparse
+from passreid_models.retrieval.similarity import Similarities
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
+__all__ = ["cluster_features", "jaccard_distances"]
+
+_logger = logging.getLogger(__name__)
+
+
+def jaccard_distances(
+    features: Tensor | ArrayLike, k1: int = 30, k2: int = 6, eps: float | None = None, budget_mb: float = 256.0
+) -> "csr_array":
+    """Jaccard distances of images by their k-reciprocal neighbours, only those below 1.
+
+    Args:
+        features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
+        k1: Nearest neighbours of an image, itself included; with fewer images all of them.
+        k2: Nearest images, itself included, whose encodings are averaged.
+        eps: Leave out larger distances; by default none.
+        budget_mb: Memory for temporary arrays on top of the descriptors and the result, in MB.
+
+    Returns:
+        ``[N, N]``, symmetric, the diagonal and other zeros stored, what is not stored is a distance of 1 (or, with
+        ``eps``, a larger one than that).
+
+    Raises:
+        ValueError: If the descriptors are no ``[N, C]`` of finite numbers, an option is out of its range, or scipy is
+            not installed.
+    """
+    x = _checked(features)
+    for name, value in (("k1", k1), ("k2", k2)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    if eps is not None and not 0 < eps < 1:
+        raise ValueError(f"eps must be between 0 and 1, a Jaccard distance; got {eps}")
+    csr, num = sparse().csr_array, len(x)
+    if not num:
+        return csr((0, 0), dtype=np.float32)
+    if num < k1:
+        _logger.warning(f"clustering of {num} images: k1 is {num} instead of {k1}; the distances say little")
+        k1 = num
+    pairs = Similarities(x, x, "cosine")
+    half = min(k1, round(k1 / 2) + 1)
+    neighbours = nearest(pairs, max(k1, k2), budget_mb)
+    v = encode(pairs, neighbours, k1, half, k2, None, budget_mb)
+    own = np.arange(num, dtype=np.int32)
+    rows, columns, values = [own], [own], [np.zeros(num, dtype=np.float32)]
+    for i, j, distances in _upper_half(v, eps, budget_mb):
+        rows += [i, j]
+        columns += [j, i]
+        values += [distances, distances]
+    graph = csr((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=(num, num))
+    graph.sort_indices()
+    return graph
+
+
+def _upper_half(v: Any, eps: float | None, budget_mb: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs ``i < j`` and their Jaccard distances, chunk by chunk."""
+    num = v.shape[0]
+    places = sparse().csr_array((np.arange(v.nnz), v.indices, v.indptr), shape=v.shape).tocsc()
+    others = sparse().csc_array((v.data[places.data], places.indices, places.indptr), shape=v.shape)
+    firsts = np.empty(v.nnz, dtype=np.int64)
+    firsts[places.data] = np.arange(1, v.nnz + 1)  # of each entry, those below it in its column
+    for start, _, terms in minima(v, others, firsts, num, budget_mb, most_rows=2**32 // num):
+        # summed by sorting integers: the pair in the upper half of the bits, the minimum in the lower one
+        keys = terms.pairs.view(np.uint64) << np.uint64(32)
+        keys |= terms.values.view(np.uint32)
+        keys.sort()
+        pairs = keys >> np.uint64(32)
+        begins = np.flatnonzero(np.diff(pairs, prepend=np.uint64(2**63)))
+        if not len(begins):
+            continue
+        distances = jaccard(np.add.reduceat(keys.astype(np.uint32).view(np.float32), begins))
+        kept = distances < 1 if eps is None else distances <= eps
+        rows, columns = np.divmod(pairs[begins[kept]], np.uint64(num))
+        yield (rows + np.uint64(start)).astype(np.int32), columns.astype(np.int32), distances[kept]
+
+
+def cluster_features(
+    features: Tensor | ArrayLike,
+    eps: float = 0.6,
+    min_samples: int = 4,
+    k1: int = 30,
+    k2: int = 6,
+    budget_mb: float = 256.0,
+) -> np.ndarray:
+    """Pseudo-labels of images: DBSCAN on their Jaccard distances.
+
+    Args:
+        features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
+        eps: Largest Jaccard distance of neighbours; published: 0.6 for Market-1501, 0.7 for MSMT17.
+        min_samples: Neighbours, itself included, that make an image the core of a cluster.
+        k1: Nearest neighbours of an image, itself included; with fewer images all of them.
+        k2: Nearest images, itself included, whose encodings are averaged.
+        budget_mb: Memory for temporary arrays on top of the descriptors and the graph, in MB.
+
+    Returns:
+        Labels ``[N]``: -1 for outliers, clusters counted from 0 in the order of their first images.
+
+    Raises:
+        ValueError: If the descriptors are no ``[N, C]`` of finite numbers, an option is out of its range, or
+            scikit-learn is not installed.
+    """
+    if min_samples < 1:
+        raise ValueError(f"min_samples must be 1 or more, got {min_samples}")
+    dbscan = find_dbscan()
+    graph = jaccard_distances(features, k1, k2, eps, budget_mb)
+    if not graph.shape[0]:
+        return np.empty(0, dtype=np.int64)
+    labels = dbscan(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph)
+    found, first = np.unique(labels[labels >= 0], return_index=True)
+    number = np.full(len(found) + 1, -1)  # the last, of the outliers
+    number[found[np.argsort(first)]] = np.arange(len(found))
+    return number[labels]
+
+
+def find_dbscan() -> Any:
+    """scikit-learn's class.
+
+    Raises:
+        ValueError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import DBSCAN
+    except ImportError:
+        raise ValueError('clustering needs scikit-learn: pip install "passreid-models[reid]"') from None
+    return DBSCAN
+
+
+def _checked(features: Tensor | ArrayLike) -> Tensor:
+    x = torch.as_tensor(features).detach()
+    if x.ndim != 2:
+        raise ValueError(f"expected descriptors [N, C], got {tuple(x.shape)}")
+    x = x.float()
+    bad = (~x.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(
+            f"descriptors of {len(bad)} images are not finite, the first in row {bad[0]}: leave unreadable images out"
+        )
+    return x

@@ -1,0 +1,76 @@
+"""The training steps of re-ID: with identity labels, and with those of clusters.
+
+Shapes: B batch, C descriptor width, K identities or clusters.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passreid_models.pass_vit import PassVisionTransformer
+from passreid_models.reid.batches import ImageBatch
+from passreid_models.runtime import all_reduce_mean, seed_step, share_first
+from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
+from passreid_models.training.trainer import BaseTrainer
+from passreid_models.training.warm_start import ready_to_train
+
+
+class ReIDTrainer(BaseTrainer):
+    """What both share: one network, SGD, and a step around ``compare``."""
+
+    network: nn.Module
+    backbone: PassVisionTransformer
+    optimizer: torch.optim.SGD
+
+    def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **sgd: float) -> None:
+        """Bring the network to the device, and make its optimiser."""
+        config = self.config
+        ready_to_train(backbone, self.device, config.grad_checkpointing)
+        self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
+        self.optimizer = make_sgd(self.network, backbone, config.momentum, config.weight_decay, **sgd)
+        self.parallel = self.wrap(self.network)
+
+    def share_statistics(self) -> None:
+        """Give all processes the BatchNorm statistics of the first: without SyncBN each has those of its images."""
+        share_first(self.network.buffers())
+
+    def lr(self, epoch: int, scale: float) -> float:
+        """Learning rate of an epoch; of biases with their factor."""
+        raise NotImplementedError
+
+    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss for the backward pass, and figures for the log, the first of which is the loss of all processes."""
+        raise NotImplementedError
+
+    def after_step(self, output: Any, labels: Tensor) -> None:
+        """Move what is not a parameter."""
+
+    def training_step(self, batches: Sequence[ImageBatch]) -> dict[str, float]:
+        (batch,) = batches
+        seed_step(self.config.seed, self.step, self.rank)
+        set_learning_rates(self.optimizer, lambda scale: self.lr(self.epoch, scale))
+        with self.autocast():
+            output = self.parallel(batch.images)
+        loss, figures = self.compare(output, batch.labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        names = [*figures, "grad_norm"]
+        values = torch.stack([*(v.detach().float() for v in figures.values()), grad_norm(self.network.parameters())])
+        found = dict(zip(names, all_reduce_mean(values).tolist(), strict=True))  # a GPU is waited for here, once a step
+        scheduled = {"lr": self.lr(self.epoch, 1.0)}
+        if not self.is_finite(found["loss"], found["grad_norm"]):
+            self.leave_out(self.optimizer, "gradient" if math.isfinite(found["loss"]) else "loss")
+            return {"loss": float("nan"), **scheduled}
+        self.move(self.optimizer)
+        self.after_step(output, batch.labels)
+        self.step += 1
+        return {**found, **scheduled}
+
+
+def statistics_of(backbone: PassVisionTransformer) -> dict[str, Any]:
+    """Of the images that the weights expect; who begins with the checkpoint takes them along."""
+    cfg: dict[str, Any] = backbone.pretrained_cfg
+    return {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "interpolation": cfg["interpolation"]}

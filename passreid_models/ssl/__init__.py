@@ -1,1 +1,0 @@
-"""Part-wise self-distillation (PASS): views, heads, loss and trainer."""

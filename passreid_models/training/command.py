@@ -1,0 +1,152 @@
+"""Command lines of training runs: flags, a YAML file and a preset, all naming the fields of one dataclass."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
+
+
+def run(program: str, function: Callable[[Any], Path], read: Callable[[], Any]) -> int:
+    """Read a configuration and train by it; what goes wrong is said in a sentence.
+
+    Args:
+        program: Name for messages.
+        function: Trains, and returns the exported folder.
+        read: Makes the configuration.
+
+    Returns:
+        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
+        process died; 2 a user's mistake; 128 + the signal, when one stopped the run (its state is saved).
+    """
+    import torch
+
+    from passreid_models.training.run import Stopped
+    from passreid_models.training.trainer import NonFiniteLossError
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        folder = function(read())
+        if is_main:
+            print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
+        return 0
+    except Stopped as e:
+        if is_main:
+            print(f"{program}: {e}", file=sys.stderr)
+        return 128 + e.signum if e.signum else 0
+    except (NonFiniteLossError, ChildProcessError) as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:
+        advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
+        if program != "passreid-train":
+            advice = "a smaller batch or --grad-checkpointing needs less"
+        print(f"{program}: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def read_config(
+    argv: Sequence[str],
+    config: type[Config],
+    presets: Mapping[str, Mapping[str, Any]],
+    program: str,
+    description: str,
+    expected: str,
+    several: str = "",
+) -> Config:
+    """The configuration from defaults, then the preset, then the YAML file, then the flags.
+
+    Args:
+        argv: Words of the command line; the one without dashes is ``data``.
+        config: The dataclass.
+        presets: Settings by name.
+        program: Name for messages and help.
+        description: What it does, for ``--help``.
+        expected: What to say when no data are named.
+        several: What to add when more than one are.
+
+    Raises:
+        ValueError: If a value cannot be, or data are named twice or not at all.
+    """
+    from jsonargparse import ArgumentParser
+
+    from passreid_models import __version__
+
+    parser = ArgumentParser(
+        prog=program,
+        allow_abbrev=False,
+        usage=f"{program} DATA [--preset NAME] [--config FILE] [options]",
+        description=f"{description} Options take dashes or underscores; a YAML file has the same names.",
+    )
+    parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
+    parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
+    parser.add_argument("--preset", choices=list(presets), help="settings to begin with")
+    parser.add_class_arguments(config)
+    all_fields = fields(config)  # type: ignore[arg-type]
+    switches = {f.name for f in all_fields if f.type in (bool, "bool")}
+    options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
+    given = dict(options)
+    if "--preset" not in given and Path(given.get("--config") or "").is_file():
+        given["--preset"] = _preset_in(Path(str(given["--config"])))
+    parser.set_defaults(dict(presets.get(given.get("--preset") or "", {})))
+    options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
+    try:
+        values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
+    except UnicodeDecodeError:
+        raise ValueError(f"config: {given['--config']} is no text file, expected YAML") from None
+    if len(named := [value for name, value in options if name == "--data"]) > 1:
+        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}{several}")
+    if not values["data"]:
+        raise ValueError(f"data: expected {expected}")
+    return config(**{f.name: values[f.name] for f in all_fields})
+
+
+def _preset_in(file: Path) -> str | None:
+    """The preset that a YAML file names; what is wrong with the file is said when all of it is parsed."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    preset = content.get("preset") if isinstance(content, dict) else None
+    return preset if isinstance(preset, str) else None
+
+
+def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
+    """``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` as jsonargparse's names and values."""
+    options: list[tuple[str, str | None]] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, rest = word.partition("=")
+        value: str | None = rest if equals else None
+        if not word.startswith("-"):
+            name, value = "--data", word
+        elif word in ("-h", "--help", "--version") or word.startswith("--print_config"):
+            options.append((word, None))
+            continue
+        else:
+            name = "--" + name.lstrip("-").replace("-", "_")
+            if not equals and name[2:] in switches:
+                value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+            elif not equals and words and not words[0].startswith("--"):
+                value = words.pop(0)
+                if name[2:] in pairs and NUMBER.fullmatch(value) and words and NUMBER.fullmatch(words[0]):
+                    value = f"{value}x{words.pop(0)}"
+        if value is not None and name[2:] in pairs and len(pair := re.split("[x,]", value)) == 2:
+            value = f"[{','.join(pair)}]" if all(map(NUMBER.fullmatch, pair)) else value
+        options.append((name, value))
+    return options

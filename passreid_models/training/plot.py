@@ -1,0 +1,70 @@
+"""The curves of a training run."""
+
+import json
+import math
+from fnmatch import filter as matching
+from pathlib import Path
+
+from passreid_models.figure import new_figure
+from passreid_models.runtime import atomic_file
+
+PANELS = {  # titles, and names or patterns of the metrics
+    "loss": ("loss", "loss_*"),
+    "schedules, as shares of their largest value": ("lr", "weight_decay", "momentum", "teacher_temp"),
+    "entropy of the teacher, nats": ("teacher_entropy", "marginal_entropy", "kl"),
+    "spread of the features": ("feature_std", "part_cosine"),
+    "accuracy on the batch": ("accuracy",),
+    "clusters": ("clusters",),
+    "clusters against identities": ("outliers", "purity", "ari"),
+    "retrieval, %": ("probe_mAP", "probe_rank1", "mAP", "rank1"),
+    "images a second": ("images_per_s",),
+}
+COLUMNS = 3
+
+
+def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
+    """Draw the curves of a training run from its ``metrics.jsonl``.
+
+    Args:
+        run: Folder of ``passreid-train``, ``passreid finetune`` or ``passreid cluster``.
+        picture: PNG, PDF or SVG file; by default ``curves.png`` in the folder.
+
+    Raises:
+        FileNotFoundError: If there are no metrics.
+        ValueError: If matplotlib is not installed, or cannot write such a file.
+    """
+    metrics = Path(run) / "metrics.jsonl"
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{metrics} is not there: {run} is no run of passreid-train, or has not logged yet")
+    records = [r for line in metrics.read_text().splitlines() if "epoch" in (r := _read(line))]
+    if not records:
+        raise ValueError(f"{metrics} holds no steps yet")
+    picture = Path(picture) if picture else Path(run) / "curves.png"
+    if not picture.suffix:
+        raise ValueError(f"{picture}: name a picture file such as curves.png")
+    names = list(dict.fromkeys(key for r in records for key in r))
+    found = {title: [key for p in patterns for key in matching(names, p)] for title, patterns in PANELS.items()}
+    panels = {title: keys for title, keys in found.items() if keys}
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure = new_figure(12, 4 * rows)
+    for position, (title, keys) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, COLUMNS, position)
+        for key in keys:
+            x, values = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
+            y = [math.nan if v is None else v for v in values]  # null was not finite: a gap in the curve
+            largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
+            axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.legend(fontsize=7)
+    with atomic_file(picture) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return picture
+
+
+def _read(line: str) -> dict[str, float]:
+    """A record; none where a kill, or a run that is just writing, left half a line."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}

@@ -1,0 +1,363 @@
+"""What goes on around the step of any trainer: data, checkpoints, logs, signals, processes.
+
+A task derives from ``Run``, says how its trainer, its batches and its export are made, and hands the class to
+``run_in_folder``.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.data.loader import SIGNALS
+from passreid_models.device import process_group
+from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
+from passreid_models.training.config import RunConfig
+from passreid_models.training.folder import RunFolder, tells_of_dead_worker
+from passreid_models.training.log import Window, log_to
+from passreid_models.training.trainer import BaseTrainer, NonFiniteLossError
+from passreid_models.training.warm_start import provenance_of
+
+_logger = logging.getLogger(__name__)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said by a write, without the file's name
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+    def __init__(self, message: str, signum: int | None = None) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Run:
+    """The loop around the step: data, checkpoints, logs, signals.
+
+    What a task gives: ``prepare``, ``batches``, ``announcement``, ``exported``, ``about`` and, where it has something
+    to do then, ``after_epoch``.
+    """
+
+    program: ClassVar[str] = "passreid-train"
+    trainer_class: ClassVar[type[BaseTrainer]]
+    shown: ClassVar[tuple[str, ...]] = ("loss", "lr", "images_per_s", "wait_share")
+    """Figures of a line of the log."""
+    epoch_figure: ClassVar[str]
+    """What ``after_epoch`` writes last: a resumed run whose epoch ended without it looks at the networks again."""
+
+    config: Any
+    trainer: Any
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.folder = RunFolder(config.out, self.program, self.trainer_class.state_keys)
+        self.is_main = world()[0] == 0
+        checkpoint = self.folder.find(config.resume)
+        if checkpoint is not None:  # it holds all weights, and init may be gone
+            config = replace(config, init=checkpoint["config"]["init"])  # type: ignore[type-var]
+        self.config = config
+        self.origin = provenance_of(config.init) if checkpoint is None else checkpoint.get("origin", {})
+        self.trainer = self.prepare(device, checkpoint)
+        self._check_same_step()
+        if self.is_main:
+            self.folder.open()
+            self.folder.forget_after(self.trainer.step)
+            self.config.save(self.folder.path / "config.yaml")
+        all_reduce_mean(torch.zeros(1, device=device))  # the others have a folder for their log from here on
+        self.unreadable: set[str] = set()
+        self.unreadable_now, self.counted_epoch = 0, -1
+        self.saved_epoch = self.trainer.epoch
+        self.started = self.saved_at = time.monotonic()
+        self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
+
+    # ---- What a task gives
+
+    def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> BaseTrainer:
+        """Open the data and make the trainer."""
+        raise NotImplementedError
+
+    def batches(self) -> Generator[Any, None, None]:
+        """Micro-batches from ``self.trainer.step`` on, each with a list ``unreadable`` of messages."""
+        raise NotImplementedError
+
+    def announcement(self) -> list[str]:
+        """Lines that say what is trained on what."""
+        raise NotImplementedError
+
+    def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """The model that ``out/export`` holds, and tensors that go beside it."""
+        raise NotImplementedError
+
+    def about(self) -> dict[str, Any]:
+        """The task's entries of the provenance."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Prepare what the next batches depend on."""
+
+    def after_epoch(self) -> None:
+        """Look at the networks after an epoch; the state has been saved."""
+
+    # ---- What is the same for all
+
+    def _check_same_step(self) -> None:
+        if self.trainer.world_size == 1:
+            return
+        step = float(self.trainer.step)
+        moments = torch.tensor([step, step**2], dtype=torch.float64, device=self.trainer.device)
+        mean, mean_of_squares = all_reduce_mean(moments).tolist()
+        if mean**2 != mean_of_squares:  # the variance: all processes see it alike, and stop together
+            raise ValueError(
+                f"out: the processes found different steps (this one {self.trainer.step}, their mean is {mean:g}): "
+                f"{self.folder.path.absolute()} must be one folder for all processes"
+            )
+
+    def close(self) -> None:
+        """Let other processes train in the folder, though a traceback may keep this object alive."""
+        self.folder.close()
+
+    def train(self) -> Path:
+        """Train to the end.
+
+        Returns:
+            The exported folder.
+        """
+        config, trainer = self.config, self.trainer
+        was_looked_at = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
+        if trainer.step and trainer.begins_epoch and not on_first(was_looked_at):  # a kill came between
+            self.after_epoch()
+        for line in self.announcement():
+            self.say(line)
+        if config.init:
+            self.say(f"weights: {config.init}")
+        if trainer.step:
+            self.say(f"resumed at step {trainer.step} of {trainer.total_steps}")
+        if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
+            self._export()
+        batches = closing(self.batches())
+        bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=None if self.is_main else True)
+        window = None
+        with _signals() as received, batches as loaded, bar:
+            while trainer.step < trainer.total_steps:
+                self.before_step()
+                window = window or Window()
+                with window.waiting():
+                    micro_batches = [next(loaded) for _ in range(config.accumulate)]
+                self._count_unreadable(micro_batches)
+                ends_epoch = trainer.ends_epoch
+                try:
+                    record = trainer.training_step(micro_batches)
+                except NonFiniteLossError as e:
+                    last = self.folder.latest() or "none yet"
+                    raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
+                window.add(record)
+                bar.update()
+                if trainer.step % config.log_steps == 0 or ends_epoch:
+                    self.write({**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})})
+                    window = None  # the next begins with its first step
+                stop = self._agree_to_stop(received)
+                is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
+                if stop or is_last or (is_good and self._due()):
+                    self._save()
+                if ends_epoch:
+                    self.after_epoch()  # after saving: it may fail
+                if stop and trainer.step < trainer.total_steps:
+                    raise Stopped(
+                        f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
+                        received[0] if received else None,
+                    )
+        all_reduce_mean(torch.zeros(1, device=trainer.device))  # the export is there for all processes from here on
+        self.say(f"done: {self.folder.export_folder}")
+        return self.folder.export_folder
+
+    def say(self, line: str) -> None:
+        """A line of the log, by the first process."""
+        if self.is_main:
+            _logger.info(line)
+
+    def write(self, figures: Mapping[str, float]) -> None:
+        """A line of ``metrics.jsonl``, of the log and of TensorBoard, by the first process."""
+        if not self.is_main:
+            return
+        t = self.trainer
+        record = {"step": t.step, "epoch": t.epochs_done, **figures}
+        self.folder.add_metrics(record)
+        values = "  ".join(f"{k} {record[k]:.4g}" for k in self.shown if k in record)
+        _logger.info(f"epoch {record['epoch']:.2f}  step {t.step}/{t.total_steps}  {values}")
+        if self.board is not None:
+            for key, value in record.items():
+                self.board.add_scalar(key, value, t.step)
+            self.board.flush()
+
+    def _count_unreadable(self, batches: Sequence[Any]) -> None:
+        """Name unreadable images, and stop when they are too many in an epoch."""
+        if self.trainer.epoch != self.counted_epoch:
+            self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
+        found = [m for batch in batches for m in batch.unreadable]
+        self.unreadable_now += len(found)
+        self.name_unreadable(found)
+        self.check_unreadable(self.unreadable_now, self.trainer.num_images / self.trainer.world_size)
+
+    def name_unreadable(self, messages: Iterable[str]) -> None:
+        """Name each unreadable image once."""
+        for message in messages:
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                _logger.warning(f"left out: {message}", extra={"every_process": True})
+
+    def check_unreadable(self, count: int, of: float) -> None:
+        """
+        Raises:
+            ValueError: If too many images cannot be read.
+        """
+        if count > self.config.max_unreadable * of:
+            raise ValueError(
+                f"max_unreadable: {count} of {of:.0f} images cannot be read, more than "
+                f"{self.config.max_unreadable:.2%}; {self.folder.log_file} names them"
+            )
+
+    def _agree_to_stop(self, received: list[int]) -> bool:
+        """Whether any process was asked to stop, or the time is up."""
+        late = self.config.max_minutes and time.monotonic() - self.started > 60 * self.config.max_minutes
+        wanted = bool(received or late)
+        if self.trainer.world_size == 1:  # a tensor would make every step wait for the GPU once more
+            return wanted
+        return bool(all_reduce_mean(torch.tensor(float(wanted), device=self.trainer.device)))
+
+    def _due(self) -> bool:
+        t, c = self.trainer, self.config
+        if t.epoch // c.save_epochs > self.saved_epoch // c.save_epochs:
+            return True
+        return time.monotonic() - self.saved_at > 60 * c.save_minutes
+
+    def _save(self) -> None:
+        """Checkpoint and export, by the first process."""
+        if self.is_main:
+            self.folder.save({**self.trainer.state(), "origin": self.origin}, self.config.keep)
+        self._export()
+        self.saved_at, self.saved_epoch = time.monotonic(), self.trainer.epoch
+
+    def _export(self) -> None:
+        self.export_to(self.folder.export_folder)
+
+    def export_to(self, folder: Path, **more: Any) -> None:
+        """Write the model, by the first process, whole or not at all.
+
+        Args:
+            folder: An older one gives way.
+            **more: Further entries of the provenance.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if not self.is_main:
+            return
+        model, extras = self.exported()
+        info = {"provenance": {**self._provenance(), **more}}
+        try:
+            save_pretrained(model, folder, extras, info, overwrite=True)
+        except (OSError, SafetensorError) as e:
+            raise OSError(f"{folder} could not be written ({e}); the last checkpoint: {self.folder.latest()}") from None
+
+    def _provenance(self) -> dict[str, Any]:
+        from passreid_models import __version__
+
+        config = {k: v for k, v in self.config.to_dict().items() if k not in self.config.FREE}  # no names of folders
+        return {
+            **self.about(),
+            "data_fingerprint": self.trainer.fingerprint,
+            "init": Path(self.config.init).name,
+            **({"init_provenance": self.origin} if self.origin else {}),
+            "images_seen": self.trainer.step * self.config.batch_size,
+            "step": self.trainer.step,
+            "config": config,
+            "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "package": f"passreid-models {__version__}",
+        }
+
+
+def run_in_folder(task: type[Run], config: RunConfig) -> Path:
+    """Train from the first step or from the last checkpoint on, to ``out/export``; also under ``torchrun``.
+
+    Args:
+        task: What is trained.
+        config: Its configuration.
+
+    Returns:
+        The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``.
+
+    Raises:
+        ValueError: If a setting does not fit the data, the machine, or the run to resume.
+        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        NonFiniteLossError: If the loss is NaN or infinite.
+        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+    """
+    try:
+        log = log_to(Path(config.out) / "log.txt")
+        with process_group(config.device) as device, log, closing(task(config, device)) as run:
+            try:
+                return run.train()
+            except Exception as e:  # for who reads the log; the caller tells the terminal
+                _logger.error(f"{type(e).__name__}: {e}", extra={"file_only": True, "every_process": True})
+                raise
+    except OSError as e:
+        if e.filename or e.errno not in FULL:
+            raise
+        raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
+    except RuntimeError as e:
+        if not tells_of_dead_worker(e):
+            raise
+        raise ChildProcessError(
+            f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
+            "they need some GB of /dev/shm"
+        ) from None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Signals received, in order; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        again = "; Ctrl-C again stops without" if signum == signal.SIGINT else ""
+        os.write(2, f"\nsaving after this step{again}\n".encode())  # print may be in the middle of a line
+
+    in_main = threading.current_thread() is threading.main_thread()  # Python leaves signals to that one
+    old = {s: signal.signal(s, note) for s in SIGNALS if in_main}
+    try:
+        yield received
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def pick_workers(config: RunConfig) -> int:
+    """Loader processes of a training process: all cores but one, shared by those of this machine, 16 at most."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _tensorboard(folder: RunFolder) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError('tensorboard: pip install "passreid-models[train]"') from None
+    return SummaryWriter(str(folder.path / "tensorboard"))

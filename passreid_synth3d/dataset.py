@@ -1,0 +1,342 @@
+"""3-D persons on disk in the Market-1501 layout: drawn by many processes, resumable, the same whoever draws.
+
+ROOT/synthetic3d.json                                     the recipe, and whether all of it is there
+ROOT/bounding_box_train|query|bounding_box_test/*.jpg     each whole as soon as it has its name; what is hidden is not
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from PIL import Image
+from tqdm import tqdm
+
+from passreid_models.data.layouts import MARKER_3D
+from passreid_models.runtime import atomic_file, lock, num_cores
+from passreid_models.synthetic.attributes import stream
+from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
+from passreid_synth3d.fabrics import PATTERN_FAMILIES
+from passreid_synth3d.place import PLACES
+from passreid_synth3d.workers import one_thread, run_here, run_in_processes
+
+__all__ = ["GENERATOR", "make_data", "write_market1501", "write_training_and_test"]
+
+SITE = 24  # the random stream
+GENERATOR = 1  # raise it when the same recipe gives other images: folders of an older one are then not continued
+TRAIN, QUERY, GALLERY = FOLDERS
+LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # of atomic_file, after a kill
+
+Draw = Callable[..., Image.Image]
+
+
+@dataclass
+class _Recipe:
+    """What the images depend on, besides the versions of the libraries."""
+
+    num_ids: int
+    images_per_id: int
+    cameras: int
+    sites: int
+    seed: int
+    size: tuple[int, int]
+    train_ids: int
+    patterns: str
+    place: str
+    first_id: int
+    quality: int
+    generator: int = GENERATOR
+
+    def __post_init__(self) -> None:
+        for name in ("num_ids", "images_per_id", "cameras", "sites", "quality"):
+            setattr(self, name, _integer(name, getattr(self, name), 1))
+        for name in ("seed", "train_ids", "first_id"):
+            setattr(self, name, _integer(name, getattr(self, name), 0))
+        if not isinstance(self.size, Sequence) or len(self.size) != 2 or min(self.size) < 16:
+            raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {self.size!r}")
+        self.size = (_integer("size", self.size[0], 16), _integer("size", self.size[1], 16))
+        if self.patterns not in PATTERN_FAMILIES:
+            raise ValueError(f"patterns must be one of {', '.join(PATTERN_FAMILIES)}, got {self.patterns!r}")
+        if self.place not in PLACES:
+            raise ValueError(f"place must be one of {', '.join(PLACES)}, got {self.place!r}")
+        if self.quality > 100:
+            raise ValueError(f"quality must be between 1 and 100, got {self.quality}")
+        if self.train_ids > self.num_ids:
+            raise ValueError(f"train_ids must be between 0 and num_ids = {self.num_ids}, got {self.train_ids}")
+        lowest = self.cameras + (2 if self.train_ids < self.num_ids else 0)
+        if not 2 <= self.cameras <= 9 or self.images_per_id < lowest:
+            raise ValueError(
+                "the Market-1501 layout takes 2 to 9 cameras and images_per_id of at least cameras + 2 (queries and a"
+                " gallery of two cameras), or of at least cameras where all identities train, got"
+                f" cameras={self.cameras} and images_per_id={self.images_per_id}"
+            )
+
+    @property
+    def pids(self) -> range:
+        return range(self.first_id, self.first_id + self.num_ids)
+
+    def images(self, pid: int) -> Iterator[tuple[int, int, str]]:
+        """camid in the world, k and file of each image of an identity, whose cameras are each of a site by chance."""
+        for nth in range(self.images_per_id):
+            k, camid = divmod(nth, self.cameras)
+            site = int(stream(self.seed, SITE, pid, camid).integers(self.sites))
+            folder = TRAIN if pid - self.first_id < self.train_ids else GALLERY if k else QUERY
+            yield site * self.cameras + camid, k, market1501_file(folder, pid, camid, k, site)
+
+    def files(self) -> set[str]:
+        return {file for pid in self.pids for _, _, file in self.images(pid)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "size": list(self.size)}
+
+
+def write_market1501(
+    root: str | PathLike[str], num_ids: int, images_per_id: int, *, cameras: int = 8, sites: int = 1, seed: int = 0,
+    size: tuple[int, int] = (256, 128), train_ids: int | None = None, patterns: str = "train", place: str = "street",
+    first_id: int = 0, workers: int | None = None, quality: int = 92, progress: bool = True, draw: Draw | None = None,
+) -> Path:  # fmt: skip
+    """Write 3-D persons as JPEG files in the layout of Market-1501, and return the folder.
+
+    Names are `PPPP_cCsS_FFFFFF_NN.jpg`, with PPPP the pid + 1, C the camid + 1 and S the site. Each test identity has
+    one query image a camera, its other images are the gallery; folders that would be empty are not made. The same call
+    in the same folder draws what is missing: of a run that was stopped, or of files that were deleted.
+
+    Args:
+        root: A folder that does not exist, is empty, or was begun with the same arguments.
+        num_ids: Number of identities; their pids are `first_id` to `first_id + num_ids - 1`.
+        images_per_id: Images of each identity, spread over the cameras in turn.
+        cameras: Number of cameras that see an identity, 2 to 9.
+        sites: Groups of so many cameras. The first camera of an identity is the first of one of them, by chance; the
+            second is the second of another; and so on: a place tells nothing of who is there. Images with one camid
+            and another site are of other cameras, which readers of the layout do not know.
+        seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
+        size: (height, width) of the images in pixels.
+        train_ids: The first so many identities train, the others test; by default half.
+        patterns: Of what is woven into garments or printed on them: the families `train`, or the `held-out` ones that
+            those never show. Plain cloth, denim and side stripes are in both.
+        place: `street`, for streets, squares, parks, halls and garages; or `studio`, where all cameras have gray
+            surroundings and the same exposure, and viewpoints of their own.
+        first_id: The first pid, to get identities that no other part of the world holds.
+        workers: Processes that draw, by default one a core, 1.2 GB each; 0 draws in this one. The images are the same.
+            A script that has processes draw must call from under ``if __name__ == "__main__":``.
+        quality: Of the JPEG files.
+        progress: Show it, where stderr is a terminal.
+        draw: Private, for tests: what draws an image, as `picture.draw` does; a function of a module.
+
+    Raises:
+        ValueError: If some queries would have no match in another camera, an argument is out of range, anny is not
+            installed, or another process draws in the folder.
+        FileExistsError: If the folder holds anything else, or images of another recipe; the message says which.
+        ChildProcessError: If a process that draws died; what it had written stays.
+    """
+    train_ids = _integer("num_ids", num_ids, 1) // 2 if train_ids is None else train_ids
+    recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, place, first_id, quality)
+    workers = num_cores() if workers is None else _integer("workers", workers, 0)
+    root, files = Path(root), recipe.files()
+    if _present(root, recipe, files) == files and _marker(root)["complete"]:
+        return root
+    draw = draw or _find_draw()
+    try:
+        held = lock(root / "synth").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{root}: another process draws in it") from None
+    with held:
+        _sweep(root)
+        present = _present(root, recipe, files)  # now that nobody else writes
+        _check_libraries(root)
+        _mark(root, recipe, complete=False)
+        for folder in {file.partition("/")[0] for file in files}:
+            (root / folder).mkdir(exist_ok=True)
+        jobs = [pid for pid in recipe.pids if any(file not in present for _, _, file in recipe.images(pid))]
+        draw_person = partial(_draw_person, draw, recipe, root)
+        bar = tqdm(total=len(files), initial=len(present), unit="img", disable=None if progress else True)
+        try:
+            with bar:
+                run = partial(run_in_processes, workers=workers) if workers else run_here
+                run(draw_person, jobs, done=bar.update)
+        finally:
+            _sweep(root)
+        _mark(root, recipe, complete=True)
+    return root
+
+
+def write_training_and_test(
+    root: str | PathLike[str], ids: int, test_ids: int, size: tuple[int, int] = (256, 128)
+) -> None:
+    """Write what the bundled weights are trained and tested on; what is there already stays.
+
+    ROOT/studio/, ROOT/street/                      persons of seed 1, 10 images each, before 96 cameras
+    ROOT/held-out-studio/, ROOT/held-out-street/    persons of seed 0, 8 images each, before 4 cameras, in patterns and
+                                                    prints that no training garment has
+
+    Args:
+        root: The folder.
+        ids: Persons to train on.
+        test_ids: Persons to test on.
+        size: (height, width) of the images in pixels.
+    """
+    for place in PLACES:
+        test: dict[str, Any] = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=size)
+        write_market1501(Path(root) / f"held-out-{place}", test_ids, 8, **test)
+    for place in PLACES:
+        train: dict[str, Any] = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
+        write_market1501(Path(root) / place, ids, 10, **train)
+
+
+def make_data(root: str | PathLike[str], num_ids: int, images_per_id: int, **options: Any) -> str:
+    """Write persons with `write_market1501`.
+
+    Args:
+        root: The folder.
+        num_ids: Number of identities.
+        images_per_id: Images of each.
+        **options: As of `write_market1501`.
+
+    Returns:
+        A sentence on what is in the folder, and how quickly it was drawn.
+    """
+    before, start = _count(Path(root)), time.monotonic()
+    count = _count(write_market1501(root, num_ids, images_per_id, **options))
+    drawn = count - before
+    speed = f"{drawn / max(time.monotonic() - start, 1e-9):.1f} images/s" if drawn else "all were there"
+    there = f", {before:,} were there" if drawn and before else ""
+    marker = _marker(Path(root))
+    cameras = marker["cameras"] * marker["sites"]
+    return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} cameras -> {root} ({speed}{there})"
+
+
+def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:
+    """Draw what is missing of an identity: all in one process, which computes the body once. Returns the images."""
+    missing = [(camid, k, root / file) for camid, k, file in recipe.images(pid) if not (root / file).exists()]
+    for camid, k, path in missing:
+        image = draw(recipe.seed, pid, camid, k, recipe.size, recipe.patterns, recipe.place)
+        with atomic_file(path) as temporary:
+            image.save(temporary, quality=recipe.quality)
+    return len(missing)
+
+
+def _find_draw() -> Draw:
+    """The renderer. Builds anny's model and warp's kernels: once on a machine, not in each of the processes to come.
+
+    Raises:
+        ValueError: If anny or warp is not installed.
+    """
+    try:
+        from anny.paths import get_anny_cache_path
+
+        from passreid_synth3d.body import body
+        from passreid_synth3d.picture import draw
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("passreid_models"):
+            raise
+        raise ValueError(
+            f'3-D persons need {e.name.partition(".")[0]}: pip install "passreid-models[synth3d]"'
+        ) from None
+    if not any(path.is_file() for path in get_anny_cache_path().rglob("*")):
+        print("building anny's body model, once on this machine: two to three minutes", file=sys.stderr, flush=True)
+    with one_thread():
+        body()
+        draw(0, 0, 0, 0)
+    return draw
+
+
+# ---- The folder
+
+
+def _present(root: Path, recipe: _Recipe, files: set[str]) -> set[str]:
+    """The images that are there.
+
+    Raises:
+        FileExistsError: If the folder is somebody else's, or holds persons of another recipe.
+    """
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was begun by this command")
+    begun = (root / MARKER_3D).is_file()
+    if begun:
+        there, asked = _marker(root), recipe.to_dict()
+        if keys := [key for key in asked if there.get(key) != asked[key]]:
+            raise FileExistsError(
+                f"{root} was begun with {_said(there, keys)}, and now {_said(asked, keys)} is asked for; give the same"
+                " again, or a new or an empty folder"
+            )
+    found = {path.relative_to(root).as_posix() for folder in ("", *FOLDERS) for path in (root / folder).glob("*")}
+    known = {MARKER_3D, *FOLDERS, *files} if begun else set()
+    strays = [name for name in found - known - {".synth.lock"} if not LEFTOVER.fullmatch(name.rpartition("/")[2])]
+    if strays:
+        raise FileExistsError(
+            f"{root} holds {min(strays)}, which this command did not write; give a new or an empty folder"
+        )
+    return found & files
+
+
+def _marker(root: Path) -> dict[str, Any]:
+    """What the marker says.
+
+    Raises:
+        FileExistsError: If it is damaged.
+    """
+    try:
+        return {"complete": False, **json.loads((root / MARKER_3D).read_text())}
+    except (ValueError, TypeError):
+        raise FileExistsError(f"{root / MARKER_3D} is damaged; give a new or an empty folder") from None
+
+
+def _mark(root: Path, recipe: _Recipe, complete: bool) -> None:
+    marker = {**recipe.to_dict(), "libraries": _libraries(), "complete": complete}
+    with atomic_file(root / MARKER_3D) as temporary:
+        temporary.write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def _libraries() -> dict[str, str | None]:
+    """Versions of what gives bodies and pictures."""
+    found: dict[str, str | None] = {}
+    for name in ("anny", "warp-lang"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _check_libraries(root: Path) -> None:
+    """
+    Raises:
+        FileExistsError: If the images that are there were drawn with other versions.
+    """
+    there, here = _marker(root).get("libraries") if (root / MARKER_3D).is_file() else None, _libraries()
+    if there is not None and there != here:
+        raise FileExistsError(
+            f"{root} was begun with {_said(there, list(here))}, and {_said(here, list(here))} would draw other bodies "
+            "of the same persons: install the former, or give a new folder"
+        )
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a kill left half written."""
+    for folder in ("", *FOLDERS):
+        for path in (root / folder).glob(".*"):
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _said(values: dict[str, Any], keys: list[str]) -> str:
+    said = {key: values.get(key, "nothing") for key in keys}
+    return ", ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in said.items())
+
+
+def _count(root: Path) -> int:
+    return sum(1 for folder in FOLDERS for _ in (root / folder).glob("*.jpg"))
+
+
+def _integer(name: str, value: Any, lowest: int) -> int:
+    at_least(lowest, **{name: value})
+    return int(value)

@@ -1,0 +1,97 @@
+"""Dyes and fabrics, and the dice that choose among them."""
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from passreid_models.synthetic.attributes import pick, stream
+from passreid_synth3d.mesh import Colour, Material
+
+__all__ = ["PATTERN_FAMILIES", "Dice", "dye", "fabric", "near"]
+
+# The families of woven and printed patterns. Those of "held-out" are never trained on.
+PATTERN_FAMILIES = {
+    "train": dict(stripes=4, bars=1, checks=3, gradient=1, blocks=3),
+    "held-out": dict(dots=2, zigzag=2, argyle=2, camouflage=2),
+}
+# Linear reflectances of the dyes that streets are full of, with how common they are; every garment varies its own.
+_DYES = np.array([
+    (0.018, 0.018, 0.021, 16), (0.06, 0.062, 0.068, 9), (0.2, 0.2, 0.21, 8), (0.42, 0.42, 0.43, 4),  # black to silver
+    (0.72, 0.71, 0.69, 10),  # white
+    (0.022, 0.03, 0.085, 9), (0.07, 0.12, 0.24, 6), (0.03, 0.09, 0.4, 2), (0.26, 0.42, 0.62, 3),  # navy, denim ... sky
+    (0.42, 0.03, 0.035, 4), (0.14, 0.018, 0.03, 3), (0.6, 0.26, 0.32, 2),  # red, wine, pink
+    (0.5, 0.41, 0.28, 5), (0.36, 0.2, 0.085, 2), (0.12, 0.062, 0.032, 4),  # beige, camel, brown
+    (0.1, 0.11, 0.042, 4), (0.03, 0.15, 0.065, 2), (0.36, 0.6, 0.48, 1), (0.02, 0.16, 0.19, 1),  # olive ... teal
+    (0.56, 0.32, 0.04, 2), (0.62, 0.2, 0.03, 1), (0.72, 0.58, 0.1, 1),  # mustard, orange, yellow
+    (0.12, 0.04, 0.18, 1.5), (0.42, 0.34, 0.55, 1),  # purple, lilac
+])  # fmt: skip
+
+
+class Dice:
+    """Choices from the random stream of a key."""
+
+    def __init__(self, *key: int) -> None:
+        self.rng = stream(*key)
+
+    def between(self, low: float, high: float) -> float:
+        return self.rng.uniform(low, high)
+
+    def around(self, mean: float, spread: float, low: float, high: float) -> float:
+        """Normally distributed, within bounds."""
+        return float(np.clip(self.rng.normal(mean, spread), low, high))
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+    def kind(self, **weights: float) -> str:
+        return pick(self.rng, **weights)
+
+
+def dye(dice: Dice, unlike: Colour | None = None, dark: float = 1.0) -> Colour:
+    """A colour of cloth, visibly `unlike` another; dark ones are `dark` times as common."""
+    weights = _DYES[:, 3] * np.where(_DYES[:, :3].mean(1) < 0.15, dark, 1.0)
+    for _ in range(8):
+        base = _DYES[dice.rng.choice(len(_DYES), p=weights / weights.sum()), :3]
+        hue, light, vivid = colorsys.rgb_to_hls(*base)
+        hue += dice.rng.normal(0, 0.012)
+        light, vivid = light * np.exp(dice.rng.normal(0, 0.22)), vivid * np.exp(dice.rng.normal(0, 0.15))
+        found = colorsys.hls_to_rgb(hue % 1, min(light, 0.8), min(vivid, 1.0))
+        if unlike is None or abs(np.cbrt(found) - np.cbrt(unlike)).sum() > 0.35:
+            break
+    return float(found[0]), float(found[1]), float(found[2])
+
+
+def near(dice: Dice, colours: Sequence[Colour], spread: float = 0.12) -> Colour:
+    """One of some colours, varied."""
+    base = np.asarray(colours[int(dice.rng.integers(len(colours)))])
+    r, g, b = base * np.exp(dice.rng.normal(0, spread) + dice.rng.normal(0, spread / 3, 3))
+    return float(r), float(g), float(b)
+
+
+def fabric(dice: Dice, patterns: str, plain: float, dark: float = 1.0, **cut: Any) -> Material:
+    """A cloth of one dye, or with a pattern of up to three, and small folds.
+
+    Args:
+        dice: Chooses.
+        patterns: The families of patterns, a key of `PATTERN_FAMILIES`.
+        plain: The probability of one dye.
+        dark: How much more common dark dyes are.
+        **cut: Where the cloth ends, as fields of `Material`.
+    """
+    colour = dye(dice, dark=dark)
+    second = dye(dice, unlike=colour)
+    third = dye(dice, unlike=second)
+    pattern = "plain" if dice.chance(plain) else dice.kind(**PATTERN_FAMILIES[patterns])
+    period, duty, seed = dice.between(0.035, 0.13), dice.between(0.3, 0.65), dice.between(0, 50)
+    if pattern == "bars":
+        period, duty = dice.between(0.02, 0.06), dice.between(0.12, 0.4)
+    elif pattern == "gradient":
+        period, seed = dice.between(0.2, 0.5), dice.between(0.05, 0.3)
+    elif pattern == "blocks":
+        period, seed, duty = (0.0, 0.05, 0.12)[int(dice.rng.integers(3))], dice.between(0.28, 0.5), dice.between(0.2, 1)
+    elif pattern == "camouflage":
+        period = dice.between(0.04, 0.09)
+    bump, grain = dice.between(0.1, 0.32), dice.between(0, 0.25)
+    return Material(pattern, colour, second, third, period, duty, bump=bump, grain=grain, seed=seed, **cut)

@@ -1,0 +1,225 @@
+"""A saved model comes back bit for bit through timm's ``local-dir:``, with all that belongs to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from passreid_models.checkpoints import local_dir
+from passreid_models.checkpoints.load import load_report
+from passreid_models.checkpoints.local_dir import convert_checkpoint, save_pretrained
+from passreid_models.checkpoints.read import CheckpointError
+
+TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))
+
+VARIANTS = {
+    "as registered": ("test_pass_vit", {}),
+    "classes": ("test_pass_vit", dict(num_classes=5)),
+    "gray images": ("test_pass_vit", dict(in_chans=1)),
+    "other image size": ("test_pass_vit", dict(img_size=(96, 32))),
+    "wide images": ("test_pass_vit", dict(img_size=(32, 64))),
+    "one part": ("test_pass_vit", dict(num_parts=1)),
+    "five parts, all": ("test_pass_vit", dict(num_parts=5, global_pool="parts")),
+    "no parts": ("test_pass_vit", dict(num_parts=0)),
+    "single neck": ("test_pass_vit", dict(neck="single", global_pool="mean")),
+    "multi neck": ("test_pass_vit", dict(neck="multi", num_classes=3)),
+    "unpooled": ("test_pass_vit", dict(global_pool="")),
+    "other depth and heads": ("test_pass_vit", dict(depth=1, num_heads=4)),
+    "other dimensions of a large one": ("pass_vit_base_patch16", TINY),
+    "conv stem": ("transreid_vit_small_ics_patch16", TINY),
+    "conv stem, gray": ("pass_vit_small_ics_patch16", dict(**TINY, in_chans=1)),
+    "a tag": ("pass_vit_small_patch16.lup_usl_msmt17", TINY),
+    "a tag at 384x128": ("pass_vit_small_patch16.lup_msmt17_384", {**TINY, "img_size": (384, 128)}),
+}
+
+
+def create(name: str = "test_pass_vit", **kwargs) -> nn.Module:
+    """A model in eval mode, each of its tensors drawn at random, the running statistics included."""
+    model = timm.create_model(name, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(0.5 * torch.rand(tensor.shape, generator=generator) + 0.1)
+    return model.eval()
+
+
+def load(folder: Path, **kwargs) -> nn.Module:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+def images(model: nn.Module) -> torch.Tensor:
+    shape = (2, model.in_chans, *model.patch_embed.img_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def model_args_of(folder: Path) -> dict:
+    """Without what timm 1.0.31 adds of its own."""
+    return {k: v for k, v in config_of(folder)["model_args"].items() if k not in ("in_chans", "num_classes")}
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    state = other.state_dict()
+    assert list(model.state_dict()) == list(state)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path, variant):
+    name, kwargs = VARIANTS[variant]
+    model = create(name, **kwargs)
+    save_pretrained(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert_same_state(model, again)
+    assert torch.equal(model(images(model)), again(images(model)))
+    assert (again.global_pool, again.neck, again.num_classes) == (model.global_pool, model.neck, model.num_classes)
+    assert tuple(again.pretrained_cfg["input_size"]) == (model.in_chans, *model.patch_embed.img_size)
+    for key in ("architecture", "interpolation", "crop_mode", "crop_pct"):
+        assert again.pretrained_cfg[key] == model.pretrained_cfg[key], key
+    if model.in_chans == 3:  # for others timm 1.0.31 averages them
+        for key in ("mean", "std"):
+            assert tuple(again.pretrained_cfg[key]) == model.pretrained_cfg[key], key
+
+
+@pytest.mark.parametrize("neck", ["", "multi"])
+def test_half_precision_stores_the_rounded_values_and_leaves_the_model_alone(tmp_path, neck):
+    model = create(neck=neck)
+    save_pretrained(model, tmp_path / "model", half=True)
+    stored = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    assert {t.dtype for k, t in stored.items() if not k.endswith("num_batches_tracked")} == {torch.float16}
+    again = load(tmp_path / "model")
+    for key, tensor in model.state_dict().items():
+        assert again.state_dict()[key].dtype == tensor.dtype == (torch.int64 if "tracked" in key else torch.float32)
+        assert torch.equal(again.state_dict()[key], tensor.half().to(tensor.dtype)), key
+    save_pretrained(model, tmp_path / "whole")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("model", "whole")]
+    assert sizes[0] < 0.55 * sizes[1]
+
+
+def test_config_holds_what_belongs_to_the_weights(tmp_path):
+    model = create("pass_vit_small_patch16.lup_usl_msmt17", **TINY)
+    save_pretrained(model, tmp_path / "model", info={"provenance": {"source": "a.pth"}, "step": 7})
+    config = config_of(tmp_path / "model")
+    assert config["architecture"] == "pass_vit_small_patch16"
+    assert (config["fusion"], config["neck"], config["l2_normalize"]) == ("mean", "single", True)
+    assert config["provenance"] == {"source": "a.pth"}
+    assert config["step"] == 7
+    cfg = config["pretrained_cfg"]
+    assert (cfg["input_size"], cfg["crop_mode"]) == ([3, 64, 32], "squash")
+    assert "tag" not in cfg  # these are not the weights of that tag
+    assert cfg["license"] == "other"
+    assert (cfg["mean"], cfg["std"], cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
+    assert model_args_of(tmp_path / "model") == {**TINY, "img_size": [64, 32], "global_pool": "mean", "neck": "single"}
+
+
+def test_descriptors_of_a_multi_neck_are_not_to_be_normalised_again(tmp_path):
+    save_pretrained(create(neck="multi"), tmp_path / "model")
+    config = config_of(tmp_path / "model")
+    assert (config["fusion"], config["neck"], config["l2_normalize"]) == ("cat", "multi", False)
+
+
+def test_only_what_was_changed_is_recorded_beside_size_fusion_and_neck(tmp_path):
+    save_pretrained(create(), tmp_path / "plain")
+    assert model_args_of(tmp_path / "plain") == {"img_size": [64, 32], "global_pool": "cat", "neck": ""}
+    save_pretrained(create(num_parts=1), tmp_path / "one")
+    assert model_args_of(tmp_path / "one")["num_parts"] == 1
+
+
+def test_extras_are_stored_beside_the_model_and_not_in_it(tmp_path):
+    model = create()
+    extras = {"classifier.weight": torch.randn(7, 128), "transposed": torch.randn(3, 4).t()}
+    save_pretrained(model, tmp_path / "model", extras)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "extras.safetensors",
+        "model.safetensors",
+    ]
+    stored = safetensors.torch.load_file(tmp_path / "model" / "extras.safetensors")
+    assert stored.keys() == extras.keys()
+    assert all(torch.equal(stored[key], extras[key]) for key in extras)
+    loaded = load(tmp_path / "model")
+    assert_same_state(model, loaded)
+    assert load_report(loaded).source == str(tmp_path / "model" / "model.safetensors")
+    save_pretrained(model, tmp_path / "without", {})
+    assert not (tmp_path / "without" / "extras.safetensors").exists()
+
+
+def test_a_loaded_folder_takes_another_classifier_channels_and_size(tmp_path):
+    model = create(num_classes=5)
+    save_pretrained(model, tmp_path / "model")
+    other = load(tmp_path / "model", num_classes=2, in_chans=1, img_size=(128, 64), drop_path_rate=0.1)
+    assert other(torch.zeros(1, 1, 128, 64)).shape == (1, 2)
+    assert torch.equal(other.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    kept = load(tmp_path / "model", num_classes=0)
+    x = images(model)
+    assert torch.equal(kept(x), model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_a_second_save_of_a_loaded_model_gives_the_same_files(tmp_path):
+    save_pretrained(create(neck="single", num_parts=2, img_size=(96, 48)), tmp_path / "a")
+    save_pretrained(load(tmp_path / "a"), tmp_path / "b")
+    stored = [safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in "ab"]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+    assert config_of(tmp_path / "a") == config_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("occupied", ["by a file inside", "by a file"])
+def test_a_path_in_use_is_refused_and_left_alone(tmp_path, occupied):
+    folder = tmp_path / "model"
+    mine = folder if occupied == "by a file" else folder / "mine.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    for write in (lambda: save_pretrained(create(), folder), lambda: convert_checkpoint(tmp_path / "absent", folder)):
+        with pytest.raises(FileExistsError, match="model exists and is not an empty folder: name another"):
+            write()
+    assert mine.read_text() == "mine"
+    assert [p for p in tmp_path.rglob("*") if p not in (folder, mine)] == []
+
+
+def test_an_empty_folder_is_accepted(tmp_path):
+    (tmp_path / "model").mkdir()
+    model = create()
+    save_pretrained(model, tmp_path / "model")
+    assert_same_state(model, load(tmp_path / "model"))
+
+
+def test_a_damaged_folder_is_refused_by_name(tmp_path):
+    save_pretrained(create(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model/model\.safetensors is not a whole safetensors file"):
+        load(tmp_path / "model")
+
+
+def test_overwriting_replaces_the_folder_whole(tmp_path):
+    save_pretrained(create(num_parts=1), tmp_path / "model", {"classifier.weight": torch.zeros(2, 2)})
+    model = create(depth=1)
+    save_pretrained(model, tmp_path / "model", overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert_same_state(model, load(tmp_path / "model"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_save_that_fails_late_leaves_what_was_there(tmp_path, monkeypatch, overwrite):
+    model = create()
+    if overwrite:
+        save_pretrained(model, tmp_path / "model")
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
+
+    def disk_full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(local_dir.safetensors.torch, "save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, tmp_path / "model", {"a": torch.zeros(1)}, overwrite=overwrite)
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before

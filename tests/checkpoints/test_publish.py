@@ -1,0 +1,315 @@
+"""What is published loads back equal, says what it is by the Hub's conventions, and leaves only when asked."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from passreid_models import cli
+from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.checkpoints.publish import CITATION, model_card, publish
+from passreid_models.checkpoints.zoo import get_weight, list_weights
+from tests.hub_server import DEFAULT_GITATTRIBUTES, HubServer
+
+TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))
+PROVENANCE = {"source": "checkpoint0100.pth", "source_sha256": "f" * 64, "layout": "pre-training checkpoint, teacher"}
+EXTRAS = {"classifier.weight": torch.ones(3, 128)}
+
+
+def written(folder: Path, name: str = "test_pass_vit", extras: dict | None = None, **kwargs: object) -> Path:
+    torch.manual_seed(1)
+    model = timm.create_model(name, **kwargs)
+    model._has_own_cfg = "." in name  # as if pulled
+    save_pretrained(model, folder, extras, {"provenance": PROVENANCE})
+    return folder
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------- the card
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory) -> ModelCard:
+    """Of a folder in the settings of a published tag, as the Hub's own class reads it."""
+    folder = written(tmp_path_factory.mktemp("card") / "model", "pass_vit_small_patch16.lup_market1501", **TINY)
+    return ModelCard(model_card(config_of(folder), "org/pass-small"))
+
+
+def test_the_metadata_follow_the_conventions_of_timm_and_the_hub(card):
+    data = card.data
+    assert data.library_name == "timm"
+    assert data.pipeline_tag == "image-feature-extraction"
+    assert data.license == "other"
+    assert data.license_name  # the Hub asks for it beside "other"
+    assert data.datasets == ["LUPerson", "Market-1501"]
+    assert {"timm", "person-re-identification"} <= set(data.tags)
+
+
+@pytest.mark.parametrize("weight", list_weights(), ids=lambda w: w.name)
+def test_the_datasets_of_every_tag_have_the_form_of_the_hubs_ids(weight):
+    """Free text here is refused by the Hub, which checks the metadata of a commit."""
+    config = {"architecture": weight.architecture, "fusion": "cat", "neck": "", "l2_normalize": True}
+    cfg = {"tag": weight.tag, "input_size": [3, 256, 128], "mean": [0.5] * 3, "std": [0.5] * 3, "license": "other"}
+    datasets = ModelCard(
+        model_card({**config, "pretrained_cfg": {**cfg, "interpolation": "bicubic"}}, "a/b")
+    ).data.datasets
+    assert datasets[0] in ("LUPerson", "generated-3-D-persons")
+    assert ("MSMT17" in datasets) == ("msmt17" in weight.tag)
+    assert ("Market-1501" in datasets) == ("market1501" in weight.tag)
+    for dataset in datasets:
+        validate_repo_id(dataset)
+
+
+def test_the_card_states_what_the_tag_is_and_where_it_comes_from(card):
+    weight = get_weight("pass_vit_small_patch16.lup_market1501")
+    text = card.text
+    assert "# pass-small" in text
+    for words in (
+        "`pass_vit_small_patch16`, 64x32",
+        "fusion `cat`, neck `none`, L2-normalised",
+        "squash to 64x32, bilinear, mean [0.5, 0.5, 0.5]",
+        "mAP 92.2, Rank-1 96.3, measured by the authors",
+        weight.license_note,
+        CITATION,
+        *PROVENANCE.values(),
+    ):
+        assert words in text
+    assert [text.index(f"## {part}") for part in ("Usage", "Provenance", "Citation")]
+
+
+def test_the_cards_usage_is_valid_python_of_this_repository(card):
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert "timm.create_model('hf-hub:org/pass-small', pretrained=True, num_classes=0)" in calls
+    assert "Embedder('hf-hub:org/pass-small')" in calls
+    assert "torch.randn(1, 3, 64, 32)" in calls
+
+
+def test_weights_of_another_make_do_not_take_the_claims_of_a_tag(tmp_path):
+    save_pretrained(timm.create_model("pass_vit_small_patch16.lup_market1501", **TINY), tmp_path / "model")
+    card = ModelCard(model_card(config_of(tmp_path / "model"), "org/mine"))
+    assert card.data.license == "other"
+    assert card.data.datasets is None
+    assert "92.2" not in card.text
+
+
+def test_a_model_of_no_tag_claims_no_data_and_no_accuracy(tmp_path):
+    folder = written(tmp_path / "model", neck="multi")
+    card = ModelCard(model_card(config_of(folder), "me/mine"))
+    assert card.data.datasets is None
+    assert card.data.license == config_of(folder)["pretrained_cfg"]["license"]
+    assert "mAP" not in card.text
+    assert "**Training data:** not stated" in card.text
+    assert "neck `multi`, not L2-normalised" in card.text
+
+
+def test_provenance_that_was_not_recorded_is_said_to_be(tmp_path):
+    folder = written(tmp_path / "model")
+    config = {k: v for k, v in config_of(folder).items() if k != "provenance"}
+    assert "## Provenance\n\n- not recorded\n" in model_card(config, "me/mine")
+
+
+# ------------------------------------------------------------------------------------------------- before the network
+
+
+def test_a_dry_run_shows_the_files_and_sends_nothing(tmp_path, no_network, capsys):
+    folder = written(tmp_path / "model", extras=EXTRAS)
+    before = sorted(p.name for p in folder.iterdir())
+    url, sizes = publish(folder, "org/name", dry_run=True)
+    assert url == ""
+    assert {name: sizes[name] for name in before} == {p.name: p.stat().st_size for p in folder.iterdir()}
+    assert sizes.keys() - set(before) == {"README.md"}
+    assert sizes["README.md"] == len(model_card(config_of(folder), "org/name").encode())
+    assert cli.main(["weights", "publish", str(folder), "org/name", "--dry-run"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert {line.split()[1]: int(line.split()[0].replace(",", "")) for line in lines} == sizes
+    assert last == "nothing was pushed to org/name (--dry-run)"
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_other_files_of_the_folder_stay_here_and_its_own_card_goes_out(tmp_path, no_network):
+    folder = written(tmp_path / "model")
+    (folder / "secrets.txt").write_text("mine")
+    (folder / "README.md").write_text("# by hand, é\n")
+    _, sizes = publish(folder, "org/name", dry_run=True)
+    assert sorted(sizes) == ["README.md", "config.json", "model.safetensors"]
+    assert sizes["README.md"] == len("# by hand, é\n".encode())
+
+
+@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "/name", "org/", ""])
+def test_a_repository_is_named_with_its_owner(tmp_path, no_network, repo_id):
+    folder = written(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected a repository org/name, got"):
+        publish(folder, repo_id)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+def test_a_folder_without_its_files_is_refused(tmp_path, no_network, lost):
+    folder = written(tmp_path / "model")
+    (folder / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=f"model has no {lost}: publish takes a folder written by"):
+        publish(folder, "org/name")
+
+
+def test_a_damaged_file_does_not_leave(tmp_path, no_network):
+    folder = written(tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        publish(folder, "org/name")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"architecture": "vit", "pretrained_cfg": {}}'])
+def test_a_config_of_another_make_is_refused(tmp_path, no_network, text):
+    folder = written(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model/config\.json was not written by this package"):
+        publish(folder, "org/name")
+
+
+# ------------------------------------------------------------------------------------------------------ to a Hub
+
+CLIENT = """
+import contextlib, io, json, os, re
+import safetensors.torch, timm, torch
+from huggingface_hub import ModelCard, hf_hub_download
+from passreid_models import cli
+from passreid_models.checkpoints.publish import publish
+
+def refused(*args, **kwargs):
+    try:
+        publish(*args, **kwargs)
+    except Exception as e:
+        return [t.__name__ for t in type(e).__mro__], str(e)
+
+def command(*args):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(["weights", "publish", *args])
+    return code, out.getvalue(), err.getvalue()
+
+def same(name):
+    loaded, saved = (timm.create_model(n, pretrained=True).state_dict() for n in (name, "local-dir:model"))
+    return loaded.keys() == saved.keys() and all(torch.equal(t, loaded[k]) for k, t in saved.items())
+
+got = {"no token": refused("model", "org/name"), "no token, command": command("model", "org/name")}
+os.environ["HF_TOKEN"] = "hf_wrong"
+got["wrong token"] = refused("model", "org/name")
+os.environ["HF_TOKEN"] = os.environ["TOKEN"]
+got["url"], got["sizes"] = publish("model", "org/name")
+got["loads back"] = same("hf-hub:org/name")
+extras = safetensors.torch.load_file(hf_hub_download("org/name", "extras.safetensors"))
+got["extras"] = {k: t.tolist() for k, t in extras.items()}
+card = ModelCard.load("org/name")
+got["card"] = card.data.to_dict()
+scope = {}
+exec(re.search(r"```python\\n(.*?)```", card.text, re.S)[1], scope)
+got["usage"] = [list(scope["descriptor"].shape), list(scope["descriptors"].shape)]
+got["private, command"] = command("model", "org/mine", "--private")
+publish("again", "org/name")
+got["no branch"] = refused("model", "org/name", revision="dev")
+print(json.dumps(got))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """What a client met that published, and what the Hub has of it."""
+    work = tmp_path_factory.mktemp("publish")
+    written(work / "model", extras=EXTRAS, neck="single")
+    written(work / "again", depth=1)
+    (work / "again" / "README.md").write_text("---\nlicense: mit\n---\nby hand\n")
+    for name in ("a.jpg", "b.jpg"):
+        Image.fromarray(np.full((64, 32, 3), 100, np.uint8)).save(work / name)
+    with HubServer() as hub:
+        env = {**hub.client_env(work / "hf"), "TOKEN": hub.token}
+        command = [sys.executable, "-c", CLIENT]
+        done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        yield SimpleNamespace(got=json.loads(done.stdout), hub=hub, work=work)
+
+
+def first_commit(published: SimpleNamespace) -> dict[str, bytes]:
+    sha = published.got["url"].rsplit("/", 1)[1]
+    return published.hub.files("org/name", sha)
+
+
+def test_the_hub_has_the_folders_files_and_a_card(published):
+    files = first_commit(published)
+    model = published.work / "model"
+    sent = {name: (model / name).read_bytes() for name in ("config.json", "extras.safetensors", "model.safetensors")}
+    sent |= {"README.md": model_card(config_of(model), "org/name").encode(), ".gitattributes": DEFAULT_GITATTRIBUTES}
+    assert files == sent
+    assert published.got["sizes"] == {k: len(v) for k, v in sent.items() if k != ".gitattributes"}
+    assert published.got["url"].startswith(f"{published.hub.endpoint}/org/name/commit/")
+
+
+def test_what_was_published_loads_back_equal(published):
+    assert published.got["loads back"] is True
+    assert published.got["extras"] == {k: t.tolist() for k, t in EXTRAS.items()}
+
+
+def test_the_published_card_is_read_by_the_hubs_client(published):
+    card = published.got["card"]
+    assert card["library_name"] == "timm"
+    assert card["pipeline_tag"] == "image-feature-extraction"
+
+
+def test_the_published_cards_usage_runs(published):
+    assert published.got["usage"] == [[1, 128], [2, 128]]
+
+
+def test_publishing_again_replaces_the_files_and_takes_the_card_written_by_hand(published):
+    files = published.hub.files("org/name")
+    again = published.work / "again"
+    assert {name: files[name] for name in ("config.json", "model.safetensors", "README.md")} == {
+        p.name: p.read_bytes() for p in again.iterdir()
+    }
+
+
+def test_private_is_passed_on_and_the_command_prints_the_commit(published):
+    code, out, err = published.got["private, command"]
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].startswith(f"{published.hub.endpoint}/org/mine/commit/")
+    assert published.hub.repos["org/mine"].private
+    assert not published.hub.repos["org/name"].private
+
+
+@pytest.mark.parametrize("token", ["no token", "wrong token"])
+def test_without_a_valid_token_the_hub_refuses_in_one_sentence(published, token):
+    kinds, message = published.got[token]
+    assert kinds[0] == "WeightsUnavailableError"
+    assert message.startswith("the Hub refused org/name: ")
+    assert message.endswith("; is HF_TOKEN set, and allowed to write?")
+    assert "\n" not in message
+
+
+def test_a_refusal_is_one_line_and_exit_code_2_of_the_command(published):
+    code, out, err = published.got["no token, command"]
+    assert (code, out) == (2, "")
+    assert err.startswith("passreid: the Hub refused org/name")
+    assert err.count("\n") == 1
+
+
+def test_a_branch_that_is_not_there_is_an_error_and_leaves_main_alone(published):
+    kinds, message = published.got["no branch"]
+    assert kinds[0] == "WeightsUnavailableError"
+    assert message.startswith("the Hub refused org/name: 404 Client Error: Revision Not Found")
+    assert "dev" in message
+    assert "HF_TOKEN" not in message
+    assert list(published.hub.repos["org/name"].branches) == ["main"]

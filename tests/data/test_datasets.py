@@ -1,0 +1,375 @@
+"""Labelled images in every layout: which split, whose, under which camera; and what is said of what fits none."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
+from passreid_models.synthetic import SyntheticPersons
+from tests.reid_data import MARKET, jpeg, write, write_csv, write_flat, write_msmt17
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+
+
+def rows(dataset: ReIDDataset, split: Split) -> list[tuple[str, int, int]]:
+    assert split.pids.dtype == split.camids.dtype == np.int64
+    return [
+        (dataset.relative(path), pid, camid)
+        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------- Market-1501, DukeMTMC-reID
+
+
+def test_market1501_by_the_names_with_junk_and_distractors(tmp_path):
+    dataset = open_dataset(write(tmp_path / "market", MARKET))
+    assert dataset.name == "Market-1501"
+    assert rows(dataset, dataset.train) == [
+        ("bounding_box_train/0002_c1s1_000451_03.jpg", 2, 0),
+        ("bounding_box_train/0002_c2s1_000776_01.jpg", 2, 1),
+        ("bounding_box_train/0007_c2s3_071002_01.jpg", 7, 1),
+        ("bounding_box_train/0007_c3s3_077419_03.jpg", 7, 2),
+    ]
+    assert rows(dataset, dataset.query) == [
+        ("query/0001_c1s1_001051_00.jpg", 1, 0),
+        ("query/0003_c6s3_076542_00.jpg", 3, 5),
+    ]
+    assert rows(dataset, dataset.gallery) == [
+        ("bounding_box_test/-1_c3s2_079637_00.jpg", -1, 2),
+        ("bounding_box_test/0000_c1s1_000151_01.jpg", 0, 0),
+        ("bounding_box_test/0000_c2s1_000151_02.jpg", 0, 1),
+        ("bounding_box_test/0001_c2s1_001976_01.jpg", 1, 1),
+        ("bounding_box_test/0003_c5s3_074937_01.jpg", 3, 4),
+        ("bounding_box_test/0003_c6s3_076467_01.jpg", 3, 5),
+    ]
+    assert (dataset.gallery.num_ids, dataset.gallery.num_cameras, len(dataset.gallery)) == (2, 5, 6)
+    assert dataset.has_cameras
+    assert dataset.own.tolist() == [-1, -1]
+    assert dataset.description == (
+        "Market-1501, market/: 4 training images of 2 identities, 2 queries, 6 gallery images, 5 cameras"
+    )
+
+
+def test_dukemtmc_is_told_by_its_names(tmp_path):
+    files = ("bounding_box_train/0001_c2_f0046182.jpg", "query/0005_c2_f0046985.jpg",
+             "bounding_box_test/0005_c5_f0051341.jpg", "bounding_box_test/4622_c8_f0106208.jpg")  # fmt: skip
+    dataset = open_dataset(write(tmp_path, files))
+    assert dataset.name == "DukeMTMC-reID"
+    assert dataset.gallery.pids.tolist() == [5, 4622]
+    assert dataset.gallery.camids.tolist() == [4, 7]
+
+
+@pytest.mark.parametrize("name", ["Market-1501-v15.09.15", "market"])
+def test_an_archive_may_lie_in_a_folder_of_its_own(tmp_path, name):
+    inner = write(tmp_path / "unpacked" / name, MARKET)
+    (tmp_path / "unpacked" / "__MACOSX").mkdir()
+    (tmp_path / "unpacked" / "readme.txt").touch()
+    dataset = open_dataset(tmp_path / "unpacked")
+    assert (dataset.name, dataset.root) == ("Market-1501", inner)
+    assert dataset.fingerprint == open_dataset(inner).fingerprint
+    (tmp_path / "unpacked" / "another").mkdir()
+    with pytest.raises(ValueError, match=f"holds Market-1501 in {name}/ beside other folders: name one"):
+        open_dataset(tmp_path / "unpacked")
+
+
+def test_hidden_files_and_others_than_images_are_no_images(tmp_path):
+    write(tmp_path, MARKET)
+    for name in ("query/Thumbs.db", "query/.0001_c1s1_001051_00.jpg", "bounding_box_test/readme.txt", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    dataset = open_dataset(tmp_path)
+    assert [len(split) for split in dataset.splits.values()] == [4, 2, 6]
+
+
+def test_0000_is_a_person_where_queries_or_training_have_it(tmp_path):
+    """Own data in this layout often counts from 0."""
+    files = ("query/0000_c1s1_000001_00.jpg", "query/0001_c1s1_000001_00.jpg",
+             "bounding_box_test/0000_c2s1_000001_00.jpg", "bounding_box_test/0001_c2s1_000001_00.jpg")  # fmt: skip
+    dataset = open_dataset(write(tmp_path, files))
+    assert dataset.query.pids.tolist() == dataset.gallery.pids.tolist() == [2, 1]
+    assert dataset.query.num_ids == 2
+
+
+def test_cameras_that_count_from_0_stay_as_they_are(tmp_path):
+    files = ("query/0001_c0_000001.jpg", "bounding_box_test/0001_c1_000001.jpg", "bounding_box_test/0002_c10_00001.jpg")
+    dataset = open_dataset(write(tmp_path, files))
+    assert [*dataset.query.camids, *dataset.gallery.camids] == [0, 1, 10]
+
+
+def test_a_single_camera_does_not_count(tmp_path):
+    files = ("bounding_box_train/0009_c1_1.jpg", "bounding_box_train/0009_c2_1.jpg", "query/0001_c1_1.jpg",
+             "bounding_box_test/0001_c1_2.jpg")  # fmt: skip
+    dataset = open_dataset(write(tmp_path, files))
+    assert not dataset.has_cameras
+    assert dataset.query.camids.tolist() == [0]
+
+
+# ------------------------------------------------------------------------------------------------------------ MSMT17
+
+
+@pytest.mark.parametrize(("version", "train", "test"), [(1, "train", "test"), (2, "mask_train_v2", "mask_test_v2")])
+def test_msmt17_by_its_lists_and_v1_and_v2_by_their_folders(tmp_path, version, train, test):
+    dataset = open_dataset(write_msmt17(tmp_path / "msmt", version))
+    end = "_ex" * (version == 2)
+    assert dataset.name == f"MSMT17 V{version}"
+    assert rows(dataset, dataset.train) == [  # train and val; identities count from 1, cameras from 0
+        (f"{train}/0000/0000_000_01_0303morning_0008_0{end}.jpg", 1, 0),
+        (f"{train}/0000/0000_001_05_0303noon_0015_0{end}.jpg", 1, 4),
+        (f"{train}/0001/0001_000_14_0113afternoon_0112_1{end}.jpg", 2, 13),
+    ]
+    assert rows(dataset, dataset.query) == [(f"{test}/0000/0000_000_01_0113afternoon_1224_0{end}.jpg", 1, 0)]
+    assert rows(dataset, dataset.gallery) == [
+        (f"{test}/0000/0000_001_02_0113noon_1224_0{end}.jpg", 1, 1),
+        (f"{test}/0001/0001_000_15_0302morning_0112_1{end}.jpg", 2, 14),
+    ]
+    assert all(path.is_file() for split in dataset.splits.values() for path in split.paths)
+
+
+def test_a_mix_of_msmt17_v1_and_v2_is_refused(tmp_path):
+    write_msmt17(write_msmt17(tmp_path, 1), 2)
+    with pytest.raises(
+        ValueError, match=r"mixes MSMT17 V1 and V2, which give different numbers: it holds train/, test/ of V1 and"
+    ):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["list_train.txt", "list_val.txt"])
+def test_half_of_the_training_lists_of_msmt17_is_no_training_set(tmp_path, missing):
+    write_msmt17(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"/{missing} is not there; expected the lists of MSMT17 V1"):
+        open_dataset(tmp_path)
+
+
+def test_the_images_of_msmt17_without_any_list_are_no_folder_per_identity(tmp_path):
+    write_msmt17(tmp_path)
+    for file in tmp_path.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"list_train.txt is not there; expected the lists of MSMT17 V1"):
+        open_dataset(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------- folder per identity
+
+
+def test_one_folder_per_identity_is_train_query_and_gallery_and_knows_each_query_in_the_gallery(tmp_path):
+    write_flat(tmp_path / "own", ids=2, images=2)
+    write(tmp_path / "own", ["-1/junk.jpg"])
+    dataset = open_dataset(tmp_path / "own")
+    assert dataset.name == "folder per identity"
+    everything = [("-1/junk.jpg", -1, -1), ("person 0/0.jpg", 1, -1), ("person 0/1.jpg", 1, -1)]
+    everything += [("person 1/0.jpg", 2, -1), ("person 1/1.jpg", 2, -1)]
+    assert rows(dataset, dataset.train) == rows(dataset, dataset.gallery) == everything
+    assert rows(dataset, dataset.query) == everything[1:]
+    assert dataset.own.tolist() == [1, 2, 3, 4]
+    assert not dataset.has_cameras
+
+
+def test_folders_of_numbers_keep_them_and_others_are_numbered_in_natural_order(tmp_path):
+    numbers = open_dataset(write(tmp_path / "numbers", ["0012/a.jpg", "0007/a.jpg", "0/a.jpg"]))
+    assert rows(numbers, numbers.train) == [("0/a.jpg", 13, -1), ("0007/a.jpg", 7, -1), ("0012/a.jpg", 12, -1)]
+    texts = open_dataset(write(tmp_path / "texts", ["id10/a.jpg", "id9/a.jpg", "anna/a.jpg"]))
+    assert rows(texts, texts.train) == [("anna/a.jpg", 1, -1), ("id10/a.jpg", 3, -1), ("id9/a.jpg", 2, -1)]
+
+
+def test_split_folders_are_numbered_together_and_cameras_come_from_the_names(tmp_path):
+    files = ["train/7/0007_c1s1_000451_03.jpg", "train/9/0009_c2s1_000451_03.jpg", "query/3/0003_c1s1_000001_00.jpg",
+             "gallery/3/0003_c4s1_000001_00.jpg", "gallery/-1/-1_c3s1_000001_00.jpg",
+             "gallery/0000/0000_c3s1_000001_00.jpg"]  # fmt: skip
+    dataset = open_dataset(write(tmp_path, files))
+    assert dataset.name == "folder per identity"
+    assert dataset.train.pids.tolist() == [7, 9]
+    assert rows(dataset, dataset.query) == [("query/3/0003_c1s1_000001_00.jpg", 3, 0)]
+    assert [(pid, camid) for _, pid, camid in rows(dataset, dataset.gallery)] == [(-1, 2), (0, 2), (3, 3)]
+    assert dataset.has_cameras
+    (tmp_path / "query/3/no_camera.jpg").write_bytes(jpeg(0))
+    assert not open_dataset(tmp_path).has_cameras
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("train_all", "train", "val", "query", "gallery"), ("train_all/1/x.jpg", "query/1/x.jpg", "gallery/1/x.jpg")),
+        (("train", "query", "test"), ("train/1/x.jpg", "query/1/x.jpg", "test/1/x.jpg")),
+        (("bounding_box_train", "query", "bounding_box_test"),
+         ("bounding_box_train/1/x.jpg", "query/1/x.jpg", "bounding_box_test/1/x.jpg")),
+        (("train", "test"), ("train/1/x.jpg", "test/1/x.jpg", "test/1/x.jpg")),
+    ],
+)  # fmt: skip
+def test_split_folders_may_have_these_names(tmp_path, folders, expected):
+    dataset = open_dataset(write(tmp_path, [f"{folder}/1/x.jpg" for folder in folders]))
+    assert tuple(dataset.relative(split.paths[0]) for split in dataset.splits.values()) == expected
+    assert dataset.own.tolist() == ([0] if "query" not in folders else [-1])
+
+
+# --------------------------------------------------------------------------------------------------------------- CSV
+
+
+def test_csv_with_any_text_as_identity_and_camera(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    dataset = open_dataset(write_csv(tmp_path / "lists" / "own.csv", [
+        "path, pid, camid, split, note",
+        "a.jpg,anna,lobby,train,",
+        "b.jpg,bert,gate 2,train,",
+        "",
+        "q/c.jpg,clara,gate 10,query,\"left, of the door\"",
+        f"{tmp_path}/elsewhere/d.jpg,clara,lobby,test,",
+        "../e.jpg,-1,lobby,gallery,",
+        "f.jpg,0,lobby,gallery,",
+    ]))  # fmt: skip
+    assert (dataset.name, dataset.root) == ("CSV", tmp_path / "lists")
+    assert rows(dataset, dataset.train) == [("a.jpg", 1, 2), ("b.jpg", 2, 0)]
+    assert rows(dataset, dataset.query) == [("q/c.jpg", 3, 1)]
+    assert rows(dataset, dataset.gallery) == [("../elsewhere/d.jpg", 3, 2), ("../e.jpg", -1, 2), ("f.jpg", 0, 2)]
+    assert dataset.description.startswith("CSV, own.csv: 2 training images of 2 identities, 1 query, 3 gallery images")
+
+
+def test_csv_without_cameras_may_name_one_file_as_query_and_gallery(tmp_path):
+    lines = ["path,pid,split", "a.jpg,1,query", "./a.jpg,1,gallery", "b.jpg,1,gallery"]
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", lines))
+    assert not dataset.has_cameras
+    assert dataset.own.tolist() == [0]
+
+
+CSV_ERRORS = {
+    "no split": (
+        ["path,pid", "a.jpg,1"],
+        r"own.csv: the first line names no column split but path, pid; expected path,",
+    ),
+    "no header": (["a.jpg,1,2,train"], r"own.csv: the first line names no column path and pid and split but a.jpg, 1"),
+    "empty": ([], r"own.csv: the first line names no column path and pid and split but none"),
+    "no lines": (["path,pid,camid,split"], r"own.csv: no line after the first"),
+    "blank pid": (
+        ["path,pid,camid,split", "a.jpg,1,1,train", "b.jpg, ,1,train"],
+        r"own.csv:3: no pid; expected a value",
+    ),
+    "blank camera": (["path,pid,camid,split", "a.jpg,1,,train"], r"own.csv:2: no camid; expected a value"),
+    "short": (["path,pid,camid,split", "a.jpg,1"], r"own.csv:2: no split and no camid"),
+    "split": (["path,pid,split", "a.jpg,1,val"], r"own.csv:2: split is 'val'; expected train, query or gallery"),
+}
+
+
+@pytest.mark.parametrize("case", CSV_ERRORS)
+def test_a_csv_file_that_does_not_fit_is_refused_with_its_line(tmp_path, case):
+    lines, message = CSV_ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        open_dataset(write_csv(tmp_path / "own.csv", lines))
+
+
+# --------------------------------------------------------------------------------------------------------- synthetic
+
+
+def test_synthetic_is_drawn_once_and_named_by_its_recipe(monkeypatch):
+    text = "synthetic:ids=4,images=5,cameras=3,seed=3,size=32x16,train_ids=1"
+    drawn = open_dataset(text)
+    full = "synthetic:ids=4,images=5,cameras=3,seed=3,size=32x16,place=street,train_ids=1"
+    assert drawn.name == "synthetic"
+    assert drawn.description.startswith(f"{full}: 5 training images of 1 identity, 9 queries, 6 gallery images")
+    monkeypatch.setattr(SyntheticPersons, "write_market1501", None)
+    again = open_dataset(full)
+    assert again.train.paths == drawn.train.paths
+    assert again.fingerprint == drawn.fingerprint
+
+
+def test_synthetic_that_lost_files_is_drawn_again():
+    text = "synthetic:ids=2,images=4,cameras=2,size=32x16"
+    drawn = open_dataset(text)
+    shutil.rmtree(drawn.root / "query")
+    assert len(open_dataset(text).query) == len(drawn.query) == 2
+
+
+def test_synthetic_says_what_is_wrong_with_a_recipe():
+    with pytest.raises(ValueError, match=r"unknown key 'people'; known: ids, .* place, train_ids"):
+        open_dataset("synthetic:people=3")
+    with pytest.raises(ValueError, match=r"^synthetic:ids=4,images=3: the Market-1501 layout takes"):
+        open_dataset("synthetic:ids=4,images=3")
+
+
+# ---------------------------------------------------------------------------------------------- unlabelled, mistakes
+
+
+def test_any_folder_of_images_opens_unlabelled_where_labels_are_not_needed(tmp_path):
+    write(tmp_path, ["b.jpg", "day 1/cam 2/a.png", ".trash/c.jpg"])
+    dataset = open_dataset(tmp_path, labelled=False)
+    assert dataset.name == "unlabelled folder"
+    assert rows(dataset, dataset.train) == [("b.jpg", -1, -1), ("day 1/cam 2/a.png", -1, -1)]
+    assert (len(dataset.query), len(dataset.gallery), dataset.has_cameras) == (0, 0, False)
+    assert dataset.train.num_ids == 0
+
+
+def test_a_known_layout_keeps_its_labels_where_they_are_not_needed(tmp_path):
+    root = write(tmp_path, MARKET)
+    assert open_dataset(root, labelled=False).fingerprint == open_dataset(root).fingerprint
+
+
+def test_a_split_that_is_needed_and_empty_is_named(tmp_path):
+    dataset = open_dataset(write(tmp_path, [name for name in MARKET if not name.startswith("query")]))
+    assert dataset.require("train", "gallery") is dataset
+    with pytest.raises(
+        ValueError, match=rf"no query images in query/ of {tmp_path} \(Market-1501\); expected Market-1501 or"
+    ):
+        dataset.require("train", "query")
+
+
+def market_name(root: Path) -> Path:
+    return write(root, [*MARKET, "query/person.jpg"])
+
+
+def msmt_line(root: Path, line: str) -> Path:
+    write_msmt17(root)
+    (root / "list_val.txt").write_text(f"\n{line}\n")
+    return root
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "nothing": (lambda root: root / "none", r"none: no such file or folder; expected Market-1501 or DukeMTMC-reID \("),
+    "empty": (lambda root: root, r" holds 0 folders and 0 files, which is no known layout; expected Market-1501"),
+    "flat": (lambda root: write(root, ["abcd/a.jpg", "b.jpg"]), r"b.jpg: an image beside the folders of identities"),
+    "images": (lambda root: write(root, ["b.jpg"]), r"holds 0 folders and 1 file \(b.jpg\), which is no known layout"),
+    "deep": (lambda root: write(root, ["cam/id/b.jpg"]), r"cam/id/b.jpg: an image below the folder of an identity"),
+    "file": (lambda root: write(root, ["b.jpg"]) / "b.jpg", r"cannot come from this kind of file; expected Market"),
+    "name": (market_name, r"/query/person.jpg: the name shows no identity and camera; expected PPPP_cC in front"),
+    "line": (lambda root: msmt_line(root, "a/b.jpg 3"), r"list_val.txt:2: 'a/b.jpg 3'; expected a path, whose name"),
+    "no pid": (lambda root: msmt_line(root, "a/0_0_01_x.jpg"), r"list_val.txt:2: 'a/0_0_01_x.jpg'; expected a path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_with_the_file_and_the_layout(tmp_path, case):
+    make, message = MISTAKES[case]
+    (tmp_path / "data").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_dataset(make(tmp_path / "data"))
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_is_of_names_and_labels_and_not_of_the_place(tmp_path):
+    first, second = (open_dataset(write(tmp_path / place / "data", MARKET)) for place in ("here", "there"))
+    assert first.fingerprint == second.fingerprint
+    (second.root / "query/0001_c1s1_001051_00.jpg").rename(second.root / "query/0003_c1s1_001051_00.jpg")
+    assert open_dataset(second.root).fingerprint != first.fingerprint
+    lines = ["path,pid,camid,split", "../a.jpg,1,1,train", "b.jpg,2,2,train"]
+    lists = [open_dataset(write_csv(tmp_path / place / "own.csv", lines)).fingerprint for place in "ab"]
+    moved = open_dataset(write_csv(tmp_path / "c" / "own.csv", [*lines[:2], "b.jpg,2,2,gallery"])).fingerprint
+    assert lists[0] == lists[1] != moved
+
+
+def test_no_image_is_opened(tmp_path):
+    root = write(tmp_path, MARKET)
+    for path in list(root.rglob("*.jpg")):
+        path.unlink()
+        path.symlink_to("/nowhere")
+    assert len(open_dataset(root).gallery) == 6
+
+
+def test_written_persons_are_called_synthetic_and_not_compared_with_published_counts(tmp_path):
+    SyntheticPersons(4, 5, 3, size=(32, 16)).write_market1501(tmp_path / "persons")
+    assert open_dataset(tmp_path / "persons").name == "synthetic"

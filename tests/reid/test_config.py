@@ -1,0 +1,227 @@
+"""FinetuneConfig and ClusterConfig: the published values, the options by name, what is refused, the way from flags."""
+
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import timm
+
+from passreid_models import cli, save_pretrained
+from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
+from passreid_models.reid.run import complete
+from passreid_models.training.command import read_config
+from passreid_models.training.config import RunConfig
+
+CONFIGS = (FinetuneConfig, ClusterConfig)
+OPTIONS = {
+    FinetuneConfig: re.findall(
+        r"\w+",
+        """
+        data out init model resume fusion neck size epochs ids_per_batch images_per_id lr bias_lr warmup_epochs
+        weight_decay momentum layer_decay freeze_blocks drop_path id_weight triplet_weight margin label_smoothing
+        flip_prob pad erase_prob dtype device grad_checkpointing sync_bn workers seed eval_data eval_epochs save_minutes
+        save_epochs keep log_steps max_minutes max_unreadable skip_nonfinite tensorboard
+        """,
+    ),
+    ClusterConfig: re.findall(
+        r"\w+",
+        """
+        data out init source source_config model resume fusion neck size epochs steps clusters_per_batch
+        images_per_cluster lr lr_step lr_gamma weight_decay momentum drop_path temp memory memory_momentum eps
+        min_samples k1 k2 flip_prob pad erase_prob dtype device grad_checkpointing sync_bn workers seed eval_data
+        eval_epochs save_minutes save_epochs keep log_steps max_minutes max_unreadable skip_nonfinite tensorboard
+        """,
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda c: c.__name__)
+def config(request) -> type[RunConfig]:
+    return request.param
+
+
+def parse(config: type, *words: Any) -> Any:
+    presets = PRESETS["finetune" if config is FinetuneConfig else "cluster"]
+    return read_config([str(w) for w in words], config, presets, "passreid", "Train.", "data")
+
+
+# ---- Options
+
+
+def test_the_names_of_the_options_are_frozen(config):
+    assert [f.name for f in fields(config)] == OPTIONS[config]
+
+
+def test_every_option_is_described_in_its_order(config):
+    assert re.findall(r"^        (\w+): ", config.__doc__, re.MULTILINE) == OPTIONS[config]
+
+
+def test_the_defaults_of_fine_tuning_are_the_published_recipe():
+    c = FinetuneConfig()
+    assert (c.ids_per_batch, c.images_per_id, c.batch_size) == (16, 4, 64)
+    assert (c.lr, c.bias_lr, c.weight_decay, c.momentum, c.layer_decay) == (4e-4, 2.0, 1e-4, 0.9, 1.0)
+    assert (c.epochs, c.num_warmup_epochs, c.drop_path, c.margin, c.label_smoothing) == (120, 20, 0.1, None, 0.0)
+    assert [FinetuneConfig(epochs=e).num_warmup_epochs for e in (1, 12, 24, 200)] == [0, 2, 4, 20]
+    assert (c.neck, c.pad, c.flip_prob, c.erase_prob) == ("multi", 10, 0.5, 0.5)
+    assert_published(c)
+
+
+def test_the_defaults_of_clustering_are_the_published_recipe():
+    c = ClusterConfig()
+    assert (c.clusters_per_batch, c.images_per_cluster, c.batch_size, c.steps, c.epochs) == (32, 8, 256, 200, 50)
+    assert (c.lr, c.lr_step, c.lr_gamma, c.weight_decay, c.momentum) == (3.5e-4, 20, 0.1, 5e-4, 0.9)
+    assert (c.eps, c.min_samples, c.k1, c.k2, c.temp) == (0.6, 4, 30, 6, 0.05)
+    assert (c.memory, c.memory_momentum, c.drop_path, c.dtype) == ("hard", 0.2, 0.3, "float32")
+    assert (c.neck, c.erase_prob) == ("single", 0.5)
+    assert_published(c)
+    msmt17 = ClusterConfig(**PRESETS["cluster"]["msmt17"])
+    assert (msmt17.eps, msmt17.fusion) == (0.7, "mean")
+
+
+def assert_published(c: Any) -> None:
+    """Of the LUPerson weights: fusion and size."""
+    for init in ("lup", "random"):
+        whole = complete(replace(c, data="market/", init=init))
+        assert (whole.model, whole.fusion, whole.size) == ("pass_vit_small_patch16", "cat", (256, 128))
+
+
+# ---- What init tells
+
+
+def test_model_size_and_fusion_are_those_of_the_weights_unless_given(config, tmp_path):
+    model = timm.create_model("test_pass_vit", img_size=(96, 32), global_pool="mean")
+    save_pretrained(model, tmp_path / "run" / "export")
+    for init in (tmp_path / "run", tmp_path / "run" / "export"):
+        c = complete(config(data="market/", init=str(init)))
+        assert (c.model, c.size, c.fusion) == ("test_pass_vit", (96, 32), "mean")
+    c = complete(config(data="market/", init=str(tmp_path / "run"), size=(64, 32), fusion="parts"))
+    assert (c.size, c.fusion) == ((64, 32), "parts")
+    tag = complete(config(data="market/", init="pass_vit_base_patch16.lup_market1501_384"))
+    assert (tag.model, tag.size, tag.fusion) == ("pass_vit_base_patch16", (384, 128), "cat")
+
+
+def test_a_model_without_parts_has_the_fusion_that_it_can(config):
+    c = config(data="market/", init="random", model="transreid_vit_small_patch16")
+    assert complete(c).fusion == "token"
+    with pytest.raises(ValueError, match="fusion: expected token, since transreid_vit_small_patch16 has no parts"):
+        complete(replace(c, fusion="cat"))
+
+
+def test_a_folder_of_another_make_is_refused_by_name(config, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"init: .*config\.json is not that of a model of this package"):
+        complete(config(data="market/", init=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"init: .*config\.json cannot be read as JSON"):
+        complete(config(data="market/", init=str(tmp_path)))
+
+
+# ---- Flags and YAML
+
+
+def test_flags_presets_and_files_name_the_same_fields(config, tmp_path):
+    plain = parse(config, "crops/", "--init", "lup", "--size", "384x128", "--grad-checkpointing")
+    assert plain == config(data="crops/", init="lup", size=(384, 128), grad_checkpointing=True)
+    plain.save(tmp_path / "run.yaml")
+    assert parse(config, "--config", tmp_path / "run.yaml") == plain
+    assert parse(config, "--config", tmp_path / "run.yaml", "--seed", 4).seed == 4
+    laptop = parse(config, "crops/", "--preset", "laptop", "--epochs", 7)
+    assert laptop.epochs == 7
+    assert config.from_dict(laptop.to_dict()) == laptop
+
+
+@pytest.mark.parametrize("preset", [(kind, name) for kind, names in PRESETS.items() for name in names])
+def test_presets_can_be(preset):
+    kind, name = preset
+    config = FinetuneConfig if kind == "finetune" else ClusterConfig
+    found = parse(config, "crops/", "--preset", name)
+    assert {k: getattr(found, k) for k in PRESETS[kind][name]} == PRESETS[kind][name]
+
+
+@pytest.mark.parametrize("command", ["finetune", "cluster"])
+def test_the_commands_tell_a_mistake_in_a_sentence(command, capsys, tmp_path):
+    out = f"--out={tmp_path}/run"
+    assert cli.main([command, out]) == 2
+    assert capsys.readouterr().err.startswith(f"passreid {command}: data: expected ")
+    assert cli.main([command, "nowhere/", "--init=random", out]) == 2
+    assert capsys.readouterr().err.startswith(f"passreid {command}: nowhere/: no such file or folder")
+    assert cli.main([command, "a/", "b/", out]) == 2
+    assert "data: one is expected, got a/, b/" in capsys.readouterr().err
+    assert cli.main([command, "a/", "--epochs=0", out]) == 2
+    assert "epochs: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_help_names_every_option(config, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["finetune" if config is FinetuneConfig else "cluster", "--help"])
+    assert e.value.code == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name} " in said for name in OPTIONS[config])
+
+
+# ---- Values
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "resnet50"}, "model: expected one of "),
+        ({"fusion": "sum"}, "fusion: expected one of cat, mean, parts, token, got 'sum'"),
+        ({"neck": ""}, "neck: expected one of single, multi, got ''"),
+        ({"dtype": "int8"}, "dtype: expected one of auto"),
+        ({"size": (250, 128)}, r"size: expected \(height, width\) in multiples of 16"),
+        ({"epochs": 2.5}, "epochs: expected int, got 2.5"),
+        ({"lr": -1}, "lr: expected 0 or more"),
+        ({"drop_path": 1.0}, "drop_path: expected at least 0 and less than 1"),
+        ({"erase_prob": 1.5}, "erase_prob: expected between 0 and 1"),
+        ({"log_steps": 0}, "log_steps: expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(config, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup_epochs": 9, "epochs": 3}, "warmup_epochs: expected at most epochs = 3"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected at least 0 and less than 1"),
+        ({"layer_decay": 1.5}, "layer_decay: expected between 0 and 1"),
+        ({"id_weight": 0, "triplet_weight": 0}, "id_weight: expected more than 0"),
+        ({"images_per_id": 1}, "images_per_id: expected 2 or more"),
+        ({"ids_per_batch": 1}, "ids_per_batch: expected 2 or more"),
+        ({"margin": -0.1}, "margin: expected 0 or more"),
+    ],
+)
+def test_what_cannot_be_in_fine_tuning_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        FinetuneConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "median"}, "memory: expected one of hard, mean"),
+        ({"eps": 1.0}, "eps: expected more than 0 and less than 1"),
+        ({"temp": 0}, "temp: expected more than 0"),
+        ({"clusters_per_batch": 1}, "clusters_per_batch: expected 2 or more"),
+        ({"lr_gamma": 2}, "lr_gamma: expected between 0 and 1"),
+        ({"k1": 0}, "k1: expected 1 or more"),
+        ({"source_config": "x.yaml"}, "source_config: expected a source"),
+    ],
+)
+def test_what_cannot_be_in_clustering_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ClusterConfig(**options)
+
+
+def test_only_options_that_do_not_touch_the_weights_are_free_when_resumed(config):
+    here = config(data="a/")
+    free = {"data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+            "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard"}  # fmt: skip
+    extra = set() if config is FinetuneConfig else {"source", "source_config"}
+    assert set(config.FREE) == free | extra
+    assert here.changed(config(data="b/", eval_epochs=3, dtype="float16").to_dict()) == {}
+    assert here.changed(config(lr=0.5).to_dict()) == {"lr": (config().lr, 0.5)}

@@ -1,0 +1,360 @@
+"""Fine-tuning with labels: what a run leaves, that it goes on where it was, and what is said to a user's mistakes."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from passreid_models import load_report
+from passreid_models.data.datasets import open_dataset
+from passreid_models.device import process_group
+from passreid_models.evaluation.evaluate import score
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
+from passreid_models.reid.config import FinetuneConfig
+from passreid_models.reid.model import ReIDModel
+from passreid_models.reid.samplers import identity_batches
+from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune
+from passreid_models.runtime import gather_rows
+from passreid_models.training.trainer import NonFiniteLossError
+from tests.tiny_reid import assert_same, finetune_config, numbers, steps, write_persons
+from tests.tiny_runs import files, metrics, world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KEYS = SupervisedTrainer.state_keys
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_persons(tmp_path_factory.mktemp("persons") / "market")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run with a checkpoint at every step."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finetune(finetune_config(data, out, save_minutes=0, keep=99))
+    return out
+
+
+# ---- What a run leaves
+
+
+def test_the_export_is_the_descriptor_before_the_neck_and_holds_neck_and_classifier(whole):
+    model = timm.create_model(f"local-dir:{whole}/export", pretrained=True).eval()
+    assert load_report(model).missing == []
+    trained = ReIDModel.load(whole / "export")
+    assert (trained.num_ids, trained.neck, trained.fusion) == (6, "multi", "cat")
+    x = torch.randn(3, 3, 64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), trained(x).before, rtol=1e-5, atol=1e-6)
+    state = torch.load(steps(whole)[-1], weights_only=True)["model"]
+    assert all(torch.equal(v, state[k]) for k, v in trained.state_dict().items())
+    cfg = model.pretrained_cfg
+    assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bilinear")
+
+
+def test_config_json_says_how_the_weights_were_made(whole):
+    config = json.loads((whole / "export" / "config.json").read_text())
+    provenance = config["provenance"]
+    assert (provenance["method"], provenance["step"]) == ("supervised re-ID", len(steps(whole)))
+    assert "36 training images of 6 identities" in provenance["data"]
+    assert "out" not in provenance["config"]
+    assert config["l2_normalize"] is True
+
+
+def test_the_best_export_is_the_epoch_of_the_highest_map(whole, data):
+    scored = [r for r in metrics(whole) if "mAP" in r]
+    assert [r["epoch"] for r in scored] == [2, 3]  # every second epoch, and the last
+    best = max(scored, key=lambda r: (r["mAP"], -r["step"]))
+    provenance = json.loads((whole / "best" / "config.json").read_text())["provenance"]
+    assert (provenance["mAP"], provenance["step"]) == (best["mAP"], best["step"])
+    model = timm.create_model(f"local-dir:{whole}/best", pretrained=True)
+    assert score(model, open_dataset(data), CPU) == {k: best[k] for k in ("mAP", "rank1")}
+
+
+def test_the_log_has_the_losses_the_rate_and_the_accuracy_of_every_step(whole):
+    records = [r for r in metrics(whole) if "loss" in r]
+    assert [r["step"] for r in records] == list(range(1, len(steps(whole)) + 1))
+    for r in records:
+        assert r["loss"] == pytest.approx(r["loss_id"] + r["loss_triplet"], rel=1e-5)
+        assert 0 <= r["accuracy"] <= 1
+    assert {round(r["lr"], 8) for r in records} == {0.0001, 0.00750500, 0.00251500}
+
+
+def test_training_on_a_few_images_lowers_the_loss(data, tmp_path):
+    out = tmp_path / "run"
+    plain = {"erase_prob": 0, "flip_prob": 0, "pad": 0}
+    finetune(finetune_config(data, out, epochs=20, warmup_epochs=2, lr=0.005, eval_epochs=0, **plain))
+    losses = [r["loss"] for r in metrics(out) if "loss" in r]
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])
+    assert not (out / "best").exists()
+
+
+# ---- Going on
+
+
+@pytest.mark.parametrize("at", [1, 5, -1])
+def test_a_run_goes_on_bit_for_bit_from_any_step(whole, data, tmp_path, at):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(steps(whole)[at], tmp_path / "run" / "checkpoints")
+    finetune(finetune_config(data, tmp_path / "run", resume="auto"))
+    expected = numbers(whole, KEYS)
+    if at == -1:  # the best model of before is not there to be found
+        found = numbers(tmp_path / "run", KEYS)
+        expected = {k: v for k, v in expected.items() if not k.startswith("/best")}
+        assert_same({k: v for k, v in found.items() if not k.startswith("/best")}, expected)
+        assert [r["step"] for r in metrics(tmp_path / "run") if "mAP" in r] == [len(steps(whole))]
+    else:
+        assert_same(numbers(tmp_path / "run", KEYS), expected)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, data):
+    before, lines = numbers(whole, KEYS), metrics(whole)
+    finetune(finetune_config(data, whole, resume="auto", save_minutes=0, keep=99))
+    assert_same(numbers(whole, KEYS), before)
+    assert metrics(whole) == lines
+
+
+def test_a_run_with_other_settings_or_data_is_not_continued(whole, data, tmp_path):
+    with pytest.raises(ValueError, match=r"other settings \(lr: 0\.5, in the run 0\.01\)"):
+        finetune(finetune_config(data, whole, resume="auto", lr=0.5))
+    with pytest.raises(ValueError, match="holds a run"):
+        finetune(finetune_config(data, whole))
+    other = shutil.copytree(data, tmp_path / "other")
+    next((other / "bounding_box_train").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"the run to resume has 36 images, and .* now holds 35"):
+        finetune(finetune_config(other, whole, resume="auto"))
+
+
+def test_the_export_of_a_run_is_where_another_can_begin(whole, data, tmp_path):
+    finetune(finetune_config(data, tmp_path / "run", init=str(whole), model="", epochs=1, lr=0, save_minutes=0, keep=9))
+    first = torch.load(steps(tmp_path / "run")[0], weights_only=True)["model"]
+    last = torch.load(steps(whole)[-1], weights_only=True)["model"]
+    backbone = [k for k in last if k.startswith("backbone.") and "fc_norm" not in k]
+    assert all(torch.equal(first[k], last[k]) for k in backbone)
+    assert not torch.equal(first["classifier.weight"], last["classifier.weight"])
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_made_again(whole, data, tmp_path, monkeypatch):
+    cut = shutil.copytree(whole, tmp_path / "run")
+    for checkpoint in steps(cut)[1:]:
+        checkpoint.unlink()
+    shutil.rmtree(cut / "best")
+    write = SupervisedRun.write
+
+    def killed(self, figures):
+        if "mAP" in figures:
+            raise KeyboardInterrupt
+        write(self, figures)
+
+    monkeypatch.setattr(SupervisedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
+    monkeypatch.undo()
+    finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
+    assert_same(numbers(cut, KEYS), numbers(whole, KEYS))
+    assert [(r["step"], r["mAP"]) for r in metrics(cut) if "mAP" in r] == [
+        (r["step"], r["mAP"]) for r in metrics(whole) if "mAP" in r
+    ]
+
+
+def test_the_best_model_on_other_data_does_not_count(whole, data, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((other / "best" / "config.json").read_text())
+    config["provenance"]["mAP"] = 100.0
+    (other / "best" / "config.json").write_text(json.dumps(config))
+    for checkpoint in steps(other)[-2:]:
+        checkpoint.unlink()
+    smaller = shutil.copytree(data, tmp_path / "other")
+    min((smaller / "query").iterdir()).unlink()
+    finetune(finetune_config(data, other, resume="auto", eval_data=str(smaller)))
+    best = json.loads((other / "best" / "config.json").read_text())["provenance"]
+    assert best["mAP"] < 100
+    assert best["evaluated_on"] == open_dataset(smaller).fingerprint
+
+
+# ---- The step
+
+
+def test_frozen_blocks_do_not_move_and_the_others_do(data, tmp_path):
+    run = finetune_config(data, tmp_path / "run", freeze_blocks=2, epochs=1, save_minutes=0, keep=99, lr=0.1)
+    finetune(run)
+    first, last = (torch.load(steps(tmp_path / "run")[i], weights_only=True)["model"] for i in (0, -1))
+    stay = {k for k in first if torch.equal(first[k], last[k])}
+    frozen = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "blocks.0.", "blocks.1.")
+    expected = {k for k in first if k.startswith(tuple(f"backbone.{f}" for f in frozen))}
+    assert stay - {"backbone.fc_norm.bn.bias"} == expected
+
+
+def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_path):
+    single = shutil.copytree(data, tmp_path / "single")
+    seen = set()
+    for path in sorted((single / "bounding_box_train").iterdir()):
+        if path.name[:4] in seen:
+            path.unlink()
+        seen.add(path.name[:4])
+    with pytest.raises(ValueError, match=r"triplet_weight: every identity .* has one image.*--triplet-weight 0"):
+        finetune(finetune_config(single, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    finetune(finetune_config(single, tmp_path / "run", triplet_weight=0, epochs=1, eval_epochs=0))
+    assert "images in random order" in (tmp_path / "run" / "log.txt").read_text()
+    (record,) = (r for r in metrics(tmp_path / "run") if "loss" in r)
+    assert "loss_triplet" not in record
+    assert record["loss"] == record["loss_id"]
+
+
+def test_label_smoothing_and_the_weights_of_the_losses_are_heeded(data, tmp_path):
+    found = {}
+    for name, options in {"plain": {}, "heavy": {"id_weight": 2.0, "triplet_weight": 3.0}}.items():
+        finetune(finetune_config(data, tmp_path / name, epochs=1, eval_epochs=0, **options))
+        found[name] = next(r for r in metrics(tmp_path / name) if "loss" in r)
+    assert found["heavy"]["loss_id"] == found["plain"]["loss_id"]
+    heavy = found["heavy"]
+    assert heavy["loss"] == pytest.approx(2 * heavy["loss_id"] + 3 * heavy["loss_triplet"], rel=1e-5)
+    trainer = make_trainer(FinetuneConfig(**{**vars(finetune_config(data, tmp_path)), "label_smoothing": 0.3}))
+    logits, features, labels = torch.randn(4, 6), torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
+    _, figures = trainer.compare((features, features, logits), labels)
+    assert torch.equal(figures["loss_id"], F.cross_entropy(logits, labels, label_smoothing=0.3))
+
+
+def make_trainer(config: FinetuneConfig) -> SupervisedTrainer:
+    return SupervisedTrainer(config, 36, 6, [4] * config.epochs, CPU)
+
+
+def test_junk_is_not_trained_on_and_that_is_said(data, tmp_path):
+    lines = ["path,pid,camid,split"]
+    for folder, split in (("bounding_box_train", "train"), ("query", "query"), ("bounding_box_test", "gallery")):
+        for i, path in enumerate(sorted((data / folder).iterdir())):
+            pid = -1 if split == "train" and i < 3 else int(path.name[:4])
+            lines.append(f"{path},{pid},{path.name[6]},{split}")
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    finetune(finetune_config(tmp_path / "own.csv", tmp_path / "run", epochs=1))
+    assert "junk: 3 training images with identity -1 are left out" in (tmp_path / "run" / "log.txt").read_text()
+    assert ReIDModel.load(tmp_path / "run" / "export").num_ids == 6
+    assert torch.load(steps(tmp_path / "run")[-1], weights_only=True)["num_images"] == 33
+    lines = [re.sub(r",\d+,(\d),train", r",-1,\1,train", line) for line in lines]
+    (tmp_path / "junk.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"data: all training images of .*junk\.csv are junk"):
+        finetune(finetune_config(tmp_path / "junk.csv", tmp_path / "other"))
+
+
+def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):
+    for path in (data / "bounding_box_train").iterdir():
+        (tmp_path / "tree" / path.name[:4]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "tree" / path.name[:4])
+    finetune(finetune_config(tmp_path / "tree", tmp_path / "run", epochs=1))
+    assert "on the training images, no measure of the model" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_step_that_is_not_finite_is_left_out_or_stops_the_run(data, tmp_path):
+    bad = ImageBatch(torch.full((4, 3, 64, 32), torch.nan), torch.tensor([0, 0, 1, 1]), [])
+    with pytest.raises(NonFiniteLossError, match="the loss of step 1 is not finite"):
+        make_trainer(finetune_config(data, tmp_path)).training_step([bad])
+    trainer = make_trainer(finetune_config(data, tmp_path, skip_nonfinite=1))
+    before = {k: v.clone() for k, v in trainer.model.named_parameters()}
+    record = trainer.training_step([bad])
+    assert math.isnan(record["loss"])
+    assert (trainer.step, trainer.skipped) == (1, 1)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.named_parameters())
+
+
+# ---- Processes
+
+
+def _write_gradients(data: str, out: str) -> int:
+    """The gradients of the triplet loss in the first step, of this process's share and averaged by DDP."""
+    config = finetune_config(data, Path(out), id_weight=0.0, sync_bn=False, drop_path=0.0)
+    with process_group("cpu"):
+        train = open_dataset(data).train
+        labels = np.unique(train.pids, return_inverse=True)[1]
+        batches = identity_batches(labels, 4, 2, 0, 0)
+        trainer = SupervisedTrainer(replace(config, ids_per_batch=4, images_per_id=2), 36, 6, [4] * 3, CPU)
+        images = TrainImages(train.paths, labels, TrainTransform((64, 32)), 0)
+        sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
+        (batch,) = load_epoch(images, sampler, CPU, 0)
+        trainer.backbone.fc_norm.eval()  # its statistics would be of a share
+        loss, figures = trainer.compare(trainer.parallel(batch.images), batch.labels)
+        loss.backward()
+        rows = gather_rows(batch.labels)
+        found = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        torch.save({"grads": found, "loss": figures["loss"].detach(), "labels": rows}, f"{out}_{trainer.rank}.pt")
+    return 0
+
+
+def test_two_processes_have_the_triplets_and_the_gradient_of_one(data, tmp_path):
+    _write_gradients(str(data), str(tmp_path / "one"))
+    one = torch.load(tmp_path / "one_0.pt", weights_only=True)
+    children = world(_write_gradients, str(data), str(tmp_path / "two"), folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    for rank in range(2):
+        two = torch.load(tmp_path / f"two_{rank}.pt", weights_only=True)
+        torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+        assert sorted(two["labels"].tolist()) == sorted(one["labels"].tolist())
+        assert two["grads"].keys() == one["grads"].keys()
+        for name, gradient in one["grads"].items():
+            torch.testing.assert_close(two["grads"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def _finetune(config: FinetuneConfig) -> int:
+    finetune(config)
+    return 0
+
+
+def test_a_run_of_two_processes_evaluates_and_exports_once(data, tmp_path):
+    config = finetune_config(data, tmp_path / "run", ids_per_batch=4, epochs=2)
+    children = world(_finetune, config, folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    scored = [r for r in metrics(tmp_path / "run") if "mAP" in r]
+    assert len(scored) == 1
+    model = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
+    assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(scored[0]["mAP"], abs=1e-4)
+    with pytest.raises(ValueError, match="ids_per_batch: 3 is not divided by 2 processes"):
+        _refuse(replace(config, ids_per_batch=3))
+
+
+def _refuse(config: FinetuneConfig) -> None:
+    trainer = object.__new__(SupervisedTrainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("passreid_models.training.trainer.world", lambda: (0, 2))
+        trainer.__init__(config, 36, 6, [4] * config.epochs, CPU)
+
+
+# ---- Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ""}, "data: expected a dataset"),
+        ({"init": ""}, "init: expected weights to begin with: .* random for none"),
+        ({"init": "nowhere/at/all"}, "init: expected weights of test_pass_vit: .* got 'nowhere/at/all'"),
+        ({"ids_per_batch": 7}, "ids_per_batch: 7 is more than the 6 identities"),
+        ({"freeze_blocks": 9}, "freeze_blocks: 9 is more than the 3 blocks"),
+        ({"triplet_weight": 0, "ids_per_batch": 30}, "a batch takes 60 images, and the training set has 36"),
+        ({"eval_data": "nowhere"}, "nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(data, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        finetune(finetune_config(options.pop("data", data), tmp_path / "run", **options))
+    assert files(tmp_path) == set()
+
+
+def test_data_without_queries_train_and_say_that_nothing_is_evaluated(data, tmp_path):
+    train = shutil.copytree(data, tmp_path / "market")
+    for folder in ("query", "bounding_box_test"):
+        for path in (train / folder).iterdir():
+            path.unlink()
+    finetune(finetune_config(train, tmp_path / "run", epochs=1))
+    assert "evaluation: none, there are no queries and gallery" in (tmp_path / "run" / "log.txt").read_text()
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    assert not any("mAP" in r for r in metrics(tmp_path / "run"))

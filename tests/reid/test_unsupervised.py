@@ -1,0 +1,373 @@
+"""Training without labels: clusters and what is done without them, going on, domain adaptation, mistakes."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+
+from passreid_models import Embedder, load_report
+from passreid_models.data.datasets import open_dataset
+from passreid_models.device import process_group
+from passreid_models.evaluation.evaluate import score
+from passreid_models.reid import unsupervised
+from passreid_models.reid.config import ClusterConfig
+from passreid_models.reid.pseudo_labels import cluster_features
+from passreid_models.reid.unsupervised import ClusterTrainer, cluster, compare_with_labels
+from passreid_models.training.warm_start import load_backbone
+from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps, write_persons
+from tests.tiny_runs import files, metrics, world
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KEYS = ClusterTrainer.state_keys
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_persons(tmp_path_factory.mktemp("persons") / "market")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """A run with a checkpoint at every step."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    cluster(cluster_config(data, out, save_minutes=0, keep=99))
+    return out
+
+
+def state_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+# ---- What a run leaves
+
+
+def test_the_export_is_the_descriptor_after_the_neck(whole, data):
+    model = timm.create_model(f"local-dir:{whole}/export", pretrained=True).eval()
+    assert load_report(model).missing == []
+    assert (model.neck, model.global_pool, model.blocks[-1].training) == ("single", "cat", False)
+    state = state_of(steps(whole)[-1])["model"]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    cfg = model.pretrained_cfg
+    assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
+    scored = [r for r in metrics(whole) if "mAP" in r]
+    assert [r["epoch"] for r in scored] == [1, 2]
+    assert score(model, open_dataset(data), CPU) == {k: scored[-1][k] for k in ("mAP", "rank1")}
+
+
+def test_config_json_says_how_the_weights_were_made(whole):
+    provenance = json.loads((whole / "export" / "config.json").read_text())["provenance"]
+    assert (provenance["method"], provenance["step"], provenance["config"]["eps"]) == ("cluster contrast", 6, 0.7)
+
+
+def test_each_epoch_reports_its_clusters_and_how_they_agree_with_the_labels(whole):
+    reports = [r for r in metrics(whole) if "clusters" in r]
+    assert [r["epoch"] for r in reports] == [0, 1]
+    for report, checkpoint in zip(reports, (steps(whole)[0], steps(whole)[3]), strict=True):
+        labels = state_of(checkpoint)["labels"].numpy()
+        assert report["clusters"] == labels.max() + 1 >= 2
+        assert report["outliers"] == pytest.approx((labels < 0).mean())
+        assert 0 < report["purity"] <= 1
+        assert -1 <= report["ari"] <= 1
+
+
+def test_the_clusters_of_an_epoch_are_those_of_the_descriptors_before_it(whole, data, tmp_path):
+    state = state_of(steps(whole)[2])  # the end of epoch 0
+    model = timm.create_model("test_pass_vit", neck="single", img_size=(64, 32)).eval()
+    model.load_state_dict(state["model"])
+    cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
+    features = F.normalize(Embedder(model, CPU)(open_dataset(data).train.paths), dim=1)
+    labels = cluster_features(features, eps=0.7, min_samples=2, k1=6, k2=3)
+    after = state_of(steps(whole)[3])
+    assert np.array_equal(after["labels"].numpy(), labels)
+    assert len(after["centroids"]) == labels.max() + 1
+    torch.testing.assert_close(after["centroids"].norm(dim=1), torch.ones(len(after["centroids"])))
+
+
+def test_the_memory_begins_with_the_normalised_means_of_the_clusters(data, tmp_path):
+    trainer = ClusterTrainer(cluster_config(data, tmp_path), 5, CPU)
+    features = F.normalize(torch.randn(5, 128), dim=1)
+    trainer.begin_epoch(torch.tensor([1, 0, -1, 1, 0]), features)
+    expected = torch.stack([features[[1, 4]].mean(0), features[[0, 3]].mean(0)])
+    torch.testing.assert_close(trainer.memory.centroids, F.normalize(expected, dim=1))
+
+
+def test_the_rate_falls_by_steps_of_epochs(data, tmp_path):
+    trainer = ClusterTrainer(cluster_config(data, tmp_path, epochs=5, lr=1.0, lr_step=2, lr_gamma=0.1), 5, CPU)
+    assert [trainer.lr(e, 1.0) for e in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_the_checkpoint_takes_its_statistics_along(whole):
+    model = load_backbone("test_pass_vit", str(steps(whole)[-1]), img_size=(64, 32), neck="")
+    cfg = model.pretrained_cfg
+    assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
+
+
+# ---- Going on
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])  # within an epoch, at its end, at the beginning of the next
+def test_a_run_goes_on_bit_for_bit_from_any_step(whole, data, tmp_path, at):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(steps(whole)[at], tmp_path / "run" / "checkpoints")
+    cluster(cluster_config(data, tmp_path / "run", resume="auto"))
+    expected, found = numbers(whole, KEYS), numbers(tmp_path / "run", KEYS)
+    if at == 3:  # after the evaluation of epoch 1, whose model may be the best and is not here
+        expected, found = ({k: v for k, v in x.items() if not k.startswith("/best")} for x in (expected, found))
+    assert_same(found, expected)
+
+
+# ---- Clusters and none
+
+
+def test_all_outliers_end_the_first_epoch_with_a_way_on(data, tmp_path):
+    with pytest.raises(ValueError, match=r"eps: 0 clusters of 36 images, 100% .* a larger --eps \(it is 0\.01\)"):
+        cluster(cluster_config(data, tmp_path / "run", eps=0.01, min_samples=9))
+
+
+def test_a_single_cluster_ends_the_first_epoch_with_a_way_on(data, tmp_path):
+    with pytest.raises(ValueError, match=r"eps: 1 cluster of 36 images, .* a smaller --eps \(it is 0\.999\) or --k1"):
+        cluster(cluster_config(data, tmp_path / "run", eps=0.999, k1=36))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_later_the_clusters_of_the_epoch_before_stay(data, tmp_path, monkeypatch, count):
+    real, calls = unsupervised.cluster_features, []
+
+    def find(features, *args):
+        calls.append(1)
+        return real(features, *args) if len(calls) == 1 else np.full(len(features), count - 1, dtype=np.int64)
+
+    monkeypatch.setattr(unsupervised, "cluster_features", find)
+    cluster(cluster_config(data, tmp_path / "run", save_minutes=0, keep=99))
+    assert len(calls) == 2
+    assert f"epoch 1: {count} cluster" in (tmp_path / "run" / "log.txt").read_text()
+    assert [r["clusters"] for r in metrics(tmp_path / "run") if "clusters" in r][1] == count
+    labels = [state_of(p)["labels"] for p in steps(tmp_path / "run")]
+    assert len(labels) == 6
+    assert all(torch.equal(x, labels[0]) for x in labels)
+
+
+def test_fewer_images_than_k1_end_with_a_way_on(data, tmp_path):  # each is a neighbour of all
+    with pytest.raises(ValueError, match=r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the images of a person"):
+        cluster(cluster_config(data, tmp_path / "run", k1=500))
+    assert "k1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_folder_without_labels_trains_and_reports_clusters_alone(data, tmp_path):
+    folder = tmp_path / "crops"
+    folder.mkdir()
+    for i, path in enumerate(sorted((data / "bounding_box_train").iterdir())):
+        shutil.copy(path, folder / f"{i}.jpg")
+    cluster(cluster_config(folder, tmp_path / "run", epochs=1))
+    (report,) = (r for r in metrics(tmp_path / "run") if "clusters" in r)
+    assert report.keys() == {"step", "epoch", "clusters", "outliers"}
+    assert not any("mAP" in r for r in metrics(tmp_path / "run"))
+    cluster(cluster_config(folder, tmp_path / "other", epochs=1, eval_data=str(data)))
+    assert any("mAP" in r for r in metrics(tmp_path / "other"))
+
+
+def test_an_unreadable_image_is_in_no_cluster(data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / "market")
+    first = min((broken / "bounding_box_train").iterdir())
+    first.write_bytes(b"no image")
+    cluster(cluster_config(broken, tmp_path / "run", epochs=1, max_unreadable=0.1))
+    assert state_of(steps(tmp_path / "run")[-1])["labels"][0] == -1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("left out: ") == log.count(first.name + ": ") == 1
+    with pytest.raises(ValueError, match=r"max_unreadable: 1 of 36 images cannot be read, more than 1\.00%"):
+        cluster(cluster_config(broken, tmp_path / "strict", epochs=1))
+
+
+def test_folders_are_not_evaluated_by_since_they_may_be_anything(data, tmp_path):
+    for path in (data / "bounding_box_train").iterdir():
+        camera = tmp_path / "crops" / path.name[5:7]
+        camera.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, camera)
+    cluster(cluster_config(tmp_path / "crops", tmp_path / "run", epochs=1))
+    assert not any("mAP" in r for r in metrics(tmp_path / "run"))
+    assert "folders are taken for identities in purity and ARI" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_purity_and_ari_worked_out_by_hand():
+    clusters, pids = np.array([0, 0, 0, 1, 1, -1, 1]), np.array([5, 5, 7, 7, 7, 7, -1])
+    found = compare_with_labels(clusters, pids)
+    assert found["purity"] == pytest.approx(4 / 5)  # 2 of 3, 2 of 2
+    # pairs together in both 1 + 1, in clusters 3 + 1, in identities 1 + 3, of 10: (2 - 1.6) / (4 - 1.6)
+    assert found["ari"] == pytest.approx(0.4 / 2.4)
+    assert compare_with_labels(clusters, np.full(7, -1)) == {}
+
+
+# ---- Domain adaptation
+
+
+def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path):
+    (tmp_path / "source.yaml").write_text(
+        yaml.safe_dump({"epochs": 1, "warmup_epochs": 0, "ids_per_batch": 3, "images_per_id": 2})
+    )
+    config = cluster_config(
+        data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"), lr=0.0, epochs=1
+    )
+    cluster(config)
+    source = timm.create_model(f"local-dir:{tmp_path}/run/source/export", pretrained=True)
+    adapted = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
+    assert all(torch.equal(v, adapted.state_dict()[k]) for k, v in source.state_dict().items())
+    provenance = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["provenance"]
+    assert provenance["init_provenance"]["method"] == "supervised re-ID"
+    assert "36 training images" in provenance["init_provenance"]["data"]
+    saved = ClusterConfig.from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
+    assert (saved.source, saved.init) == ("", f"{tmp_path}/run/source/export")  # run again, it begins where this did
+    before = files(tmp_path / "run")
+    cluster(ClusterConfig(**{**vars(config), "resume": "auto"}))
+    assert files(tmp_path / "run") == before
+
+
+def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tmp_path):
+    (tmp_path / "source.yaml").write_text("epoch: 3\n")
+    config = cluster_config(data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"))
+    with pytest.raises(ValueError, match="epoch: no such field"):
+        cluster(config)
+    (tmp_path / "source.yaml").write_text("- 3\n")
+    with pytest.raises(ValueError, match=r"source\.yaml holds no settings"):
+        cluster(config)
+    (tmp_path / "source.yaml").write_text("ids_per_batch: 9\nepochs: 2\n")
+    with pytest.raises(ValueError, match=r"source .*market: ids_per_batch: 9 is more than the 6 .*--source-config"):
+        cluster(config)
+    (tmp_path / "source.yaml").write_text("a: [")
+    broken = r"source_config: expected a YAML file or one of .*laptop, got .*source\.yaml: while parsing"
+    with pytest.raises(ValueError, match=broken):
+        cluster(config)
+    with pytest.raises(ValueError, match=r"source_config: expected a YAML file .*: .*No such file .*none\.yaml"):
+        cluster(replace(config, source_config="none.yaml"))
+    with pytest.raises(ValueError, match="source_config: expected a source to go with it"):
+        cluster_config(data, tmp_path / "run", source_config="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "nowhere"}, "nowhere: no such file or folder"),
+        ({"eval_data": "nowhere"}, "nowhere: no such file or folder"),
+        ({"init": ""}, "init: expected weights to begin with"),
+    ],
+)
+def test_what_is_wrong_with_the_target_is_told_before_the_source_is_trained_on(data, tmp_path, options, message):
+    config = cluster_config(options.pop("data", data), tmp_path / "run", source=str(data), **options)
+    with pytest.raises((ValueError, OSError), match=message):
+        cluster(config)
+    assert files(tmp_path) == set()
+
+
+def test_another_run_in_the_folder_is_told_before_the_source_is_trained_on(whole, data):
+    before = files(whole)
+    with pytest.raises(ValueError, match="holds a run"):
+        cluster(cluster_config(data, whole, source=str(data)))
+    assert files(whole) == before
+
+
+# ---- Processes and mistakes
+
+
+def _cluster(config: ClusterConfig) -> int:
+    cluster(config)
+    return 0
+
+
+def test_two_processes_have_the_same_clusters_and_memory(data, tmp_path):
+    config = cluster_config(data, tmp_path / "run", epochs=2, save_minutes=0, keep=99)
+    children = world(_cluster, config, folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    reports = [r for r in metrics(tmp_path / "run") if "clusters" in r]
+    assert len(reports) == 2
+    alone = tmp_path / "alone"
+    cluster(cluster_config(data, alone, epochs=1, save_minutes=0, keep=99))
+    first, of_one = (state_of(steps(run)[0]) for run in (tmp_path / "run", alone))
+    assert torch.equal(first["labels"], of_one["labels"])
+    scored = [r["mAP"] for r in metrics(tmp_path / "run") if "mAP" in r]
+    model = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
+    assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(
+        scored[-1], abs=1e-4
+    )  # of one set of statistics
+
+
+def _write_memory(out: str) -> int:
+    """The memory after a step on this process's share of eight images."""
+    with process_group("cpu"):
+        trainer = ClusterTrainer(cluster_config("unused", Path(out)), 8, CPU)
+        generator = torch.Generator().manual_seed(0)
+        features, outputs = (torch.randn(8, 128, generator=generator) for _ in range(2))
+        labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+        trainer.begin_epoch(labels, features)
+        share = slice(trainer.rank * 8 // trainer.world_size, (trainer.rank + 1) * 8 // trainer.world_size)
+        trainer.after_step(outputs[share], labels[share])
+        torch.save(trainer.memory.centroids, f"{out}_{trainer.rank}.pt")
+    return 0
+
+
+def test_the_memory_moves_by_the_images_of_all_processes(tmp_path):
+    _write_memory(str(tmp_path / "one"))
+    children = world(_write_memory, str(tmp_path / "two"), folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+    one = torch.load(tmp_path / "one_0.pt", weights_only=True)
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"two_{rank}.pt", weights_only=True), one)
+
+
+def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(unsupervised, "world", lambda: (0, 3))
+    for options in ({}, {"source": str(data)}):
+        with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divided by 3 processes"):
+            cluster(cluster_config(data, tmp_path / "run", **options))
+    assert files(tmp_path) == set()
+
+
+def test_an_outlier_in_place_of_an_image_that_cannot_be_read_any_more_does_not_count(data, tmp_path):
+    trainer = ClusterTrainer(cluster_config(data, tmp_path), 4, CPU)
+    features, outputs = torch.randn(2, 4, 128)
+    trainer.begin_epoch(torch.tensor([0, 0, 1, 1]), features)
+    expected, _ = trainer.compare(outputs[:3], torch.tensor([0, 0, 1]))
+    loss, _ = trainer.compare(outputs, torch.tensor([0, 0, 1, -1]))
+    assert torch.equal(loss, expected)
+    trainer.after_step(outputs, torch.tensor([0, 0, -1, -1]))
+    assert torch.equal(trainer.memory.centroids[1], torch.nn.functional.normalize(features[2:].mean(0), dim=0))
+
+
+def test_two_processes_adapt_from_a_source_without_an_evaluation_between(data, tmp_path):
+    (tmp_path / "source.yaml").write_text("{epochs: 1, ids_per_batch: 2, images_per_id: 2, eval_epochs: 0}")
+    config = cluster_config(
+        data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"), epochs=1
+    )
+    children = world(_cluster, config, folder=tmp_path / "printed")
+    assert [child.wait() for child in children] == [0, 0], children[0].output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": ""}, "data: expected a dataset"),
+        ({"init": ""}, "init: expected weights to begin with"),
+        ({"data": "nowhere"}, "nowhere: no such file or folder"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(data, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        cluster(cluster_config(options.pop("data", data), tmp_path / "run", **options))
+    assert files(tmp_path) == set()
+
+
+def test_the_configuration_of_fine_tuning_is_what_both_share(data, tmp_path):
+    config = cluster_config(data, tmp_path / "run", source="market/", seed=5, fusion="mean")
+    found = unsupervised._source_config(config)
+    assert (found.data, found.out, found.resume) == ("market/", f"{tmp_path}/run/source", "auto")
+    assert (found.seed, found.fusion, found.neck, found.size) == (5, "mean", "multi", (64, 32))
+    assert found.epochs == 120
+    assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
+    assert finetune_config(data, tmp_path).epochs == 3

@@ -1,0 +1,386 @@
+"""Ranking and its scores: the official values, cases worked out by hand, and what must hold for any descriptors."""
+
+import numpy as np
+import plain
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from passreid_models.retrieval import RetrievalMetrics, evaluate, evaluate_distances, metrics, rank
+from tests import GOLDEN
+
+NAN = float("nan")
+ONE_ROW = 1e-6  # MB: less than a row takes
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "retrieval.safetensors")
+
+
+def scores(golden: dict[str, Tensor], order: Tensor | slice = slice(None), **options: float) -> RetrievalMetrics:
+    gallery = [golden[f"gallery_{name}"][order] for name in ("features", "pids", "camids")]
+    query = [golden[f"query_{name}"] for name in ("features", "pids", "camids")]
+    return evaluate(query[0], gallery[0], query[1], gallery[1], query[2], gallery[2], **options)
+
+
+def line(cosines: list[float]) -> Tensor:
+    """Unit vectors of the plane with these cosines to (1, 0), longest first to show that lengths do not count."""
+    x = torch.tensor(cosines, dtype=torch.float64)
+    vectors = torch.stack([x, (1 - x * x).sqrt()], dim=1)
+    return (vectors * torch.linspace(9, 1, len(cosines), dtype=torch.float64)[:, None]).float()
+
+
+# ---- Official values
+
+
+def test_map_and_cmc_are_exactly_those_of_the_official_evaluation(golden):
+    found = scores(golden)
+    assert found.mAP == golden["mAP"].item()
+    assert torch.equal(found.cmc, golden["cmc"])
+    assert found.rank1 == golden["cmc"][0].item()
+
+
+def test_distances_score_exactly_as_the_official_evaluation_of_them(golden):
+    ids = [golden[k] for k in ("query_pids", "gallery_pids", "query_camids", "gallery_camids")]
+    from_distances = evaluate_distances(golden["distance"], *ids)
+    assert from_distances.mAP == golden["mAP"].item()
+    assert torch.equal(from_distances.cmc, golden["cmc"])
+
+
+def test_the_plain_evaluation_of_the_benchmark_is_the_official_one(golden):
+    keys = ("query_features", "gallery_features", "query_pids", "gallery_pids", "query_camids", "gallery_camids")
+    plain_map, plain_cmc = plain.plain_evaluate(*(golden[k].numpy() for k in keys))
+    assert plain_map == golden["mAP"].item()
+    assert np.array_equal(plain_cmc, golden["cmc"].numpy())
+
+
+def test_queries_without_a_match_under_another_camera_are_not_counted(golden):
+    q_pids, q_cams = golden["query_pids"][:, None], golden["query_camids"][:, None]
+    matches = (q_pids == golden["gallery_pids"]) & (q_cams != golden["gallery_camids"])
+    counted = int(matches.any(dim=1).sum())
+    assert 0 < counted < len(q_pids)  # or this would prove nothing
+    assert scores(golden).num_queries == counted
+
+
+# ---- By hand
+
+
+def test_average_precision_of_a_ranking_worked_out_by_hand():
+    # By similarity: 0.9 same person and camera (left out), 0.8 other, 0.7 match, 0.6 junk (left out), 0.5 other,
+    # 0.4 match. Kept: other, match, other, match. AP = (1/2 + 2/4) / 2, the first match at rank 2.
+    gallery = line([0.4, 0.9, 0.5, 0.6, 0.8, 0.7])
+    found = evaluate(line([1.0]), gallery, [7], [7, 7, 3, -1, 2, 7], [1], [2, 1, 1, 2, 2, 3], max_rank=5)
+    assert found.mAP == 0.5
+    assert found.mINP == 2 / 4  # 2 matches, the last at rank 4
+    assert found.cmc.tolist() == [0, 1, 1, 1, 1]
+    assert found.num_queries == 1
+
+
+def test_map_and_cmc_are_means_over_the_counted_queries():
+    # Query 0: match first, AP 1. Query 1: match at rank 3, AP 1/3. Query 2: its person is not in the gallery.
+    gallery = line([0.9, 0.8, 0.7])
+    found = evaluate(line([1, 1, 1]), gallery, [1, 3, 9], [1, 2, 3], [0, 0, 0], [1, 1, 1], max_rank=3)
+    assert found.mAP == pytest.approx((1 + 1 / 3) / 2, abs=1e-12)
+    assert found.cmc.tolist() == [0.5, 0.5, 1.0]
+    assert found.num_queries == 2
+    assert found.average_precision[:2].tolist() == pytest.approx([1, 1 / 3], abs=1e-15)
+    assert found.average_precision.isnan().tolist() == [False, False, True]
+    assert found.first_match.tolist() == [1, 3, 0]
+    assert (found.rank1, found.rank(2), found.rank(3)) == (0.5, 0.5, 1.0)
+
+
+def test_same_person_under_the_same_camera_is_left_out_but_others_of_that_camera_are_not():
+    found = evaluate(line([1.0]), line([0.9, 0.8, 0.7]), [1], [1, 2, 1], [0], [0, 0, 1], max_rank=2)
+    assert found.cmc.tolist() == [0, 1]  # the camera's person 2 stands before the match
+
+
+@pytest.mark.parametrize("counts", ["_counts_by_row", "_counts_at_once"])
+def test_equal_similarities_are_scored_in_the_order_of_the_gallery(counts, monkeypatch):
+    monkeypatch.setattr(metrics, "_counts_by_row", getattr(metrics, counts))
+    same = torch.ones(6, 3)
+    # index 3 is left out by its camera, index 4 is junk: neither takes a rank
+    found = evaluate(torch.ones(1, 3), same, [1], [2, 1, 3, 1, -1, 1], [0], [1, 1, 1, 0, 1, 1], max_rank=3)
+    assert found.mAP == (1 / 2 + 2 / 4) / 2
+    assert found.cmc.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("budget_mb", [256, ONE_ROW])
+def test_copies_of_an_image_are_ranked_by_index_whatever_the_library_makes_of_them(budget_mb):
+    # numpy's product gives equal columns other last bits, depending on where they stand
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(5, 24, generator=generator)[torch.arange(100) % 5]
+    ranking = rank(torch.randn(40, 24, generator=generator), gallery, topk=100, budget_mb=budget_mb)
+    assert (ranking.indices.view(40, 5, 20).diff(dim=2) == 5).all()
+
+
+# ---- Data without cameras
+
+
+def test_without_cameras_only_the_querys_own_image_is_left_out():
+    # Images 0 and 2 are of person 1, 1 of person 2; each is a query against all three.
+    gallery = line([1.0, 0.9, 0.6])
+    alone = evaluate(gallery[[0, 2]], gallery, [1, 1], [1, 2, 1], own=[0, 2], max_rank=3)
+    assert alone.average_precision.tolist() == [0.5, 0.5]  # of 0: 1, 2; of 2: 1, 0
+    assert alone.first_match.tolist() == [2, 2]
+    assert evaluate(gallery[[0, 2]], gallery, [1, 1], [1, 2, 1], max_rank=3).rank1 == 1.0  # each found itself
+
+
+def test_a_query_that_is_not_in_the_gallery_has_no_own_image():
+    gallery = line([1.0, 0.9, 0.6])
+    found = evaluate(gallery[[0, 0]], gallery, [1, 1], [1, 2, 1], own=[-1, 0], max_rank=3)
+    assert found.first_match.tolist() == [1, 2]
+
+
+def test_the_own_image_is_left_out_beside_the_camera_and_whatever_its_label():
+    # own row 0 bears another identity by mistake, row 1 is of the query's camera: the match at row 3 has rank 2
+    found = evaluate(line([1.0]), line([1.0, 0.9, 0.8, 0.7]), [1], [5, 1, 2, 1], [0], [1, 0, 1, 1], own=[0], max_rank=4)
+    assert found.first_match.tolist() == [2]
+
+
+def test_all_images_against_all_score_as_each_against_the_others(golden):
+    x, pids = golden["gallery_features"][:60], golden["gallery_pids"][:60]
+    found = evaluate(x, x, pids, pids, own=torch.arange(60))
+    for i in range(60):
+        others = torch.arange(60) != i
+        if (pids[others] == pids[i]).any():
+            one = evaluate(x[i : i + 1], x[others], pids[i : i + 1], pids[others])
+            assert found.average_precision[i] == one.mAP
+        else:
+            assert found.average_precision[i].isnan()
+
+
+def test_cmc_is_as_long_as_asked_for_even_when_the_gallery_is_shorter():
+    found = evaluate(line([1.0]), line([0.9, 0.8]), [1], [2, 1], [0], [1, 1], max_rank=6)
+    assert found.cmc.tolist() == [0, 1, 1, 1, 1, 1]
+
+
+# ---- Properties
+
+
+def test_scores_do_not_depend_on_the_order_of_the_gallery(golden):
+    order = torch.randperm(len(golden["gallery_pids"]), generator=torch.Generator().manual_seed(0))
+    permuted, found = scores(golden, order), scores(golden)
+    assert permuted.mAP == pytest.approx(found.mAP, abs=1e-12)
+    assert torch.equal(permuted.cmc, found.cmc)
+
+
+@pytest.mark.parametrize("budget_mb", [ONE_ROW, 0.02, 1000])
+def test_scores_do_not_depend_on_the_budget(golden, budget_mb):
+    found = scores(golden, budget_mb=budget_mb)
+    assert found.mAP == pytest.approx(golden["mAP"].item(), abs=1e-12)
+    assert torch.equal(found.cmc, golden["cmc"])
+    assert found.num_queries == scores(golden).num_queries
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distractors_never_raise_map_or_cmc(golden, seed):
+    noise = torch.randn(100, 16, generator=torch.Generator().manual_seed(seed))
+    count = torch.zeros(100, dtype=torch.int64)
+    more = dict(golden)
+    for name, rows in (("features", noise), ("pids", count), ("camids", count)):
+        more[f"gallery_{name}"] = torch.cat([golden[f"gallery_{name}"], rows])
+    crowded, found = scores(more), scores(golden)
+    assert crowded.mAP < found.mAP
+    assert (crowded.cmc <= found.cmc).all()
+    assert crowded.num_queries == found.num_queries
+
+
+def test_junk_is_ignored_wherever_it_ranks(golden):
+    copies = {f"gallery_{k}": golden[f"query_{k}"] for k in ("features", "camids")}  # as near as can be
+    copies["gallery_pids"] = torch.full_like(golden["query_pids"], -1)
+    junk = {k: torch.cat([v, golden[k]]) for k, v in copies.items()}
+    found = scores({**golden, **junk})
+    assert found.mAP == golden["mAP"].item()
+    assert torch.equal(found.cmc, golden["cmc"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("counts", ["_counts_by_row", "_counts_at_once"])
+def test_scores_are_those_of_a_stable_sort_where_many_similarities_are_equal(seed, counts, monkeypatch):
+    monkeypatch.setattr(metrics, "_counts_by_row", getattr(metrics, counts))
+    rng = np.random.default_rng(seed)
+    query, gallery = rng.integers(-1, 2, (20, 3)).astype(np.float32), rng.integers(-1, 2, (70, 3)).astype(np.float32)
+    gallery[::9] = NAN
+    q_pids, g_pids = rng.integers(0, 4, 20), rng.integers(-1, 4, 70)
+    q_cams, g_cams = rng.integers(0, 3, 20), rng.integers(0, 3, 70)
+    distances = ((query[:, None] - gallery) ** 2).sum(axis=2)
+    expected, first = np.full(20, NAN), np.zeros(20, dtype=int)
+    for q in range(20):
+        order = np.argsort(distances[q], kind="stable")  # NaN last
+        kept = order[(g_pids[order] != -1) & ~((g_pids[order] == q_pids[q]) & (g_cams[order] == q_cams[q]))]
+        ranks = np.flatnonzero(g_pids[kept] == q_pids[q]) + 1
+        if len(ranks):
+            expected[q], first[q] = (np.arange(1, len(ranks) + 1) / ranks).mean(), ranks[0]
+    ids = torch.tensor(q_pids), torch.tensor(g_pids), torch.tensor(q_cams), torch.tensor(g_cams)
+    descriptors = torch.from_numpy(query), torch.from_numpy(gallery)
+    for budget_mb in (256, ONE_ROW):
+        found = evaluate(*descriptors, *ids, metric="euclidean", budget_mb=budget_mb)
+        np.testing.assert_allclose(found.average_precision, expected, rtol=0, atol=1e-15)
+        assert found.first_match.tolist() == first.tolist()
+    assert evaluate_distances(torch.from_numpy(distances), *ids).first_match.tolist() == first.tolist()
+
+
+def test_features_that_tell_persons_apart_score_one():
+    pids = np.repeat(np.arange(6), 4)
+    camids = np.tile(np.arange(4), 6)
+    perfect, is_query = torch.eye(6)[pids], camids == 0
+    found = evaluate(
+        perfect[is_query], perfect[~is_query], pids[is_query], pids[~is_query], camids[is_query], camids[~is_query]
+    )
+    assert (found.mAP, found.rank1, found.num_queries) == (1.0, 1.0, 6)
+    assert found.cmc.eq(1).all()
+
+
+def test_ids_may_be_lists_arrays_or_tensors(golden):
+    ids = [golden[k] for k in ("query_pids", "gallery_pids", "query_camids", "gallery_camids")]
+    features = golden["query_features"], golden["gallery_features"]
+    for convert in (Tensor.tolist, Tensor.numpy, Tensor.clone):
+        assert evaluate(*features, *map(convert, ids)).mAP == golden["mAP"].item()
+
+
+def test_unreadable_gallery_images_count_as_ranked_last():
+    gallery = torch.cat([line([0.2, 0.9]), torch.full((1, 2), NAN), line([0.5])])
+    found = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
+    assert found.mAP == 1 / 4
+    assert found.cmc.tolist() == [0, 0, 0, 1]
+
+
+# ---- rank
+
+
+def test_rank_gives_the_indices_and_cosines_of_the_nearest_first():
+    ranking = rank(line([1.0]), line([0.2, 0.9, -0.5, 0.6]), topk=3)
+    assert ranking.indices.tolist() == [[1, 3, 0]]
+    assert torch.allclose(ranking.similarities, torch.tensor([[0.9, 0.6, 0.2]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("budget_mb", [ONE_ROW, 0.05, 1000])
+def test_rank_agrees_with_the_official_distances_whatever_the_budget(golden, budget_mb):
+    ranking = rank(golden["query_features"], golden["gallery_features"], topk=200, budget_mb=budget_mb)
+    official = 1 - golden["distance"].gather(1, ranking.indices) / 2  # squared distance of unit vectors
+    assert torch.allclose(ranking.similarities, official, atol=1e-5)
+    assert (ranking.similarities.diff(dim=1) <= 0).all()
+    assert torch.equal(ranking.indices.sort(dim=1).values, torch.arange(200).expand(40, -1))
+
+
+def test_rank_orders_equal_similarities_by_gallery_index():
+    gallery = torch.eye(3)[[1, 0, 2, 0, 1, 0]]
+    ranking = rank(torch.eye(3)[:2], gallery, topk=6)
+    assert ranking.indices.tolist() == [[1, 3, 5, 0, 2, 4], [0, 4, 1, 2, 3, 5]]
+
+
+def test_rank_takes_a_single_descriptor():
+    ranking = rank(line([1.0])[0], line([0.2, 0.9]), topk=1)
+    assert ranking.indices.tolist() == [[1]]
+
+
+def test_rank_gives_the_whole_gallery_when_it_is_smaller_than_topk():
+    assert rank(line([1.0]), line([0.2, 0.9]), topk=5).indices.tolist() == [[1, 0]]
+
+
+def test_rank_of_no_queries_is_empty_with_the_right_width():
+    for topk, width in ((2, 2), (5, 3)):
+        ranking = rank(torch.empty(0, 2), line([0.2, 0.9, 0.1]), topk=topk)
+        assert ranking.indices.shape == ranking.similarities.shape == (0, width)
+        assert ranking.indices.dtype == torch.int64
+
+
+def test_rank_puts_unreadable_images_last():
+    gallery = torch.cat([torch.full((1, 2), NAN), line([-0.9, 0.3])])
+    ranking = rank(line([1.0]), gallery, topk=3)
+    assert ranking.indices.tolist() == [[2, 1, 0]]
+    assert ranking.similarities[0, 2] == -torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_rank_takes_any_floating_type_and_compares_in_float32(dtype):
+    ranking = rank(line([1.0]).to(dtype), line([0.2, 0.9, 0.6]).to(dtype), topk=3)
+    assert ranking.indices.tolist() == [[1, 2, 0]]
+    assert ranking.similarities.dtype == torch.float32
+
+
+def test_rank_and_evaluate_leave_their_arguments_as_they_are(golden):
+    before = {k: v.clone() for k, v in golden.items()}
+    rank(golden["query_features"], golden["gallery_features"])
+    scores(golden)
+    assert all(torch.equal(before[k], v) for k, v in golden.items())
+
+
+# ---- Errors
+
+
+@pytest.mark.parametrize(
+    ("query", "gallery"), [((2, 3), (4, 5)), ((2, 3), (0, 3)), ((2, 3), (3,)), ((2, 2, 3), (4, 3)), ((5,), (4, 3))]
+)
+def test_shapes_that_do_not_match_are_refused_with_both_shapes(query, gallery):
+    with pytest.raises(ValueError, match=r"expected descriptors \[Q, C\] and \[G, C\]") as e:
+        rank(torch.zeros(query), torch.zeros(gallery))
+    assert str(gallery) in str(e.value)
+
+
+@pytest.mark.parametrize("budget_mb", [0, -1, NAN])
+def test_a_budget_of_nothing_is_refused(golden, budget_mb):
+    with pytest.raises(ValueError, match="budget_mb must be more than 0 MB"):
+        scores(golden, budget_mb=budget_mb)
+
+
+def test_cameras_of_one_side_only_are_refused_by_name(golden):
+    features = golden["query_features"], golden["gallery_features"]
+    with pytest.raises(ValueError, match="gallery_camids is missing: give the cameras of both"):
+        evaluate(*features, golden["query_pids"], golden["gallery_pids"], golden["query_camids"])
+
+
+@pytest.mark.parametrize("row", [-2, 3])
+def test_an_own_image_outside_the_gallery_is_refused(row):
+    with pytest.raises(ValueError, match=r"own must hold rows of the gallery, 0 to 2, or -1"):
+        evaluate(torch.eye(3), torch.eye(3), [1, 1, 1], [1, 1, 1], own=[0, 1, row])
+
+
+def test_ranks_beyond_the_curve_are_refused(golden):
+    with pytest.raises(ValueError, match="rank must be 1 to 5"):
+        scores(golden, max_rank=5).rank(6)
+
+
+def test_ids_that_are_no_whole_numbers_are_refused(golden):
+    with pytest.raises(ValueError, match="query_pids must hold whole numbers, got float32"):
+        scores({**golden, "query_pids": golden["query_pids"].float()})
+
+
+@pytest.mark.parametrize("topk", [0, -1])
+def test_topk_below_one_is_refused(topk):
+    with pytest.raises(ValueError, match=f"topk must be 1 or more, got {topk}"):
+        rank(torch.eye(2), torch.eye(2), topk=topk)
+
+
+@pytest.mark.parametrize("wrong", ["query_pids", "gallery_pids", "query_camids", "gallery_camids"])
+def test_ids_of_another_number_are_refused_by_name(golden, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} must hold one entry an image"):
+        scores({**golden, wrong: golden[wrong][:-1]})
+
+
+def test_data_of_one_camera_is_refused_with_the_likely_cause():
+    with pytest.raises(ValueError, match=r"is this data of a single camera.* leave the cameras out"):
+        evaluate(torch.eye(2), torch.eye(2), [1, 2], [1, 2], [0, 0], [0, 0])
+    with pytest.raises(ValueError, match="besides its own image: are their identities disjoint"):
+        evaluate(torch.eye(2), torch.eye(2), [1, 2], [1, 2], own=[0, 1])
+
+
+def test_junk_queries_have_no_matches():
+    found = evaluate(line([1, 1]), line([0.9, 0.8]), [-1, 1], [-1, 1], max_rank=2)
+    assert found.first_match.tolist() == [0, 1]
+
+
+def test_euclidean_ranks_by_distance_and_agrees_with_cosine_on_unit_vectors():
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    found = rank(query, gallery, topk=40, metric="euclidean")
+    distances = torch.cdist(query, gallery)
+    assert torch.equal(found.indices, distances.argsort(dim=1, stable=True))
+    torch.testing.assert_close(-found.similarities, distances.sort(dim=1).values.square(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found.indices, rank(query, gallery, topk=40).indices)
+    units = [torch.nn.functional.normalize(x, dim=1) for x in (query, gallery)]
+    assert torch.equal(rank(*units, topk=40, metric="euclidean").indices, rank(*units, topk=40).indices)
+    with pytest.raises(ValueError, match="'cosine' or 'euclidean', got 'l1'"):
+        rank(query, gallery, metric="l1")

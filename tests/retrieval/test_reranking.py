@@ -1,0 +1,151 @@
+"""k-reciprocal re-ranking: the official values, the dense reading of the paper, and the edges."""
+
+import logging
+import sys
+
+import numpy as np
+import plain
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from passreid_models.retrieval import evaluate, evaluate_distances, rerank
+from tests import GOLDEN
+
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "retrieval.safetensors")
+
+
+def persons(seed: int, count: int, width: int = 12, noise: float = 0.7) -> Tensor:
+    """Descriptors of persons with some 6 images each."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((max(1, count // 6), width))
+    return torch.from_numpy(centres[rng.integers(0, len(centres), count)] + noise * rng.standard_normal((count, width)))
+
+
+def corners(seed: int, count: int) -> Tensor:
+    """Descriptors of +-1, few enough to be alike often: products are exact, and ties are everywhere."""
+    x = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], (count, 4))).float()
+    return torch.cat([x, x, x, x], dim=1)  # of length 4
+
+
+def test_distances_are_those_of_the_official_code(golden):
+    found = rerank(golden["query_features"], golden["gallery_features"])
+    assert found.shape == (40, 200)
+    assert (found.dense() - golden["reranked_distance"]).abs().max() < 5e-3  # it computes in float16
+
+
+def test_scores_are_those_of_the_official_code(golden):
+    ids = [golden[k] for k in ("query_pids", "gallery_pids", "query_camids", "gallery_camids")]
+    found = evaluate_distances(rerank(golden["query_features"], golden["gallery_features"]), *ids)
+    assert found.mAP == pytest.approx(golden["reranked_mAP"].item(), abs=1e-3)
+    assert torch.equal(found.cmc, golden["reranked_cmc"])
+    assert found.mAP > evaluate(golden["query_features"], golden["gallery_features"], *ids).mAP + 0.1
+
+
+def test_the_plain_reading_of_the_benchmark_is_the_official_one(golden):
+    found = plain.plain_rerank(golden["query_features"].numpy(), golden["gallery_features"].numpy(), 20, 6, 0.3)
+    assert np.abs(found - golden["reranked_distance"].numpy()).max() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("k1", "k2", "lambda_value"), [(20, 6, 0.3), (7, 1, 0.0), (5, 9, 0.5), (1, 1, 0.3), (2, 3, 1.0)]
+)
+@pytest.mark.parametrize("make", [persons, corners])
+@pytest.mark.parametrize("seed", range(3))
+def test_sparse_distances_are_the_dense_ones(seed, make, k1, k2, lambda_value):
+    x = make(seed, 60).float()
+    found = rerank(x[:20], x[20:], k1, k2, lambda_value).dense()
+    expected = plain.plain_rerank(x[:20].numpy(), x[20:].numpy(), k1, k2, lambda_value)
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+def test_without_the_jaccard_distance_the_ranking_is_that_of_the_descriptors():
+    x = persons(0, 60)
+    found = rerank(x[:20], x[20:], lambda_value=1.0).dense()
+    cosines = torch.nn.functional.cosine_similarity(x[:20, None], x[None, 20:], dim=2)
+    farthest = torch.nn.functional.cosine_similarity(x[:20, None], x[None], dim=2).amin(dim=1, keepdim=True)
+    torch.testing.assert_close(found, ((1 - cosines) / (1 - farthest)).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_euclidean_is_cosine_on_unit_vectors_and_counts_lengths_on_others():
+    x = torch.nn.functional.normalize(persons(1, 80), dim=1)
+    units = rerank(x[:30], x[30:], metric="euclidean").dense()
+    torch.testing.assert_close(units, rerank(x[:30], x[30:]).dense(), rtol=0, atol=1e-5)
+    longer = x * torch.linspace(0.5, 2, 80)[:, None]
+    assert (rerank(longer[:30], longer[30:], metric="euclidean").dense() - units).abs().max() > 0.1
+    torch.testing.assert_close(rerank(longer[:30], longer[30:]).dense(), units, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget_mb", [1e-6, 0.02])
+def test_distances_do_not_depend_on_the_budget(budget_mb):
+    x = persons(5, 60)
+    found = rerank(x[:20], x[20:], budget_mb=budget_mb).dense()
+    torch.testing.assert_close(found, rerank(x[:20], x[20:]).dense(), rtol=0, atol=1e-6)
+
+
+def test_rows_are_those_of_the_dense_matrix_and_can_be_asked_for_in_any_order(golden):
+    found = rerank(golden["query_features"], golden["gallery_features"])
+    dense = found.dense()
+    for start, stop in ((25, 40), (0, 3), (7, 8), (5, 5)):
+        torch.testing.assert_close(found.rows(start, stop), dense[start:stop], rtol=0, atol=1e-6)
+    kept = found.rows(0, 2)
+    found.rows(2, 4)
+    torch.testing.assert_close(kept, dense[:2], rtol=0, atol=1e-6)  # no memory is shared between calls
+
+
+def test_distances_follow_the_gallery_when_it_is_permuted(golden):
+    query, gallery = golden["query_features"], golden["gallery_features"]
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        rerank(query, gallery[order]).dense(), rerank(query, gallery).dense()[:, order], rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 15, 20])
+def test_fewer_images_than_neighbours_take_all_and_say_so(count, caplog):
+    x = persons(2, count).float()
+    with caplog.at_level(logging.WARNING):
+        found = rerank(x[:1], x[1:]).dense()
+    assert f"re-ranking of {count} images: k1 is {count - 1} instead of 20" in caplog.text
+    assert np.abs(found.numpy() - plain.plain_rerank(x[:1].numpy(), x[1:].numpy(), count - 1, 6, 0.3)).max() < 1e-5
+
+
+def test_unreadable_images_rank_last_and_change_no_others():
+    x = persons(3, 90)
+    broken = torch.cat([x, torch.full((3, 12), NAN, dtype=x.dtype)])
+    found, whole = rerank(x[:30], broken[30:]).dense(), rerank(x[:30], x[30:]).dense()
+    assert found[:, 60:].isposinf().all()
+    torch.testing.assert_close(found[:, :60], whole, rtol=0, atol=1e-6)
+
+
+def test_images_that_are_all_alike_are_at_distance_zero():
+    assert rerank(torch.ones(3, 4), torch.ones(30, 4), k1=32).dense().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k1": 0}, "k1 must be 1 or more, got 0"),
+        ({"k2": 0}, "k2 must be 1 or more, got 0"),
+        ({"lambda_value": 1.5}, r"lambda_value must be in 0\.\.1, got 1\.5"),
+        ({"metric": "l1"}, "'cosine' or 'euclidean', got 'l1'"),
+        ({"budget_mb": 0}, "budget_mb must be more than 0 MB"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        rerank(torch.eye(30)[:10], torch.eye(30)[10:], **options)
+
+
+def test_a_missing_scipy_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(
+        ValueError, match=r're-ranking and clustering need scipy: pip install "passreid-models\[reid\]"'
+    ):
+        rerank(torch.eye(4)[:2], torch.eye(4)[2:], k1=2)

@@ -1,0 +1,282 @@
+"""RunFolder: checkpoints that are whole or not there, one process at a time, and a log without steps made twice."""
+
+import json
+import logging
+import resource
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from passreid_models.checkpoints.read import CheckpointError
+from passreid_models.training.folder import RunFolder
+
+HOLD = """import sys, time, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    run = RunFolder(tmp_path / "runs" / "a")
+    run.open()
+    yield run
+    run.close()
+
+
+def state(step: int) -> dict[str, Any]:
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(step))
+    return {
+        "config": {"size": [256, 128], "areas": None, "lr": 1e-4}, "step": step, "student": {"w": weights},
+        "teacher": {"w": weights / 2}, "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
+        "centers": torch.zeros(2, 3),
+    }  # fmt: skip
+
+
+def names(run: RunFolder) -> list[str]:
+    """All that is in the folder of the checkpoints, hidden files too."""
+    return sorted(p.name for p in run.checkpoint_folder.iterdir())
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "other": b"no checkpoint"}[how])
+
+
+# ---- Saving
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(folder):
+    path = folder.save(state(120), keep=2)
+    assert path == folder.latest() == folder.checkpoint_folder / "step_000000120.pt"
+    found = folder.load(path)
+    expected = state(120)
+    assert found.keys() == expected.keys()
+    assert found["config"] == expected["config"]
+    assert found["step"] == 120
+    assert torch.equal(found["student"]["w"], expected["student"]["w"])
+    assert torch.equal(found["optimizer"]["state"][0]["step"], torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_are_kept_and_nothing_else_stays(folder, keep):
+    for step in (1, 9, 10, 99, 100, 1000):
+        folder.save(state(step), keep)
+    kept = [1, 9, 10, 99, 100, 1000][-keep:]
+    assert names(folder) == [f"step_{step:09d}.pt" for step in kept]
+    assert [p.name for p in folder.checkpoints()] == names(folder)
+    assert folder.latest().name == f"step_{1000:09d}.pt"
+
+
+def test_saving_the_same_step_again_replaces_it(folder):
+    folder.save(state(3), keep=2)
+    folder.save({**state(3), "centers": torch.ones(2, 3)}, keep=2)
+    assert names(folder) == ["step_000000003.pt"]
+    assert folder.load(folder.latest())["centers"].eq(1).all()
+
+
+def test_what_was_just_saved_is_never_deleted_though_a_later_one_is_there(folder):
+    for step in (1, 2, 3):
+        folder.save(state(step), keep=3)
+    damage(folder.latest(), "cut")  # so that the run goes on from step 2 or 1
+    path = folder.save(state(2), keep=1)
+    assert names(folder) == ["step_000000002.pt", "step_000000003.pt"]
+    assert folder.load_latest()[0] == path
+    folder.save(state(4), keep=1)
+    assert names(folder) == ["step_000000004.pt"]
+
+
+def test_other_files_are_no_checkpoints(folder):
+    for name in ("step_1.pt.tmp", "step_x.pt", "best.pt", ".step_000000009.pt"):
+        (folder.checkpoint_folder / name).write_bytes(b"")
+    assert folder.checkpoints() == []
+    assert folder.latest() is None
+    assert folder.load_latest() is None
+    folder.save(state(1), keep=1)
+    assert len(names(folder)) == 5
+
+
+def test_a_loader_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(folder, monkeypatch):
+    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
+    def interrupted(*args):
+        raise RuntimeError(said)  # as torch's signal handler does, wherever the main thread is
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        folder.save(state(1), keep=1)
+    assert not folder.checkpoints()
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(folder):
+    last = folder.save(state(1), keep=1)
+    large = {**state(2), "student": {"w": torch.zeros(1 << 20)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"step_000000002.pt could not be written \(.+\); the last whole") as e:
+            folder.save(large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(last) in str(e.value)
+    assert "full" in str(e.value)
+    assert names(folder) == [last.name]
+    assert folder.load(last)["step"] == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("enforce fail\nat line 1")])
+def test_errors_of_the_writer_are_one_sentence_with_the_last_whole_checkpoint(folder, monkeypatch, error):
+    def fail(state: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"(No space left|enforce fail).*; the last whole checkpoint: none$") as e:
+        folder.save(state(1), keep=1)
+    assert "\n" not in str(e.value)
+    assert names(folder) == []
+
+
+# ---- Loading
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "other"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_named(folder, caplog, how):
+    for step in (1, 2, 3):
+        folder.save(state(step), keep=3)
+    damage(folder.latest(), how)
+    with caplog.at_level(logging.WARNING):
+        path, found = folder.load_latest()
+    assert (path.name, found["step"]) == ("step_000000002.pt", 2)
+    assert torch.equal(found["student"]["w"], state(2)["student"]["w"])
+    (message,) = caplog.messages
+    assert message.startswith("passed over: ")
+    assert "step_000000003.pt" in message
+
+
+def test_when_all_are_damaged_the_error_names_one_instead_of_beginning_anew(folder):
+    for step in (1, 2):
+        damage(folder.save(state(step), keep=2), "cut")
+    with pytest.raises(CheckpointError, match=r"step_00000000\d.pt is cut short or damaged"):
+        folder.load_latest()
+
+
+def test_a_folder_that_is_not_there_holds_no_checkpoint_and_is_not_made(tmp_path):
+    run = RunFolder(tmp_path / "none")
+    assert (run.checkpoints(), run.latest(), run.load_latest()) == ([], None, None)
+    run.forget_after(3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"teacher": {"module.backbone.cls_token": torch.zeros(1)}, "student": {}, "args": Namespace(arch="vit")},
+        {"cls_token": torch.zeros(1, 1, 4)},
+        [1, 2],
+        {k: v for k, v in state(1).items() if k != "optimizer"},
+    ],
+    ids=["official", "backbone", "list", "without optimiser"],
+)
+def test_checkpoints_of_another_make_are_refused_with_what_to_do_with_them(folder, tmp_path, foreign):
+    path = tmp_path / "checkpoint.pth"
+    torch.save(foreign, path)
+    with pytest.raises(CheckpointError, match=r"checkpoint.pth is no checkpoint of passreid-train: give it to --init"):
+        folder.load(path)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none.pt"):
+        folder.load(folder.path / "none.pt")
+
+
+# ---- One process at a time
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_closed(folder):
+    second = RunFolder(folder.path)
+    with pytest.raises(ValueError, match=r"runs/a: another process trains in it"):
+        second.open()
+    folder.close()
+    second.open()
+    second.close()
+
+
+def test_a_process_that_is_killed_leaves_the_folder_free(tmp_path):
+    run = RunFolder(tmp_path)
+    run.open()
+    run.close()
+    (held,) = tmp_path.glob(".*.lock")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(held)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process trains in it"):
+            run.open()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        process.stdout.close()
+    run.open()
+    run.close()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match=r"file.* cannot be written to \(.+\): name another folder with --out"):
+            RunFolder(path).open()
+
+
+def test_closing_twice_or_before_opening_is_nothing(tmp_path):
+    run = RunFolder(tmp_path)
+    run.close()
+    run.open()
+    run.close()
+    run.close()
+
+
+# ---- Metrics
+
+
+def test_metrics_are_a_json_object_a_line(folder):
+    for step in (10, 20):
+        folder.add_metrics({"step": step, "loss": 1 / 3})
+    lines = folder.metrics_file.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 10, "loss": 1 / 3}, {"step": 20, "loss": 1 / 3}]
+
+
+def test_a_metric_that_is_not_finite_is_null_since_json_has_no_word_for_it(folder):
+    folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "kl": float("-inf"), "lr": 0.5})
+    assert folder.metrics_file.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "kl": null, "lr": 0.5}\n'
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (10, [10]), (15, [10]), (30, [10, 20, 30]), (99, [10, 20, 30])])
+def test_steps_that_will_be_made_again_are_dropped(folder, step, kept):
+    for s in (10, 20, 30):
+        folder.add_metrics({"step": s})
+    folder.forget_after(step)
+    assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == kept
+
+
+@pytest.mark.parametrize("length", [1, 8, 12, 25])
+def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_begins_a_line(folder, length):
+    for s in (10, 20):
+        folder.add_metrics({"step": s, "loss": 9.5})
+    with folder.metrics_file.open("a") as file:
+        file.write(json.dumps({"step": 25, "loss": 9.125, "lr": 1e-4})[:length])
+    folder.forget_after(40)
+    folder.add_metrics({"step": 30, "loss": 9.25})
+    lines = [json.loads(line) for line in folder.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+
+
+def test_without_metrics_there_is_nothing_to_forget(folder):
+    folder.forget_after(10)
+    assert not folder.metrics_file.exists()
