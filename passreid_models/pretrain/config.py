@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.pretrain.views import MultiCrop
-from passreid_models.training.config import DTYPES, RunConfig, wrong
+from passreid_models.training.config import RunConfig, wrong
 
 Area = tuple[float, float]
 
@@ -36,21 +36,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 CLIPS = ("parameter", "norm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """Settings of ``passreid-train``; the defaults are the published ones but for the batch size.
 
     Args:
         data: Folder of person crops, text list, tar file, or ``synthetic:ids=1000,seed=1``.
-        out: Folder of the run.
-        model: Registered architecture.
         init: Weights to continue from: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a
             checkpoint file; empty for random ones.
-        resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
+        size: Height and width of global views in pixels.
+        lr: Peak learning rate for a batch of 256; scaled linearly.
+        weight_decay: At the start.
         parts: Number of part tokens and of areas; by default the architecture's; 0 is plain DINO.
         areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
             height, for 3 parts the published halves.
-        size: Height and width of global views in pixels.
         local_size: Height and width of local views; half of ``size`` by default.
         local_views: Local views of an image, over all areas.
         global_scale: Area of a global crop, as a fraction of the image.
@@ -64,15 +63,15 @@ class PretrainConfig(RunConfig):
         solarize_prob: Probability of solarisation, of the second global view only.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
         coarse_epochs: Epochs at half the resolution, first; not in the paper.
-        epochs: Passes over the data.
         batch_size: Images of a step, over all processes and micro-batches.
         accumulate: Micro-batches of a process in a step: the loss is the mean of theirs, and the centres move once, so
             that it is that of the joint batch (BatchNorm of a conv stem excepted).
-        lr: Peak learning rate for a batch of 256; scaled linearly.
         min_lr: Learning rate at the end.
         warmup_epochs: Of the learning rate, from 0; by default a tenth of ``epochs``.
-        weight_decay: At the start.
         weight_decay_end: At the end.
+        freeze_last_layer_epochs: First epochs without an update of the prototypes.
+        clip: Largest norm of a gradient; 0 does not clip.
+        clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
         momentum: Of the teacher, at the start; 1 at the end.
         teacher_temp: Temperature of the teacher.
         warmup_teacher_temp: Its value in the first epoch.
@@ -83,42 +82,27 @@ class PretrainConfig(RunConfig):
         hidden_dim: Hidden width of a projection head.
         bottleneck_dim: Width of the normalised features.
         norm_last_layer: Keep the gains of the prototypes at 1.
-        freeze_last_layer_epochs: First epochs without an update of the prototypes.
-        drop_path: Stochastic depth of the student's last block, growing linearly over the blocks.
-        clip: Largest norm of a gradient; 0 does not clip.
-        clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
-        device: ``auto``, or a torch device.
         loss_chunk: Samples whose logits are held at a time; 0 holds all of them; by default 8, on a GPU 64.
-        grad_checkpointing: Recompute activations, for less memory.
         compile: Compile the backbones.
-        sync_bn: Synchronise the BatchNorms of a conv stem over the processes of several GPUs.
-        workers: Loader processes, of each training process; by default by the number of cores.
-        seed: Of weights, order, views and stochastic depth.
-        save_minutes: Longest time between two checkpoints.
-        save_epochs: Epochs between two checkpoints.
-        keep: Checkpoints to keep.
-        log_steps: Steps between two lines of the log.
-        max_minutes: Save and stop after so many minutes; 0 does not.
-        max_unreadable: Largest share of unreadable images.
-        skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
         probe: Labelled folder to rank after an epoch: ``PPPP_cC...`` names or a folder for each identity.
         probe_epochs: Epochs between two probes.
-        tensorboard: Write TensorBoard files too.
     """
 
-    FREE = ("data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-            "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard")  # fmt: skip
-    NUMERICS = ("accumulate", "dtype", "loss_chunk", "grad_checkpointing", "compile", "sync_bn")
+    FREE = (*RunConfig.FREE, "probe", "probe_epochs")
+    NUMERICS = (*RunConfig.NUMERICS, "accumulate", "loss_chunk", "compile")
+    TOPICS: ClassVar[dict[str, str]] = {
+        "parts": "model", "local_size": "views", "coarse_epochs": "training", "momentum": "distillation",
+        "loss_chunk": "machine", "probe": "evaluation",
+    }  # fmt: skip
 
-    data: str = ""
-    out: str = "run"
     model: str = "pass_vit_small_patch16"
-    init: str = ""
-    resume: str = ""
+    size: tuple[int, int] = (256, 128)
+    epochs: int = 100
+    lr: float = 5e-4
+    weight_decay: float = 0.04
+
     parts: int | None = None
     areas: list[Area] | None = None
-    size: tuple[int, int] = (256, 128)
     local_size: tuple[int, int] | None = None
     local_views: int = 9
     global_scale: tuple[float, float] = (0.4, 1.0)
@@ -131,14 +115,14 @@ class PretrainConfig(RunConfig):
     solarize_prob: float = 0.2
     blur_radius: tuple[float, float] = (0.1, 2.0)
     coarse_epochs: int = 0
-    epochs: int = 100
     batch_size: int = 64
     accumulate: int = 1
-    lr: float = 5e-4
     min_lr: float = 1e-6
     warmup_epochs: float | None = None
-    weight_decay: float = 0.04
     weight_decay_end: float = 0.4
+    freeze_last_layer_epochs: int = 1
+    clip: float = 3.0
+    clip_by: str = "parameter"
     momentum: float = 0.996
     teacher_temp: float = 0.04
     warmup_teacher_temp: float = 0.04
@@ -149,45 +133,24 @@ class PretrainConfig(RunConfig):
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     norm_last_layer: bool = True
-    freeze_last_layer_epochs: int = 1
-    drop_path: float = 0.1
-    clip: float = 3.0
-    clip_by: str = "parameter"
-    dtype: str = "auto"
-    device: str = "auto"
     loss_chunk: int | None = None
-    grad_checkpointing: bool = False
     compile: bool = False
-    sync_bn: bool = True
-    workers: int | None = None
-    seed: int = 0
-    save_minutes: float = 10
-    save_epochs: int = 1
-    keep: int = 2
-    log_steps: int = 50
-    max_minutes: float = 0
-    max_unreadable: float = 0.01
-    skip_nonfinite: int = 0
     probe: str = ""
     probe_epochs: int = 1
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """
         Raises:
             ValueError: If a value cannot be; the message begins with the field's name.
         """
-        self.check_kinds()
-        if self.model not in ARCHITECTURES:
-            raise wrong("model", self.model, f"one of {', '.join(ARCHITECTURES)}")
+        super().__post_init__()
+        self.check_choices({"model": tuple(ARCHITECTURES), "clip_by": CLIPS})
         self.check_ranges(
             (
-                ("epochs batch_size accumulate num_prototypes hidden_dim bottleneck_dim keep log_steps", 1, math.inf),
-                ("save_epochs probe_epochs", 1, math.inf),
+                ("batch_size accumulate num_prototypes hidden_dim bottleneck_dim probe_epochs", 1, math.inf),
                 ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
-                ("lr min_lr warmup_epochs weight_decay weight_decay_end clip loss_chunk workers seed", 0, math.inf),
-                ("save_minutes max_minutes skip_nonfinite", 0, math.inf),
-                ("momentum center_momentum max_unreadable gray_prob solarize_prob", 0, 1),
+                ("min_lr warmup_epochs weight_decay_end clip loss_chunk", 0, math.inf),
+                ("momentum center_momentum gray_prob solarize_prob", 0, 1),
                 ("brightness contrast saturation", 0, math.inf),
                 ("hue", 0, 0.5),
             )
@@ -195,11 +158,6 @@ class PretrainConfig(RunConfig):
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise wrong(name, getattr(self, name), "more than 0")
-        if not 0 <= self.drop_path < 1:
-            raise wrong("drop_path", self.drop_path, "at least 0 and less than 1")
-        for name, allowed in (("clip_by", CLIPS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise wrong(name, getattr(self, name), f"one of {', '.join(allowed)}")
         for name in ("global_scale", "local_scale"):
             if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
                 raise wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")

@@ -8,7 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-Config = TypeVar("Config")
+from passreid_models.training.config import RunConfig
+
+Config = TypeVar("Config", bound=RunConfig)
 
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
@@ -93,8 +95,10 @@ def read_config(
     parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
     parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
     parser.add_argument("--preset", choices=list(presets), help="settings to begin with")
-    parser.add_class_arguments(config)
-    all_fields = fields(config)  # type: ignore[arg-type]
+    all_fields = fields(config)
+    for title, names in config.topics().items():
+        group = parser.add_argument_group(title)
+        group.add_class_arguments(config, as_group=False, skip={f.name for f in all_fields} - set(names))
     switches = {f.name for f in all_fields if f.type in (bool, "bool")}
     options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
     given = dict(options)

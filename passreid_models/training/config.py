@@ -1,62 +1,155 @@
-"""What the configurations of all trainers share: a frozen dataclass that checks itself and goes to YAML and back."""
+"""The base of all configurations: a frozen dataclass that checks its values, and goes to YAML and back."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 import yaml
 
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.runtime import atomic_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Ranges = Iterable[tuple[str, float, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Base of the configuration dataclasses; it has no fields of its own, so that each task's are read in one place.
+    """Settings that the runs of all tasks share; each task derives its own from it.
 
-    Example:
-        >>> @dataclass(frozen=True)
-        ... class MyConfig(RunConfig):
-        ...     FREE = ("out",)
-        ...     out: str = "run"
+    A new option is a field, a line under "Args" and, where its type does not say all, a check. Its place in the class
+    says its topic, under which ``--help`` and the saved YAML file show it.
+
+    Args:
+        data: Training images.
+        out: Folder of the run.
+        resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
+        seed: Of weights, order, augmentation and stochastic depth.
+        model: Registered architecture.
+        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
+            file.
+        size: Height and width of the images in pixels.
+        drop_path: Stochastic depth of the last block, growing linearly over the blocks.
+        epochs: Passes over the data.
+        lr: Peak learning rate.
+        weight_decay: Of the optimiser.
+        device: ``auto``, or a torch device.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
+        grad_checkpointing: Recompute activations, for less memory.
+        sync_bn: Synchronise BatchNorms over the processes of several GPUs.
+        workers: Loader processes of each training process; by default by the number of cores.
+        save_minutes: Longest time between two checkpoints.
+        save_epochs: Epochs between two checkpoints.
+        keep: Checkpoints to keep.
+        max_minutes: Save and stop after this many minutes; 0: no limit.
+        log_steps: Steps between two lines of the log.
+        max_unreadable: Largest share of unreadable images.
+        skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
+        tensorboard: Write TensorBoard files too.
     """
 
-    FREE: ClassVar[tuple[str, ...]] = ()
-    """Fields that a resumed run may change: nothing here touches the weights of later steps."""
+    FREE: ClassVar[tuple[str, ...]] = (
+        "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "tensorboard",
+    )  # fmt: skip
+    """Fields that a resumed run may change: none affects the weights of later steps."""
 
-    NUMERICS: ClassVar[tuple[str, ...]] = ()
-    """Fields that it may change at the price of the last digits, and of what is drawn for the stochastic depth."""
+    NUMERICS: ClassVar[tuple[str, ...]] = ("dtype", "grad_checkpointing", "sync_bn")
+    """Fields that a resumed run may change; results then agree up to rounding only, and drop-path masks differ."""
 
-    # what the loop reads of every configuration
-    data: str
-    out: str
-    init: str
-    resume: str
-    device: str
-    workers: int | None
-    accumulate: int
-    save_minutes: float
-    save_epochs: int
-    keep: int
-    log_steps: int
-    max_minutes: float
-    max_unreadable: float
-    skip_nonfinite: int
-    tensorboard: bool
+    TITLES: ClassVar[tuple[str, ...]] = (
+        "run", "model", "views", "batches and augmentation", "training", "distillation", "clusters", "evaluation",
+        "machine", "checkpoints", "log",
+    )  # fmt: skip
+    """Topics of all tasks, in the order of the help."""
+
+    TOPICS: ClassVar[dict[str, str]] = {
+        "data": "run", "model": "model", "epochs": "training", "device": "machine", "save_minutes": "checkpoints",
+        "log_steps": "log",
+    }  # fmt: skip
+    """The fields at which a topic begins, in the order of the fields."""
+
+    data: str = ""
+    out: str = "run"
+    resume: str = ""
+    seed: int = 0
+    model: str = ""
+    init: str = ""
+    size: tuple[int, int] | None = None
+    drop_path: float = 0.1
+    epochs: int
+    lr: float
+    weight_decay: float
+    device: str = "auto"
+    dtype: str = "auto"
+    grad_checkpointing: bool = False
+    sync_bn: bool = True
+    workers: int | None = None
+    save_minutes: float = 10
+    save_epochs: int = 1
+    keep: int = 2
+    max_minutes: float = 0
+    log_steps: int = 50
+    max_unreadable: float = 0.01
+    skip_nonfinite: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: If a value cannot be; the message begins with the field's name.
+        """
+        self.check_kinds()
+        self.check_choices({"model": ("", *ARCHITECTURES), "dtype": DTYPES})
+        self.check_ranges(
+            (
+                ("epochs save_epochs keep log_steps", 1, math.inf),
+                ("lr weight_decay workers seed save_minutes max_minutes skip_nonfinite", 0, math.inf),
+                ("max_unreadable", 0, 1),
+            )
+        )
+        if not 0 <= self.drop_path < 1:
+            raise wrong("drop_path", self.drop_path, "at least 0 and less than 1")
+
+    @classmethod
+    def topics(cls) -> dict[str, list[str]]:
+        """Names of the fields by topic, in the order of the help."""
+        topics: dict[str, list[str]] = {title: [] for title in cls.TITLES}
+        seen: set[str] = set()
+        for parent in reversed([c for c in cls.__mro__ if issubclass(c, RunConfig)]):
+            title = ""
+            for name in (f.name for f in fields(parent)):
+                title = parent.TOPICS.get(name, title)
+                if name not in seen:
+                    topics[title].append(name)
+                    seen.add(name)
+        return {title: names for title, names in topics.items() if names}
 
     def check_kinds(self) -> None:
         """
         Raises:
             ValueError: If a value is not of its field's type; the message begins with the field's name.
         """
-        for field in fields(self):  # type: ignore[arg-type]
+        for field in fields(self):
             if not _is_kind(getattr(self, field.name), field.type):
                 kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
                 raise wrong(field.name, getattr(self, field.name), kind)
+
+    def check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
+        """Refuse a value that is none of its field's.
+
+        Args:
+            choices: Values by the name of the field; an empty one is not named in the message.
+
+        Raises:
+            ValueError: The message begins with the field's name.
+        """
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
 
     def check_ranges(self, ranges: Ranges) -> None:
         """Refuse what is out of range; None is in every range.
@@ -85,8 +178,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and checkpoints."""
-        values = asdict(self)  # type: ignore[call-overload]
-        return {k: list(map(_plain, v)) if isinstance(v, list | tuple) else v for k, v in values.items()}
+        values = asdict(self)
+        names = [name for topic in self.topics().values() for name in topic]
+        return {k: list(map(_plain, v)) if isinstance(v := values[k], list | tuple) else v for k in names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -95,7 +189,7 @@ class RunConfig:
         Raises:
             ValueError: If there is no such field.
         """
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{', '.join(unknown)}: no such field; known: {', '.join(sorted(known))}")
         return cls(**{k: _restored(v) for k, v in values.items()})
@@ -117,7 +211,7 @@ class RunConfig:
     @classmethod
     def known(cls, values: Mapping[str, Any]) -> Self:
         """``from_dict`` of the fields that there are, for runs of another version."""
-        return cls.from_dict({f.name: values[f.name] for f in fields(cls) if f.name in values})  # type: ignore[arg-type]
+        return cls.from_dict({f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def numerics(self) -> dict[str, Any]:
         """Fields that a resumed run may change at the price of the last digits."""

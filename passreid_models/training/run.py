@@ -68,7 +68,7 @@ class Run:
         self.is_main = world()[0] == 0
         checkpoint = self.folder.find(config.resume)
         if checkpoint is not None:  # it holds all weights, and init may be gone
-            config = replace(config, init=checkpoint["config"]["init"])  # type: ignore[type-var]
+            config = replace(config, init=checkpoint["config"]["init"])
         self.config = config
         self.origin = provenance_of(config.init) if checkpoint is None else checkpoint.get("origin", {})
         self.trainer = self.prepare(device, checkpoint)

