@@ -1,9 +1,9 @@
 """Does it learn? Retrieval of random weights, DINO and PASS after equal numbers of images, and what fine-tuning adds.
 
-Prints the tables of docs/experiments.md; the last line is JSON: METHOD_mAP, METHOD_rank1 and the spread METHOD_mAP_std, in
-percent, the mean over the seeds; studio_METHOD_mAP and so on for studios. All are pre-trained in studios on the same
-drawn persons for the same number of images, fine-tuned on streets, and evaluated on 200 other persons before other
-cameras, in patterns and prints that no training garment has (passreid synth draws them all).
+Prints the tables of docs/experiments.md; the last line is JSON: METHOD_mAP, METHOD_rank1 and the spread
+METHOD_mAP_std, in percent, the mean over the seeds; studio_METHOD_mAP and so on for studios. All are pre-trained in
+studios on the same drawn persons for the same number of images, fine-tuned on streets, and evaluated on 200 other
+persons before other cameras, in patterns and prints that no training garment has (passreid synth draws them all).
 
     random, dino, pass          no training; one token and no parts; PASS with three parts
     dino_small                  DINO whose local views are as small as those of PASS

@@ -1,13 +1,14 @@
 """The package as a whole: a quiet import, public names, documentation that is true, one version.
 
-Python in README.md runs here, fence by fence in one namespace, in a folder that holds
+Python in README.md and in each page of docs/ runs here, fence by fence in one namespace a page, in a folder that holds
 
     query.jpg  a.jpg  b.jpg  frame.jpg  my_crops/*.jpg      generated persons
     official.pth                                            a PASS ViT-S of random weights as the authors publish them
     my_model/                                               what `passreid convert official.pth my_model/` wrote
     run/export/                                             what `passreid-train my_crops/` wrote, of a small model
 
-A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on the line before it.
+A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on the line before it. Of shell fences the
+command lines of this package are parsed, not run; links, images and scripts that the documents name must be there.
 """
 
 import importlib
@@ -15,10 +16,12 @@ import inspect
 import json
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,15 +29,21 @@ from typing import Any, NamedTuple
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import passreid_models
-from passreid_models.pretrain.config import PretrainConfig
-from passreid_models.pretrain.run import train
+from passreid_models import cli
+from passreid_models.checkpoints.publish import CITATION
+from passreid_models.pretrain import PretrainConfig, train
+from passreid_models.reid import ClusterConfig, FinetuneConfig
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training import RunConfig
 from tests import ROOT
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "MODEL_CARD.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+CONFIGS = {"train": PretrainConfig, "finetune": FinetuneConfig, "cluster": ClusterConfig}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = {"sklearn", "faiss", "matplotlib", "onnx", "onnxruntime", "gdown", "torchvision", "pandas", "scipy", "tqdm"}
 
@@ -179,7 +188,11 @@ def test_the_docstring_reader_finds_arguments_and_not_other_sections():
     assert documented_arguments("Do it.\n\n    Returns:\n        value: This.\n") is None
 
 
-# ---- README.md
+# ---- Documents
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
 class Fence(NamedTuple):
@@ -188,10 +201,10 @@ class Fence(NamedTuple):
     reason: str | None  # why it is not run; None where it is
 
 
-def python_fences(text: str) -> list[Fence]:
-    """Python fences of a Markdown text, also indented ones."""
+def fences_of(text: str, languages: str = "python|py") -> list[Fence]:
+    """Fences of a Markdown text in these languages, also indented ones."""
     fences = []
-    pattern = r"^(?P<indent> *)```(?:python|py)\b[^\n]*\n(?P<code>.*?)^ *```[ ]*$"
+    pattern = rf"^(?P<indent> *)```(?:{languages})\b[^\n]*\n(?P<code>.*?)^ *```[ ]*$"
     for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
         before = text[: match.start()].splitlines()
         comment = re.fullmatch(r"\s*<!-- not run:(.*)-->\s*", before[-1]) if before else None
@@ -205,7 +218,7 @@ def test_python_fences_are_found_with_their_lines_and_reasons():
         "# A\n```python\nx = 1\n```\n\n<!-- not run: network -->\n```python\ny\n```\n<!-- not run: -->\n```py\nz\n```\n"
     )
     text += "- item\n  ```python\n  if x:\n      x = 2\n  ```\n```bash\nls\n```\n```pycon\n>>> 1\n```\n"
-    assert python_fences(text) == [
+    assert fences_of(text) == [
         Fence(3, "x = 1\n", None),
         Fence(8, "y\n", "network"),
         Fence(12, "z\n", ""),
@@ -223,36 +236,234 @@ def save_official(path: Path) -> None:
     torch.save({"teacher": {f"backbone.{key}": value for key, value in tensors.items()}}, path)
 
 
-@pytest.fixture
-def readme_folder(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def written_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
     data = SyntheticPersons(4, images_per_id=2, cameras=2, seed=11)
     images = [data[i][0] for i in range(len(data))]
     names = ["query", "a", "b", *(f"my_crops/{i}" for i in range(5))]
-    (tmp_path / "my_crops").mkdir()
+    (folder / "my_crops").mkdir()
     for name, image in zip(names, images, strict=True):
-        image.save(tmp_path / f"{name}.jpg")
+        image.save(folder / f"{name}.jpg")
     frame = Image.new("RGB", (640, 360), "gray")
     for i in range(4):
         frame.paste(images[i], (20 + 160 * i, 60))
-    frame.save(tmp_path / "frame.jpg")
-    save_official(tmp_path / "official.pth")
-    passreid_models.convert_checkpoint(tmp_path / "official.pth", tmp_path / "my_model")
+    frame.save(folder / "frame.jpg")
+    save_official(folder / "official.pth")
+    passreid_models.convert_checkpoint(folder / "official.pth", folder / "my_model")
     sizes = dict(size=(64, 32), num_prototypes=16, hidden_dim=16, bottleneck_dim=8, batch_size=2, epochs=1)
-    data, out = str(tmp_path / "my_crops"), str(tmp_path / "run")
-    config = PretrainConfig(data=data, out=out, model="test_pass_vit", workers=0, **sizes)
-    train(config)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+    crops, run = str(folder / "my_crops"), str(folder / "run")
+    train(PretrainConfig(data=crops, out=run, model="test_pass_vit", workers=0, **sizes))
+    return folder
 
 
-def test_every_python_fence_of_the_readme_runs_or_says_why_not(readme_folder):
-    text = (ROOT / "README.md").read_text()
-    fences = python_fences(text)
-    assert any(fence.reason is None for fence in fences)
+@pytest.fixture
+def documents_folder(written_folder, monkeypatch) -> Path:
+    monkeypatch.chdir(written_folder)
+    monkeypatch.setenv("PASSREID_CACHE", str(written_folder / "cache"))
+    return written_folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_every_python_fence_of_a_page_runs_or_says_why_not(page, documents_folder):
+    fences = fences_of(page.read_text())
     assert [fence.line for fence in fences if fence.reason == ""] == []  # a reason has to be given
-    namespace: dict[str, Any] = {"__name__": "README"}
+    namespace: dict[str, Any] = {"__name__": page.stem}
     for fence in fences:
         if fence.reason is None:
-            blank = "\n" * (fence.line - 1)  # so that a traceback shows the line of README.md
-            exec(compile(blank + fence.code, str(ROOT / "README.md"), "exec"), namespace)
+            blank = "\n" * (fence.line - 1)  # so that a traceback shows the line of the page
+            exec(compile(blank + fence.code, str(page), "exec"), namespace)
+
+
+def test_readme_and_the_pages_of_the_models_show_python_that_runs():
+    running = {relative(page) for page in PAGES if any(fence.reason is None for fence in fences_of(page.read_text()))}
+    assert {"README.md", "docs/models.md", "docs/reid.md", "docs/pretraining.md", "docs/synthetic.md"} <= running
+
+
+# ---- Command lines in documents
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Words of each command in the shell fences of a text."""
+    for fence in fences_of(text, "bash|sh|console"):
+        for line in fence.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+def own_words(words: list[str]) -> list[str] | None:
+    """What follows ``passreid``, however it was called; None for another program."""
+    if words[:1] == ["passreid-train"]:
+        return ["train", *words[1:]]
+    if words[:1] == ["passreid"]:
+        return words[1:]
+    for module in ("passreid_models", "passreid_models.cli"):
+        if module in words and words[words.index(module) - 1] == "-m":
+            return words[words.index(module) + 1 :]
+    return None
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """Options of a training command that its configuration has no field for."""
+    known = {"config", "preset", "help", "version"} | {field.name for field in fields(CONFIGS[words[0]])}
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    return sorted(set(given) - known)
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What the parser says against a command of this package; empty where it takes it."""
+    if words[0] in CONFIGS:
+        return ", ".join(unknown_options(words))
+    try:
+        cli._parser().parse_args(words)
+    except SystemExit as e:
+        return capsys.readouterr().err if e.code else ""
+    return ""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_command_line_of_this_package_has_options_that_exist(document, capsys):
+    commands = [words for line in command_lines(document.read_text()) if (words := own_words(line))]
+    assert {shlex.join(words): error for words in commands if (error := refused(words, capsys))} == {}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_script_that_a_document_calls_is_there_with_its_options(document):
+    inline = [shlex.split(code) for code in re.findall(r"`(python [^`]+)`", document.read_text())]
+    wrong = []
+    for words in [*inline, *command_lines(document.read_text())]:
+        if words[0] == "python" and words[1].endswith(".py"):
+            script = ROOT / words[1]
+            source = script.read_text() if script.is_file() else ""
+            options = [word for word in words if word.startswith("--")]
+            wrong += [words] if not source or any(f'"{option}"' not in source for option in options) else []
+    assert wrong == []
+
+
+def test_the_reader_of_commands_finds_them_however_they_are_called(capsys):
+    text = """```bash
+pip install . && passreid demo --ids 3 # a comment
+torchrun --nproc-per-node 2 -m passreid_models finetune \\
+    data/ --initial x
+passreid-train a/ --hue=0.1 --gray-probability 0
+ls && passreid eval a --modell b
+```"""
+    own = [words for line in command_lines(text) if (words := own_words(line))]
+    assert [words[0] for words in own] == ["demo", "finetune", "train", "eval"]
+    assert [refused(words, capsys) for words in own[:3]] == ["", "initial", "gray_probability"]
+    assert "--modell" in refused(own[3], capsys)
+
+
+def all_options() -> set[str]:
+    """Options of all commands and scripts, with dashes."""
+    names = {"--config", "--preset", "--help", "--version"}
+    names |= {f"--{field.name.replace('_', '-')}" for config in CONFIGS.values() for field in fields(config)}
+    parsers = [cli._parser()]
+    while parsers:
+        for action in parsers.pop()._actions:
+            names |= set(action.option_strings)
+            parsers += action.choices.values() if isinstance(action.choices, dict) else []
+    for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        names |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
+    return names | {"--signal"}  # of Slurm
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_option_named_in_the_text_exists(document):
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(re.findall(r"`([^`]+)`", prose(document.read_text()))))
+    assert set(named) - all_options() == set()
+
+
+def test_git_ignores_what_the_commands_of_the_pages_write():
+    ignored = set((ROOT / ".gitignore").read_text().split())
+    written = set()
+    for page in PAGES:
+        for words in filter(None, map(own_words, command_lines(page.read_text()))):
+            named = {
+                words[i + 1] for i, word in enumerate(words) if word in ("-o", "--out", "--make-data", "--pictures")
+            }
+            written |= named | ({words[2]} if words[0] == "convert" else set())
+    assert len(written) > 8
+    assert {f"/{name.rstrip('/')}" for name in written} - {name.rstrip("/") for name in ignored} == set()
+    assert "/passreid_demo.png" in ignored
+
+
+# ---- Links
+
+
+def prose(text: str) -> str:
+    """A Markdown text without its fences."""
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings, as GitHub makes them."""
+    names: list[str] = []
+    for heading in re.findall(r"^#+ +(.+?) *#*$", prose(text), re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)).lower().replace(" ", "-")
+        names.append(f"{name}-{names.count(name)}" if name in names else name)
+    return set(names)
+
+
+def broken_links(document: Path) -> list[str]:
+    """Relative links and images of a document that lead nowhere."""
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document.read_text())):
+        name, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        file = document.parent / name if name else document
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_every_relative_link_and_image_leads_somewhere(document):
+    assert broken_links(document) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.md").write_text("# One, `two` & three\n\n## Again\n\n```bash\n# [x](none.md)\n```\n## Again\n")
+    links = (
+        "[a](a.md) [b](a.md#one-two--three) [c](a.md#again-1) [d](https://x.y/z) ![e](e.png) [f](#here) [g](a.md#no)"
+    )
+    (tmp_path / "b.md").write_text(f"# Here\n{links} [h](#x)\n")
+    assert broken_links(tmp_path / "b.md") == ["e.png", "a.md#no", "#x"]
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    names = {relative(document) for document in [*DOCUMENTS, ROOT / "CITATION.cff", ROOT / "LICENSE", ROOT / "NOTICE"]}
+    assert [name for name in names - {"README.md"} if not re.search(rf"\]\({re.escape(name)}[)#]", text)] == []
+
+
+# ---- README.md, CITATION.cff
+
+
+def test_the_readme_is_short_and_has_one_test_command():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 170
+    assert re.findall(r"^pip install .* && pytest", text, re.MULTILINE) == [
+        'pip install -e ".[test]" && pytest'
+    ]  # .ci/run
+    assert "\npip install . && passreid demo\n" in text
+
+
+def test_the_readme_cites_the_paper_as_the_model_cards_do():
+    assert CITATION in (ROOT / "README.md").read_text()
+
+
+def test_the_citation_file_has_the_fields_that_its_format_asks_for_and_no_second_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"}
+    assert citation["cff-version"] == "1.2.0"
+    assert citation.get("version", passreid_models.__version__) == passreid_models.__version__
+    paper = citation["preferred-citation"]
+    assert paper.keys() >= {"type", "title", "authors"}
+    assert [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]] == re.search(
+        r"author=\{(.*?)\}", CITATION
+    )[1].split(" and ")
