@@ -43,7 +43,15 @@ class Retrieved:
         }
 
     def metrics(self) -> RetrievalMetrics:
-        """mAP, mINP and CMC."""
+        """mAP, mINP and CMC.
+
+        Raises:
+            ValueError: If no query, or no gallery image, is left, or no query has a match.
+        """
+        for name, split in (("query", self.query), ("gallery", self.gallery)):
+            if not len(split):
+                first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
+                raise ValueError(f"no {name} image can be ranked: all are junk or cannot be read{first}")
         return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
 
     def reranked(self) -> RetrievalMetrics:

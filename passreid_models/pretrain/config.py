@@ -102,7 +102,7 @@ class PretrainConfig(RunConfig):
         max_minutes: Save and stop after so many minutes; 0 does not.
         max_unreadable: Largest share of unreadable images.
         skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
-        probe: Labelled folder to rank after an epoch: ``PPPP_cC...`` names or a folder for each identity.
+        probe: Labelled dataset to rank after an epoch, any that ``passreid eval`` takes.
         probe_epochs: Epochs between two probes.
         tensorboard: Write TensorBoard files too.
     """
