@@ -18,7 +18,7 @@ __all__ = ["PUBLISHED", "Check", "Finding", "check_dataset"]
 
 @dataclass(frozen=True)
 class Check:
-    """What ``passreid data check`` reports."""
+    """Counts of the splits, errors and remarks, as ``passreid data check`` prints them."""
 
     name: str
     description: str

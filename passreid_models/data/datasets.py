@@ -74,7 +74,7 @@ class ReIDDataset:
     recipe: str = ""
     """Of generated persons."""
     parts: tuple[str, str, str] = ("", "", "")
-    """What the splits are read from, such as ``query/``, for messages."""
+    """Source of each split, such as ``query/``, for messages."""
 
     @property
     def splits(self) -> dict[str, Split]:

@@ -1,4 +1,4 @@
-"""What can be off in a dataset: in its labels, and in its files."""
+"""Errors and remarks on the labels of a dataset, and on its files."""
 
 import hashlib
 from collections import defaultdict
@@ -44,7 +44,7 @@ class Finding:
 
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
-    """What identities, cameras and numbers of images show."""
+    """Findings on identities, cameras and numbers of images."""
     for rule in (_missing, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
@@ -111,15 +111,15 @@ def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
 def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
     for name, published in PUBLISHED.get(dataset.name, {}).items():
         split = dataset.splits[name]
-        found = (len(split), split.num_ids)
-        if len(split) and found != published[:2]:
-            message = f"{name} has {found[0]:,} images of {found[1]:,} identities, {dataset.name} as it was published "
+        images, ids = len(split), split.num_ids
+        if images and (images, ids) != published[:2]:
+            message = f"{name} has {images:,} images of {ids:,} identities, {dataset.name} as it was published "
             message += f"{published[0]:,} of {published[1]:,}: expected only where this is another dataset"
             yield Finding("remark", "counts", message)
 
 
 def file_findings(dataset: ReIDDataset, progress: bool) -> Iterator[Finding]:
-    """What is found when every image is opened: those that cannot be read, and equal ones."""
+    """Images that cannot be read, and equal ones; every image is opened."""
     paths = list(dict.fromkeys(path for split in dataset.splits.values() for path in split.paths))
     with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
         bar = tqdm(pool.map(_read, paths, chunksize=16), total=len(paths), unit="img", delay=3,

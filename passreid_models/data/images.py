@@ -1,4 +1,4 @@
-"""Image files: which files are images, the one walk of folders, how an image is opened, and why one cannot be."""
+"""Image files: suffixes, the one walk of folders, the one opener, and one wording of why an image cannot be read."""
 
 import os
 import re
@@ -166,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be read: one wording, without the names and counts that Pillow and the system add."""
+    """Reason why an image cannot be read: one wording, without the names and counts that Pillow and the system add."""
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow can identify"
     if isinstance(error, FileNotFoundError):

@@ -54,7 +54,7 @@ class Layout:
     root: Path
     rows: dict[str, list[Row]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     parts: dict[str, str] = field(default_factory=dict)
-    """What a split is read from, such as ``query/``."""
+    """Source of each split, such as ``query/``."""
 
 
 def read_folder(root: Path) -> Layout | None:
@@ -191,7 +191,7 @@ def _is_msmt17(root: Path, folders: set[str]) -> bool:
 
 
 def _read_msmt17(root: Path, folders: set[str], missing: list[str]) -> Layout:
-    version = msmt17_version(root, folders)
+    version = _msmt17_version(root, folders)
     if len(missing) == 4 or ("list_train.txt" in missing) != ("list_val.txt" in missing):
         raise FileNotFoundError(
             f"{root / missing[0]} is not there; expected the lists of {version}: list_train.txt and list_val.txt (both "
@@ -208,19 +208,19 @@ def _read_msmt17(root: Path, folders: set[str], missing: list[str]) -> Layout:
     return layout
 
 
-def msmt17_version(root: Path, folders: set[str]) -> str:
+def _msmt17_version(root: Path, folders: set[str]) -> str:
     """``MSMT17 V1`` or ``MSMT17 V2``, by the folders of images.
 
     Raises:
         ValueError: If there are folders of both, or of none.
     """
-    found = {name: [f"{f}/" for f in pair if f in folders] for name, pair in VERSIONS.items() if folders & set(pair)}
-    if len(found) == 1:
-        return next(iter(found))
+    present = {name: [f"{f}/" for f in pair if f in folders] for name, pair in VERSIONS.items() if folders & set(pair)}
+    if len(present) == 1:
+        return next(iter(present))
     pairs = " or ".join(f"{a}/ and {b}/ ({name[-2:]})" for name, (a, b) in VERSIONS.items())
-    if not found:
+    if not present:
         raise ValueError(f"{root}: lists of MSMT17, and no images; expected {pairs}")
-    held = " and ".join(f"{', '.join(f)} of {name[-2:]}" for name, f in found.items())
+    held = " and ".join(f"{', '.join(f)} of {name[-2:]}" for name, f in present.items())
     raise ValueError(
         f"{root} mixes MSMT17 V1 and V2, which give different numbers: it holds {held}; expected {pairs}: keep one"
     )

@@ -1,4 +1,4 @@
-"""Which images a folder or a tar file holds: found once, then kept until the tree changes.
+"""Listings of the images in a folder or a tar file, cached until the tree changes.
 
     $PASSREID_CACHE/listings/
         0123456789abcdef.npz        one listing; its name is the hash of the folder's absolute path
@@ -165,21 +165,21 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
         status = os.stat(tar)
         listing.watch(tar, status)
         listing.tars.append(tar)
-        found: dict[bytes, tuple[int, int]] = {}
+        members: dict[bytes, tuple[int, int]] = {}
         try:
             with open(tar, "rb") as file:
                 for name, start, size in _members(file):
                     if is_image_name(name):
-                        found[name] = start, size  # of several with one name the last counts, as tar has it
+                        members[name] = start, size  # of several with one name the last counts, as tar has it
                     else:
                         others += 1
         except tarfile.TarError as e:
             path = os.fsdecode(tar)
             raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
         prefix = os.path.relpath(tar, os.fsencode(root)) + b"/" if root else b""
-        for name in sorted(found, key=lambda name: name.replace(b"/", b"\0")):
+        for name in sorted(members, key=lambda name: name.replace(b"/", b"\0")):
             listing.names.append(prefix + name)
-            listing.members.extend((number, *found[name]))
+            listing.members.extend((number, *members[name]))
     if not listing.names:
         where = f"the {len(tars)} tar files of {root}" if root else os.fsdecode(tars[0])
         raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {others} other files")

@@ -1,4 +1,4 @@
-"""Where the images of pre-training come from: folders, lists of files, tar files, and the synthetic generator.
+"""Images of pre-training, without labels: folders, lists of files, tar files, and the synthetic generator.
 
     open_source("crops/")                   images below a folder
     open_source("lup.txt")                  a path a line, absolute or below the list's folder; # begins a comment
@@ -38,7 +38,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call the image, such as its path."""
+        """Name of the image in messages, such as its path."""
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB, decoded and upright.
@@ -105,7 +105,7 @@ class FileSource:
 
 
 class ListSource(FileSource):
-    """Image files that a text file lists; those that are missing are found when they are read."""
+    """Image files that a text file lists; a missing one is an error when it is read."""
 
     def __init__(self, path: Path) -> None:
         """
