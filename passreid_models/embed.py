@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from passreid_models.architectures import ARCHITECTURES
-from passreid_models.data.images import ImageError, find_images, is_image, open_image
-from passreid_models.runtime import atomic_file
+from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
+from passreid_models.runtime import atomic_file, num_cores
 
 __all__ = ["Embedder", "save_features"]
 
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
-
-ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
 class Embedder:
@@ -86,7 +84,7 @@ class Embedder:
         self.device, self.dtype = _usable(device), dtype or torch.float32
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.batch_size, self.flip = batch_size, flip
-        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.workers = workers or min(8, num_cores())
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
         # a model made with img_size= keeps the size of its cfg
         self.transform = create_transform(**resolve_data_config({"input_size": self.input_size}, model=self.model))
@@ -132,7 +130,7 @@ class Embedder:
             ImageError: If an image cannot be read and ``errors`` is None.
             FileNotFoundError: If a folder holds no image.
         """
-        items = list(self._flatten([images] if isinstance(images, str | os.PathLike) or is_image(images) else images))
+        items = list(self._flatten([images] if isinstance(images, ImageLike) else images))
         descriptors = torch.empty(len(items), self.dim)
         part_tokens = torch.empty(len(items), self.model.num_parts, self.model.embed_dim)
         bar = tqdm(total=len(items), unit="img", delay=3, disable=None if progress else True)
@@ -233,13 +231,9 @@ class Embedder:
                     expected = "x".join(map(str, self.input_size))
                     raise ValueError(f"float tensors are taken as preprocessed, {expected}; got {tuple(item.shape)}")
                 return item.float().cpu()
-            image = open_image(item, bgr)
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            return self.transform(image)
+            return self.transform(open_image(item, bgr))
         except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
-            reason = "no such file" if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
-            return ImageError(f"{name}: {reason}")
+            return ImageError(f"{name}: {reason(e)}")
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -115,7 +115,7 @@ def test_embed_leaves_out_unreadable_images_by_name_and_exits_with_1(images, mod
     out, err = capsys.readouterr()
     assert out == f"2 descriptors of width 128 -> {tmp_path / 'f.csv'}\n"
     lines = err.splitlines()
-    assert lines[0].startswith(f"passreid: left out: {images / '1.png'}: cannot identify image file")
+    assert lines[0] == f"passreid: left out: {images / '1.png'}: no image that Pillow can identify"
     assert lines[1:] == [
         f"passreid: left out: {missing}: no such file",
         "passreid: 2 of 4 images could not be read",

@@ -423,8 +423,8 @@ def bad_files(persons, tmp_path) -> dict[str, Path]:
     return {
         "truncated": folder / "truncated.jpg",
         "unrecognized|broken": folder / "damaged.png",
-        "cannot identify": folder / "text.jpg",
-        "cannot identify image file": folder / "empty.jpg",
+        "no image that Pillow can identify": folder / "text.jpg",
+        "the file is empty": folder / "empty.jpg",
         "decompression bomb": folder / "bomb.png",
         "no known range": folder / "float.tif",
         "no such file": folder / "missing.jpg",

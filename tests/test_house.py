@@ -27,7 +27,7 @@ ROOMS = {
     "embed": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "evaluation": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed"},
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
-    "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
+    "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "retrieval", "embed", "synthetic"},
     "": {"pass_vit", "checkpoints", "embed", "retrieval", "synthetic"},  # passreid_models/__init__.py

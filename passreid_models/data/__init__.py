@@ -1,11 +1,11 @@
-"""Images and labels: what a folder, list, tar file or dataset holds, and how it is read.
+"""Images and labels of folders, lists, tar files and datasets.
 
-images      which files are images, and how one is opened
-listing     the images below a folder or in tar files, found once
+images      image files: the walk of folders, the opener, the reason why one cannot be read
+listing     the images below a folder or in tar files, cached
 sources     images without labels, for pre-training
 layouts     the labels of each dataset layout; a new layout goes here
 datasets    train, query and gallery of a labelled dataset
-check       what is off in a dataset; findings: the rules
+check       errors and remarks on a dataset; findings: the rules
 loader      batches by worker processes
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from passreid_models.data.datasets import Split, open_dataset
 from passreid_models.data.findings import PUBLISHED, PUBLISHED_JUNK, Finding, file_findings, label_findings
+from passreid_models.data.images import count
 from passreid_models.synthetic.recipe import PREFIX
 
 __all__ = ["PUBLISHED", "Check", "Finding", "check_dataset"]
@@ -17,7 +18,7 @@ __all__ = ["PUBLISHED", "Check", "Finding", "check_dataset"]
 
 @dataclass(frozen=True)
 class Check:
-    """What ``passreid data check`` reports."""
+    """Counts of the splits, errors and remarks, as ``passreid data check`` prints them."""
 
     name: str
     description: str
@@ -56,7 +57,7 @@ class Check:
         lines += map(str, self.findings)
         errors = sum(finding.level == "error" for finding in self.findings)
         remarks = len(self.findings) - errors
-        lines.append(f"{_count(errors, 'error')}, {_count(remarks, 'remark')}" if self.findings else "nothing is off")
+        lines.append(f"{count(errors, 'error')}, {count(remarks, 'remark')}" if self.findings else "nothing is off")
         return "\n".join(lines)
 
 
@@ -90,7 +91,3 @@ def _count_split(split: Split) -> dict[str, int]:
         "junk": int((split.pids == -1).sum()),
         "distractors": int((split.pids == 0).sum()),
     }
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

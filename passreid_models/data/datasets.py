@@ -2,7 +2,7 @@
 
     open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
     open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
-    open_dataset("crops/")                            a folder per identity
+    open_dataset("crops/")                            a folder per identity, or names such as 0002_c1s1_000451_03.jpg
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
 
@@ -13,6 +13,7 @@ alone; where training images or queries have it too it is an identity like other
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, images_below, read_csv, read_folder, read_tree
+from passreid_models.data.images import count, image_names, list_folder
+from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, read_csv, read_flat, read_folder, read_tree
 from passreid_models.runtime import cache_dir, lock, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
@@ -60,8 +62,8 @@ class ReIDDataset:
     """Training images, queries and gallery; a split is empty where the layout has none."""
 
     name: str
-    """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``CSV``,
-    ``synthetic`` or ``unlabelled folder``."""
+    """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``flat folder``,
+    ``CSV``, ``synthetic`` or ``unlabelled folder``."""
     root: Path
     train: Split
     query: Split
@@ -72,7 +74,7 @@ class ReIDDataset:
     recipe: str = ""
     """Of generated persons."""
     parts: tuple[str, str, str] = ("", "", "")
-    """What the splits are read from, such as ``query/``, for messages."""
+    """Source of each split, such as ``query/``, for messages."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -85,16 +87,25 @@ class ReIDDataset:
         rows = {path: row for row, path in enumerate(self.gallery.paths)}
         return np.array([rows.get(path, -1) for path in self.query.paths], dtype=np.int64)
 
+    @cached_property
+    def matches(self) -> np.ndarray:
+        """Number of gallery images that each query can find, int64 ``[Q]``; 0 for junk."""
+        same = Counter(self.gallery.pids.tolist())
+        under = Counter(zip(self.gallery.pids.tolist(), self.gallery.camids.tolist(), strict=True))
+        labels = zip(self.query.pids.tolist(), self.query.camids.tolist(), self.own.tolist(), strict=True)
+        left_out = ((pid, under[pid, camid] if self.has_cameras else own >= 0) for pid, camid, own in labels)
+        return np.array([same[pid] - out if pid > 0 else 0 for pid, out in left_out], dtype=np.int64)
+
     @property
     def description(self) -> str:
         """One line for the provenance, which says nothing of the folders above."""
         what = self.recipe or f"{self.name}, {self.parts[0] if self.name == 'CSV' else f'{self.root.name}/'}"
         counts = [
-            _count(len(self.train), "training image"),
-            _count(self.train.num_ids, "identity", "identities"),
-            _count(len(self.query), "query", "queries"),
-            _count(len(self.gallery), "gallery image"),
-            _count(len(np.unique(np.concatenate([s.camids[s.camids >= 0] for s in self.splits.values()]))), "camera"),
+            count(len(self.train), "training image"),
+            count(self.train.num_ids, "identity", "identities"),
+            count(len(self.query), "query", "queries"),
+            count(len(self.gallery), "gallery image"),
+            count(len(np.unique(np.concatenate([s.camids[s.camids >= 0] for s in self.splits.values()]))), "camera"),
         ]
         return f"{what}: {counts[0]} of {counts[1]}, {counts[2]}, {', '.join(counts[3:])}"
 
@@ -147,7 +158,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     Args:
         data: A folder in one of the layouts above, or one that holds such a folder; a CSV file; or ``synthetic:`` with
             ``ids=``, ``images=``, ``cameras=``, ``seed=``, ``size=``, ``place=``, ``train_ids=``.
-        labelled: Without, a folder of images in no known layout opens too: all of them train, without labels.
+        labelled: Without, a flat folder has no labels, and a folder of images in no known layout opens too: all of
+            them train.
 
     Raises:
         FileNotFoundError: If there is nothing of this name, or a list of MSMT17 is missing.
@@ -170,9 +182,11 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         except ValueError:  # images beside folders
             if labelled:
                 raise
-    if layout is None and not labelled:
+    if layout is None and labelled:
+        layout = read_flat(path)
+    elif layout is None:
         layout = Layout("unlabelled folder", path)
-        layout.rows["train"] = [(image, "-1", "") for image in images_below(path)]
+        layout.rows["train"] = [(os.path.join(path, name), "-1", "") for name in image_names(str(path))]
     if layout is None or not any(layout.rows.values()):
         raise ValueError(f"{data} holds {_held(path)}, which is no known layout; expected {EXPECTED}")
     return _dataset(layout)
@@ -180,10 +194,11 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
 
 def _read_child(root: Path) -> Layout | None:
     """The layout one level below, where an archive was unpacked into a folder of its own."""
-    with os.scandir(root) as entries:
-        children = [entry.path for entry in entries if entry.is_dir() and entry.name[0] not in "._"]  # __MACOSX
-    for child in sorted(children):
-        if layout := read_folder(Path(child)):
+    children = [root / name for name in sorted(list_folder(str(root))[1]) if name[0] != "_"]  # __MACOSX
+    for child in children:
+        if root.resolve().is_relative_to(child.resolve()):  # a link to a parent
+            continue
+        if layout := read_folder(child):
             if len(children) > 1:
                 raise ValueError(f"{root} holds {layout.name} in {layout.root.name}/ beside other folders: name one")
             return layout
@@ -191,13 +206,11 @@ def _read_child(root: Path) -> Layout | None:
 
 
 def _held(path: Path) -> str:
-    with os.scandir(path) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    folders = sorted(f"{entry.name}/" for entry in visible if entry.is_dir())
-    files = sorted(entry.name for entry in visible if not entry.is_dir())
-    names = [*folders[:3], *files[:3]]
-    shown = f" ({', '.join(names)}{', ..' if len(names) < len(visible) else ''})" if names else ""
-    return f"{_count(len(folders), 'folder')} and {_count(len(files), 'file')}{shown}"
+    names, inside = list_folder(str(path))
+    folders, files = [f"{name}/" for name in names if name in inside], [name for name in names if name not in inside]
+    first = [*folders[:3], *files[:3]]
+    shown = f" ({', '.join(first)}{', ..' if len(first) < len(names) else ''})" if first else ""
+    return f"{count(len(folders), 'folder')} and {count(len(files), 'file')}{shown}"
 
 
 def _dataset(layout: Layout) -> ReIDDataset:
@@ -268,7 +281,3 @@ def _open_synthetic(text: str) -> ReIDDataset:
             layout = read_folder(root)
     assert layout is not None  # it was just written
     return replace(_dataset(layout), name="synthetic", recipe=recipe.text)
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

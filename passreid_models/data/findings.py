@@ -1,19 +1,17 @@
-"""What can be off in a dataset: in its labels, and in its files."""
+"""Errors and remarks on the labels of a dataset, and on its files."""
 
 import hashlib
-import io
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from passreid_models.data.datasets import ReIDDataset, Split
-from passreid_models.data.images import to_rgb
+from passreid_models.data.images import count, open_image, reason
 from passreid_models.runtime import num_cores
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
@@ -46,7 +44,7 @@ class Finding:
 
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
-    """What identities, cameras and numbers of images show."""
+    """Findings on identities, cameras and numbers of images."""
     for rule in (_missing, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
@@ -66,20 +64,20 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
     pids, counts = np.unique(train.pids[train.pids > 0], return_counts=True)
     if len(single := pids[counts == 1]):
         files = _names(dataset, train, np.isin(train.pids, single))
-        message = f"{_count(len(single), 'training identity', 'training identities')} with one image, too few for the "
+        message = f"{count(len(single), 'training identity', 'training identities')} with one image, too few for the "
         yield Finding("remark", "single images", message + "triplet loss, which takes two", files)
     for name, split in (("training", train), ("query", dataset.query)):
         if (junk := split.pids == -1).any():
-            message = f"{_count(int(junk.sum()), f'{name} image')} marked as junk (-1), of no use there"
+            message = f"{count(int(junk.sum()), f'{name} image')} marked as junk (-1), of no use there"
             yield Finding("remark", "junk", message, _names(dataset, split, junk))
     tested = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
     both = np.intersect1d(pids, tested[tested > 0])
     shared = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
     if shared:
-        message = f"{_count(len(shared), 'image')} both train and test: fine for a look, no measure of a model"
+        message = f"{count(len(shared), 'image')} both train and test: fine for a look, no measure of a model"
         yield Finding("remark", "one set", f"{message} that was trained on them")
     elif len(both) and not dataset.name.startswith("MSMT17"):  # its two sets count from 0 each
-        message = f"{_count(len(both), 'identity', 'identities')} both in training and test, which should be disjoint"
+        message = f"{count(len(both), 'identity', 'identities')} both in training and test, which should be disjoint"
         yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, both)))
 
 
@@ -93,7 +91,7 @@ def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
         yield Finding("remark", "no cameras", f"no cameras are known: {mode}")
     elif not known.all():
         files = [name for split in splits for name in _names(dataset, split, split.camids < 0)]
-        message = f"{_count(len(set(files)), 'image')} without a camera, so none counts: {mode}"
+        message = f"{count(len(set(files)), 'image')} without a camera, so none counts: {mode}"
         yield Finding("remark", "some cameras", message, list(dict.fromkeys(files)))
     else:
         yield Finding("remark", "one camera", f"one camera only: {mode}")
@@ -101,19 +99,11 @@ def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
 
 def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
     """Queries that no gallery image can match."""
-    query, gallery = dataset.query, dataset.gallery
-    if not len(query) or not len(gallery):
-        return
-    cameras = dataset.has_cameras
-    same = Counter(gallery.pids.tolist())
-    under = Counter(zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True)) if cameras else Counter()
-    labels = zip(query.pids.tolist(), query.camids.tolist(), dataset.own.tolist(), strict=True)
-    left = [same[pid] - (under[pid, camid] if cameras else own >= 0) for pid, camid, own in labels]
-    lonely = (np.array(left) < 1) & (query.pids > 0)
-    if lonely.any():
-        every = int(lonely.sum()) == int((query.pids > 0).sum())
-        where = "in the gallery under another camera" if cameras else "in the gallery"
-        message = f"{_count(int(lonely.sum()), 'query', 'queries')} of {len(query):,} without a match {where}"
+    query, lonely = dataset.query, (dataset.matches < 1) & (dataset.query.pids > 0)
+    if len(dataset.gallery) and lonely.any():
+        every = not dataset.matches.any()
+        where = "in the gallery under another camera" if dataset.has_cameras else "in the gallery"
+        message = f"{count(int(lonely.sum()), 'query', 'queries')} of {len(query):,} without a match {where}"
         message += ", so there is nothing to evaluate" if every else ", which do not count"
         yield Finding("error" if every else "remark", "no match", message, _names(dataset, query, lonely))
 
@@ -121,26 +111,26 @@ def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
 def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
     for name, published in PUBLISHED.get(dataset.name, {}).items():
         split = dataset.splits[name]
-        found = (len(split), split.num_ids)
-        if len(split) and found != published[:2]:
-            message = f"{name} has {found[0]:,} images of {found[1]:,} identities, {dataset.name} as it was published "
+        images, ids = len(split), split.num_ids
+        if images and (images, ids) != published[:2]:
+            message = f"{name} has {images:,} images of {ids:,} identities, {dataset.name} as it was published "
             message += f"{published[0]:,} of {published[1]:,}: expected only where this is another dataset"
             yield Finding("remark", "counts", message)
 
 
 def file_findings(dataset: ReIDDataset, progress: bool) -> Iterator[Finding]:
-    """What is found when every image is opened: those that cannot be read, and equal ones."""
+    """Images that cannot be read, and equal ones; every image is opened."""
     paths = list(dict.fromkeys(path for split in dataset.splits.values() for path in split.paths))
     with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
         bar = tqdm(pool.map(_read, paths, chunksize=16), total=len(paths), unit="img", delay=3,
                    disable=None if progress else True)  # fmt: skip
         read = dict(zip(paths, bar, strict=True))
     reasons: dict[str, list[str]] = defaultdict(list)
-    for path, (_, reason) in read.items():
-        if reason:
-            reasons[reason].append(dataset.relative(path))
-    for reason, files in reasons.items():
-        yield Finding("error", "unreadable", f"{_count(len(files), 'image')} cannot be read, {reason}", files)
+    for path, (_, why) in read.items():
+        if why:
+            reasons[why].append(dataset.relative(path))
+    for why, files in reasons.items():
+        yield Finding("error", "unreadable", f"{count(len(files), 'image')} cannot be read, {why}", files)
     yield from _duplicates(dataset, {path: digest for path, (digest, _) in read.items() if digest})
 
 
@@ -167,7 +157,7 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
     for kind, (level, meaning) in meanings.items():
         if files := kinds.get(kind):
             yield Finding(
-                level, f"duplicates: {kind}", f"{_count(len(files), 'image')} more than once, {meaning}", files
+                level, f"duplicates: {kind}", f"{count(len(files), 'image')} more than once, {meaning}", files
             )
 
 
@@ -186,26 +176,14 @@ def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """SHA-256 of a file, and why it is no image."""
+    """SHA-256 of a file, or why it is no image."""
     try:
         content = path.read_bytes()
-        if not content:
-            return "", "the file is empty"
-        with Image.open(io.BytesIO(content)) as image:
-            if 0 in to_rgb(image).size:
-                return "", "it has no pixels"
-        return hashlib.sha256(content).hexdigest(), ""
-    except UnidentifiedImageError:
-        return "", "no image that Pillow can identify"
-    except FileNotFoundError:
-        return "", "the file is not there"
+        open_image(content)
     except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
-        return "", (e.strerror if isinstance(e, OSError) else None) or str(e).split("(")[0].strip() or type(e).__name__
+        return "", reason(e)
+    return hashlib.sha256(content).hexdigest(), ""
 
 
 def _names(dataset: ReIDDataset, split: Split, mask: np.ndarray) -> list[str]:
     return [dataset.relative(split.paths[i]) for i in np.flatnonzero(mask)]
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

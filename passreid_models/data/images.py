@@ -1,48 +1,159 @@
-"""Image files: which files count as images, and how one becomes an upright RGB picture."""
+"""Image files: suffixes, the one walk of folders, the one opener, and one wording of why an image cannot be read."""
 
 import os
+import re
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, AnyStr
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+_SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 _LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
+
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
+"""One image: a path, the content of a file, a PIL image, an array or a tensor."""
 
 
 class ImageError(ValueError):
-    """An image that cannot be read or used; the message names it."""
+    """An image that cannot be read or used; the message is ``NAME: REASON``."""
 
 
-def is_image(images: Any) -> bool:
-    return isinstance(images, Image.Image | np.ndarray | Tensor)
+# ---------------------------------------------------------------------------------------------------------- folders
 
 
-def open_image(item: Any, bgr: bool) -> Image.Image:
-    """Any supported image as PIL RGB, upright."""
+def is_image_name(name: AnyStr) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(SUFFIXES if isinstance(name, str) else _SUFFIXES_BYTES)
+
+
+def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
+    """Names of the files and folders in a folder, sorted, and those of its folders.
+
+    Hidden ones are left out, and so are pipes, sockets and devices, which would make their reader wait. A link counts
+    as its target; a broken one as a file, so that its reader tells of an image that cannot be read.
+
+    Raises:
+        OSError: If the folder cannot be read.
+    """
+    names: list[AnyStr] = []
+    folders: set[AnyStr] = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[:1] in (".", b"."):
+                continue
+            try:
+                if entry.is_dir():
+                    folders.add(entry.name)
+                elif not entry.is_file() and entry.stat():  # neither, and no broken link
+                    continue
+            except OSError:  # a broken link, a link to itself
+                pass
+            names.append(entry.name)
+    names.sort()
+    return names, folders
+
+
+def walk(folder: AnyStr) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
+    """Files below a folder, and the folders; every reader of folders takes its images from here.
+
+    Names are relative to the folder, with ``/``, in the order in which ``sorted`` has paths. A folder, the first one
+    too, comes before its content, with its status and a ``/`` at its end; a file comes with None. ``list_folder`` says
+    what is left out. Links are followed; a folder that is reached twice, as by a link to a parent, is listed once.
+
+    Raises:
+        OSError: If a folder cannot be read.
+    """
+    return _walk(folder, folder[:0], set())
+
+
+def _walk(folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]]) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
+    status = os.stat(folder)  # before the content: what changes meanwhile makes the stamp of a listing an old one
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    yield below, status
+    names, folders = list_folder(folder)
+    for name in names:
+        if name in folders:
+            slash = "/" if isinstance(name, str) else b"/"
+            yield from _walk(os.path.join(folder, name), below + name + slash, seen)
+        else:
+            yield below + name, None
+
+
+def image_names(folder: str) -> Iterator[str]:
+    """Images below a folder, as ``walk`` names and sorts them."""
+    return (name for name, status in walk(folder) if status is None and is_image_name(name))
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Image files below a folder, sorted by path; hidden files and folders are left out, links are followed.
+
+    A folder that is reached twice is listed once. A broken link counts as an image, one that cannot be read.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    root = Path(folder)
+    paths = [root / name for name in image_names(str(root))]
+    if not paths:
+        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {root}")
+    return paths
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """A number with its noun, such as ``1 image`` or ``1,041 identities``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def open_image(item: Any, bgr: bool = False) -> Image.Image:
+    """RGB image as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped.
+
+    Args:
+        item: A path; the content of a file; a PIL image; a uint8 array ``[H, W, 3]`` or ``[H, W]``; or a uint8 tensor
+            ``[3, H, W]`` or ``[1, H, W]``.
+        bgr: An array has the channel order of OpenCV.
+
+    Raises:
+        Exception: What the system and Pillow's decoders raise, OSError, SyntaxError, struct.error and more, and
+            ValueError for what is no image or has no pixels; ``reason`` words it.
+    """
     if isinstance(item, str | os.PathLike):
-        with Image.open(item) as file:
-            return to_rgb(file)
-    if isinstance(item, Image.Image):
+        item = Path(item).read_bytes()
+    if isinstance(item, bytes):
+        if not item:
+            raise ValueError("the file is empty")
+        with Image.open(BytesIO(item)) as file:
+            image = _to_rgb(file)
+    elif isinstance(item, Image.Image):
         with _LOCKS[id(item) // 16 % len(_LOCKS)]:
-            return to_rgb(item)
-    if isinstance(item, Tensor):
+            image = _to_rgb(item)
+    elif isinstance(item, Tensor):
         if item.dtype != torch.uint8 or item.ndim != 3 or item.shape[0] not in (1, 3):
             raise ValueError(f"expected a uint8 tensor [3, H, W], got {item.dtype} {tuple(item.shape)}")
-        return Image.fromarray(item.permute(1, 2, 0).squeeze(2).cpu().numpy()).convert("RGB")
-    if isinstance(item, np.ndarray):
+        image = Image.fromarray(item.permute(1, 2, 0).squeeze(2).cpu().numpy()).convert("RGB")
+    elif isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3):
             raise ValueError(f"expected a uint8 array [H, W, 3] or [H, W], got {item.dtype} {item.shape}")
-        return Image.fromarray(item[..., ::-1] if bgr and item.ndim == 3 else item).convert("RGB")
-    raise ValueError("expected a path, a PIL image, an array or a tensor")
+        image = Image.fromarray(item[..., ::-1] if bgr and item.ndim == 3 else item).convert("RGB")
+    else:
+        raise ValueError("expected a path, a PIL image, an array or a tensor")
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -54,18 +165,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Image files below a folder, sorted by path; hidden files and folders are left out.
-
-    Raises:
-        FileNotFoundError: If there are none.
-    """
-    root = Path(folder)
-    found = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )
-    if not found:
-        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {root}")
-    return found
+def reason(error: Exception) -> str:
+    """Reason why an image cannot be read: one wording, without the names and counts that Pillow and the system add."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image that Pillow can identify"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return re.sub(r" \(\d+ bytes not processed\)", "", text)

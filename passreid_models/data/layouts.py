@@ -6,6 +6,7 @@ msmt/list_train|val|query|gallery.txt with train/ and test/                   MS
                                       with mask_train_v2/ and mask_test_v2/   MSMT17 V2
 own/train|query|gallery/ID/*.jpg      also train_all and test                 folder per identity
 own/ID/*.jpg                          every image is train, query and gallery
+own/0002_c1s1_000451_03.jpg           the same without folders, by names as above
 own.csv                               path,pid,camid,split
 """
 
@@ -16,16 +17,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from passreid_models.data.images import SUFFIXES
+from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.synthetic.dataset import MARKER
 
-__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "images_below", "read_csv", "read_folder", "read_tree"]
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_csv", "read_flat", "read_folder", "read_tree"]
 
 EXPECTED = (
     "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
     "0002_c1s1_000451_03.jpg), MSMT17 (list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ "
     "and test/ or mask_train_v2/ and mask_test_v2/), a folder per identity (DIR/ID/*.jpg, or ID folders in DIR/train, "
-    "DIR/query and DIR/gallery), a CSV file with the columns path,pid,camid,split, or synthetic:ids=200"
+    "DIR/query and DIR/gallery), a flat folder (DIR/0002_c1s1_000451_03.jpg), a CSV file with the columns "
+    "path,pid,camid,split, or synthetic:ids=200"
 )
 MARKER_3D = "synthetic3d.json"
 """In a folder of persons of ``passreid_synth3d``: how they were drawn."""
@@ -52,7 +54,7 @@ class Layout:
     root: Path
     rows: dict[str, list[Row]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     parts: dict[str, str] = field(default_factory=dict)
-    """What a split is read from, such as ``query/``."""
+    """Source of each split, such as ``query/``."""
 
 
 def read_folder(root: Path) -> Layout | None:
@@ -62,14 +64,14 @@ def read_folder(root: Path) -> Layout | None:
         ValueError: If a file does not fit the layout that the folder has.
         FileNotFoundError: If list files of MSMT17 are missing.
     """
-    folders = {entry.name for entry in _entries(root) if entry.is_dir()}
-    files = {entry.name for entry in _entries(root) if entry.is_file()}
+    names, folders = list_folder(str(root))
+    files = set(names) - folders
     lists = [name for names in LISTS.values() for name in names]
     if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
-    if any(_has_images(root / name) for name in folders & set(MARKET.values())):
-        return _read_market(root)
-    if any(_has_folders(root / name) for names in FOLDERS.values() for name in folders & set(names)):
+    if any(_images_in(root / name) for name in folders & set(MARKET.values())):
+        return _read_market(root, folders)
+    if any(list_folder(str(root / name))[1] for names in FOLDERS.values() for name in folders & set(names)):
         return _read_split_folders(root, folders)
     return None
 
@@ -81,16 +83,36 @@ def read_tree(root: Path) -> Layout | None:
         ValueError: If images lie beside the folders of identities, or deeper.
     """
     rows: list[Row] = []
-    for entry in _entries(root):
-        if entry.is_dir():
-            for image in images_below(entry.path):
-                if os.path.dirname(image) != entry.path:
-                    raise ValueError(f"{image}: an image below the folder of an identity; {_tree(root)}")
-                rows.append((image, entry.name, _camera(image)))
-    if rows and (stray := next((e.path for e in _entries(root) if _is_image(e)), "")):
-        raise ValueError(f"{stray}: an image beside the folders of identities; {_tree(root)}")
+    stray, expected = "", f"expected {root.name}/ID/*.jpg, with an ID of any text"
+    for name in image_names(str(root)):
+        identity, _, image = name.rpartition("/")
+        if "/" in identity:
+            raise ValueError(f"{root / name}: an image below the folder of an identity; {expected}")
+        if identity:
+            rows.append((os.path.join(root, name), identity, _camera(image)))
+        else:
+            stray = stray or name
+    if rows and stray:
+        raise ValueError(f"{root / stray}: an image beside the folders of identities; {expected}")
     known = [row for row in rows if row[1] != "-1"]
     return Layout("folder per identity", root, {"train": rows, "query": known, "gallery": rows}) if rows else None
+
+
+def read_flat(root: Path) -> Layout | None:
+    """A folder of images whose names have identity and camera; None when no name has.
+
+    Beside junk, as in Market-1501's ``bounding_box_test``, images of 0000 are distractors: in the gallery alone.
+
+    Raises:
+        ValueError: If some names have them and another has not.
+    """
+    if not any(map(MARKET_NAME.match, _images_in(root))):
+        return None
+    rows = _market_rows(root)
+    distractors = {"0000"} if any(pid == "-1" for _, pid, _ in rows) else set()
+    train = [row for row in rows if row[1] not in distractors]
+    query = [row for row in train if row[1] != "-1"]
+    return Layout("flat folder", root, {"train": train, "query": query, "gallery": rows})
 
 
 def read_csv(file: Path) -> Layout:
@@ -133,27 +155,11 @@ def read_csv(file: Path) -> Layout:
     return layout
 
 
-def images_below(folder: str | Path) -> Iterator[str]:
-    """Paths of the images in a folder and the folders in it, in order; hidden ones are left out."""
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from images_below(entry.path)
-        elif _is_image(entry):
-            yield entry.path
-
-
-def _read_market(root: Path) -> Layout:
+def _read_market(root: Path, folders: set[str]) -> Layout:
     layout = Layout("Market-1501", root, parts={split: f"{name}/" for split, name in MARKET.items()})
     for split, folder in MARKET.items():
-        for entry in _entries(root / folder):
-            if _is_image(entry):
-                name = MARKET_NAME.match(entry.name)
-                if name is None:
-                    raise ValueError(
-                        f"{entry.path}: the name shows no identity and camera; expected PPPP_cC in front, such as "
-                        "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
-                    )
-                layout.rows[split].append((entry.path, name[1], name[2]))
+        if folder in folders:
+            layout.rows[split] = _market_rows(root / folder)
     if all(DUKE_NAME.match(os.path.basename(row[0])) for rows in layout.rows.values() for row in rows):
         layout.name = "DukeMTMC-reID"
     if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
@@ -161,17 +167,31 @@ def _read_market(root: Path) -> Layout:
     return layout
 
 
+def _market_rows(folder: Path) -> list[Row]:
+    """The images in a folder, whose names begin with identity and camera."""
+    rows = []
+    for name in _images_in(folder):
+        labels = MARKET_NAME.match(name)
+        if labels is None:
+            raise ValueError(
+                f"{folder / name}: the name shows no identity and camera; expected PPPP_cC in front, such as "
+                "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
+            )
+        rows.append((os.path.join(folder, name), labels[1], labels[2]))
+    return rows
+
+
 def _is_msmt17(root: Path, folders: set[str]) -> bool:
     """Whether train/ and test/ are MSMT17's though there are no lists."""
     for folder in sorted(folders & set(VERSIONS["MSMT17 V1"])):
-        first = next(images_below(root / folder), "")
+        first = next(image_names(str(root / folder)), "")
         if MSMT_NAME.match(os.path.basename(first)):
             return True
     return False
 
 
 def _read_msmt17(root: Path, folders: set[str], missing: list[str]) -> Layout:
-    version = msmt17_version(root, folders)
+    version = _msmt17_version(root, folders)
     if len(missing) == 4 or ("list_train.txt" in missing) != ("list_val.txt" in missing):
         raise FileNotFoundError(
             f"{root / missing[0]} is not there; expected the lists of {version}: list_train.txt and list_val.txt (both "
@@ -188,19 +208,19 @@ def _read_msmt17(root: Path, folders: set[str], missing: list[str]) -> Layout:
     return layout
 
 
-def msmt17_version(root: Path, folders: set[str]) -> str:
+def _msmt17_version(root: Path, folders: set[str]) -> str:
     """``MSMT17 V1`` or ``MSMT17 V2``, by the folders of images.
 
     Raises:
         ValueError: If there are folders of both, or of none.
     """
-    found = {name: [f"{f}/" for f in pair if f in folders] for name, pair in VERSIONS.items() if folders & set(pair)}
-    if len(found) == 1:
-        return next(iter(found))
+    present = {name: [f"{f}/" for f in pair if f in folders] for name, pair in VERSIONS.items() if folders & set(pair)}
+    if len(present) == 1:
+        return next(iter(present))
     pairs = " or ".join(f"{a}/ and {b}/ ({name[-2:]})" for name, (a, b) in VERSIONS.items())
-    if not found:
+    if not present:
         raise ValueError(f"{root}: lists of MSMT17, and no images; expected {pairs}")
-    held = " and ".join(f"{', '.join(f)} of {name[-2:]}" for name, f in found.items())
+    held = " and ".join(f"{', '.join(f)} of {name[-2:]}" for name, f in present.items())
     raise ValueError(
         f"{root} mixes MSMT17 V1 and V2, which give different numbers: it holds {held}; expected {pairs}: keep one"
     )
@@ -234,30 +254,12 @@ def _read_split_folders(root: Path, folders: set[str]) -> Layout:
     return layout
 
 
-def _camera(path: str) -> str:
-    found = CAMERA.search(os.path.basename(path))
-    return found[1] if found else ""
+def _camera(name: str) -> str:
+    camera = CAMERA.search(name)
+    return camera[1] if camera else ""
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; nothing where there is no folder, hidden files left out."""
-    if not os.path.isdir(folder):
-        return []
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
-
-
-def _tree(root: Path) -> str:
-    return f"expected {root.name}/ID/*.jpg, with an ID of any text"
-
-
-def _has_images(folder: Path) -> bool:
-    return any(_is_image(entry) for entry in _entries(folder))
-
-
-def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in _entries(folder))
+def _images_in(folder: Path) -> list[str]:
+    """Names of the images directly in a folder, sorted."""
+    names, folders = list_folder(str(folder))
+    return [name for name in names if name not in folders and is_image_name(name)]

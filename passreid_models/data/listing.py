@@ -1,4 +1,4 @@
-"""Which images a folder or a tar file holds: found once, then kept until the tree changes.
+"""Listings of the images in a folder or a tar file, cached until the tree changes.
 
     $PASSREID_CACHE/listings/
         0123456789abcdef.npz        one listing; its name is the hash of the folder's absolute path
@@ -22,13 +22,12 @@ from typing import IO
 
 import numpy as np
 
-from passreid_models.data.images import SUFFIXES
+from passreid_models.data.images import SUFFIXES, is_image_name, walk
 from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
 SETTLED = 2.0  # seconds; the coarsest clock of a file system: a younger folder can change and keep its time
-_IMAGES = tuple(suffix.encode() for suffix in SUFFIXES)
 
 
 class Names:
@@ -97,7 +96,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 def list_images(root: Path, cache: Path) -> Listing:
     """The images below a folder, or in its tar files where it has no images, or in one tar file.
 
-    Hidden files and folders are left out. Links are followed; a folder that is reached twice is listed once.
+    ``images.walk`` says which files of a folder count.
 
     Args:
         root: The folder or the tar file.
@@ -140,10 +139,10 @@ def _one_process(file: Path) -> Iterator[None]:
 
 def _list_folder(root: Path) -> Listing:
     listing, tars, others = Listing(), [], 0
-    for name, status in _walk(os.fsencode(root), b"", set()):
+    for name, status in walk(os.fsencode(root)):
         if status:
             listing.watch(os.path.join(os.fsencode(root), name).rstrip(b"/"), status)
-        elif name.lower().endswith(_IMAGES):
+        elif is_image_name(name):
             listing.names.append(name)
         elif name.lower().endswith(b".tar"):
             tars.append(name)
@@ -156,34 +155,6 @@ def _list_folder(root: Path) -> Listing:
     return listing
 
 
-def _walk(folder: bytes, below: bytes, seen: set[tuple[int, int]]) -> Iterator[tuple[bytes, os.stat_result | None]]:
-    """The folder with its status, the files in it with None, and so on for its folders; all relative to the first."""
-    status = os.stat(folder)  # before the content: what changes meanwhile makes the stamp an old one
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    yield below, status
-    names, folders = [], set()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            try:
-                if entry.is_dir():
-                    folders.add(entry.name)
-                elif not (entry.is_file() or entry.is_symlink()):  # a pipe would make its reader wait
-                    continue
-            except OSError:  # a link to itself, an error when it is read
-                pass
-            names.append(entry.name)
-    names.sort()
-    for name in names:
-        if name in folders:
-            yield from _walk(os.path.join(folder, name), below + name + b"/", seen)
-        else:
-            yield below + name, None
-
-
 # -------------------------------------------------------------------------------------------------------- tar files
 
 
@@ -194,21 +165,21 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
         status = os.stat(tar)
         listing.watch(tar, status)
         listing.tars.append(tar)
-        found: dict[bytes, tuple[int, int]] = {}
+        members: dict[bytes, tuple[int, int]] = {}
         try:
             with open(tar, "rb") as file:
                 for name, start, size in _members(file):
-                    if name.lower().endswith(_IMAGES):
-                        found[name] = start, size  # of several with one name the last counts, as tar has it
+                    if is_image_name(name):
+                        members[name] = start, size  # of several with one name the last counts, as tar has it
                     else:
                         others += 1
         except tarfile.TarError as e:
             path = os.fsdecode(tar)
             raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
         prefix = os.path.relpath(tar, os.fsencode(root)) + b"/" if root else b""
-        for name in sorted(found, key=lambda name: name.replace(b"/", b"\0")):
+        for name in sorted(members, key=lambda name: name.replace(b"/", b"\0")):
             listing.names.append(prefix + name)
-            listing.members.extend((number, *found[name]))
+            listing.members.extend((number, *members[name]))
     if not listing.names:
         where = f"the {len(tars)} tar files of {root}" if root else os.fsdecode(tars[0])
         raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {others} other files")

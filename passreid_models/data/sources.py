@@ -1,4 +1,4 @@
-"""Where the images of pre-training come from: folders, lists of files, tar files, and the synthetic generator.
+"""Images of pre-training, without labels: folders, lists of files, tar files, and the synthetic generator.
 
     open_source("crops/")                   images below a folder
     open_source("lup.txt")                  a path a line, absolute or below the list's folder; # begins a comment
@@ -11,14 +11,12 @@ A source pickles, and holds no open file: workers that are forked and workers th
 """
 
 import os
-from collections.abc import Sized
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from passreid_models.data.images import ImageError, to_rgb
+from passreid_models.data.images import ImageError, count, open_image, reason
 from passreid_models.data.listing import Listing, Names, list_images
 from passreid_models.runtime import cache_dir
 
@@ -40,7 +38,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What messages call the image, such as its path."""
+        """Name of the image in messages, such as its path."""
 
     def load(self, index: int) -> Image.Image:
         """The image in RGB, decoded and upright.
@@ -86,7 +84,7 @@ class FileSource:
             names: Paths of the images.
         """
         self.root, self.names = str(root), names
-        self.description = f"{root.name}/: {_count(names)}"
+        self.description = f"{root.name}/: {count(len(names), 'image')}"
         self.fingerprint = names.fingerprint()
 
     def __len__(self) -> int:
@@ -98,17 +96,16 @@ class FileSource:
     def load(self, index: int) -> Image.Image:
         name = self.name(index)
         try:
-            with Image.open(self._file(index)) as image:
-                return _decoded(image)
+            return open_image(self._file(index))
         except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
-            raise ImageError(f"{name}: {_reason(e)}") from e
+            raise ImageError(f"{name}: {reason(e)}") from e
 
-    def _file(self, index: int) -> str | BytesIO:
+    def _file(self, index: int) -> str | bytes:
         return self.name(index)
 
 
 class ListSource(FileSource):
-    """Image files that a text file lists; those that are missing are found when they are read."""
+    """Image files that a text file lists; a missing one is an error when it is read."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -132,7 +129,7 @@ class ListSource(FileSource):
                 f"{path}: the list is empty; expected a path of an image a line, absolute or relative to {path.parent}"
             )
         super().__init__(path.parent, names)
-        self.description = f"{path.name}: {_count(names)}"
+        self.description = f"{path.name}: {count(len(names), 'image')}"
 
 
 class TarSource(FileSource):
@@ -146,13 +143,13 @@ class TarSource(FileSource):
         """
         super().__init__(root, listing.names)
         self.tars, self.members = listing.tars, listing.members
-        self.description = f"{root.name}{'/*.tar' if root.is_dir() else ''}: {_count(self.names)}"
+        self.description = f"{root.name}{'/*.tar' if root.is_dir() else ''}: {count(len(self.names), 'image')}"
 
-    def _file(self, index: int) -> BytesIO:
+    def _file(self, index: int) -> bytes:
         tar, start, size = self.members[3 * index : 3 * index + 3]
         with open(self.tars[tar], "rb", buffering=0) as file:  # anew, as a file of a folder: nothing to share
             file.seek(start)
-            return BytesIO(file.read(size))
+            return file.read(size)
 
 
 class SyntheticSource:
@@ -171,7 +168,7 @@ class SyntheticSource:
 
         recipe = read_recipe(text)
         self.recipe, self.persons = recipe.text, recipe.persons
-        self.description = f"{self.recipe}: {_count(self.persons)}"
+        self.description = f"{self.recipe}: {count(len(self.persons), 'image')}"
         self.fingerprint = Names([self.recipe.encode()]).fingerprint()
 
     def __len__(self) -> int:
@@ -182,24 +179,3 @@ class SyntheticSource:
 
     def load(self, index: int) -> Image.Image:
         return self.persons[index][0]
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    image = to_rgb(image)
-    if 0 in image.size:
-        raise ValueError("it has no pixels")
-    return image
-
-
-def _reason(error: Exception) -> str:
-    """Why an image cannot be read, without its name, which Pillow and the system say in some errors."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is empty or no image that Pillow can identify"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-
-
-def _count(images: Sized) -> str:
-    count = len(images)
-    return f"{count:,} image{'' if count == 1 else 's'}"

@@ -3,7 +3,6 @@
     evaluate        the whole: descriptors, ranking, metrics, report
     extract         descriptors of many files, shared by processes; feature_cache: kept
     report          the result as a table and as JSON; pictures: as pictures
-    probe           a labelled folder, ranked between the epochs of pre-training
 
 The metrics themselves (mAP, CMC, ROC) are in ``passreid_models.retrieval``.
 """

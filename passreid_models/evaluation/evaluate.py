@@ -138,7 +138,6 @@ def evaluate_dataset(
     rerank: bool = False,
     per_camera: bool = False,
     cache: bool | str | Path = True,
-    progress: bool = True,
 ) -> Evaluation | None:
     """Evaluate a model; in a process group, call it in every process.
 
@@ -149,7 +148,6 @@ def evaluate_dataset(
         rerank: Also after k-reciprocal re-ranking.
         per_camera: Also mAP and Rank-1 for the queries of each camera.
         cache: Take known descriptors from the package's cache, or that folder, and leave new ones there.
-        progress: Show a bar when the work takes longer.
 
     Returns:
         The evaluation in the first process, None in the others.
@@ -161,7 +159,7 @@ def evaluate_dataset(
     if cache:
         folder = None if cache is True else cache
         store = FeatureCache(embed, dataset.recipe or str(dataset.root), folder)
-    retrieved = _retrieve(dataset, embed, store, progress)
+    retrieved = _retrieve(dataset, embed, store, progress=True)
     if world()[0]:
         return None
     model = {
@@ -182,10 +180,6 @@ def score(
     model: nn.Module,
     dataset: ReIDDataset,
     device: str | torch.device | None = None,
-    *,
-    batch_size: int = 64,
-    dtype: torch.dtype | None = None,
-    progress: bool = False,
 ) -> dict[str, float]:
     """mAP and Rank-1 of a model in training, in percent, the same in every process: call it in all of them.
 
@@ -193,9 +187,6 @@ def score(
         model: Gives descriptors; also inside ``DistributedDataParallel`` or compiled. It is copied, and stays as it is.
         dataset: With queries and gallery.
         device: As in ``Embedder``.
-        batch_size: Images that go through the model at a time.
-        dtype: Of weights and activations.
-        progress: Show a bar when the work takes longer.
 
     Returns:
         ``mAP`` and ``rank1``.
@@ -205,10 +196,9 @@ def score(
     """
     while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
         model = inner
-    embed = Embedder(model, device, dtype, batch_size)
-    retrieved = _retrieve(dataset, embed, None, progress)
+    retrieved = _retrieve(dataset, Embedder(model, device), None, progress=False)
     if retrieved.unreadable:
-        _logger.warning(f"{len(retrieved.unreadable)} images cannot be ranked, the first: {retrieved.unreadable[0]}")
+        _logger.warning(f"{len(retrieved.unreadable)} images cannot be read, the first: {retrieved.unreadable[0]}")
     scores = on_first(lambda: percent(retrieved.metrics()))
     return {key: scores[key] for key in ("mAP", "rank1")}
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from passreid_models.data.images import open_image
 from passreid_models.figure import new_figure
 from passreid_models.runtime import atomic_file
 
@@ -86,10 +87,7 @@ def draw_ranking(retrieved: "Retrieved", queries: np.ndarray, topk: int) -> Imag
 
 
 def _thumbnail(path: Path) -> Image.Image:
-    from passreid_models.data.images import to_rgb
-
-    with Image.open(path) as image:
-        return to_rgb(image).resize((WIDTH, HEIGHT))
+    return open_image(path).resize((WIDTH, HEIGHT))
 
 
 def _draw_cmc(figure: Any, evaluation: "Evaluation") -> None:

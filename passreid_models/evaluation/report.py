@@ -43,7 +43,15 @@ class Retrieved:
         }
 
     def metrics(self) -> RetrievalMetrics:
-        """mAP, mINP and CMC."""
+        """mAP, mINP and CMC.
+
+        Raises:
+            ValueError: If no query, or no gallery image, is left, or no query has a match.
+        """
+        for name, split in (("query", self.query), ("gallery", self.gallery)):
+            if not len(split):
+                first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
+                raise ValueError(f"no {name} image can be ranked: all are junk or cannot be read{first}")
         return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
 
     def reranked(self) -> RetrievalMetrics:
@@ -58,7 +66,7 @@ class Retrieved:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What ``passreid eval`` reports."""
+    """Result of an evaluation, as ``passreid eval`` prints it."""
 
     dataset: ReIDDataset
     model: dict[str, Any]
@@ -76,7 +84,7 @@ class Evaluation:
 
     @property
     def protocol(self) -> str:
-        """What a query is compared with."""
+        """Gallery images that a query is compared with."""
         if self.retrieved.has_cameras:
             return "Market-1501: matches under the query's own camera and junk are left out"
         cameras = "one camera" if self.dataset.gallery.num_cameras == 1 else "no cameras"
@@ -85,7 +93,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the descriptors, for JSON; scores are in percent."""
         total, read = len(self.dataset.query), len(self.retrieved.query)
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "dataset": {
                 "name": self.dataset.name,
                 "description": self.dataset.description,
@@ -113,10 +121,10 @@ class Evaluation:
             ],
         }
         if self.rerank:
-            found["reranked"] = percent(self.rerank)
+            values["reranked"] = percent(self.rerank)
         if self.per_camera:
-            found["cameras"] = self._cameras()
-        return found
+            values["cameras"] = self._cameras()
+        return values
 
     def _cameras(self) -> list[dict[str, Any]]:
         precisions, first = np.asarray(self.metrics.average_precision), np.asarray(self.metrics.first_match)  # [Q]

@@ -84,7 +84,7 @@ class PretrainConfig(RunConfig):
         norm_last_layer: Keep the gains of the prototypes at 1.
         loss_chunk: Samples whose logits are held at a time; 0 holds all of them; by default 8, on a GPU 64.
         compile: Compile the backbones.
-        probe: Labelled folder to rank after an epoch: ``PPPP_cC...`` names or a folder for each identity.
+        probe: Labelled dataset to rank after an epoch, any that ``passreid eval`` takes.
         probe_epochs: Epochs between two probes.
     """
 

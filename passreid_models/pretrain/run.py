@@ -8,14 +8,17 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.data.sources import open_source
-from passreid_models.evaluation.probe import probe, read_labelled
+from passreid_models.evaluation.evaluate import score
 from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset, batches_on, make_loader
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.trainer import PretrainTrainer
+from passreid_models.runtime import share_first
 from passreid_models.training.run import Run, pick_workers, run_in_folder
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class PretrainRun(Run):
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> PretrainTrainer:
         config = self.config
-        self.labelled = read_labelled(config.probe) if config.probe else None
+        self.probed = open_probe(config.probe) if config.probe else None
         self.source = open_source(config.data)
         return PretrainTrainer(config, len(self.source), device, self.source.fingerprint, checkpoint)
 
@@ -65,6 +68,7 @@ class PretrainRun(Run):
         c, t = self.config, self.trainer
         return [
             f"data: {self.source.description}",
+            *([f"probe: {self.probed.description}"] if self.probed else []),
             f"{c.epochs} epochs of {t.epoch_steps} steps of {c.batch_size} images: {t.world_size} processes x "
             f"{c.accumulate} micro-batches x {c.batch_size // t.world_size // c.accumulate}",
             f"model: {c.model}, {c.num_parts} parts, K = {c.num_prototypes}; {t.device}, {t.dtype}".replace(
@@ -81,10 +85,30 @@ class PretrainRun(Run):
 
     def after_epoch(self) -> None:
         t = self.trainer
-        if t.epoch % self.config.probe_epochs == 0 and self.is_main and self.labelled is not None:
-            try:
-                scores = probe(t.teacher.backbone, self.labelled, t.device)
-            except (ValueError, OSError) as e:
-                _logger.warning(f"probe: {e}")
-            else:
-                self.write(scores)
+        if self.probed is None or t.epoch % self.config.probe_epochs:
+            return
+        share_first(t.teacher.backbone.buffers())  # statistics of a conv stem's BatchNorms are each process's own
+        try:
+            scores = score(t.teacher.backbone, self.probed, t.device)  # shared by the processes
+        except (ValueError, OSError) as e:
+            _logger.warning(f"probe: {e}")
+        else:
+            self.write({f"probe_{name}": value for name, value in scores.items()})
+
+
+def open_probe(data: str) -> ReIDDataset:
+    """The dataset that is ranked between epochs, by the protocol of ``passreid eval``.
+
+    Raises:
+        ValueError: If ``data`` is no dataset, none of its queries has a match, or every image of the gallery is one.
+    """
+    try:
+        dataset = open_dataset(data).require("query", "gallery")
+    except (ValueError, OSError) as e:
+        raise ValueError(f"probe: {e}") from None
+    if not dataset.matches.any():
+        camera = " under another camera" if dataset.has_cameras else ""
+        raise ValueError(f"probe: no query of {data} has a match in the gallery{camera}; passreid data check says more")
+    if len(np.unique(dataset.gallery.pids[dataset.gallery.pids >= 0])) < 2:
+        raise ValueError(f"probe: the gallery of {data} has one identity, which every query finds")
+    return dataset

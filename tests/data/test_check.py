@@ -163,7 +163,7 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         changed(QUERY, jpeg(50)[:-200]), "error", "unreadable",
         f"1 image cannot be read, image file is truncated: {QUERY}"),
     "empty": (changed(TRAIN, b""), "error", "unreadable", f"1 image cannot be read, the file is empty: {TRAIN}"),
-    "not there": (csv("nine.jpg,a,1,train"), "error", "unreadable", "be read, the file is not there: nine.jpg"),
+    "not there": (csv("nine.jpg,a,1,train"), "error", "unreadable", "be read, no such file: nine.jpg"),
     "leak": (
         copied(TRAIN, "bounding_box_test/0003_c1s1_000001_01.jpg"), "error", "duplicates: leak",
         f"1 image more than once, of training images are in the test set, which should be disjoint: {TRAIN} = "),

@@ -208,6 +208,41 @@ def test_split_folders_may_have_these_names(tmp_path, folders, expected):
     assert dataset.own.tolist() == ([0] if "query" not in folders else [-1])
 
 
+# ------------------------------------------------------------------------------------------------------- flat folder
+
+
+def test_a_flat_folder_is_train_query_and_gallery_by_its_names(tmp_path):
+    dataset = open_dataset(write(tmp_path / "own", ["0002_c1s1_000451_03.jpg", "0002_c3_f0046182.jpg", "0000_c1.jpg"]))
+    assert dataset.name == "flat folder"
+    everything = [("0000_c1.jpg", 3, 0), ("0002_c1s1_000451_03.jpg", 2, 0), ("0002_c3_f0046182.jpg", 2, 2)]
+    for split in dataset.splits.values():
+        assert rows(dataset, split) == everything
+    assert dataset.own.tolist() == [0, 1, 2]
+    assert dataset.matches.tolist() == [0, 1, 1]
+    assert dataset.has_cameras
+    assert dataset.is_one_set
+    assert dataset.description.startswith("flat folder, own/: 3 training images of 2 identities, 3 queries, 3 gallery")
+
+
+def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_market1501(tmp_path):
+    dataset = open_dataset(write(tmp_path, ["-1_c1.jpg", "0000_c1.jpg", "0001_c1.jpg", "0001_c2.jpg"]))
+    assert dataset.query.pids.tolist() == [1, 1]
+    assert dataset.gallery.pids.tolist() == [-1, 0, 1, 1]
+    assert dataset.train.pids.tolist() == [-1, 1, 1]
+
+
+def test_a_flat_folder_has_no_labels_where_they_are_not_needed(tmp_path):
+    dataset = open_dataset(write(tmp_path, ["0002_c1.jpg", "0002_c2.jpg"]), labelled=False)
+    assert dataset.name == "unlabelled folder"
+    assert dataset.train.pids.tolist() == [-1, -1]
+
+
+def test_folders_of_identities_with_such_names_are_no_flat_folder(tmp_path):
+    dataset = open_dataset(write(tmp_path, ["7/0007_c1s1_000451_03.jpg", "9/0009_c2s1_000451_03.jpg"]))
+    assert dataset.name == "folder per identity"
+    assert dataset.train.pids.tolist() == [7, 9]
+
+
 # --------------------------------------------------------------------------------------------------------------- CSV
 
 
@@ -334,6 +369,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "images": (lambda root: write(root, ["b.jpg"]), r"holds 0 folders and 1 file \(b.jpg\), which is no known layout"),
     "deep": (lambda root: write(root, ["cam/id/b.jpg"]), r"cam/id/b.jpg: an image below the folder of an identity"),
     "file": (lambda root: write(root, ["b.jpg"]) / "b.jpg", r"cannot come from this kind of file; expected Market"),
+    "a name of a flat folder": (
+        lambda root: write(root, ["0002_c1.jpg", "person.jpg"]), r"/data/person.jpg: the name shows no identity and"),
     "name": (market_name, r"/query/person.jpg: the name shows no identity and camera; expected PPPP_cC in front"),
     "line": (lambda root: msmt_line(root, "a/b.jpg 3"), r"list_val.txt:2: 'a/b.jpg 3'; expected a path, whose name"),
     "no pid": (lambda root: msmt_line(root, "a/0_0_01_x.jpg"), r"list_val.txt:2: 'a/0_0_01_x.jpg'; expected a path"),

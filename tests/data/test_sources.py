@@ -371,8 +371,8 @@ def bomb() -> bytes:
 
 BAD = {
     "truncated": (JPEGS[0][:-100], "image file is truncated"),
-    "empty": (b"", "it is empty or no image"),
-    "text": (b"this is not an image", "it is empty or no image"),
+    "empty": (b"", "the file is empty"),
+    "text": (b"this is not an image", "no image that Pillow can identify"),
     "bomb": (bomb(), "decompression bomb"),
 }
 

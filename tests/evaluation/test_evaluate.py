@@ -207,6 +207,11 @@ def test_what_cannot_be_evaluated_is_said(tmp_path, embed):
     files = ["query/0001_c1.jpg", "bounding_box_test/0001_c1.jpg", "bounding_box_test/0002_c2.jpg"]
     with pytest.raises(ValueError, match="no query has a match in the gallery under another camera"):
         run(open_dataset(write(tmp_path / "b", files)), embed)
+    dataset = open_dataset(write_flat(tmp_path / "c"))
+    for path in dataset.gallery.paths:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no query image can be ranked: .* the first: .*/0\.jpg: the file is empty"):
+        run(dataset, embed)
 
 
 # --------------------------------------------------------------------------------------------------------- the cache

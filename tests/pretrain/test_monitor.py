@@ -1,21 +1,23 @@
-"""Signs of collapse on constructed extremes, the labelled folder of the probe, and the probe."""
+"""Signs of collapse on constructed extremes, and the probe."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from passreid_models.evaluation.probe import probe, read_labelled
+from passreid_models.data.datasets import open_dataset
+from passreid_models.evaluation.evaluate import evaluate_model
 from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.monitor import collapse_indicators
 from passreid_models.pretrain.network import Projections
-from passreid_models.pretrain.run import train
+from passreid_models.pretrain.run import open_probe, train
+from tests.reid_data import write_msmt17, write_persons
 from tests.tiny_runs import metrics, tiny, write_images
 
 K, B, D = 8, 8, 6
@@ -142,110 +144,129 @@ def test_without_two_parts_there_is_no_cosine_and_all_else_is_there(parts):
     assert all(type(value) is float for value in found.values())
 
 
-# ---- The labelled folder
+# ---- The probe
 
 
-def write(root: Path, names: list[str]) -> Path:
+def write(root: Path, names: Iterable[str]) -> Path:
     """A picture for each name, of the colour of its identity with a little noise."""
     rng = np.random.default_rng(0)
     for name in names:
         identity = name.replace("/", "_").split("_")[0]
-        colour = np.random.default_rng(abs(hash_of(identity))).integers(20, 235, (4, 1, 3)).repeat(16, 0)
+        seed = int.from_bytes(identity.encode(), "little") % (1 << 32)
+        colour = np.random.default_rng(seed).integers(20, 235, (4, 1, 3)).repeat(16, 0)
         pixels = (colour + rng.integers(-3, 4, (64, 32, 3))).astype(np.uint8)
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / name)
     return root
 
 
-def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode(), "little") % (1 << 32)
+def persons_as_csv(root: Path) -> Path:
+    dataset = open_dataset(write_persons(root / "images"))
+    lines = ["path,pid,camid,split"]
+    for split, images in dataset.splits.items():
+        for path, pid, camid in zip(images.paths, images.pids, images.camids, strict=True):
+            lines.append(f"{path},{pid},{camid + 1},{split}")
+    (root / "persons.csv").write_text("\n".join(lines))
+    return root / "persons.csv"
 
 
-MARKET = ["0002_c1s1_000451_03.jpg", "0002_c2s1_000451_03.jpg", "0007_c3s3_077419_03.jpg", "0007_c6s1_000001_01.jpg"]
-FOLDERS = ["anna/1.png", "anna/2.png", "bob/1.png", "bob/x/3.png", "carl/1.png"]
+def flattened(root: Path) -> Path:
+    """All images of a Market-1501 folder in one."""
+    root.mkdir()
+    for path in sorted(write_persons(root.with_name("split")).rglob("*.jpg")):
+        path.rename(root / path.name)
+    return root
 
 
-def test_identities_and_cameras_come_from_market_1501_names(tmp_path):
-    paths, pids, camids = read_labelled(write(tmp_path, MARKET))
-    assert [p.name for p in paths] == MARKET
-    assert (pids.tolist(), camids.tolist()) == ([2, 2, 7, 7], [1, 2, 3, 6])
+def by_identity(root: Path, depth: int, splits: Sequence[str] = ("",)) -> Path:
+    """Persons in a folder for each identity, in those of the splits."""
+    for i, path in enumerate(sorted(write_persons(root.with_name("split")).rglob("*.jpg"))):
+        split = splits[i % len(splits)]
+        folder = root / split / path.name[:4]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / (path.name if depth else f"{i}.jpg"))
+    return root
 
 
-def test_junk_and_distractors_are_left_out_and_subfolders_are_looked_into(tmp_path):
-    others = ["-1_c1s1_000001_00.jpg", "0000_c2s1_000001_00.jpg", "0002_c1s1_000452_00.jpg"]
-    paths, pids, camids = read_labelled(write(tmp_path, [f"query/{n}" for n in MARKET[:1]] + MARKET[1:] + others))
-    assert [p.name for p in paths] == [others[2], *MARKET[1:], MARKET[0]]
-    assert (pids.tolist(), camids.tolist()) == ([2, 2, 7, 7, 2], [1, 2, 3, 6, 1])
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "Market-1501": write_persons,
+    "a folder for each identity": lambda root: by_identity(root, 0),
+    "a folder for each identity, with cameras": lambda root: by_identity(root, 1),
+    "split folders": lambda root: by_identity(root, 1, ("train", "query", "gallery")),
+    "flat": flattened,
+    "CSV": lambda root: [root.mkdir(), persons_as_csv(root)][1],
+}
 
 
-def test_without_such_names_a_folder_is_an_identity_and_each_image_a_camera(tmp_path):
-    paths, pids, camids = read_labelled(write(tmp_path, FOLDERS))
-    of = {p.relative_to(tmp_path).as_posix(): pid for p, pid in zip(paths, pids.tolist(), strict=True)}
-    assert of["anna/1.png"] == of["anna/2.png"] != of["bob/1.png"]
-    assert len(set(of.values())) == 4  # bob/x is a folder of its own
-    assert len(set(camids.tolist())) == len(paths) == 5
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_logs_the_figures_of_eval_for_every_kind_of_folder(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    data, run = KINDS[kind](tmp_path / "data"), tmp_path / "run"
+    train(tiny(write_images(tmp_path / "images", 4), run, epochs=1, probe=str(data)))
+    evaluation = evaluate_model(data, str(run), device="cpu")
+    assert evaluation is not None
+    expected = evaluation.to_dict()
+    [row] = [row for row in metrics(run) if "probe_mAP" in row]
+    assert (row["probe_mAP"], row["probe_rank1"]) == pytest.approx((expected["mAP"], expected["rank1"]), abs=1e-3)
+    assert 5 < expected["mAP"] < 95
+    assert f" probe: {expected['dataset']['description']}\n" in (run / "log.txt").read_text()
+
+
+def test_the_generator_can_be_the_probe(tmp_path, monkeypatch):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    probe = "synthetic:ids=4,images=4,cameras=2,size=64x32"
+    train(tiny(write_images(tmp_path / "images", 4), tmp_path / "run", epochs=1, probe=probe))
+    assert any("probe_mAP" in row for row in metrics(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("names", "message"),
     [
-        ["0002_c1s1_000451_03.jpg", "0002_c1s1_000452_03.jpg", "0007_c1s1_000453_03.jpg"],  # a single camera
-        ["0002_c1s1_000451_03.jpg", "0002_c2s1_000452_03.jpg"],  # a single identity
-        ["-1_c1s1_000451_03.jpg", "0000_c2s1_000452_03.jpg"],  # junk and distractors only
-        ["1.jpg", "2.jpg", "3.jpg"],  # neither names nor folders
-        ["anna/1.png", "bob/1.png"],  # no second image
+        (["a/0002_c1.jpg", "a/0002_c2.jpg", "b/0007_c1.jpg"], None),
+        (["query/0002_c1.jpg", "bounding_box_test/0002_c1_2.jpg", "bounding_box_test/0007_c2.jpg"],
+         r"no query of .* has a match in the gallery under another camera; passreid data check says more"),
+        (["anna/1.png", "bob/1.png"], r"no query of .* has a match in the gallery; passreid data check says more"),
+        (["0002_c1.jpg", "0002_c2.jpg"], r"the gallery of .* has one identity, which every query finds"),
+        (["-1_c1.jpg", "0000_c2.jpg"], r"no query images in .* \(flat folder\); expected Market-1501 or"),
+        (["1.jpg", "2.jpg"], r".* holds 0 folders and 2 files \(1.jpg, 2.jpg\), which is no known layout; expected"),
+        (["a/1.jpg", "a/x/2.jpg", "b/1.jpg"], r".*/a/x/2.jpg: an image below the folder of an identity; expected"),
+        (["bounding_box_train/0002_c1.jpg"], r"no query images in query/ of .* \(Market-1501\); expected"),
+        (["query/0002_c1.jpg", "query/x.jpg"], r".*/query/x.jpg: the name shows no identity and camera; expected"),
+        ([], r".* holds 0 folders and 0 files, which is no known layout; expected"),
+        (None, r".*: no such file or folder; expected"),
     ],
-)
-def test_a_folder_that_cannot_be_ranked_is_refused_by_the_fields_name(tmp_path, names):
-    with pytest.raises(ValueError, match=r"^probe: .* has no two identities with images under two cameras: expected"):
-        read_labelled(write(tmp_path, names))
+)  # fmt: skip
+def test_a_probe_that_cannot_be_ranked_is_refused_by_the_fields_name(tmp_path, names, message):
+    root = tmp_path / "data"
+    if names is not None:
+        root.mkdir()
+        write(root, names)
+    if message is None:
+        assert open_probe(str(root)).fingerprint == open_dataset(root).fingerprint
+        return
+    with pytest.raises(ValueError, match=f"^probe: {message}"):
+        open_probe(str(root))
 
 
-@pytest.mark.parametrize("name", ["", "missing"])
-def test_a_folder_without_images_is_refused_by_the_fields_name(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=r"^probe: no images"):
-        read_labelled(tmp_path / name)
+def test_a_probe_with_a_missing_list_is_refused_by_the_fields_name(tmp_path):
+    (write_msmt17(tmp_path) / "list_val.txt").unlink()
+    with pytest.raises(ValueError, match=r"^probe: .*/list_val.txt is not there; expected the lists of MSMT17 V1"):
+        open_probe(str(tmp_path))
 
 
-# ---- The probe
-
-
-@pytest.mark.parametrize("names", [MARKET, [*FOLDERS[:3], "bob/2.png"]], ids=["names", "folders"])
-def test_persons_told_apart_by_their_colours_are_ranked_without_an_error(tmp_path, names):
-    torch.manual_seed(0)
-    backbone = timm.create_model("test_pass_vit").train()
-    before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    found = probe(backbone, read_labelled(write(tmp_path, names)), torch.device("cpu"))
-    assert found == {"probe_mAP": 100.0, "probe_rank1": 100.0}
-    assert backbone.training  # the teacher trains on
-    assert all(p.requires_grad for p in backbone.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-
-
-def test_the_scores_of_a_probe_worked_out_by_hand(monkeypatch):
-    # Degrees on a circle: person 1 at 0 and 30, person 2 at 12 and 20, and a second image of person 1 under camera 1.
-    # Person 1 from camera 1 finds person 2 twice before itself, AP 1/3 for both images; from camera 2 it finds itself
-    # at ranks 3 and 4, AP (1/3 + 2/4) / 2 = 5/12. Person 2 finds itself first, AP 1, twice.
-    angles = torch.tensor([0.0, 1, 30, 12, 20]).deg2rad()
-    descriptors = torch.stack([angles.cos(), angles.sin()], dim=1)
-    monkeypatch.setattr("passreid_models.evaluation.probe.Embedder", lambda *_: lambda paths, errors: descriptors)
-    paths = [Path(f"{i}.jpg") for i in range(5)]
-    labelled = paths, np.array([1, 1, 1, 2, 2]), np.array([1, 1, 2, 1, 2])
-    found = probe(timm.create_model("test_pass_vit"), labelled, torch.device("cpu"))
-    assert found["probe_rank1"] == pytest.approx(40)
-    assert found["probe_mAP"] == pytest.approx(100 * (1 / 3 + 1 / 3 + 5 / 12 + 1 + 1) / 5)
+FOLDERS = ["anna/1.png", "anna/2.png", "bob/1.png", "bob/3.png", "carl/1.png"]
 
 
 @pytest.mark.parametrize("broken", [FOLDERS[4:], FOLDERS])
-def test_a_probe_with_unreadable_images_warns_and_never_ends_the_run(tmp_path, monkeypatch, one_thread, broken):
+def test_a_probe_with_unreadable_images_warns_and_never_ends_the_run(tmp_path, monkeypatch, broken):
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
     labelled, run = write(tmp_path / "labelled", FOLDERS), tmp_path / "run"
     for name in broken:
         (labelled / name).write_bytes(b"no image")
     train(tiny(write_images(tmp_path / "images", 4), run, epochs=1, probe=str(labelled)))
     log = (run / "log.txt").read_text()
-    assert f"probe: {len(broken)} images cannot be read, the first: {labelled / broken[0]}: " in log
+    assert f"{len(broken)} images cannot be read, the first: {labelled / broken[0]}: no image that Pillow can" in log
     assert ["probe_mAP" in record for record in metrics(run)] == ([False, True] if broken != FOLDERS else [False])
-    assert log.count(" probe: ") == (1 if broken != FOLDERS else 2)  # the reason why there are no scores
+    assert log.count(" probe: ") == (1 if broken != FOLDERS else 2)  # what is ranked, and why there are no scores
     assert (run / "export" / "model.safetensors").is_file()
     assert log.rstrip().endswith(f"done: {run}/export")

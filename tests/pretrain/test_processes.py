@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from passreid_models.evaluation.evaluate import evaluate_model
 from passreid_models.pretrain.batches import StepSampler
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.run import train
@@ -21,6 +22,7 @@ from passreid_models.pretrain.trainer import PretrainTrainer
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.run import Stopped
 from tests import ROOT
+from tests.reid_data import write_flat
 from tests.tiny_runs import (
     EPOCH_STEPS,
     LONG,
@@ -184,6 +186,56 @@ def test_each_process_names_its_unreadable_images_and_counts_them_among_its_own(
     assert [log.count(f"left out: {path}") for path in broken] == [1] * count
     refusal = "max_unreadable: 2 of 8 images cannot be read, more than 12.50%"  # of all 16 they are no more
     assert [refusal in one for one in (log, children[1].output)] == [count == 2] * 2
+
+
+@pytest.mark.parametrize("broken", ["one", "all"])
+def test_the_processes_share_the_probe_and_log_the_figures_of_eval(data, tmp_path, broken):
+    probe, run = write_flat(tmp_path / "persons"), tmp_path / "run"
+    for path in sorted(probe.rglob("*.jpg"))[: 1 if broken == "one" else None]:
+        path.write_bytes(b"")
+    with ExitStack() as stack:
+        children = world(run_cli, flags(data, run, epochs=2, probe=probe, probe_epochs=2), folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [0, 0]
+    log, rows = (run / "log.txt").read_text(), [row for row in metrics(run) if "probe_mAP" in row]
+    assert log.count(f"{1 if broken == 'one' else 12} images cannot be read, the first: {probe}/person 0/0.jpg: ") == 1
+    if broken == "all":
+        assert rows == []
+        assert (
+            f"probe: no query image can be ranked: all are junk or cannot be read; the first: {probe}/person 0" in log
+        )
+        return
+    evaluation = evaluate_model(probe, str(run), device="cpu")
+    assert evaluation is not None
+    assert evaluation.metrics.num_queries == 11
+    [row] = rows
+    expected = evaluation.to_dict()
+    assert (row["probe_mAP"], row["probe_rank1"]) == pytest.approx((expected["mAP"], expected["rank1"]), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_processes_rank_the_probe_with_the_statistics_of_the_first_ones_conv_stem(data, tmp_path):
+    options = {"model": "pass_vit_small_ics_patch16", "epochs": 1, "probe": write_flat(tmp_path / "persons")}
+    with ExitStack() as stack:
+        children = world(run_cli, flags(data, tmp_path / "run", **options), folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [0, 0]
+    evaluation = evaluate_model(options["probe"], str(tmp_path / "run"), device="cpu")
+    assert evaluation is not None
+    [mAP] = [row["probe_mAP"] for row in metrics(tmp_path / "run") if "probe_mAP" in row]
+    assert mAP == pytest.approx(evaluation.to_dict()["mAP"], abs=1e-3)
+
+
+def test_a_probe_that_cannot_be_ranked_is_refused_by_all_processes(data, tmp_path):
+    with ExitStack() as stack:
+        children = world(run_cli, flags(data, tmp_path / "run", probe="nowhere"), folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [2, 2]
+        assert one_sentence(children[0].output).startswith("passreid-train: probe: nowhere: no such file or folder")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

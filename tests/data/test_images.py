@@ -1,0 +1,268 @@
+"""One walk of folders and one opener: every reader takes the same files, and says the same of those it cannot read."""
+
+import os
+import socket
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from passreid_models.data.check import check_dataset
+from passreid_models.data.datasets import open_dataset
+from passreid_models.data.images import ImageError, find_images, open_image, reason
+from passreid_models.data.sources import open_source
+from passreid_models.embed import Embedder
+from tests.reid_data import jpeg, make_model, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def embed() -> Embedder:
+    return Embedder(make_model(), "cpu", workers=2)
+
+
+def by_embed(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in find_images(root)]
+
+
+def by_training(root: Path) -> list[str]:
+    source = open_source(root)
+    return [os.path.relpath(source.name(i), root) for i in range(len(source))]
+
+
+def by_eval(root: Path) -> list[str]:
+    dataset = open_dataset(root)
+    assert dataset.name == "folder per identity"
+    return [dataset.relative(path) for path in dataset.gallery.paths]
+
+
+def by_cluster(root: Path) -> list[str]:
+    dataset = open_dataset(root, labelled=False)
+    return [dataset.relative(path) for path in dataset.train.paths]
+
+
+READERS: dict[str, Callable[[Path], list[str]]] = {
+    "embed": by_embed,
+    "training": by_training,
+    "eval": by_eval,
+    "cluster": by_cluster,
+}
+IMAGES = ["anna/1.jpg", "anna/2.jpg", "bob/1.jpg", "bob/2.jpg"]
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def linked_folder(root: Path) -> list[str]:
+    write(root.with_name("outside"), ["1.jpg", "2.jpg"], 20)
+    (root / "carl").symlink_to(root.with_name("outside"))
+    return [*IMAGES, "carl/1.jpg", "carl/2.jpg"]
+
+
+def linked_file(root: Path) -> list[str]:
+    write(root.with_name("outside"), ["1.jpg"], 20)
+    (root / "anna" / "3.jpg").symlink_to(root.with_name("outside") / "1.jpg")
+    return [*IMAGES[:2], "anna/3.jpg", *IMAGES[2:]]
+
+
+def folder_linked_twice(root: Path) -> list[str]:
+    (root / "zoe").symlink_to(root / "bob")
+    return IMAGES
+
+
+def link_to_the_folder(root: Path) -> list[str]:
+    (root / "loop").symlink_to(root)
+    return IMAGES
+
+
+def link_to_a_parent(root: Path) -> list[str]:
+    (root / "anna" / "up").symlink_to(root)
+    return IMAGES
+
+
+def link_to_itself(root: Path) -> list[str]:
+    (root / "itself").symlink_to(root / "itself")
+    return IMAGES
+
+
+def broken_link(root: Path) -> list[str]:
+    (root / "bob" / "3.jpg").symlink_to(root / "nowhere.jpg")
+    return [*IMAGES, "bob/3.jpg"]
+
+
+def pipe(root: Path) -> list[str]:
+    os.mkfifo(root / "anna" / "pipe.jpg")
+    (root / "anna" / "link.jpg").symlink_to(root / "anna" / "pipe.jpg")
+    return IMAGES
+
+
+def unix_socket(root: Path) -> list[str]:
+    with socket.socket(socket.AF_UNIX) as s:
+        folder = os.getcwd()
+        try:
+            os.chdir(root / "anna")  # the path of a socket must be short
+            s.bind("socket.jpg")
+        finally:
+            os.chdir(folder)
+    return IMAGES
+
+
+def device(root: Path) -> list[str]:
+    (root / "anna" / "null.jpg").symlink_to("/dev/null")
+    return IMAGES
+
+
+def folder_with_the_name_of_an_image(root: Path) -> list[str]:
+    write(root, ["x.jpg/1.jpg"], 20)
+    (root / "bob" / "y.jpg").mkdir()
+    return [*IMAGES, "x.jpg/1.jpg"]
+
+
+def hidden(root: Path) -> list[str]:
+    write(root, [".thumbnails/1.jpg", "anna/.3.jpg", "bob/.old/1.jpg"], 20)
+    return IMAGES
+
+
+def other_files(root: Path) -> list[str]:
+    for name in ("notes.txt", "anna/Thumbs.db", "bob/jpg"):
+        (root / name).touch()
+    return IMAGES
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        linked_folder, linked_file, folder_linked_twice, link_to_the_folder, link_to_a_parent, link_to_itself,
+        broken_link, pipe, unix_socket, device, folder_with_the_name_of_an_image, hidden, other_files,
+    ],
+)  # fmt: skip
+def test_every_reader_takes_the_same_images_in_the_same_order(tmp_path, add):
+    root = write(tmp_path / "crops", IMAGES)
+    expected = add(root)
+    assert {name: read(root) for name, read in READERS.items()} == dict.fromkeys(READERS, expected)
+    check = check_dataset(root, progress=False)
+    assert check.counts["gallery"]["images"] == len(expected)
+    unreadable = [finding for finding in check.findings if finding.kind == "unreadable"]
+    assert [finding.files for finding in unreadable] == ([["bob/3.jpg"]] if add is broken_link else [])
+
+
+@pytest.mark.parametrize("add", [link_to_the_folder, link_to_a_parent, link_to_itself])
+def test_loops_in_an_unlabelled_folder_end(tmp_path, add):
+    root = write(tmp_path / "crops", [*IMAGES, "anna/x/1.jpg"])
+    add(root)
+    expected = ["anna/1.jpg", "anna/2.jpg", "anna/x/1.jpg", *IMAGES[2:]]
+    assert [by_embed(root), by_training(root), by_cluster(root)] == [expected] * 3
+
+
+def test_a_link_to_a_parent_that_is_a_dataset_is_not_taken_for_the_dataset(tmp_path):
+    names = ["query/0001_c1.jpg", "bounding_box_test/0001_c2.jpg", "others/anna/1.jpg"]
+    root = write(tmp_path / "market", names) / "others"
+    (root / "up").symlink_to(root.parent)
+    assert open_dataset(root, labelled=False).name == "unlabelled folder"
+    (root / "up").unlink()
+    assert by_eval(root) == ["anna/1.jpg"]
+
+
+def test_query_and_gallery_may_be_links_to_one_folder(tmp_path):
+    root = write(tmp_path / "own", ["gallery/anna/1.jpg", "gallery/anna/2.jpg", "gallery/bob/1.jpg"])
+    (root / "query").symlink_to("gallery")
+    dataset = open_dataset(root)
+    assert (len(dataset.query), len(dataset.gallery)) == (3, 3)
+
+
+def test_a_linked_folder_is_a_split_of_market1501(tmp_path):
+    outside = write(tmp_path / "elsewhere", ["0001_c1.jpg", "0001_c2.jpg"])
+    root = write(tmp_path / "market", ["query/0001_c3.jpg"])
+    (root / "bounding_box_test").symlink_to(outside)
+    (root / "query" / "folder.jpg").mkdir()
+    os.mkfifo(root / "query" / "0009_c1.jpg")
+    dataset = open_dataset(root)
+    assert (dataset.name, len(dataset.query), len(dataset.gallery)) == ("Market-1501", 1, 2)
+
+
+def test_names_are_sorted_as_paths_are_and_not_as_text(tmp_path):
+    names = ["a-b/1.jpg", "a.jpg", "a/10.JPG", "a/2.jpeg", "ä ö/1.jpg", "z.jpg", "Ｆ.jpg", "😀.jpg"]
+    root = write(tmp_path / "crops", names)
+    expected = [path.relative_to(root).as_posix() for path in sorted(root / name for name in names)]
+    assert [by_embed(root), by_training(root), by_cluster(root)] == [expected] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+REASONS = {
+    "empty": (b"", "the file is empty"),
+    "truncated": (jpeg(0)[:-200], "image file is truncated"),
+    "text": (b"this is no image", "no image that Pillow can identify"),
+    "missing": (None, "no such file"),
+    "without pixels": (b"P6 0 4 255\n", "no image that Pillow can identify"),
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_every_reader_gives_the_same_reason_for_an_image_that_cannot_be_read(tmp_path, embed, kind):
+    content, why = REASONS[kind]
+    root = write(tmp_path / "crops", IMAGES)
+    bad = root / IMAGES[3]
+    source, dataset = open_source(root), open_dataset(root)
+    tar = tmp_path / "crops.tar"
+    if content is None:
+        bad.unlink()
+    else:
+        bad.write_bytes(content)
+    with tarfile.open(tar, "w") as file:
+        file.add(root, ".")
+    errors: dict[int, str] = {}
+    embed(dataset.gallery.paths, errors=errors)
+    assert errors == {3: f"{bad}: {why}"}
+    with pytest.raises(ImageError) as error:
+        source.load(3)
+    assert str(error.value) == f"{bad}: {why}"
+    if content is not None:
+        with pytest.raises(ImageError) as error:
+            open_source(tar).load(3)
+        assert str(error.value) == f"{tar}/{IMAGES[3]}: {why}"
+    lines = [f"crops/{name},1,gallery" for name in IMAGES]
+    (tmp_path / "own.csv").write_text("\n".join(["path,pid,split", *lines]))
+    findings = check_dataset(tmp_path / "own.csv", progress=False).findings
+    expected = f"error: 1 image cannot be read, {why}: crops/{IMAGES[3]}"
+    assert [str(finding) for finding in findings if finding.kind == "unreadable"] == [expected]
+
+
+def test_paths_contents_pil_images_arrays_and_tensors_of_one_image_open_alike(tmp_path):
+    path = write(tmp_path, ["a.jpg"]) / "a.jpg"
+    image = open_image(path)
+    array = np.asarray(image)
+    for item in (
+        str(path),
+        path.read_bytes(),
+        Image.open(path),
+        array,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+    ):
+        assert open_image(item).tobytes() == image.tobytes()
+    assert open_image(np.ascontiguousarray(array[..., ::-1]), bgr=True).tobytes() == image.tobytes()
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("item", [Image.new("L", (0, 4)), np.zeros((4, 0, 3), np.uint8)])
+def test_an_image_without_pixels_is_refused(item):
+    with pytest.raises(ValueError, match="it has no pixels"):
+        open_image(item)
+
+
+def test_counts_of_bytes_are_left_out_of_the_reason_and_what_it_is_about_stays(tmp_path):
+    assert reason(OSError("image file is truncated (17 bytes not processed)")) == "image file is truncated"
+    assert reason(ValueError("got uint8 (8, 8, 4)")) == "got uint8 (8, 8, 4)"
+    assert reason(PermissionError(13, "Permission denied", "a.jpg")) == "Permission denied"
+    assert reason(MemoryError()) == "MemoryError"
