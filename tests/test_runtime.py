@@ -136,10 +136,14 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new(tmp_path):
 # ---------------------------------------------------------------------------------------------------- atomic_folder
 
 
+def write(folder: Path, text: str = "new") -> None:
+    for name in ("a", "b"):
+        (folder / name).write_text(text)
+
+
 def filled(path: Path, text: str) -> Path:
     path.mkdir(parents=True)
-    for name in ("a", "b"):
-        (path / name).write_text(text)
+    write(path, text)
     return path
 
 
@@ -148,11 +152,6 @@ def content(path: Path) -> list[tuple[str, str]]:
 
 
 OLD, NEW = ([("a", text), ("b", text)] for text in ("old", "new"))
-
-
-def write(folder: Path, text: str = "new") -> None:
-    for name in ("a", "b"):
-        (folder / name).write_text(text)
 
 
 def test_a_folder_appears_whole_at_the_end(tmp_path):

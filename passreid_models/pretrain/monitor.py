@@ -1,7 +1,5 @@
 """Watching a run: signs of collapse, and the ranking of a labelled folder."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,8 +7,6 @@ from torch import Tensor
 from passreid_models.layers import fuse_tokens
 from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.network import Projections
-
-_logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()

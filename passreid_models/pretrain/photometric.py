@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale, solarize
 
+from passreid_models.architectures import IMAGENET
 from passreid_models.pretrain.views import (
     BLUR,
     BRIGHTNESS,
@@ -56,11 +57,7 @@ class Photometric(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
-    ) -> None:
+    def __init__(self, mean: Sequence[float] = IMAGENET[0], std: Sequence[float] = IMAGENET[1]) -> None:
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std must be three values, std above 0, got mean={mean!r} and std={std!r}")

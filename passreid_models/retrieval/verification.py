@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from passreid_models.retrieval.protocol import Protocol, indices
+from passreid_models.retrieval.protocol import JUNK, Protocol, indices
 from passreid_models.retrieval.similarity import Similarities, chunks
 
 __all__ = ["ROC", "roc"]
@@ -126,7 +126,7 @@ def roc(
         matches, left_out = ids.matches(start, stop)
         rows = pairs.rows(start, stop)
         ids.hide(rows, left_out)
-        junk = np.flatnonzero(ids.query_pids[start:stop] == -1)
+        junk = np.flatnonzero(ids.query_pids[start:stop] == JUNK)
         rows[torch.from_numpy(junk).to(rows.device)] = -torch.inf
         left = rows == -torch.inf
         bins = rows.sub_(low).mul_(BINS / (high - low)).clamp_(0, BINS - 1).int()
