@@ -401,7 +401,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(batches, tmp_path):
 
 def test_a_state_of_other_settings_or_data_is_refused_by_name():
     state = make().state()
-    with pytest.raises(ValueError, match=r"other settings \(lr: 0.1, in the run 0.05; seed: 3, in the run 0\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 3, in the run 0; lr: 0.1, in the run 0.05\)"):
         make(lr=0.1, seed=3).load_state(state)
     make(keep=7, workers=2, log_steps=9).load_state(state)  # which do not touch the weights
     with pytest.raises(ValueError, match=r"has 8 images, and .* now holds 9"):
