@@ -1,4 +1,4 @@
-"""Peak memory and time of projection heads and loss, forward and backward, the lean path against the plain reading.
+"""Peak memory and time of projection heads and loss, forward and backward, the chunked loss against the plain reading.
 
 peak_ratio      peak memory above inputs and parameters, ours over plain: each in a process of its own
 time_ratio      seconds, ours over plain, in turn in one process, the median of the rounds
@@ -47,7 +47,7 @@ class Ours:
 
     def __call__(self, student: list[Tensor], teacher: list[Tensor]) -> float:
         targets, outputs = self.project(self.teacher, teacher), self.project(self.student, student)
-        loss, _ = self.criterion.lean(outputs, targets, TEACHER_TEMP)
+        loss, _ = self.criterion.chunked(outputs, targets, TEACHER_TEMP)
         loss.backward()
         return loss.item()
 

@@ -1,27 +1,27 @@
-"""The one place that knows where matplotlib is."""
+"""Matplotlib, imported when a figure is made."""
 
 from typing import Any
 
 
-def require_matplotlib(what: str) -> None:
-    """Nothing where matplotlib is installed: better asked before the work than after it.
+def require_matplotlib(option: str) -> None:
+    """Check that matplotlib is installed, before the work whose results ``option`` draws.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not installed; the message says how to install it.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(f'{what}: pip install "passreid-models[viz]"') from None
+        raise ValueError(f'{option}: pip install "passreid-models[viz]"') from None
 
 
-def new_figure(width: float, height: float, what: str = "plot") -> Any:
-    """A figure of that many inches.
+def new_figure(width: float, height: float, option: str = "plot") -> Any:
+    """Make a figure of ``width`` x ``height`` inches.
 
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    require_matplotlib(what)
+    require_matplotlib(option)
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a PASS model adds to timm's Vision Transformer: fusion of the tokens, necks, and the conv stem.
+"""Layers that PASS adds to timm's Vision Transformer: token fusion, necks, and the conv stem.
 
 Shapes: B batch, P parts, T = 1 + P prefix tokens, D embedding width.
 """
@@ -16,7 +16,7 @@ def fuse_tokens(tokens: Tensor, fusion: str) -> Tensor:
     """Fuse prefix tokens ``[B, T, D]`` into one descriptor per image.
 
     Args:
-        tokens: CLS in row 0, the part tokens behind it.
+        tokens: CLS in row 0, then the part tokens.
         fusion: ``cat`` ``[g, m]`` ``[B, 2D]``, ``mean`` ``(g + m) / 2`` ``[B, D]``, ``parts`` all tokens
             ``[B, T * D]``, ``token`` CLS alone ``[B, D]``; g is CLS, m the mean part.
     """
@@ -51,7 +51,7 @@ class SingleNeck(nn.Module):
 class MultiNeck(nn.Module):
     """BatchNorm and L2 normalisation of each token, then fusion: the feature of the published UDA models.
 
-    The T BatchNorms of width D are one of width T * D.
+    The T BatchNorms of width D are computed as one of width T * D.
     """
 
     def __init__(self, num_tokens: int, embed_dim: int, fusion: str, device: Any = None, dtype: Any = None) -> None:

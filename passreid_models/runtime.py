@@ -1,4 +1,4 @@
-"""What every part shares with the operating system and other processes: atomic writes, locks, seeds, all-reduce."""
+"""Operating system and processes: atomic writes, locks, hashes, seeds, collective operations, the cache folder."""
 
 import hashlib
 import os
@@ -19,24 +19,24 @@ T = TypeVar("T")
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, renamed to ``path`` at the end; nothing stays after an error."""
+    """Yield a temporary file beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the suffix stays last, since some writers choose the format by it
+    # the name keeps its suffix, since some writers choose the format by it
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         new = Path(work) / "new"
         new.mkdir()
         yield new / path.name
-        _settle(new)
+        _flush(new)
         (new / path.name).replace(path)
 
 
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``path`` to fill, renamed to ``path`` at the end; nothing stays after an error.
+    """Yield a temporary folder beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind.
 
-    With ``overwrite`` an older folder gives way whole; a kill between the two renames leaves it beside, as
-    ``.NAME.old``.
+    With ``overwrite`` an existing folder is replaced as a whole; a kill between the two renames leaves it beside
+    ``path`` as ``.NAME.old``.
 
     Raises:
         OSError: If ``path`` is a folder with content and ``overwrite`` is off.
@@ -47,7 +47,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         new = Path(work) / "new"
         new.mkdir()
         yield new
-        _settle(new)
+        _flush(new)
         old = path.parent / f".{path.name}.old"
         if overwrite and path.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -56,8 +56,8 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _settle(folder: Path) -> None:
-    """Bring new files to the disk, with the permissions that the umask gives: safetensors makes them private."""
+def _flush(folder: Path) -> None:
+    """Flush new files to disk, with the permissions of the umask, since safetensors makes its files private."""
     for path in folder.iterdir():
         path.chmod(folder.stat().st_mode & 0o666)
         with path.open("rb+") as file:
@@ -65,7 +65,7 @@ def _settle(folder: Path) -> None:
 
 
 def lock(path: str | Path) -> FileLock:
-    """A lock between processes on what is, or will be, at ``path``; use it in a ``with`` statement."""
+    """Lock between processes on ``path``, which need not exist yet; use it in a ``with`` statement."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.parent / f".{path.name}.lock")
@@ -78,7 +78,7 @@ def sha256(path: str | Path) -> str:
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch for one step of one process, so that no generator's state need be saved."""
+    """Seed torch for one step of one process, so that checkpoints need no state of its generator."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1)
 
 
@@ -97,10 +97,10 @@ def all_reduce_mean(x: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all processes, first to last, each with as many; those of this one keep their gradient.
+    """Gather the rows of all processes, equally many each, by rank; this process's own keep their gradient.
 
-    A loss of all rows, computed alike in every process, then has this process's share of the gradient: DDP's mean wants
-    it times the number of processes.
+    A loss over all rows, the same in every process, then gives this process's share of the gradient. DDP averages the
+    shares, so multiply the loss by the number of processes.
     """
     rank, size = world()
     if size == 1:
@@ -112,7 +112,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What ``function()`` returns in the first process, in every process; what it raises too."""
+    """Call ``function`` in the first process only; return its result, or raise its exception, in every process."""
     rank, size = world()
     if size == 1:
         return function()
@@ -120,7 +120,7 @@ def on_first(function: Callable[[], T]) -> T:
     if rank == 0:
         try:
             result = [function()]
-        except Exception as e:  # the others would wait for it
+        except Exception as e:  # raised below, after the broadcast for which the others wait
             result = [e]
     dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
@@ -129,19 +129,19 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def share_first(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the values that the first one has, in place."""
+    """Overwrite the tensors of all processes with those of the first, in place."""
     if world()[1] > 1:
         for x in tensors:
             dist.broadcast(x, 0)
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cache_dir() -> Path:
-    """``PASSREID_CACHE``, or ``passreid`` beside the Hub's cache."""
+    """Cache folder: ``PASSREID_CACHE``, or ``passreid`` beside the Hub's cache."""
     if path := os.environ.get("PASSREID_CACHE"):
         return Path(path).expanduser()
     from huggingface_hub.constants import HF_HOME

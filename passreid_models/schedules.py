@@ -1,31 +1,31 @@
-"""Schedules as pure functions of the step or epoch: a resumed run reads the value that it would have had."""
+"""Schedules as pure functions of the step or epoch, so that a resumed run gets the same values."""
 
 import math
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:
-    """Half a cosine from ``start`` at step 0 towards ``end`` at step ``total`` (which is not reached)."""
+    """Half a cosine from ``start`` at step 0 towards ``end`` at step ``total``, one past the last step."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / max(total, 1)))
 
 
 def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -> float:
-    """Linear warm-up from 0 over ``warmup`` steps, the last of which is at ``peak``, then ``cosine`` to ``end``."""
+    """Linear warm-up from 0 to ``peak`` at the last of ``warmup`` steps, then ``cosine`` to ``end``."""
     if step < warmup:
         return peak * step / max(warmup - 1, 1)
     return cosine(step - warmup, total - warmup, peak, end)
 
 
 def linear_epochs(epoch: int, warmup: int, start: float, end: float) -> float:
-    """From ``start`` to ``end`` over ``warmup`` epochs, the last of which is at ``end``, then constant."""
+    """Linear ramp from ``start`` to ``end`` at the last of ``warmup`` epochs, then constant."""
     if epoch >= warmup or warmup < 2:
         return end if epoch >= warmup else start
     return start + (end - start) * epoch / (warmup - 1)
 
 
 def warmup_cosine_epochs(epoch: int, epochs: int, warmup: int, base: float, start: float, end: float) -> float:
-    """Linear warm-up from ``start``, then the cosine of the whole run from ``base`` to ``end``, as timm's schedulers.
+    """Linear warm-up from ``start`` to ``base``, then a cosine from ``base`` to ``end``, as in timm's schedulers.
 
-    The cosine is that of ``epoch / epochs``: after the warm-up it goes on below ``base``, at its own height.
+    The cosine counts from epoch 0, warm-up included, so that it continues below ``base`` after the warm-up.
     """
     if epoch < warmup:
         return start + (base - start) * epoch / warmup

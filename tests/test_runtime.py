@@ -1,4 +1,4 @@
-"""What is written is written whole: after an exception, after kill -9, and when processes compete."""
+"""Atomic writes, locks and hashes: after an exception, after kill -9, and with several processes."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ runtime = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runtime)
 
 def die_at(step):
-    '''kill -9 of this process just before its file-system operation of this number, from 0.'''
+    '''Kill this process (-9) just before its file-system operation number ``step``, from 0.'''
     steps = itertools.count()
     def hook(event, args):
         writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
@@ -50,9 +50,9 @@ for step, path in enumerate(map(str.strip, sys.stdin)):
 
 
 def killed_at_every_step(code: str, prepare: Callable[[int], Path]) -> Iterator[tuple[Path, int]]:
-    """Run ``code`` in children, each killed one operation later, until one is done; yields path and exit code.
+    """Run ``code`` in children, each killed one operation later, until one finishes; yield path and exit code.
 
-    They are forked from a process that has everything imported.
+    They are forked from a process that has imported everything.
     """
     with child(f"CODE = {code!r}\n{SERVER}") as server:
         for step in itertools.count():
@@ -125,21 +125,25 @@ def test_a_kill_at_any_step_leaves_the_old_file_or_the_new(tmp_path):
         return path
 
     code = "with runtime.atomic_file(sys.argv[1]) as file: file.write_text('new')"
-    seen = []
+    results = []
     for path, status in killed_at_every_step(code, prepare):
-        seen.append((path.read_text(), status))
-    assert {text for text, _ in seen} == {"old", "new"}
-    assert seen[0] == ("old", -9)
-    assert seen[-1] == ("new", 0)
+        results.append((path.read_text(), status))
+    assert {text for text, _ in results} == {"old", "new"}
+    assert results[0] == ("old", -9)
+    assert results[-1] == ("new", 0)
 
 
 # ---------------------------------------------------------------------------------------------------- atomic_folder
 
 
+def write(folder: Path, text: str = "new") -> None:
+    for name in ("a", "b"):
+        (folder / name).write_text(text)
+
+
 def filled(path: Path, text: str) -> Path:
     path.mkdir(parents=True)
-    for name in ("a", "b"):
-        (path / name).write_text(text)
+    write(path, text)
     return path
 
 
@@ -148,11 +152,6 @@ def content(path: Path) -> list[tuple[str, str]]:
 
 
 OLD, NEW = ([("a", text), ("b", text)] for text in ("old", "new"))
-
-
-def write(folder: Path, text: str = "new") -> None:
-    for name in ("a", "b"):
-        (folder / name).write_text(text)
 
 
 def test_a_folder_appears_whole_at_the_end(tmp_path):
@@ -213,17 +212,17 @@ with runtime.atomic_folder(sys.argv[1], overwrite=True) as new:
     for name in ("a", "b"):
         (new / name).write_text("new")
 """
-    places = []
+    states = []
     for path, _ in killed_at_every_step(code, prepare):
         beside = path.parent / ".model.old"
         assert content(path if path.exists() else beside) in (OLD, NEW)
-        places.append("beside" if not path.exists() else content(path)[0][1])
-        with atomic_folder(path, overwrite=True) as new:  # and the next one is not in the way of what a kill left
+        states.append("beside" if not path.exists() else content(path)[0][1])
+        with atomic_folder(path, overwrite=True) as new:  # and the remains of a kill are not in the way of the next one
             write(new, "next")
         assert content(path) == [("a", "next"), ("b", "next")]
         assert not beside.exists()
-    assert [place for place, _ in itertools.groupby(places)] == ["old", "beside", "new"]
-    assert places.count("beside") == 1
+    assert [state for state, _ in itertools.groupby(states)] == ["old", "beside", "new"]
+    assert states.count("beside") == 1
 
 
 def test_a_kill_at_any_step_leaves_a_new_folder_whole_or_absent(tmp_path):

@@ -1,12 +1,12 @@
 """Part-wise self-distillation (PASS, arXiv 2203.03931).
 
-views, photometric     the crops of an image; their colours
+views, photometric     crops of an image; their colours
 network, heads         student and teacher: backbone and projection heads
-loss                   the loss; chunked: the same in less memory
-optim                  parameter groups, clipping, the teacher's average
-trainer, run           a step; a whole run
-config, batches        settings; loading
-monitor                signs of collapse
+loss, chunked          the loss; the same loss in less memory
+optim                  parameter groups, clipping, the teacher's moving average
+trainer, run           the training step; a whole run
+config, batches        configuration; loading
+monitor                indicators of collapse
 """
 
 from passreid_models.pretrain.config import PretrainConfig

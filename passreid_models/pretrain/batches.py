@@ -15,13 +15,13 @@ from passreid_models.data.loader import load_readable, loaded
 from passreid_models.data.sources import Source
 from passreid_models.pretrain.views import MultiCrop, Views
 
-VIEWS, ORDER = 1, 2  # what a seed is for; at the end, since numpy takes (5,) and (5, 0) for the same
+VIEWS, ORDER = 1, 2  # last entry of a seed, its purpose; not 0, since (5,) and (5, 0) are one seed to numpy
 
 
 class ViewBatch(NamedTuple):
-    """The views of a micro-batch, and the images that could not be read and were replaced by the next one."""
+    """Views of a micro-batch, and its unreadable images, for each of which the next image was taken."""
 
-    views: Views  # with a leading B
+    views: Views  # each field with a leading B
     unreadable: list[str]
 
 
@@ -31,11 +31,11 @@ class ViewDataset(Dataset):
     def __init__(self, source: Source, crop: MultiCrop, coarse_crop: MultiCrop, coarse_epochs: int, seed: int) -> None:
         """
         Args:
-            source: N images.
-            crop: Cuts the views.
-            coarse_crop: Cuts them in the first ``coarse_epochs``.
+            source: Source of N images.
+            crop: Multi-crop of the later epochs.
+            coarse_crop: Multi-crop of the first ``coarse_epochs``.
             coarse_epochs: Number of epochs with ``coarse_crop``.
-            seed: Of the views.
+            seed: Seed of the views.
         """
         self.source, self.crop, self.coarse_crop = source, crop, coarse_crop
         self.coarse_epochs, self.seed = coarse_epochs, seed
@@ -43,7 +43,7 @@ class ViewDataset(Dataset):
     def __getitem__(self, key: int) -> tuple[Views, list[str]]:
         """
         Raises:
-            ImageError: If so many images in a row cannot be read that something else must be wrong.
+            ImageError: If none of the next ``MAX_TRIES`` images can be read.
         """
         epoch, index = divmod(key, len(self.source))
         image, _, unreadable = load_readable(self.source, index)
@@ -55,8 +55,8 @@ class ViewDataset(Dataset):
 class StepSampler(Sampler[list[int]]):
     """Keys of the micro-batches of one process, from ``start`` to the last step.
 
-    Each epoch is a permutation of its own; images that do not fill a batch are left out, others each time. A step takes
-    the same images whatever the number of processes.
+    Each epoch has its own permutation, and leaves out the images that do not fill its last batch. A step takes the same
+    images whatever the number of processes.
     """
 
     num_images: int
@@ -78,31 +78,31 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order, current = torch.empty(0), -1
         for step in range(self.start, self.num_steps):
-            epoch, nth = divmod(step, self.epoch_steps)
+            epoch, batch = divmod(step, self.epoch_steps)
             if epoch != current:
                 rng = np.random.default_rng((self.seed, epoch, 0, ORDER))
                 order, current = torch.from_numpy(rng.permutation(self.num_images)), epoch
-            keys = order[nth * self.batch_size : (nth + 1) * self.batch_size][self.rank :: self.world_size]
-            for micro in keys.chunk(self.accumulate):
-                yield (micro + epoch * self.num_images).tolist()
+            keys = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+            for micro_batch in keys.chunk(self.accumulate):
+                yield (micro_batch + epoch * self.num_images).tolist()
 
 
 def _collate(samples: list[tuple[Views, list[str]]]) -> ViewBatch:
-    """Views with a leading B."""
+    """Stack the views of samples."""
     views = Views(*(torch.stack(tensors) for tensors in zip(*(v for v, _ in samples), strict=True)))
     return ViewBatch(views, [name for _, names in samples for name in names])
 
 
-make_loader = partial(loader.make_loader, collate=_collate)  # one over all remaining steps prefetches across epochs
+make_loader = partial(loader.make_loader, collate=_collate)  # one for all remaining steps: it prefetches across epochs
 
 
 def batches_on(device: torch.device, batches: DataLoader) -> Generator[ViewBatch, None, None]:
-    """Batches of a loader with their views on ``device``; the parameters stay on the CPU.
+    """Yield a loader's batches with their views on ``device``; params stay on the CPU.
 
     Raises:
-        ImageError: As the dataset.
+        ImageError: If the dataset raises it.
     """
-    with closing(loaded(batches)) as found:
-        for views, unreadable in found:
+    with closing(loaded(batches)) as cpu_batches:
+        for views, unreadable in cpu_batches:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
             yield ViewBatch(Views(global_views, local_views, views.params), unreadable)

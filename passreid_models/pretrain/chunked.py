@@ -1,8 +1,8 @@
-"""Last layer and loss in one, a few samples at a time: the logits of all views are never held together.
+"""Last layer and loss in one, a chunk of samples at a time: memory never holds the logits of the whole batch.
 
 The cross-entropies are linear in the student's log-probabilities, so that their gradient is known in the forward
-pass: for view v, (n_v softmax(z_v) - sum over i != v of q_i) / T, with n_v the number of global views i != v. A chunk
-of samples gives its share of the loss and of the gradients of features and prototypes, and its logits are gone.
+pass: for view v, (n_v softmax(z_v) - sum over i != v of q_i) / T, with n_v the number of global views i != v. Each
+chunk adds its share of the loss and of the gradients of features and prototypes; its logits are then freed.
 
 Shapes: B batch, b samples of a chunk, G global views, V student views, C bottleneck width, K prototypes.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def lean_cross_entropies(
+def chunked_cross_entropies(
     features: Tensor,
     prototypes: tuple[Tensor, Tensor | None],
     teacher_features: Tensor,
@@ -26,32 +26,34 @@ def lean_cross_entropies(
     chunk: int,
     weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of one kind of token between all pairs of a global view and another view.
+    """Cross-entropies of one kind of token over all pairs of a global view and another view.
 
     Args:
-        features: Of the student, ``[V, B, C]``, the G global views first.
-        prototypes: Of the student: directions ``[K, C]`` of any length and their gains ``[K]``, or prototypes as they
-            are and None. Weight normalisation is applied to the logits and to the gradient, since a normalised copy of
-            ``[K, C]`` costs more than they.
-        teacher_features: ``[G, B, C]``.
-        teacher_prototypes: Likewise.
-        center: ``[K]``.
+        features: Student features ``[V, B, C]``, the G global views first.
+        prototypes: Student prototypes: directions ``[K, C]`` of any length and their gains ``[K]``, or the prototypes
+            themselves and None. Logits and gradient are scaled for weight normalisation, which costs less than a
+            normalised copy of ``[K, C]``.
+        teacher_features: Teacher features ``[G, B, C]``.
+        teacher_prototypes: Teacher prototypes in the same form.
+        center: Centre of the teacher's logits ``[K]``.
         student_temp: Temperature of the student's softmax.
         teacher_temp: Temperature of the teacher's softmax.
-        chunk: Samples at a time.
-        weight: Of each pair in the sum.
+        chunk: Samples per chunk.
+        weight: Weight of each pair in the sum.
 
     Returns:
-        The weighted sum over the pairs, to be differentiated once, and the pairs ``[G, V]`` without gradient.
+        Weighted sum over the pairs, which can be differentiated once, and the pairs' cross-entropies ``[G, V]`` without
+        gradient.
 
     Raises:
         ValueError: If ``chunk`` is less than 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 sample or more, got {chunk}")
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    with torch.autocast(kind, enabled=False):
+    device_type = features.device.type
+    in_autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if in_autocast else torch.float32
+    with torch.autocast(device_type, enabled=False):
         teacher = (teacher_features.detach(), *(x if x is None else x.detach() for x in teacher_prototypes), center)
         return _CrossEntropies.apply(features, *prototypes, *teacher, student_temp, teacher_temp, chunk, weight, dtype)
 
@@ -73,7 +75,7 @@ class _CrossEntropies(torch.autograd.Function):
         weight: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        # contiguous: of a transposed chunk torch would make a copy of the prototypes for each sample
+        # contiguous: for a transposed chunk torch would copy the prototypes once per sample
         x_BVC, y_BGC = (x.transpose(0, 1).to(dtype).contiguous() for x in (features, teacher_features))
         w_KC, u_KC = prototypes.to(dtype), teacher_prototypes.to(dtype)
         scales_K = weight_norm_scales(prototypes, gains)
@@ -81,13 +83,13 @@ class _CrossEntropies(torch.autograd.Function):
         size, num_views, num_global = x_BVC.shape[0], x_BVC.shape[1], y_BGC.shape[1]
         mask_GV = torch.ones(num_global, num_views, device=features.device).fill_diagonal_(0)
         total_GV = torch.zeros_like(mask_GV)
-        wanted = any(ctx.needs_input_grad[:3])
-        # the gradient's own factor, but for float16: below 6e-5 it loses digits, and 1 / 65536 is less
-        own = weight / (student_temp * size)
-        factor = 32.0 if dtype == torch.float16 else own
-        grad_x_BVC = torch.zeros(x_BVC.shape, device=features.device) if wanted else None
+        needs_grad = any(ctx.needs_input_grad[:3])
+        true_scale = weight / (student_temp * size)
+        # float16 loses digits below 6e-5, and a probability of 1 / 65536 is less: scaled up here, back in backward
+        scale = 32.0 if dtype == torch.float16 else true_scale
+        grad_x_BVC = torch.zeros(x_BVC.shape, device=features.device) if needs_grad else None
         grad_w_KC: Tensor | None = None
-        dots_K = torch.zeros_like(scales_K)  # of each logit with its gradient
+        dots_K = torch.zeros_like(scales_K)  # sum of logit x gradient
         for start in range(0, size, chunk):
             b = slice(start, start + chunk)
             z_bGK = (y_BGC[b] @ u_KC.T).float().mul_(teacher_scales_K).sub_(center)
@@ -96,8 +98,8 @@ class _CrossEntropies(torch.autograd.Function):
             log_p_bVK = F.log_softmax(z_bVK, dim=-1)
             total_GV -= torch.bmm(q_bGK, log_p_bVK.transpose(1, 2)).sum(0)
             if grad_x_BVC is not None:
-                grad_bVK = log_p_bVK.exp_().mul_(factor * mask_GV.sum(0)[:, None])
-                grad_bVK.baddbmm_(mask_GV.T.expand(len(q_bGK), -1, -1), q_bGK, alpha=-factor)
+                grad_bVK = log_p_bVK.exp_().mul_(scale * mask_GV.sum(0)[:, None])
+                grad_bVK.baddbmm_(mask_GV.T.expand(len(q_bGK), -1, -1), q_bGK, alpha=-scale)
                 if gains is not None:
                     dots_K += z_bVK.mul_(grad_bVK).sum((0, 1))
                 grad_z = grad_bVK.mul_(scales_K).to(dtype).flatten(0, 1)
@@ -110,7 +112,7 @@ class _CrossEntropies(torch.autograd.Function):
                 else:
                     grad_w_KC += grad_z.T @ x
         ctx.grads = (grad_x_BVC, grad_w_KC, dots_K.mul_(student_temp), prototypes.detach(), scales_K, gains)
-        ctx.scale = own / factor
+        ctx.scale = true_scale / scale
         pairs = total_GV / size
         pairs = pairs.triu(1) + pairs.tril(-1)
         ctx.mark_non_differentiable(pairs)
@@ -120,23 +122,23 @@ class _CrossEntropies(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         grad_x_BVC, grad_w_KC, dots_K, prototypes, scales_K, gains = ctx.grads
-        ctx.grads = (None,) * 6  # scaled in place below: a second backward must not find them
+        ctx.grads = (None,) * 6  # scaled in place below, so a second backward must not use them
         if grad_x_BVC is None:
-            raise RuntimeError("the lean loss can be differentiated once: retain_graph is not supported")
+            raise RuntimeError("the chunked loss can be differentiated once: retain_graph is not supported")
         scale = grad.float() * ctx.scale
         grad_gains = None
-        if gains is not None:  # of a direction's length nothing depends: its part of the gradient is taken away
-            share_K = dots_K * (scales_K / gains).square()  # over the squared length
-            grad_w_KC.addcmul_(prototypes, share_K[:, None], value=-1)
+        if gains is not None:  # the loss does not depend on the length of a direction: no gradient along it
+            radial_K = dots_K * (scales_K / gains).square()  # divided by the squared length
+            grad_w_KC.addcmul_(prototypes, radial_K[:, None], value=-1)
             grad_gains = dots_K * scale / gains if ctx.needs_input_grad[2] else None
-        if scale.device.type != "cpu" or scale != 1:  # a GPU would be waited for to know
+        if scale.device.type != "cpu" or scale != 1:  # comparing it would wait for a GPU
             grad_x_BVC.mul_(scale)
             grad_w_KC.mul_(scale)
         return grad_x_BVC.transpose(0, 1), grad_w_KC, grad_gains, *[None] * 9
 
 
 def weight_norm_scales(prototypes: Tensor, gains: Tensor | None) -> Tensor:
-    """What weight normalisation multiplies the logits of directions ``[K, C]`` with: ``[K]``."""
+    """Factors ``[K]`` of the logits of directions ``[K, C]`` under weight normalisation; 1 without gains."""
     if gains is None:
         return prototypes.new_ones(len(prototypes), dtype=torch.float32)
     return gains / torch.linalg.vector_norm(prototypes, dim=1)

@@ -15,9 +15,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # the published ViT-S run: 8 processes of 128 images
     "pass-vit-s-lup": {"model": "pass_vit_small_patch16", "batch_size": 1024, "epochs": 100},
     "pass-vit-b-lup": {"model": "pass_vit_base_patch16", "batch_size": 512, "epochs": 100},
-    # 2 to 8 cores or one small GPU, thousands of images: many small steps, half the resolution in the first epochs, a
-    # teacher that follows sooner (0.996 averages over 250 steps), and targets that are not nearly uniform at the start
-    # (fewer prototypes in fewer dimensions, a lower temperature), where a short run would stay
+    # 2 to 8 cores or one small GPU, thousands of images: many small steps, half the resolution in the first epochs, and
+    # a teacher that follows sooner (0.996 averages over 250 steps). Fewer prototypes in fewer dimensions and a lower
+    # temperature, because else the targets begin nearly uniform, and in a short run stay so
     "laptop": {
         "model": "pass_vit_tiny_patch16",
         "batch_size": 32,
@@ -46,7 +46,7 @@ class PretrainConfig(RunConfig):
             checkpoint file; empty for random ones.
         size: Height and width of global views in pixels.
         lr: Peak learning rate for a batch of 256; scaled linearly.
-        weight_decay: At the start.
+        weight_decay: Weight decay at the start.
         parts: Number of part tokens and of areas; by default the architecture's; 0 is plain DINO.
         areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
             height, for 3 parts the published halves.
@@ -54,35 +54,35 @@ class PretrainConfig(RunConfig):
         local_views: Local views of an image, over all areas.
         global_scale: Area of a global crop, as a fraction of the image.
         local_scale: Area of a local crop, as a fraction of its area.
-        brightness: Strength of the colour jitter: factors are uniform in 1 ± this. Colour is much of an identity: on
-            one's own crops weaker saturation and hue, and no grayscale, may pay.
-        contrast: Likewise.
-        saturation: Likewise.
-        hue: Shifts of the hue are uniform in ± this, in turns.
+        brightness: Strength of the brightness jitter: factors are uniform in 1 ± this. Colour tells persons apart: on
+            your own crops weaker saturation and hue jitter, and no grayscale, may help.
+        contrast: Strength of the contrast jitter: factors are uniform in 1 ± this.
+        saturation: Strength of the saturation jitter: factors are uniform in 1 ± this.
+        hue: Strength of the hue jitter: shifts are uniform in ± this, in turns.
         gray_prob: Probability of grayscale.
         solarize_prob: Probability of solarisation, of the second global view only.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
-        coarse_epochs: Epochs at half the resolution, first; not in the paper.
-        batch_size: Images of a step, over all processes and micro-batches.
-        accumulate: Micro-batches of a process in a step: the loss is the mean of theirs, and the centres move once, so
-            that it is that of the joint batch (BatchNorm of a conv stem excepted).
+        coarse_epochs: Number of first epochs at half the resolution; not in the paper.
+        batch_size: Images per step, over all processes and micro-batches.
+        accumulate: Micro-batches per process and step, for gradient accumulation. A step is that of the joint batch,
+            except for the BatchNorms of a conv stem: the loss is averaged, and the centres move once.
         min_lr: Learning rate at the end.
-        warmup_epochs: Of the learning rate, from 0; by default a tenth of ``epochs``.
-        weight_decay_end: At the end.
-        freeze_last_layer_epochs: First epochs without an update of the prototypes.
-        clip: Largest norm of a gradient; 0 does not clip.
-        clip_by: ``parameter`` (published) or ``norm``, the norm of all gradients together.
-        momentum: Of the teacher, at the start; 1 at the end.
+        warmup_epochs: Epochs of the learning rate's warm-up from 0; by default a tenth of ``epochs``.
+        weight_decay_end: Weight decay at the end.
+        freeze_last_layer_epochs: Number of first epochs without an update of the prototypes.
+        clip: Largest norm of a gradient; 0: no clipping.
+        clip_by: ``parameter`` clips each parameter on its own (published), ``norm`` all gradients together.
+        momentum: Momentum of the teacher's moving average at the start; it is 1 at the end.
         teacher_temp: Temperature of the teacher.
-        warmup_teacher_temp: Its value in the first epoch.
-        warmup_teacher_temp_epochs: Epochs of its linear warm-up.
+        warmup_teacher_temp: Temperature of the teacher in the first epoch.
+        warmup_teacher_temp_epochs: Epochs of the linear warm-up of the teacher's temperature.
         student_temp: Temperature of the student.
-        center_momentum: Of the centres.
+        center_momentum: Momentum of the centres.
         num_prototypes: Outputs of a projection head, K.
         hidden_dim: Hidden width of a projection head.
         bottleneck_dim: Width of the normalised features.
         norm_last_layer: Keep the gains of the prototypes at 1.
-        loss_chunk: Samples whose logits are held at a time; 0 holds all of them; by default 8, on a GPU 64.
+        loss_chunk: Samples whose logits are in memory at a time; 0: all; by default 8, on a GPU 64.
         compile: Compile the backbones.
         probe: Labelled dataset to rank after an epoch, any that ``passreid eval`` takes.
         probe_epochs: Epochs between two probes.
@@ -141,7 +141,7 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: If a value cannot be; the message begins with the field's name.
+            ValueError: If a value is not allowed; the message begins with the field's name.
         """
         super().__post_init__()
         self.check_choices({"model": tuple(ARCHITECTURES), "clip_by": CLIPS})
@@ -163,11 +163,12 @@ class PretrainConfig(RunConfig):
                 raise wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
         if not 0 < self.blur_radius[0] <= self.blur_radius[1] < math.inf:
             raise wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
-        pixels, why = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
+        pixels, reason = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
         for name in ("size", "local_size"):
-            self.check_size(name, pixels, why)
+            self.check_size(name, pixels, reason)
         if self.local_size is None and self.local_views and any(v % (2 * pixels) for v in self.size):
-            raise wrong("size", self.size, f"in multiples of {2 * pixels}, since local views are half as large")
+            expected = f"(height, width) in multiples of {2 * pixels}, since local views are half as large"
+            raise wrong("size", self.size, expected)
         if self.local_views % self.num_areas:
             raise wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
         if self.areas is not None and len(self.areas) != self.num_areas:
@@ -187,7 +188,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def num_areas(self) -> int:
-        """One area a part; without parts the whole image."""
+        """Number of areas: one per part; without parts the whole image."""
         return max(self.num_parts, 1)
 
     @property
@@ -204,7 +205,7 @@ class PretrainConfig(RunConfig):
         return self.lr * self.batch_size / 256
 
     def crop(self, epoch: int) -> MultiCrop:
-        """What cuts the views of an image in an epoch."""
+        """Multi-crop of an epoch."""
         return MultiCrop(
             *self.view_sizes(epoch),
             self.view_areas,
@@ -226,8 +227,8 @@ class PretrainConfig(RunConfig):
         return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """As of every configuration; ``parts`` and the architecture's own number are the same."""
+        """Fields that shape the weights and differ from a saved run's; ``parts`` counts as the number it stands for."""
         pairs = super().changed(other)
-        if self.num_parts == self.known(other).num_parts:  # given in one, the architecture's in the other
+        if self.num_parts == self.known(other).num_parts:  # such as 3 here and None, the architecture's own 3, there
             pairs.pop("parts", None)
         return pairs

@@ -1,4 +1,4 @@
-"""The projection head: output tokens of the ViT to prototypes (DINO's head, arXiv 2104.14294, appendix C)."""
+"""Projection head from the ViT's output tokens to prototypes (DINO's head, arXiv 2104.14294, appendix C)."""
 
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ class ProjectionHead(nn.Module):
             num_prototypes: Number of prototypes, K.
             hidden_dim: Width of the two hidden layers.
             bottleneck_dim: Width of the normalised features, C.
-            norm_last_layer: Keep the prototypes' gains at 1.
+            norm_last_layer: Keep the gains of the prototypes at 1.
         """
         super().__init__()
         self.mlp = nn.Sequential(
@@ -48,18 +48,18 @@ class ProjectionHead(nn.Module):
 
     @property
     def prototypes(self) -> Tensor:
-        """``[K, C]``, each of length 1 while the gains are."""
+        """Prototypes ``[K, C]``, whose lengths are the gains."""
         return self.last_layer.weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Directions ``[K, C]`` of any length and gains ``[K]``: the prototypes, before they are normalised."""
+        """Prototypes before weight normalisation: directions ``[K, C]`` of any length, and gains ``[K]``."""
         weight = cast(Any, self.last_layer).parametrizations.weight
         return weight.original1, weight.original0[:, 0]
 
     def features(self, x: Tensor) -> Tensor:
-        """Tokens ``[..., D]`` to features of length 1, ``[..., C]``."""
+        """Map tokens ``[..., D]`` to features ``[..., C]`` of length 1."""
         return F.normalize(self.mlp(x), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[..., D]`` to logits ``[..., K]``."""
+        """Map tokens ``[..., D]`` to logits ``[..., K]``."""
         return self.last_layer(self.features(x))

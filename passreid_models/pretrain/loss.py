@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passreid_models.pretrain.chunked import lean_cross_entropies
+from passreid_models.pretrain.chunked import chunked_cross_entropies
 from passreid_models.pretrain.network import Projections
 from passreid_models.runtime import all_reduce_mean
 
@@ -38,7 +38,7 @@ class PASSLoss(nn.Module):
     ) -> None:
         """
         Args:
-            num_prototypes: K.
+            num_prototypes: Number of prototypes, K.
             num_parts: Number of part tokens, P; 0 is DINO.
             student_temp: Temperature of the student's softmax.
             center_momentum: Share of the old centres in an update.
@@ -48,7 +48,7 @@ class PASSLoss(nn.Module):
         self.register_buffer("centers", torch.zeros(1 + num_parts, num_prototypes))
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], teacher_temp: float) -> Tensor:
-        """The loss, in float32 also inside autocast.
+        """Return the loss, computed in float32 even inside autocast.
 
         Args:
             student: Logits ``[V, B, K]`` for CLS and each PART; V may differ between tokens.
@@ -61,7 +61,7 @@ class PASSLoss(nn.Module):
         return mean_of_pairs(self.pairs(student, teacher, teacher_temp))
 
     def pairs(self, student: Sequence[Tensor], teacher: Sequence[Tensor], teacher_temp: float) -> list[Tensor]:
-        """The terms of the loss: for each token kind the cross-entropies ``[G, V]``, 0 where a view meets itself."""
+        """Cross-entropies ``[G, V]`` of each kind of token, 0 where a view is paired with itself."""
         self._check(student, teacher)
         with torch.autocast(student[0].device.type, enabled=False):
             terms = []
@@ -72,13 +72,13 @@ class PASSLoss(nn.Module):
                 terms.append(pairs.triu(1) + pairs.tril(-1))
             return terms
 
-    def lean(
+    def chunked(
         self, student: Projections, teacher: Projections, teacher_temp: float, chunk: int = 8
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same loss from features and prototypes, without ever holding the logits of more than ``chunk`` samples.
+        """Return the same loss from features and prototypes, with the logits of ``chunk`` samples in memory at a time.
 
         Returns:
-            The loss, and its terms as ``pairs`` gives them, without gradient.
+            The loss, and the cross-entropies that ``pairs`` returns, without gradient.
         """
         self._check(student.features, teacher.features)
         features = list(zip(student.features, teacher.features, strict=True))
@@ -86,19 +86,19 @@ class PASSLoss(nn.Module):
         weight = 1 / sum(len(y) * (len(x) - 1) for x, y in features)
         total, terms = torch.zeros((), device=self.centers.device), []
         for (x, y), (w, u), center in zip(features, prototypes, self.centers, strict=True):
-            summed, pairs = lean_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk, weight)
+            summed, pairs = chunked_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk, weight)
             total = total + summed
             terms.append(pairs)
         return total, terms
 
     @torch.no_grad()
     def update_centers(self, teacher: Sequence[Tensor] | Projections) -> None:
-        """Move the centres towards the mean teacher output of the batch, over all processes (after the loss)."""
+        """Move the centres towards the teacher's mean logits over all processes; call it after the loss."""
         self.move_centers(mean_logits(teacher))
 
     @torch.no_grad()
     def move_centers(self, means: Tensor) -> None:
-        """Move the centres towards mean logits ``[1 + P, K]``."""
+        """Move the centres towards the mean logits ``[1 + P, K]`` of this process, averaged over all."""
         self.centers.lerp_(all_reduce_mean(means), 1 - self.center_momentum)
 
     def _check(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -111,7 +111,7 @@ class PASSLoss(nn.Module):
 
 @torch.no_grad()
 def mean_logits(outputs: Sequence[Tensor] | Projections) -> Tensor:
-    """Mean logits of the batch ``[1 + P, K]``, of logits ``[G, B, K]`` or of features: the last layer is linear."""
+    """Mean logits of the batch ``[1 + P, K]``; features suffice, since the last layer is linear."""
     if isinstance(outputs, Projections):
         pairs = zip(outputs.features, outputs.scaled(), strict=True)
         with torch.autocast(outputs.features[0].device.type, enabled=False):
@@ -120,10 +120,10 @@ def mean_logits(outputs: Sequence[Tensor] | Projections) -> Tensor:
 
 
 def mean_of_pairs(terms: Sequence[Tensor]) -> Tensor:
-    """Mean of the terms ``[G, V]`` over all tokens and pairs of different views."""
+    """Mean of the cross-entropies ``[G, V]`` over all kinds of token and all pairs of different views."""
     return torch.stack([t.sum() for t in terms]).sum() / sum(map(num_pairs, terms))
 
 
 def num_pairs(terms: Tensor) -> int:
-    """Number of pairs of different views in terms ``[G, V]``."""
+    """Number of pairs of different views in cross-entropies ``[G, V]``."""
     return terms.numel() - len(terms)

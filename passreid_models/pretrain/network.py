@@ -23,14 +23,14 @@ _logger = logging.getLogger(__name__)
 
 
 class Projections(NamedTuple):
-    """What a network makes of a batch of views, by kind of token: CLS, PART 1 .. P."""
+    """Features and prototypes of a batch of views, for each kind of token: CLS, PART 1 .. P."""
 
     features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
     prototypes: list[Tensor]  # [K, C]
-    gains: list[Tensor] | None = None  # [K], lengths that the prototypes are normalised to; None: left as they are
+    gains: list[Tensor] | None = None  # [K], lengths that the prototypes are normalised to; None: no normalisation
 
     def logits(self) -> list[Tensor]:
-        """``[V_t, B, K]`` for each kind of token."""
+        """Logits ``[V_t, B, K]`` of each kind of token."""
         logits = [x @ w.T for x, w in zip(self.features, self.prototypes, strict=True)]
         return logits if self.gains is None else [z * s for z, (_, s) in zip(logits, self.scaled(), strict=True)]
 
@@ -41,7 +41,7 @@ class Projections(NamedTuple):
         return list(zip(self.prototypes, self.gains, strict=True))
 
     def scaled(self) -> list[tuple[Tensor, Tensor]]:
-        """Prototypes of each kind of token, and what their logits are multiplied with."""
+        """Prototypes of each kind of token, and the factors ``[K]`` of their logits."""
         return [(w, weight_norm_scales(w, g)) for w, g in self.weights()]
 
 
@@ -66,7 +66,7 @@ class PASSNetwork(nn.Module):
 
     def compile_backbone(self) -> None:
         """Compile the forward pass of the backbone, for both sizes of views."""
-        # a graph for each size: with symbolic sizes torch 2.14 fails on the resampling of the positions
+        # one graph per size: with symbolic sizes torch 2.14 fails on the resampling of the position embedding
         self.forward_views = torch.compile(self.backbone.forward_views, dynamic=False)
 
     def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> Projections:
@@ -74,7 +74,7 @@ class PASSNetwork(nn.Module):
         Args:
             global_views: ``[G, B, 3, H, W]``; they carry every token.
             local_views: ``[A * L, B, 3, h, w]``, L views of area 1, then of area 2 and so on; a view of area k carries
-                CLS and PART k. Without parts, of any areas.
+                CLS and PART k. Without parts the areas do not matter.
         """
         tokens = self._tokens(global_views)  # [G, B, T, D]
         views = list(tokens.unbind(2))
@@ -99,7 +99,7 @@ class PASSNetwork(nn.Module):
 
 
 def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNetwork, PASSNetwork]:
-    """Student and teacher on ``device``, equal but for the student's stochastic depth.
+    """Make student and teacher on ``device``, equal but for the student's drop path.
 
     Raises:
         ValueError: If ``config.init`` names no weights, or those of another architecture.
@@ -110,9 +110,9 @@ def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNet
     if config.init:
         file = checkpoint_file(config.init)
         checkpoint = read_checkpoint(file) if file else {}
-        start = load_backbone(config.model, config.init, file, **_shape(config))
-        student.backbone.load_state_dict(start.state_dict())
-        statistics = {k: start.pretrained_cfg[k] for k in ("mean", "std")}  # of views, probe and export
+        pretrained = load_backbone(config.model, config.init, file, **_model_options(config))
+        student.backbone.load_state_dict(pretrained.state_dict())
+        statistics = {k: pretrained.pretrained_cfg[k] for k in ("mean", "std")}  # for views, probe and export
         for backbone in (student.backbone, teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
         _load_heads(student, config, checkpoint)
@@ -121,9 +121,9 @@ def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNet
 
 
 def random_backbone(config: PretrainConfig, drop_path: float = 0.0) -> Any:
-    """Random weights, and the preprocessing of pre-training."""
-    backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_shape(config))
-    mean, std = IMAGENET  # whatever the default weights of the architecture are for
+    """Make a backbone with random weights and the preprocessing of pre-training."""
+    backbone = timm.create_model(config.model, drop_path_rate=drop_path, **_model_options(config))
+    mean, std = IMAGENET  # not those of the architecture's default weights
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": "bicubic"}
     return backbone
 
@@ -137,37 +137,40 @@ def _make_network(config: PretrainConfig, drop_path: float, device: torch.device
     return network.to(device)
 
 
-def _shape(config: PretrainConfig) -> dict[str, Any]:
+def _model_options(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
 
 
 def _load_heads(network: PASSNetwork, config: PretrainConfig, checkpoint: Any) -> None:
-    """Projection heads of a checkpoint file that holds some of the same shape; else they stay new, which is said."""
-    given = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
-    heads = network.heads
-    if not given:
+    """Load the projection heads of a checkpoint; log that they begin at random if it holds none.
+
+    Raises:
+        CheckpointError: If their shapes differ from the network's.
+    """
+    saved = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
+    if not saved:
         _logger.info(f"{config.init} holds no projection heads: they begin at random")
         return
-    wanted = _find_heads({f"heads.{k}": v for k, v in heads.state_dict().items()})
-    if {k: v.shape for k, v in given.items()} != {k: v.shape for k, v in wanted.items()}:
+    own = _find_heads({f"heads.{k}": v for k, v in network.heads.state_dict().items()})
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
         raise CheckpointError(
             f"init: the projection heads of {checkpoint_file(config.init)} have other shapes than those of "
             f"num_prototypes={config.num_prototypes}, hidden_dim={config.hidden_dim}, "
-            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: give the file's, or "
-            "`passreid convert` it first, to begin with new heads"
+            f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: set the file's values, or run "
+            "`passreid convert` on it first to begin with new heads"
         )
-    heads.load_state_dict(given)
+    network.heads.load_state_dict(saved)
 
 
 def _find_heads(tensors: StateDict) -> StateDict:
-    """Heads of the official layouts and of ours, as ``0.mlp.*`` (CLS), ``1.mlp.*`` (PART 1) and so on."""
-    found = {}
+    """Projection heads of the official layouts or ours, named ``0.mlp.*`` (CLS), ``1.mlp.*`` (PART 1) and so on."""
+    heads = {}
     for key, value in tensors.items():
         key = re.sub(r"parametrizations\.weight\.original0", "weight_g", key)
         key = re.sub(r"parametrizations\.weight\.original1", "weight_v", key)
         if m := re.search(r"(?:^|\.)heads\.(\d+)\.((?:mlp|last_layer)\..+)", key):
-            found[f"{m[1]}.{m[2]}"] = value
+            heads[f"{m[1]}.{m[2]}"] = value
         elif m := re.search(r"(?:^|\.)head\.(mlp|last_layer)(?:_(cls|pt\d+))?\.(.+)", key):
             kind = 0 if m[2] in (None, "cls") else int(m[2][2:])
-            found[f"{kind}.{m[1]}.{m[3]}"] = value
-    return found
+            heads[f"{kind}.{m[1]}.{m[3]}"] = value
+    return heads

@@ -1,8 +1,8 @@
-"""The training step of PASS, and the state that it moves.
+"""The training step of PASS, and the state it updates.
 
-Cut views come from the loader; the device changes their colours; the teacher sees the global views, the student all;
-the loss compares them; student, teacher and centres move. Everything random is a function of (seed, step or sample), so
-that a resumed run goes on as if nothing had happened.
+The loader cuts the views, and the device changes their colours. The teacher sees the global views, the student all of
+them; the loss compares their outputs; student, teacher and centres are updated. All random numbers are functions of the
+seed and the step or sample, so that a resumed run continues like one that was never interrupted.
 """
 
 import math
@@ -27,8 +27,8 @@ from passreid_models.training.optim import set_hyperparameters
 from passreid_models.training.trainer import BaseTrainer, sync_gradients
 
 
-class Values(NamedTuple):
-    """What the schedules give for a step."""
+class ScheduleValues(NamedTuple):
+    """Values of all schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -36,11 +36,11 @@ class Values(NamedTuple):
     teacher_temp: float
 
 
-def scheduled(config: PretrainConfig, step: int, epoch_steps: int) -> Values:
-    """The schedules of a run as a pure function of the step (those of DINO, arXiv 2104.14294)."""
+def schedule_values(config: PretrainConfig, step: int, epoch_steps: int) -> ScheduleValues:
+    """Evaluate the schedules of a run at a step, as a pure function (schedules of DINO, arXiv 2104.14294)."""
     c, total = config, config.epochs * epoch_steps
     warmup = round((c.epochs / 10 if c.warmup_epochs is None else c.warmup_epochs) * epoch_steps)
-    return Values(
+    return ScheduleValues(
         lr=warmup_cosine(step, total, min(warmup, total), c.peak_lr, c.min_lr),
         weight_decay=cosine(step, total, c.weight_decay, c.weight_decay_end),
         momentum=cosine(step, total, c.momentum, 1.0),
@@ -51,7 +51,7 @@ def scheduled(config: PretrainConfig, step: int, epoch_steps: int) -> Values:
 
 
 class PretrainTrainer(BaseTrainer):
-    """Student, teacher, loss and optimiser of one process, and the step that moves them."""
+    """Student, teacher, loss and optimiser of one process, and their training step."""
 
     state_keys = ("student", "teacher", "optimizer", "centers")
 
@@ -65,15 +65,15 @@ class PretrainTrainer(BaseTrainer):
     ) -> None:
         """
         Args:
-            config: The run.
-            num_images: Images of the data.
-            device: Of this process.
-            fingerprint: Of the list of images, for the check of a resumed run.
-            state: To continue from; ``config.init`` is not looked for then.
+            config: Configuration of the run.
+            num_images: Number of training images.
+            device: Device of this process.
+            fingerprint: Fingerprint of the list of images, which must be the same on resume.
+            state: Checkpoint to resume from; ``config.init`` is then not read.
 
         Raises:
-            ValueError: If the data are fewer than a batch, the batch cannot be shared by the processes, or ``state`` is
-                of a run with other settings or data.
+            ValueError: If there are fewer images than a batch takes, the batch cannot be shared by the processes, or
+                ``state`` is of a run with other settings or data.
         """
         super().__init__(config, num_images, num_images // config.batch_size, config.epochs, device, fingerprint)
         if num_images < config.batch_size:
@@ -101,7 +101,7 @@ class PretrainTrainer(BaseTrainer):
             self.load_state(state)
 
     def training_step(self, batches: Sequence[ViewBatch]) -> dict[str, float]:
-        """One step on the micro-batches of this process; ``step`` counts it.
+        """Take one step on the micro-batches of this process, and count it in ``step``.
 
         Returns:
             Loss, its mean for each kind of token, the schedules' values and the gradient norm.
@@ -109,10 +109,10 @@ class PretrainTrainer(BaseTrainer):
         Raises:
             NonFiniteLossError: After more than ``skip_nonfinite`` steps with a loss that is NaN or infinite.
         """
-        config, values = self.config, scheduled(self.config, self.step, self.epoch_steps)
+        config, values = self.config, schedule_values(self.config, self.step, self.epoch_steps)
         seed_step(config.seed, self.step, self.rank)
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
-        means, losses, terms = torch.zeros_like(self.criterion.centers), [], []
+        target_means, micro_losses, terms = torch.zeros_like(self.criterion.centers), [], []
         for i, batch in enumerate(batches):
             global_views, local_views = self.photometric.batch(batch.views)
             with sync_gradients(self.parallel, i == len(batches) - 1):
@@ -120,18 +120,18 @@ class PretrainTrainer(BaseTrainer):
                     with torch.no_grad():
                         targets = self.teacher(global_views)
                     outputs = self.parallel(global_views, local_views)
-                    loss, pairs = self._compare(outputs, targets, values.teacher_temp)
-                self.scaler.scale(loss / len(batches)).backward()
-            losses.append(torch.stack([loss.detach(), *(mean_of_pairs([t]) for t in pairs)]))
-            means += mean_logits(targets) / len(batches)
+                    micro_loss, pairs = self._compare(outputs, targets, values.teacher_temp)
+                self.scaler.scale(micro_loss / len(batches)).backward()
+            micro_losses.append(torch.stack([micro_loss.detach(), *(mean_of_pairs([t]) for t in pairs)]))
+            target_means += mean_logits(targets) / len(batches)
             terms.append(pairs)
 
         self.scaler.unscale_(self.optimizer)
         grad_norm = clip_gradients(self.student, config.clip, config.clip_by)
-        figures = torch.cat([torch.stack(losses).mean(0), grad_norm[None]])
-        *found, norm = all_reduce_mean(figures).tolist()  # a GPU is waited for here, once a step
-        if not self.is_finite(found[0], norm):
-            if math.isfinite(found[0]):
+        means = torch.cat([torch.stack(micro_losses).mean(0), grad_norm[None]])
+        loss, *kind_losses, norm = all_reduce_mean(means).tolist()  # waits for the GPU, once per step
+        if not self.is_finite(loss, norm):
+            if math.isfinite(loss):
                 self.leave_out(self.optimizer, "gradient")
             else:
                 self.leave_out(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
@@ -142,17 +142,17 @@ class PretrainTrainer(BaseTrainer):
                 cast(ProjectionHead, head).last_layer.zero_grad()
         self.move(self.optimizer)
         update_teacher(self.teacher.parameters(), self.student.parameters(), values.momentum)
-        self.criterion.move_centers(means)
+        self.criterion.move_centers(target_means)
 
         if self.ends_epoch:
             self._inspect(outputs, targets, values.teacher_temp, global_views)
         self.step += 1
         kinds = [f"loss_{kind.lower()}" for kind in token_kinds(config.num_parts)]
-        return {"loss": found[0], **dict(zip(kinds, found[1:], strict=True)), **values._asdict(), "grad_norm": norm}
+        return {"loss": loss, **dict(zip(kinds, kind_losses, strict=True)), **values._asdict(), "grad_norm": norm}
 
     def _compare(self, outputs: Projections, targets: Projections, temp: float) -> tuple[Tensor, list[Tensor]]:
         if self.chunk:
-            return self.criterion.lean(outputs, targets, temp, self.chunk)
+            return self.criterion.chunked(outputs, targets, temp, self.chunk)
         terms = self.criterion.pairs(outputs.logits(), targets.logits(), temp)
         return mean_of_pairs(terms), [t.detach() for t in terms]
 
@@ -186,9 +186,9 @@ def token_kinds(num_parts: int) -> list[str]:
 
 
 def _name_nonfinite(terms: Sequence[Sequence[Tensor]]) -> str:
-    for of_kinds in terms:
-        for kind, pairs in zip(token_kinds(len(of_kinds) - 1), of_kinds, strict=True):
-            if (bad := (~pairs.isfinite()).nonzero()).numel():
-                i, v = bad[0].tolist()
+    for kind_terms in terms:
+        for kind, pairs in zip(token_kinds(len(kind_terms) - 1), kind_terms, strict=True):
+            if (nonfinite := (~pairs.isfinite()).nonzero()).numel():
+                i, v = nonfinite[0].tolist()
                 return f"{kind}: teacher's global view {i + 1}, student's view {v + 1}"
     return "in another process"

@@ -1,6 +1,6 @@
-"""The views of one image: where they are cut, and what will be done to their colours (arXiv 2203.03931, section 3.1).
+"""Views of one image: their crops, and the params of their colour changes (arXiv 2203.03931, section 3.1).
 
-A worker of the data loader draws every random number and does the geometry, in uint8. The colours are changed by
+A worker of the data loader draws all random numbers and cuts the views, in uint8. The colours are changed by
 `passreid_models.pretrain.photometric`, a batch at a time, on the training device. The default collate of a DataLoader
 stacks `Views` field by field.
 
@@ -25,28 +25,28 @@ from torch import Tensor
 HALVES = ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0))  # the areas of PASS: rows, as fractions of the height; full width
 
 # The columns of `Views.params`.
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # factors of the jitter, 1 changes nothing; hue: turns, 0 nothing
-STEPS = slice(4, 8)  # the jitter's operations (columns 0 to 3) in the order of their application, or -1: no jitter
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # jitter factors, 1: no change; hue in turns, 0: no change
+STEPS = slice(4, 8)  # jitter operations (columns 0 to 3) in order of application; -1: no jitter
 GRAY = 8  # 1: grayscale
 BLUR = 9  # radius of the Gaussian in pixels of the view, 0: none
 SOLARIZE = 10  # 1: solarise
 NUM_PARAMS = 11
 
-_TRIES = 10  # of RandomResizedCrop, before it takes the centre
+_TRIES = 10  # attempts per box before it falls back to the centre, as in RandomResizedCrop
 _PROBABILITIES = ("flip_prob", "jitter_prob", "gray_prob", "solarize_prob")
 
 
 class Views(NamedTuple):
-    """The views of one image; a batch of them has a leading B."""
+    """Views of one image; a batch of them has a leading B."""
 
     global_views: Tensor  # uint8 [2, 3, H, W]
     local_views: Tensor  # uint8 [A * L, 3, h, w], area by area
-    params: Tensor  # float32 [2 + A * L, NUM_PARAMS], what the photometric part does to each view
+    params: Tensor  # float32 [2 + A * L, NUM_PARAMS], colour changes of each view
 
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """Cut the global and local views of one image, and draw how their colours will change.
+    """Cut the global and local views of one image, and draw the params of their colour changes.
 
     Args:
         size: (height, width) of a global view.
@@ -58,10 +58,10 @@ class MultiCrop:
         ratio: Width / height of a crop.
         flip_prob: Probability of a horizontal flip.
         jitter_prob: Probability of the colour jitter; its four operations come in random order.
-        brightness: Factors are uniform in 1 ± this, and at least 0.
-        contrast: Likewise.
-        saturation: Likewise.
-        hue: Shifts are uniform in ± this, in turns.
+        brightness: Brightness factors are uniform in 1 ± this, and at least 0.
+        contrast: Contrast factors are uniform in 1 ± this, and at least 0.
+        saturation: Saturation factors are uniform in 1 ± this, and at least 0.
+        hue: Hue shifts are uniform in ± this, in turns.
         gray_prob: Probability of grayscale.
         blur_probs: Probability of the blur of the first global, the second global, and a local view.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
@@ -119,11 +119,11 @@ class MultiCrop:
 
     @property
     def num_views(self) -> int:
-        """V: two global views and the local ones."""
+        """Number of views, V: two global and all local ones."""
         return 2 + len(self.areas) * self.locals_per_area
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Views:
-        """Cut one image; all randomness comes from ``rng``."""
+        """Cut the views of an image; all random numbers come from ``rng``."""
         pixels = torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))  # [h, w, 3]
         height, width = pixels.shape[:2]
         boxes = self.draw_boxes(height, width, rng).tolist()
@@ -136,16 +136,16 @@ class MultiCrop:
             left = width - left - w if flips[v] else left
             crop = sources[flips[v]][..., top : top + h, left : left + w]
             # On uint8 this is PIL's crop and resize, one level off in 1 pixel of 100, two in 1 of 100,000, and 3 times
-            # as fast. PIL's resize(box=...) would be something else: its filter reads beyond the box, and the area.
+            # as fast. PIL's resize(box=...) differs: its filter reads beyond the box, and so beyond the area.
             cut.append(F.interpolate(crop, self.size if v < 2 else self.local_size, mode="bicubic", antialias=True))
         global_views = torch.cat(cut[:2])
         local_views = torch.cat(cut[2:]) if len(cut) > 2 else global_views.new_empty(0, 3, *self.local_size)
         return Views(global_views.contiguous(), local_views.contiguous(), params)
 
     def draw_boxes(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-        """Boxes ``(top, left, height, width)`` of the views of an image, int64 ``[V, 4]``, in its pixels.
+        """Draw the boxes ``(top, left, height, width)`` of an image's views, int64 ``[V, 4]``, in pixels.
 
-        They are those of torchvision's ``RandomResizedCrop`` within the area of each view.
+        They are distributed as those of torchvision's ``RandomResizedCrop`` within the area of each view.
         """
         u = rng.random((4, self.num_views, _TRIES))
         first, last = np.floor(self._rows * height)  # [V]
@@ -157,16 +157,16 @@ class MultiCrop:
         ratio = np.exp(low + (high - low) * u[1])
         w, h = np.rint(np.sqrt(target * ratio)), np.rint(np.sqrt(target / ratio))
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= rows[:, None])
-        each, chosen = np.arange(self.num_views), fits.argmax(axis=1)
-        w, h = w[each, chosen], h[each, chosen]
-        top, left = (np.floor(u[2:, each, chosen] * (np.stack([rows - h, width - w]) + 1))).clip(0)
-        for v in np.flatnonzero(~fits[each, chosen]):
+        views, attempt = np.arange(self.num_views), fits.argmax(axis=1)  # the first that fits
+        w, h = w[views, attempt], h[views, attempt]
+        top, left = (np.floor(u[2:, views, attempt] * (np.stack([rows - h, width - w]) + 1))).clip(0)
+        for v in np.flatnonzero(~fits[views, attempt]):
             h[v], w[v] = _nearest_ratio(rows[v], width, self.ratio)
             top[v], left[v] = (rows[v] - h[v]) // 2, (width - w[v]) // 2
         return np.stack([first + top, left, h, w], axis=1).astype(np.int64)
 
     def draw_params(self, rng: np.random.Generator) -> np.ndarray:
-        """What the photometric part does to each view, float32 ``[V, NUM_PARAMS]``."""
+        """Draw the params of each view's colour changes, float32 ``[V, NUM_PARAMS]``."""
         u = rng.random((13, self.num_views))
         low, high = self._factors
         params = np.empty((self.num_views, NUM_PARAMS), np.float32)
@@ -179,7 +179,7 @@ class MultiCrop:
         params[1, SOLARIZE] = u[12, 1] < self.solarize_prob
         return params
 
-    # What does not depend on the image, computed once.
+    # Values that do not depend on the image, computed once.
 
     @cached_property
     def _rows(self) -> np.ndarray:  # [2, V], fractions of the height
@@ -203,7 +203,7 @@ class MultiCrop:
 
 
 def _nearest_ratio(height: float, width: float, ratio: tuple[float, float]) -> tuple[float, float]:
-    """Height and width of the largest box of an allowed ratio: what RandomResizedCrop takes in the centre."""
+    """Height and width of the largest box of an allowed ratio, which RandomResizedCrop falls back to in the centre."""
     if width / height < ratio[0]:
         return max(1.0, min(height, np.rint(width / ratio[0]))), width
     if width / height > ratio[1]:

@@ -1,7 +1,7 @@
-"""Ranking a gallery and scoring the ranking: pure functions on descriptors, identities and cameras.
+"""Ranking of a gallery, re-ranking and metrics: pure functions on descriptors, identities and cameras.
 
-All go through the queries chunk by chunk, so that memory follows ``budget_mb`` and not queries x gallery, and compute
-where the descriptors are.
+All process the queries in chunks, so that memory depends on ``budget_mb`` and not on queries x gallery, and compute on
+the device of the descriptors.
 """
 
 from passreid_models.retrieval.metrics import RetrievalMetrics, evaluate, evaluate_distances

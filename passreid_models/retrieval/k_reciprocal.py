@@ -2,8 +2,8 @@
 
 Two images are k-reciprocal neighbours if each is among the other's k nearest. An image is encoded by weights over its
 reciprocal neighbours, and the Jaccard distance of two images follows from the sum of the minima of their weights. Both
-re-ranking and clustering are built on it. No N x N matrix is made: of all pairs only the K nearest of each image are
-kept, and the encoding V is a sparse matrix with some 50 to 100 entries a row.
+re-ranking and clustering are built on it. No N x N matrix is made: only the K nearest neighbours of each image are
+kept, and the encoding V is a sparse matrix with some 50 to 100 entries per row.
 
 Shapes: N images, K neighbours, R rows of a chunk, M pairs.
 """
@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from passreid_models.retrieval.protocol import ragged
+from passreid_models.retrieval.protocol import integer_ranges
 from passreid_models.retrieval.similarity import LEAST, Similarities, chunks, top
 
-TERM_BYTES = 64  # of temporary arrays for each minimum of two weights
-CACHED_TERMS = 2**17  # more at a time do not stay in the processor's cache and take longer
+TERM_BYTES = 64  # temporary memory per minimum of two weights
+CACHED_TERMS = 2**17  # more at a time exceed the processor's cache and take longer
 
 
 def sparse() -> Any:
-    """The module ``scipy.sparse``.
+    """Import ``scipy.sparse``.
 
     Raises:
-        ValueError: If scipy is not installed, with what to do.
+        ValueError: If scipy is not installed; the message says how to install it.
     """
     try:
         import scipy.sparse
@@ -35,13 +35,13 @@ def sparse() -> Any:
 
 
 def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray | None = None) -> np.ndarray:
-    """The ``k`` nearest of each of N images, ``[N, K]``: the image itself first, equally near ones by index.
+    """Find the ``k`` nearest of each of N images, ``[N, K]``: the image itself first, ties by index.
 
     Args:
-        pairs: Compares all with all.
+        pairs: Similarities of all images with all.
         k: Neighbours, the image itself included.
         budget_mb: Memory for similarities.
-        farthest: To be filled with each image's largest squared distance to a readable one, ``[N]``.
+        farthest: Array ``[N]`` that is filled with each image's largest squared distance to a readable image.
     """
     num = pairs.shape[0]
     indices = np.empty((num, min(k, num)), dtype=np.int32)
@@ -51,7 +51,7 @@ def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray 
             readable = rows.masked_fill(rows == LEAST, torch.inf) if len(pairs.unreadable) else rows
             farthest[start:stop] = pairs.distances(readable.amin(dim=1)).cpu().numpy()
         own = torch.arange(start, stop, device=rows.device)
-        rows[own - start, own] = torch.inf  # first also among its duplicates
+        rows[own - start, own] = torch.inf  # itself first, even among its duplicates
         indices[start:stop] = top(rows, k)[1].cpu().numpy()
     return indices
 
@@ -59,15 +59,15 @@ def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray 
 def encode(
     pairs: Similarities, neighbours: np.ndarray, k: int, half: int, k2: int, scales: np.ndarray | None, budget_mb: float
 ) -> Any:
-    """The encoding V of N images, a CSR array ``[N, N]`` of float32 with rows that sum to 1.
+    """Encode N images: V, a CSR array ``[N, N]`` of float32 whose rows sum to 1.
 
     Args:
-        pairs: Compares all with all.
-        neighbours: The nearest of each image ``[N, K]``, itself first.
+        pairs: Similarities of all images with all.
+        neighbours: Nearest neighbours of each image ``[N, K]``, itself first.
         k: Neighbours that may be reciprocal, the image itself included.
-        half: The same for the neighbours' own sets, by which an image's set is expanded.
+        half: ``k`` of the neighbours' sets, by which an image's set is expanded.
         k2: Nearest images, itself included, whose encodings are averaged; 1: no query expansion.
-        scales: Divisors of the squared distances of each image ``[N]``; the weights are ``exp(-distance)``, normalised.
+        scales: Divisors of each image's squared distances ``[N]``; None: 1. Weights are ``exp(-distance)``, normalised.
         budget_mb: Memory for temporary arrays.
     """
     csr = sparse().csr_array
@@ -76,12 +76,12 @@ def encode(
     sizes, half_t = np.diff(near_half.indptr), near_half.T.tocsr()
     values, columns, counts = [], [], []
     for start, stop in chunks(num, 32 * k * (half + k), budget_mb, torch.device("cpu")):
-        own = near[start:stop]
-        shared = (own @ half_t).multiply(own).tocoo()  # images that neighbour and image have in common
-        chosen = 3 * shared.data > 2 * sizes[shared.col]
-        ones = np.ones(int(chosen.sum()), dtype=np.int32)
-        candidates = csr((ones, (shared.row[chosen], shared.col[chosen])), shape=shared.shape)
-        expanded = (own + candidates @ near_half).tocsr()
+        near_rows = near[start:stop]
+        shared = (near_rows @ half_t).multiply(near_rows).tocoo()  # images that neighbour and image have in common
+        accepted = 3 * shared.data > 2 * sizes[shared.col]
+        ones = np.ones(int(accepted.sum()), dtype=np.int32)
+        candidates = csr((ones, (shared.row[accepted], shared.col[accepted])), shape=shared.shape)
+        expanded = (near_rows + candidates @ near_half).tocsr()
         expanded.sort_indices()
         counts.append(np.diff(expanded.indptr))
         columns.append(expanded.indices)
@@ -96,7 +96,7 @@ def encode(
 
 
 def _csr(values: np.ndarray, columns: np.ndarray, counts: np.ndarray | int) -> Any:
-    """A square CSR array with ``counts`` entries a row."""
+    """Make a square CSR array with ``counts`` entries per row."""
     if isinstance(counts, int):
         counts = np.full(len(columns) // counts, counts)
     pointers = np.concatenate([[0], np.cumsum(counts)])
@@ -104,7 +104,7 @@ def _csr(values: np.ndarray, columns: np.ndarray, counts: np.ndarray | int) -> A
 
 
 def _reciprocal(neighbours: np.ndarray) -> Any:
-    """A CSR array ``[N, N]`` of ones where two images are among each other's neighbours."""
+    """Make a CSR array ``[N, N]`` of ones where two images are among each other's neighbours."""
     forward = _csr(np.ones(neighbours.size, dtype=np.int32), neighbours.ravel(), neighbours.shape[1])
     forward.sort_indices()
     return forward.multiply(forward.T.tocsr()).tocsr()
@@ -113,39 +113,39 @@ def _reciprocal(neighbours: np.ndarray) -> Any:
 def _weights(
     pairs: Similarities, rows: np.ndarray, columns: np.ndarray, scales: np.ndarray | None, budget_mb: float
 ) -> np.ndarray:
-    """Weights ``[M]`` of the images ``columns`` in the sets of the images ``rows`` (ascending), 1 for each set."""
+    """Weights ``[M]`` of images ``columns`` in the sets of images ``rows`` (ascending); they sum to 1 in each set."""
     distances = np.empty(len(rows), dtype=np.float32)
     for start, stop in chunks(len(rows), 16 * pairs.gallery.shape[1], budget_mb, pairs.device):
         i, j = (torch.from_numpy(x[start:stop]).long().to(pairs.device) for x in (rows, columns))
         distances[start:stop] = pairs.distances(pairs.at(i, j)).cpu().numpy()
-    distances[rows == columns] = 0  # also of an unreadable image
+    distances[rows == columns] = 0  # even for an unreadable image
     weights = np.exp(-distances if scales is None else -distances / scales[rows])
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))
     return weights / np.repeat(np.add.reduceat(weights, firsts), np.diff(firsts, append=len(rows)))
 
 
 class Minima(NamedTuple):
-    """Minima of two images' weights in one column: numbers of the pairs, row of the chunk x width + other, and values,
-    ``[M]`` each."""
+    """Minima of two images' weights in one column, ``[M]`` each: pair numbers (row of the chunk x width + row of the
+    other encoding) and values."""
 
     pairs: np.ndarray
     values: np.ndarray
 
 
 def minima(
-    v: Any, others: Any, firsts: np.ndarray, width: int, budget_mb: float, most_rows: int = 2**31
+    v: Any, other: Any, firsts: np.ndarray, width: int, budget_mb: float, most_rows: int = 2**31
 ) -> Iterator[tuple[int, int, Minima]]:
-    """All minima above 0 of rows of ``v`` and rows of another encoding, chunks of rows with start and stop.
+    """Yield the minima above 0 of the rows of two encodings, by chunk of rows of ``v``: start, stop and its minima.
 
     Args:
         v: Encodings, CSR ``[R, N]``.
-        others: The other encodings, CSC ``[N', N]``.
-        firsts: Where in ``others`` to begin, for each entry of ``v``: the whole column or what follows a row.
-        width: For the numbers of the pairs: N' or more.
+        other: Encodings to compare with, CSC ``[N', N]``.
+        firsts: For each entry of ``v``, the position in ``other`` from which its column is compared.
+        width: Multiplier in the pair numbers, N' or more.
         budget_mb: Memory for temporary arrays; one row at a time where that takes more.
-        most_rows: Of a chunk.
+        most_rows: Largest number of rows in a chunk.
     """
-    counts = others.indptr[v.indices + 1] - firsts
+    counts = other.indptr[v.indices + 1] - firsts
     ends = np.concatenate([[0], np.cumsum(counts)])[v.indptr]  # [R + 1] terms before each row
     limit = min(budget_mb * 2**20 / TERM_BYTES, CACHED_TERMS)
     start = 0
@@ -154,14 +154,14 @@ def minima(
         stop = max(stop, start + 1)
         entries = slice(v.indptr[start], v.indptr[stop])
         count = counts[entries]
-        places = ragged(firsts[entries], count)
+        positions = integer_ranges(firsts[entries], count)
         rows = np.repeat(np.arange(stop - start) * width, np.diff(v.indptr[start : stop + 1]))
         pairs = np.repeat(rows, count)
-        pairs += others.indices[places]
-        yield start, stop, Minima(pairs, np.minimum(np.repeat(v.data[entries], count), others.data[places]))
+        pairs += other.indices[positions]
+        yield start, stop, Minima(pairs, np.minimum(np.repeat(v.data[entries], count), other.data[positions]))
         start = stop
 
 
 def jaccard(sums: np.ndarray) -> np.ndarray:
-    """Jaccard distances from sums of minima, for weights that sum to 1 (equation 10); 0 where rounding made it less."""
+    """Jaccard distances from sums of minima, for weights that sum to 1 (equation 10); clipped at 0 against rounding."""
     return np.maximum(1 - sums / (2 - sums), 0)

@@ -1,8 +1,9 @@
 """mAP, mINP and CMC by the Market-1501 protocol.
 
-No ranking is made: the rank of a match is the number of kept images with a greater similarity, found in the sorted
-values of its row, and of those with the same similarity and a lower index. Shapes: Q queries, G gallery images, R rows
-of a chunk, M matches.
+The gallery is not ranked: the rank of a match is 1 plus the number of kept images with a greater similarity, counted in
+the sorted values of its row, and of those with the same similarity and a lower index.
+
+Shapes: Q queries, G gallery images, R rows of a chunk, M matches.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,14 @@ __all__ = ["RetrievalMetrics", "evaluate", "evaluate_distances"]
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
-    """Scores in 0..1 over the counted queries, and each query's own.
+    """Retrieval metrics in 0..1 over the counted queries, and the values of each query.
 
     Attributes:
-        mAP: Mean of the average precisions.
-        mINP: Mean of matches / rank of the last match (arXiv 2001.04193, section 4.1): how far one must look for all.
+        mAP: Mean average precision.
+        mINP: Mean of number of matches / rank of the last match (arXiv 2001.04193, section 4.1).
         cmc: ``cmc[k - 1]`` is the share of queries with a match among the first k, ``[max_rank]``.
         num_queries: Queries that have a match and are counted.
-        average_precision: Of each query ``[Q]``; NaN where it is not counted.
+        average_precision: Average precision of each query ``[Q]``; NaN where it is not counted.
         first_match: Rank of each query's first match ``[Q]``, from 1; 0 where it is not counted.
     """
 
@@ -49,7 +50,7 @@ class RetrievalMetrics:
         """Share of queries with a match among the first ``k``.
 
         Raises:
-            ValueError: If the curve does not reach as far.
+            ValueError: If ``k`` is not 1 to the length of the CMC curve.
         """
         if not 1 <= k <= len(self.cmc):
             raise ValueError(f"rank must be 1 to {len(self.cmc)}, the length of the CMC curve (max_rank); got {k}")
@@ -57,7 +58,7 @@ class RetrievalMetrics:
 
 
 class _Rows(Interface):
-    """A matrix ``[Q, G]`` whose rows are computed when asked for, as tensors that may be written to."""
+    """Matrix ``[Q, G]`` whose rows are computed on demand, as tensors that may be written to."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -67,7 +68,7 @@ class _Rows(Interface):
 
     @property
     def row_bytes(self) -> int:
-        """Memory that a row takes while it is computed, besides its own 4 bytes a gallery image."""
+        """Temporary memory of a row, besides its 4 bytes per gallery image."""
         ...
 
     def rows(self, start: int, stop: int) -> Tensor: ...
@@ -92,16 +93,16 @@ def evaluate(
     without a remaining match are not counted. A distractor (identity 0) is a person whom no query shows. Equal
     similarities are ranked by gallery index; rows of NaN (unreadable images) come last.
 
-    For data of one camera or none, leave the cameras out: nothing is left out by camera then. If queries are in the
-    gallery themselves, say where by ``own``.
+    For data of one camera or without cameras, omit the cameras: no image is then left out by camera. If the queries are
+    themselves in the gallery, give their rows there as ``own``.
 
     Args:
         query: Descriptors ``[Q, C]``.
         gallery: Descriptors ``[G, C]``.
         query_pids: Identities ``[Q]``.
         gallery_pids: Identities ``[G]``.
-        query_camids: Cameras ``[Q]``, or none.
-        gallery_camids: Cameras ``[G]``, or none.
+        query_camids: Cameras ``[Q]``, or None.
+        gallery_camids: Cameras ``[G]``, or None.
         own: Row in the gallery of each query's own image ``[Q]``, which is left out; -1 where there is none.
         max_rank: Length of the CMC curve.
         metric: ``cosine`` or ``euclidean``, as in ``rank``.
@@ -111,8 +112,8 @@ def evaluate(
         ValueError: If shapes do not match, or no query has a match.
     """
     pairs = Similarities(query, gallery, metric)
-    ids = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    return _score(pairs, ids, max_rank, budget_mb)
+    protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    return _score(pairs, protocol, max_rank, budget_mb)
 
 
 def evaluate_distances(
@@ -126,14 +127,14 @@ def evaluate_distances(
     max_rank: int = 50,
     budget_mb: float = 256.0,
 ) -> RetrievalMetrics:
-    """The scores of ``evaluate`` from distances, such as re-ranked ones.
+    """mAP, mINP and CMC from distances, such as re-ranked ones, by the protocol of ``evaluate``.
 
     Args:
-        distances: ``[Q, G]``, or what ``rerank`` gives; NaN ranks last.
+        distances: Distances ``[Q, G]``, or the result of ``rerank``; NaN ranks last.
         query_pids: Identities ``[Q]``.
         gallery_pids: Identities ``[G]``.
-        query_camids: Cameras ``[Q]``, or none.
-        gallery_camids: Cameras ``[G]``, or none.
+        query_camids: Cameras ``[Q]``, or None.
+        gallery_camids: Cameras ``[G]``, or None.
         own: Row in the gallery of each query's own image ``[Q]``, which is left out; -1 where there is none.
         max_rank: Length of the CMC curve.
         budget_mb: Memory on top of the distances, in MB; one query at a time where that takes more.
@@ -143,39 +144,39 @@ def evaluate_distances(
     """
     if isinstance(distances, Tensor) and distances.ndim != 2:
         raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
-    ids = Protocol(distances.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    return _score(_Negative(distances), ids, max_rank, budget_mb)
+    protocol = Protocol(distances.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb)
 
 
-class _Negative:
+class _NegatedDistances:
     def __init__(self, distances: Tensor | Reranked) -> None:
         self.distances, self.shape, self.device = distances, distances.shape, distances.device
-        bytes_an_image = 28 if isinstance(distances, Reranked) else distances.element_size()
-        self.row_bytes = bytes_an_image * self.shape[1]
+        image_bytes = 28 if isinstance(distances, Reranked) else distances.element_size()
+        self.row_bytes = image_bytes * self.shape[1]
 
     def rows(self, start: int, stop: int) -> Tensor:
         if isinstance(self.distances, Reranked):
             return self.distances.rows(start, stop).neg_()
-        found = self.distances[start:stop].detach()
-        found = -(found if found.dtype in (torch.float32, torch.float64) else found.float())
-        return found.nan_to_num_(nan=torch.finfo(found.dtype).min)  # -inf too becomes the least finite number
+        rows = self.distances[start:stop].detach()
+        rows = -(rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
+        return rows.nan_to_num_(nan=torch.finfo(rows.dtype).min)  # -inf too becomes the least finite number
 
 
-def _score(similarities: _Rows, ids: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
+def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
     if max_rank < 1:
         raise ValueError(f"max_rank must be 1 or more, got {max_rank}")
     num_queries, num_gallery = similarities.shape
-    precision, last = np.full(num_queries, np.nan), np.full(num_queries, np.nan)
+    precision, inverse_penalty = np.full(num_queries, np.nan), np.full(num_queries, np.nan)
     first = np.zeros(num_queries, dtype=np.int64)
     on_cpu = similarities.device.type == "cpu"
-    row_bytes = (5 if on_cpu else 24) * num_gallery + 100 * ids.most  # on a GPU also sorted, and their order
-    row_bytes += similarities.row_bytes
+    image_bytes = 5 if on_cpu else 24  # on a GPU also of the sorted row and its order
+    row_bytes = image_bytes * num_gallery + 100 * protocol.max_same_pid + similarities.row_bytes
     for start, stop in chunks(num_queries, row_bytes, budget_mb, similarities.device):
-        matches, left_out = ids.matches(start, stop)
+        matches, left_out = protocol.matches(start, stop)
         if not len(matches.rows):
             continue
         rows = similarities.rows(start, stop)
-        ids.hide(rows, left_out)
+        protocol.hide(rows, left_out)
         ranks = match_ranks(rows, matches)
         ranks = ranks[np.lexsort((ranks, matches.rows))]  # ascending within each query, from 1
         counts = np.bincount(matches.rows)
@@ -184,14 +185,14 @@ def _score(similarities: _Rows, ids: Protocol, max_rank: int, budget_mb: float) 
         nth = np.arange(1, len(ranks) + 1) - np.repeat(ends - counts, counts)
         queries = start + counted
         precision[queries] = np.add.reduceat(nth / ranks, ends - counts) / counts
-        first[queries], last[queries] = ranks[ends - counts], counts / ranks[ends - 1]
+        first[queries], inverse_penalty[queries] = ranks[ends - counts], counts / ranks[ends - 1]
     count = int((first > 0).sum())
     if not count:
-        raise ValueError(ids.explain_no_match())
+        raise ValueError(protocol.explain_no_match())
     hits = np.bincount(first[(first > 0) & (first <= max_rank)], minlength=max_rank + 1)[1:].cumsum()
     return RetrievalMetrics(
         mAP=float(np.mean(precision[first > 0])),
-        mINP=float(np.mean(last[first > 0])),
+        mINP=float(np.mean(inverse_penalty[first > 0])),
         cmc=torch.from_numpy(hits / count).float(),
         num_queries=count,
         average_precision=torch.from_numpy(precision),
@@ -200,17 +201,17 @@ def _score(similarities: _Rows, ids: Protocol, max_rank: int, budget_mb: float) 
 
 
 def match_ranks(similarities: Tensor, matches: Pairs) -> np.ndarray:
-    """Rank of each match ``[M]`` in its row, from 1, among what is above -inf.
+    """Rank of each match ``[M]`` in its row, from 1, among the entries above -inf.
 
     Args:
-        similarities: ``[R, G]`` without NaN, -inf for what is left out.
-        matches: Their places, by row.
+        similarities: Similarities ``[R, G]`` without NaN; -inf for left-out images.
+        matches: Rows and columns of the matches, by row.
     """
     index = indices(matches, similarities)
     values = similarities[index]  # [M]
     counts = np.bincount(matches.rows, minlength=len(similarities))
-    find = _counts_by_row if similarities.device.type == "cpu" else _counts_at_once
-    greater, equal = find(similarities, values, counts)
+    count_entries = _counts_by_row if similarities.device.type == "cpu" else _counts_at_once
+    greater, equal = count_entries(similarities, values, counts)
     ranks = greater + 1
     columns = torch.arange(similarities.shape[1], device=values.device)
     for part in (equal > 1).nonzero()[:, 0].split(max(1, len(similarities) // 2)):
@@ -220,26 +221,26 @@ def match_ranks(similarities: Tensor, matches: Pairs) -> np.ndarray:
 
 
 def _counts_by_row(similarities: Tensor, values: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Numbers of entries of its row that are greater than, and equal to, each value.
+    """Count, for each value, the entries of its row that are greater and those that are equal.
 
-    Row by row in threads: a row fits in the processor's cache, what is below its last match need not be sorted, and
-    numpy sorts floats 8 times as quickly as torch.
+    Row by row in threads: a row fits in the processor's cache, entries below its last match need no sorting, and numpy
+    sorts floats 8 times as fast as torch.
     """
     counted = np.flatnonzero(counts)
     ends = np.cumsum(counts)[counted]
     starts = ends - counts[counted]
-    matrix, wanted = similarities.numpy(), values.numpy()
-    lowest = np.minimum.reduceat(wanted, starts)
-    greater, equal = np.empty((2, len(wanted)), dtype=np.int64)
+    matrix, thresholds = similarities.numpy(), values.numpy()
+    lowest = np.minimum.reduceat(thresholds, starts)
+    greater, equal = np.empty((2, len(thresholds)), dtype=np.int64)
 
     def count(part: np.ndarray) -> None:
         for i in part:
             row, match = matrix[counted[i]], slice(starts[i], ends[i])
-            kept = row.compress(row >= lowest[i])  # twice as quick as an index of booleans
+            kept = row.compress(row >= lowest[i])  # twice as fast as a boolean index
             kept.sort()
-            upper = kept.searchsorted(wanted[match], "right")
+            upper = kept.searchsorted(thresholds[match], "right")
             greater[match] = len(kept) - upper
-            equal[match] = upper - kept.searchsorted(wanted[match])
+            equal[match] = upper - kept.searchsorted(thresholds[match])
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
@@ -248,12 +249,12 @@ def _counts_by_row(similarities: Tensor, values: Tensor, counts: np.ndarray) -> 
 
 
 def _counts_at_once(similarities: Tensor, values: Tensor, counts: np.ndarray) -> tuple[Tensor, Tensor]:
-    """The same by few calls, for a GPU."""
+    """Count the same as ``_counts_by_row`` in few calls, for a GPU."""
     nth = np.arange(len(values)) - np.repeat(np.cumsum(counts) - counts, counts)
     rows = np.repeat(np.arange(len(counts)), counts)
-    places = indices(Pairs(rows, nth), values)
-    wanted = values.new_zeros(len(counts), int(counts.max()))
-    wanted[places] = values
+    index = indices(Pairs(rows, nth), values)
+    padded = values.new_zeros(len(counts), int(counts.max()))
+    padded[index] = values
     ordered = similarities.sort(dim=1).values
-    upper = torch.searchsorted(ordered, wanted, right=True)[places]
-    return similarities.shape[1] - upper, upper - torch.searchsorted(ordered, wanted)[places]
+    upper = torch.searchsorted(ordered, padded, right=True)[index]
+    return similarities.shape[1] - upper, upper - torch.searchsorted(ordered, padded)[index]

@@ -1,4 +1,4 @@
-"""The Market-1501 protocol: which gallery images are matches of a query, and which are left out.
+"""Market-1501 protocol: which gallery images are matches of a query, and which are left out.
 
 Shapes: Q queries, G gallery images, R rows of a chunk, M pairs.
 """
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-JUNK = -1  # the identity of gallery images that are no persons
+JUNK = -1  # identity of images that show no person
 
 
 class Pairs(NamedTuple):
@@ -23,7 +23,7 @@ class Pairs(NamedTuple):
 class Protocol:
     """Matches and left-out images by identities, cameras and the queries' own rows in the gallery.
 
-    Pairs are found chunk by chunk in the gallery sorted by identity, so that their number does not count.
+    Pairs are looked up per chunk of queries, in the gallery sorted by identity, and never held all at once.
     """
 
     def __init__(
@@ -37,9 +37,7 @@ class Protocol:
     ) -> None:
         if (query_camids is None) != (gallery_camids is None):
             missing = "query_camids" if query_camids is None else "gallery_camids"
-            raise ValueError(
-                f"{missing} is missing: give the cameras of both, or of neither to leave none out by camera"
-            )
+            raise ValueError(f"{missing} is missing: give the cameras of both queries and gallery, or of neither")
         self.query_pids = _ids("query_pids", query_pids, shape[0])
         gallery = _ids("gallery_pids", gallery_pids, shape[1])
         self.order = np.argsort(gallery, kind="stable")
@@ -58,34 +56,35 @@ class Protocol:
                 f"got {self.own.min()} to {self.own.max()}"
             )
         first = np.searchsorted(self.sorted_pids, self.query_pids, "left")
-        last = np.searchsorted(self.sorted_pids, self.query_pids, "right")
-        self.first, self.count = first, np.where(self.query_pids == JUNK, 0, last - first)
+        end = np.searchsorted(self.sorted_pids, self.query_pids, "right")
+        self.first, self.count = first, np.where(self.query_pids == JUNK, 0, end - first)
 
     @property
-    def most(self) -> int:
-        """The most gallery images that share a query's identity."""
+    def max_same_pid(self) -> int:
+        """Largest number of gallery images that share a query's identity."""
         return int(self.count.max(initial=0))
 
     def matches(self, start: int, stop: int) -> tuple[Pairs, Pairs]:
-        """Pairs of queries ``start`` to ``stop``: the matches, and those left out besides junk."""
+        """Return the matches of queries ``start`` to ``stop``, and their left-out pairs besides junk."""
         rows = np.repeat(np.arange(stop - start), self.count[start:stop])
-        columns = self.order[ragged(self.first[start:stop], self.count[start:stop])]
+        columns = self.order[integer_ranges(self.first[start:stop], self.count[start:stop])]
         own = self.own[start:stop]
         left_out = columns == own[rows]
         if self.cameras:
             left_out |= self.cameras[1][columns] == self.cameras[0][start:stop][rows]
-        has_own = np.flatnonzero(own >= 0)  # even where its identity is another
-        left = np.concatenate([rows[left_out], has_own]), np.concatenate([columns[left_out], own[has_own]])
-        return Pairs(rows[~left_out], columns[~left_out]), Pairs(*left)
+        has_own = np.flatnonzero(own >= 0)  # left out even if its identity is another
+        left_out_rows = np.concatenate([rows[left_out], has_own])
+        left_out_columns = np.concatenate([columns[left_out], own[has_own]])
+        return Pairs(rows[~left_out], columns[~left_out]), Pairs(left_out_rows, left_out_columns)
 
     def hide(self, similarities: Tensor, left_out: Pairs) -> None:
-        """Set what is left out to -inf, below all numbers."""
+        """Set the similarities of left-out pairs and of junk to -inf, below all numbers."""
         similarities[indices(left_out, similarities)] = -torch.inf
         if len(self.junk):
             similarities[:, torch.from_numpy(self.junk).to(similarities.device)] = -torch.inf
 
     def explain_no_match(self) -> str:
-        """Why no query may have a match, and what to do."""
+        """Error message for the case that no query has a match: likely causes, and what to do."""
         if not len(self.query_pids):
             return "there are no queries"
         if self.cameras:
@@ -97,24 +96,24 @@ class Protocol:
         return "no query has a match in the gallery besides its own image: are their identities disjoint?"
 
 
-def ragged(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """For each r: ``first[r]``, ``first[r] + 1``, ..., ``count[r]`` of them."""
-    found = np.repeat(first - (np.cumsum(count) - count), count)
-    found += np.arange(len(found))
-    return found
+def integer_ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Concatenate, for all r, the ``count[r]`` integers from ``first[r]`` on."""
+    integers = np.repeat(first - (np.cumsum(count) - count), count)
+    integers += np.arange(len(integers))
+    return integers
 
 
 def indices(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs as an index of a tensor on its device."""
+    """Index of the pairs into a tensor, on its device."""
     return torch.from_numpy(pairs.rows).to(like.device), torch.from_numpy(pairs.columns).to(like.device)
 
 
 def _ids(name: str, ids: ArrayLike, length: int) -> np.ndarray:
-    found = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
-    if found.shape != (length,):
-        raise ValueError(f"{name} must hold one entry an image, {length}; got the shape {found.shape}")
+    array = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+    if array.shape != (length,):
+        raise ValueError(f"{name} must hold one entry per image, {length} in all; got the shape {array.shape}")
     if not length:
-        return found.astype(np.int64)
-    if found.dtype.kind not in "iub":
-        raise ValueError(f"{name} must hold whole numbers, got {found.dtype}")
-    return found.astype(np.int64)
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iub":
+        raise ValueError(f"{name} must hold whole numbers, got {array.dtype}")
+    return array.astype(np.int64)

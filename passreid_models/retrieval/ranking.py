@@ -1,4 +1,4 @@
-"""The best gallery images of a query."""
+"""Ranking: the most similar gallery images of each query."""
 
 from typing import NamedTuple
 
@@ -11,23 +11,23 @@ __all__ = ["Ranking", "rank"]
 
 
 class Ranking(NamedTuple):
-    """The best gallery images of each query, best first: both ``[Q, K]``."""
+    """Most similar gallery images of each query in descending order, both fields ``[Q, K]``."""
 
     indices: Tensor
     similarities: Tensor
 
 
 def rank(query: Tensor, gallery: Tensor, topk: int = 5, metric: str = "cosine", budget_mb: float = 256.0) -> Ranking:
-    """The ``topk`` most similar gallery images of each query.
+    """Rank the ``topk`` most similar gallery images of each query.
 
     Equal similarities are ordered by gallery index; rows of NaN (unreadable images) come last, with -inf.
 
     Args:
         query: Descriptors ``[Q, C]``, or one ``[C]``.
         gallery: Descriptors ``[G, C]``.
-        topk: Hits wanted; all G where the gallery is smaller.
+        topk: Number of hits; all G where the gallery is smaller.
         metric: ``cosine``, or ``euclidean``, whose similarity is the negative squared distance: for the multi-neck UDA
-            weights, whose descriptors are compared as they come.
+            weights, whose descriptors are compared without normalisation.
         budget_mb: Memory for similarities, in MB; one query at a time where that takes more.
 
     Returns:

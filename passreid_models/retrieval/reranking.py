@@ -17,17 +17,17 @@ _logger = logging.getLogger(__name__)
 
 
 class Reranked:
-    """Re-ranked distances of queries and gallery, ``shape`` ``[Q, G]``, computed when asked for.
+    """Re-ranked distances of queries and gallery, ``shape`` ``[Q, G]``, computed on demand; the result of ``rerank``.
 
-    What is held is sparse: memory does not grow with Q x G. Made by ``rerank``.
+    Only sparse encodings are held, so that memory does not grow with Q x G.
     """
 
     def __init__(self, pairs: Similarities, farthest: Tensor, v: Any, lambda_value: float, budget_mb: float) -> None:
         """
         Args:
-            pairs: Queries and gallery.
-            farthest: The largest squared distance of each query ``[Q]``.
-            v: Encodings of the queries and, after them, the gallery: CSR ``[Q + G, Q + G]``.
+            pairs: Similarities of queries and gallery.
+            farthest: Largest squared distance of each query ``[Q]``.
+            v: Encodings of the queries, then of the gallery: CSR ``[Q + G, Q + G]``.
             lambda_value: Weight of the original distance.
             budget_mb: Memory for temporary arrays.
         """
@@ -36,23 +36,23 @@ class Reranked:
         self._query, self._gallery = v[: self.shape[0]], v[self.shape[0] :].tocsc()
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Distances ``[stop - start, G]`` of some queries, a new tensor; infinite for unreadable images."""
-        found = self._pairs.distances(self._pairs.rows(start, stop))
-        found.div_(self._farthest[start:stop, None]).mul_(self._lambda)
+        """Distances ``[stop - start, G]`` of some queries, as a new tensor; infinite for unreadable images."""
+        distances = self._pairs.distances(self._pairs.rows(start, stop))
+        distances.div_(self._farthest[start:stop, None]).mul_(self._lambda)
         v = self._query[start:stop]
-        begins = self._gallery.indptr[v.indices]
-        for first, last, terms in minima(v, self._gallery, begins, self.shape[1], self._budget_mb):
+        firsts = self._gallery.indptr[v.indices]
+        for first, last, terms in minima(v, self._gallery, firsts, self.shape[1], self._budget_mb):
             shape = last - first, self.shape[1]
             sums = np.bincount(terms.pairs, terms.values, shape[0] * shape[1]).astype(np.float32).reshape(shape)
-            found[first:last] += (1 - self._lambda) * torch.from_numpy(jaccard(sums)).to(self.device)
-        return found
+            distances[first:last] += (1 - self._lambda) * torch.from_numpy(jaccard(sums)).to(self.device)
+        return distances
 
     def dense(self) -> Tensor:
         """All distances ``[Q, G]``."""
-        found = torch.empty(self.shape, device=self.device)
+        distances = torch.empty(self.shape, device=self.device)
         for start, stop in chunks(self.shape[0], 24 * self.shape[1], self._budget_mb, self.device):
-            found[start:stop] = self.rows(start, stop)
-        return found
+            distances[start:stop] = self.rows(start, stop)
+        return distances
 
 
 def rerank(
@@ -64,10 +64,10 @@ def rerank(
     metric: str = "cosine",
     budget_mb: float = 256.0,
 ) -> Reranked:
-    """Distances that also count how many nearest neighbours a query and a gallery image share.
+    """Re-rank a gallery by distances that also measure how many nearest neighbours a query and a gallery image share.
 
-    ``lambda_value`` x squared distance / the query's largest + (1 - ``lambda_value``) x Jaccard distance of the sets of
-    k-reciprocal neighbours. The neighbours are looked for among queries and gallery together, without labels.
+    A distance is ``lambda_value`` x squared distance / the query's largest + (1 - ``lambda_value``) x Jaccard distance
+    of the sets of k-reciprocal neighbours, which are searched among queries and gallery together, without labels.
 
     Args:
         query: Descriptors ``[Q, C]``.
@@ -79,7 +79,7 @@ def rerank(
         budget_mb: Memory for temporary arrays on top of a copy of the descriptors and some 2 kB an image, in MB.
 
     Returns:
-        What ``evaluate_distances`` takes; ``rows(start, stop)`` and ``dense()`` give the distances.
+        Distances for ``evaluate_distances``; ``rows(start, stop)`` and ``dense()`` return them as tensors.
 
     Raises:
         ValueError: If shapes do not match, an option is out of its range, or scipy is not installed.
@@ -90,13 +90,13 @@ def rerank(
             raise ValueError(f"{name} must be 1 or more, got {value}")
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be in 0..1, got {lambda_value}")
-    every = torch.cat([pairs.query, pairs.gallery])
-    joint = Similarities(every, every, metric)
-    if k1 >= len(every):
-        _logger.warning(f"re-ranking of {len(every)} images: k1 is {len(every) - 1} instead of {k1}")
-        k1 = len(every) - 1
-    farthest = np.empty(len(every), dtype=np.float32)
+    images = torch.cat([pairs.query, pairs.gallery])
+    joint = Similarities(images, images, metric)
+    if k1 >= len(images):
+        _logger.warning(f"re-ranking of {len(images)} images: k1 is {len(images) - 1} instead of {k1}")
+        k1 = len(images) - 1
+    farthest = np.empty(len(images), dtype=np.float32)
     neighbours = nearest(joint, max(k1 + 1, k2), budget_mb, farthest)
-    farthest = np.clip(farthest, 1e-12, np.finfo(np.float32).max)  # 0 where all are alike
+    farthest = np.clip(farthest, 1e-12, np.finfo(np.float32).max)  # it is 0 where all images are alike
     v = encode(joint, neighbours, k1 + 1, round(k1 / 2) + 1, k2, farthest, budget_mb)
     return Reranked(pairs, torch.from_numpy(farthest[: len(query)]).to(pairs.device), v, lambda_value, budget_mb)

@@ -1,6 +1,6 @@
-"""Similarities of descriptors, some rows at a time, and the best of each row.
+"""Similarities of descriptors, a chunk of rows at a time, and the largest of each row.
 
-Shapes: Q queries, G gallery images, C descriptor width, R rows of a chunk, K hits wanted.
+Shapes: Q queries, G gallery images, C descriptor width, R rows of a chunk, K hits.
 """
 
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST = torch.finfo(torch.float32).min  # what is left out stands below, at -inf
+LEAST = torch.finfo(torch.float32).min  # similarity of unreadable images; left-out ones are below it, at -inf
 METRICS = ("cosine", "euclidean")
-CPU_CHUNK = 64 * 2**20  # bytes: larger ones are no quicker
+CPU_CHUNK = 64 * 2**20  # bytes; larger chunks are no faster
 
 
 class Similarities:
-    """Similarities of queries and gallery, computed when asked for: ``shape`` is ``[Q, G]``.
+    """Similarities of queries and gallery, ``shape`` ``[Q, G]``, computed on demand.
 
-    Cosines, or the negative squared distance where ``metric`` is ``euclidean``. Descriptors are compared in float32; a
-    copy is made of other types only. Images whose descriptor is not finite are ``unreadable``: theirs is the least
-    finite number. Equal images of the gallery are exactly as similar as each other.
+    Cosines, or negative squared distances if ``metric`` is ``euclidean``. Descriptors are compared in float32; a copy
+    is made of other types only. Images whose descriptor is not finite are ``unreadable``: their similarity is the least
+    finite number. Equal descriptors of the gallery have exactly the same similarity to a query.
     """
 
     def __init__(self, query: Tensor, gallery: Tensor, metric: str) -> None:
@@ -36,13 +36,13 @@ class Similarities:
         self.unreadable_queries = ~self.query_norms.isfinite()
         self.unreadable = (~self.gallery_norms.isfinite()).nonzero()[:, 0]
         self.copies, self.originals = _copies(self.gallery)
-        # unit vectors are taken as they come
+        # unit vectors need no division
         self.scaled = [bool(((x - 1).abs() > 1e-6).any()) for x in (self.query_norms, self.gallery_norms)]
         self.device = self.gallery.device
         self.buffer = self.gallery.new_empty(0)
         self.shape = torch.Size((len(query), len(gallery)))
 
-    row_bytes = 0  # a buffer is used again and again
+    row_bytes = 0  # all chunks share one buffer
 
     def _norms(self, x: Tensor) -> Tensor:
         """Lengths of the descriptors, squared for the Euclidean distance; without a copy of ``x``."""
@@ -51,21 +51,21 @@ class Similarities:
         return torch.linalg.vector_norm(x, dim=1).clamp_min_(1e-12)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Similarities ``[R, G]`` of queries ``start`` to ``stop``, to be used, and changed, until the next call."""
+        """Similarities ``[R, G]`` of queries ``start`` to ``stop``, in a buffer that the next call overwrites."""
         query, norms = self.query[start:stop], self.query_norms[start:stop, None]
         if self.metric == "euclidean":
-            found = self._product(2 * query).sub_(norms).sub_(self.gallery_norms)
+            similarities = self._product(2 * query).sub_(norms).sub_(self.gallery_norms)
         else:
-            found = self._product(query / norms if self.scaled[0] else query)
-            if self.scaled[1]:  # after the product, for the gallery before it would take a copy
-                found.div_(self.gallery_norms)
-        if len(self.copies):  # a library may compute equal columns in different ways
-            found[:, self.copies] = found[:, self.originals]
+            similarities = self._product(query / norms if self.scaled[0] else query)
+            if self.scaled[1]:  # after the product: dividing the gallery before it would take a copy
+                similarities.div_(self.gallery_norms)
+        if len(self.copies):  # a library may round equal columns in different ways
+            similarities[:, self.copies] = similarities[:, self.originals]
         if len(self.unreadable):
-            found[:, self.unreadable] = LEAST
+            similarities[:, self.unreadable] = LEAST
         if (unreadable := self.unreadable_queries[start:stop]).any():
-            found[unreadable] = LEAST
-        return found
+            similarities[unreadable] = LEAST
+        return similarities
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarities ``[M]`` of M pairs; NaN where one is unreadable."""
@@ -76,24 +76,24 @@ class Similarities:
         return products / (norms * gallery_norms)
 
     def distances(self, similarities: Tensor) -> Tensor:
-        """Squared Euclidean distances, of unit vectors for cosines; infinite for unreadable images."""
-        found = -similarities if self.metric == "euclidean" else 2 - 2 * similarities
-        return found.nan_to_num_(nan=torch.inf).clamp_min_(0).masked_fill_(similarities == LEAST, torch.inf)
+        """Squared Euclidean distances of similarities, for cosines those of unit vectors; infinite if unreadable."""
+        distances = -similarities if self.metric == "euclidean" else 2 - 2 * similarities
+        return distances.nan_to_num_(nan=torch.inf).clamp_min_(0).masked_fill_(similarities == LEAST, torch.inf)
 
     def _product(self, query: Tensor) -> Tensor:
         size = len(query) * len(self.gallery)
         if len(self.buffer) < size:  # new memory for every chunk would cost more than the scaling
             self.buffer = self.gallery.new_empty(size)
-        found = self.buffer[:size].view(len(query), len(self.gallery))
-        if self.device.type == "cpu":  # on AMD processors 1.5 times as quick as torch's library
-            np.matmul(query.numpy(), self.gallery.numpy().T, out=found.numpy())
-            return found
-        return torch.mm(query, self.gallery.T, out=found)
+        product = self.buffer[:size].view(len(query), len(self.gallery))
+        if self.device.type == "cpu":  # on AMD processors 1.5 times as fast as torch's library
+            np.matmul(query.numpy(), self.gallery.numpy().T, out=product.numpy())
+            return product
+        return torch.mm(query, self.gallery.T, out=product)
 
 
 def _copies(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are equal to an earlier one, and the first such one of each."""
-    bits = (x[:, :16] + 0.0).view(torch.int32).long()  # + 0: of -0 and 0 the same
+    """Rows that equal an earlier row, and for each the first row that it equals."""
+    bits = (x[:, :16] + 0.0).view(torch.int32).long()  # + 0.0 makes 0 of -0
     weights = torch.arange(1, bits.shape[1] + 1, device=x.device) * 0x9E3779B1
     _, number, count = (bits * weights).sum(dim=1).unique(return_inverse=True, return_counts=True)
     rows = (count[number] > 1).nonzero()[:, 0]  # few, as a rule
@@ -105,10 +105,10 @@ def _copies(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunks(total: int, row_bytes: int, budget_mb: float, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Start and stop of chunks of rows within the budget, of one row at least.
+    """Yield start and stop of chunks of rows within the budget, each of one row at least.
 
     Raises:
-        ValueError: If the budget is no positive number.
+        ValueError: If the budget is not a positive number.
     """
     if not budget_mb > 0:
         raise ValueError(f"budget_mb must be more than 0 MB, got {budget_mb}")
@@ -121,21 +121,21 @@ def chunks(total: int, row_bytes: int, budget_mb: float, device: torch.device) -
 
 
 def top(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of each row, values and columns ``[R, K]``, the largest first; equal ones by column.
+    """Return the ``k`` largest entries of each row, values and columns ``[R, K]``, in descending order, ties by column.
 
-    ``similarities`` must hold no NaN. ``torch.topk`` alone takes any of equal ones.
+    ``similarities`` must hold no NaN. ``torch.topk`` alone may select any of tied entries.
     """
     k = min(k, similarities.shape[1])
     values, columns = similarities.topk(min(k + 1, similarities.shape[1]), dim=1)
-    if values.shape[1] > k:  # rows whose last place is contested
+    if values.shape[1] > k:  # rows with a tie for the last place
         tied = (values[:, k - 1] == values[:, k]).nonzero()[:, 0]
         values, columns = values[:, :k], columns[:, :k]
         if len(tied):
             rows, last = similarities[tied], values[tied, k - 1 :]
             equal = rows == last
             room = k - (rows > last).sum(dim=1, keepdim=True)
-            taken = (rows > last) | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
-            columns[tied] = taken.nonzero()[:, 1].view(-1, k)
+            selected = (rows > last) | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
+            columns[tied] = selected.nonzero()[:, 1].view(-1, k)
     columns = columns.sort(dim=1).values
     values, order = similarities.gather(1, columns).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)

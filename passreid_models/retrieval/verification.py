@@ -1,4 +1,4 @@
-"""Are two images the same person? Error rates by threshold: ROC, equal error rate, thresholds for a wanted rate.
+"""Verification that two images show the same person: ROC, equal error rate, thresholds for a false positive rate.
 
 Every kept pair of query and gallery is counted in a histogram of ``BINS`` equal bins over all possible similarities, so
 that rates are exact for thresholds at the edges of bins: 2e-6 apart for cosines.
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from passreid_models.retrieval.protocol import Protocol, indices
+from passreid_models.retrieval.protocol import JUNK, Protocol, indices
 from passreid_models.retrieval.similarity import Similarities, chunks
 
 __all__ = ["ROC", "roc"]
@@ -24,17 +24,17 @@ PLOT_BINS = 128
 
 @dataclass(frozen=True)
 class ROC:
-    """Rates at which pairs of images pass for the same person, by threshold: those at least as similar pass.
+    """True and false positive rates by similarity threshold; pairs at least as similar pass for the same person.
 
     Attributes:
         eer: Equal error rate: false positive rate = false negative rate, interpolated between neighbouring thresholds.
-        eer_threshold: Similarity at which it is reached, the middle where it is a range.
+        eer_threshold: Threshold of the equal error rate; the middle of its range if there are several.
         num_positives: Pairs of one identity.
         num_negatives: Pairs of two identities.
         fpr: False positive rates of the curve, ascending, for plotting.
         tpr: True positive rates of the curve.
-        thresholds: Of the curve, descending from infinity.
-        histogram_edges: Of the histograms for plotting ``[B + 1]``.
+        thresholds: Thresholds of the curve, descending from infinity.
+        histogram_edges: Edges of the bins of both histograms, for plotting ``[B + 1]``.
         positive_histogram: Pairs of one identity by similarity ``[B]``.
         negative_histogram: Pairs of two identities by similarity ``[B]``.
     """
@@ -54,9 +54,9 @@ class ROC:
     _negatives: np.ndarray = field(repr=False)
 
     def threshold(self, fpr: float) -> float:
-        """The least similarity threshold whose false positive rate is at most ``fpr``.
+        """Least similarity threshold whose false positive rate is at most ``fpr``.
 
-        With fewer negatives than ``1 / fpr`` no negative may pass, and the threshold says little of other data.
+        With fewer negatives than ``1 / fpr`` no negative may pass, and the threshold says little about other data.
 
         Raises:
             ValueError: If ``fpr`` is not in 0..1.
@@ -82,9 +82,9 @@ class ROC:
     def _edge(self, fpr: float) -> int:
         if not 0 <= fpr <= 1:
             raise ValueError(f"fpr must be in 0..1, got {fpr}")
-        # rounded, for a rate such as 0.29 of 100 pairs is 28.999999999999996
-        allowed = math.floor(round(fpr * self.num_negatives, 6))
-        return BINS + 1 - int(np.searchsorted(self._negatives[::-1], allowed, "right"))
+        # rounded, since 0.29 of 100 pairs is 28.999999999999996
+        max_passing = math.floor(round(fpr * self.num_negatives, 6))
+        return BINS + 1 - int(np.searchsorted(self._negatives[::-1], max_passing, "right"))
 
 
 def roc(
@@ -102,15 +102,16 @@ def roc(
     """Error rates of "the same person" by similarity threshold, over the pairs that ``evaluate`` keeps.
 
     Pairs of one identity are positives, all others negatives, distractors included. Left out are junk (identity -1, on
-    either side), pairs of one identity under one camera, and queries' own images. An image of NaN is the least similar.
+    either side), pairs of one identity under one camera, and queries' own images. Unreadable images (NaN) are the
+    least similar.
 
     Args:
         query: Descriptors ``[Q, C]``.
         gallery: Descriptors ``[G, C]``.
         query_pids: Identities ``[Q]``.
         gallery_pids: Identities ``[G]``.
-        query_camids: Cameras ``[Q]``, or none.
-        gallery_camids: Cameras ``[G]``, or none.
+        query_camids: Cameras ``[Q]``, or None.
+        gallery_camids: Cameras ``[G]``, or None.
         own: Row in the gallery of each query's own image ``[Q]``, which is left out; -1 where there is none.
         metric: ``cosine`` or ``euclidean``, as in ``rank``.
         budget_mb: Memory on top of the descriptors and the histograms (30 MB), in MB.
@@ -119,27 +120,27 @@ def roc(
         ValueError: If shapes do not match, or there are no pairs of one identity or none of two.
     """
     pairs = Similarities(query, gallery, metric)
-    ids = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
     low, high = _range(pairs)
-    every, positive = (np.zeros(BINS + 1, dtype=np.int64) for _ in range(2))  # the last bin: left out
-    for start, stop in chunks(len(query), 20 * len(gallery) + 64 * ids.most, budget_mb, pairs.device):
-        matches, left_out = ids.matches(start, stop)
+    total, positive = (np.zeros(BINS + 1, dtype=np.int64) for _ in range(2))  # the last bin is of left-out pairs
+    for start, stop in chunks(len(query), 20 * len(gallery) + 64 * protocol.max_same_pid, budget_mb, pairs.device):
+        matches, left_out = protocol.matches(start, stop)
         rows = pairs.rows(start, stop)
-        ids.hide(rows, left_out)
-        junk = np.flatnonzero(ids.query_pids[start:stop] == -1)
+        protocol.hide(rows, left_out)
+        junk = np.flatnonzero(protocol.query_pids[start:stop] == JUNK)
         rows[torch.from_numpy(junk).to(rows.device)] = -torch.inf
-        left = rows == -torch.inf
+        hidden = rows == -torch.inf
         bins = rows.sub_(low).mul_(BINS / (high - low)).clamp_(0, BINS - 1).int()
-        bins[left] = BINS
-        every += torch.bincount(bins.flatten(), minlength=BINS + 1).cpu().numpy()
+        bins[hidden] = BINS
+        total += torch.bincount(bins.flatten(), minlength=BINS + 1).cpu().numpy()
         positive += torch.bincount(bins[indices(matches, bins)], minlength=BINS + 1).cpu().numpy()
-    return _curve(positive[:BINS], (every - positive)[:BINS], np.linspace(low, high, BINS + 1))
+    return _curve(positive[:BINS], (total - positive)[:BINS], np.linspace(low, high, BINS + 1))
 
 
 def _range(pairs: Similarities) -> tuple[float, float]:
-    """The least and the greatest similarity that descriptors of these norms can have."""
+    """Least and greatest similarity that descriptors of these norms can have."""
     if pairs.metric == "cosine":
-        return -1.0, 1.0 + 2**-18  # copies are as similar as 1, which is above an edge
+        return -1.0, 1.0 + 2**-18  # above 1, so that a threshold can leave out even copies
     squares = torch.cat([pairs.query_norms, pairs.gallery_norms])
     squares = squares[squares.isfinite()]
     return -max(4 * float(squares.max()) if len(squares) else 0.0, 1e-12), 0.0
@@ -150,8 +151,8 @@ def _curve(positive: np.ndarray, negative: np.ndarray, edges: np.ndarray) -> ROC
     if not num_positives or not num_negatives:
         kind = "one identity" if not num_positives else "two identities"
         raise ValueError(
-            f"an ROC takes pairs of one identity and pairs of two; there are none of {kind} once pairs under the same "
-            "camera, own images and junk are left out (for data of one camera or none, leave the cameras out)"
+            f"an ROC needs pairs of one identity and of two identities; there are none of {kind} once pairs under "
+            "the same camera, own images and junk are left out (for data of one camera or none, leave the cameras out)"
         )
     at_or_above = [np.append(np.cumsum(counts[::-1])[::-1], 0) for counts in (positive, negative)]  # [BINS + 1]
     tpr, fpr = at_or_above[0] / num_positives, at_or_above[1] / num_negatives
@@ -166,12 +167,12 @@ def _curve(positive: np.ndarray, negative: np.ndarray, edges: np.ndarray) -> ROC
 
 
 def _equal_error(fpr: np.ndarray, fnr: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """Where the falling ``fpr`` and the rising ``fnr`` meet."""
+    """Equal error rate and its threshold: the falling ``fpr`` and the rising ``fnr`` meet there."""
     difference = fpr - fnr  # from 1 down to -1
-    above = int(np.searchsorted(-difference, 0.0, "left"))  # edges with a positive difference
-    upto = int(np.searchsorted(-difference, 0.0, "right"))
-    if above < upto:
-        return float(fpr[above]), float(edges[above] + edges[upto - 1]) / 2
+    above = int(np.searchsorted(-difference, 0.0, "left"))  # number of edges with a positive difference
+    not_below = int(np.searchsorted(-difference, 0.0, "right"))
+    if above < not_below:
+        return float(fpr[above]), float(edges[above] + edges[not_below - 1]) / 2
     left, right = above - 1, above
     share = difference[left] / (difference[left] - difference[right])
     return (
@@ -181,9 +182,10 @@ def _equal_error(fpr: np.ndarray, fnr: np.ndarray, edges: np.ndarray) -> tuple[f
 
 
 def _thinned(fpr: np.ndarray, tpr: np.ndarray) -> np.ndarray:
-    """Edges for a plot, from the last to the first: evenly spaced by rate, and by the logarithm of the fpr."""
+    """Indices of edges for a plot, from last to first: evenly spaced by rate, and by the logarithm of the fpr."""
     levels = np.linspace(0, 1, CURVE_POINTS // 3)
-    few = np.geomspace(max(fpr[fpr > 0].min(), 1e-12), 1, CURVE_POINTS // 3)
-    found = [len(x) - np.searchsorted(x[::-1], y, "right") for x, y in ((fpr, levels), (tpr, levels), (fpr, few))]
-    edges = np.unique(np.concatenate([*found, [0, len(fpr) - 1]]))
+    log_levels = np.geomspace(max(fpr[fpr > 0].min(), 1e-12), 1, CURVE_POINTS // 3)
+    curves = ((fpr, levels), (tpr, levels), (fpr, log_levels))
+    points = [len(x) - np.searchsorted(x[::-1], y, "right") for x, y in curves]
+    edges = np.unique(np.concatenate([*points, [0, len(fpr) - 1]]))
     return edges[edges < len(fpr)][::-1]

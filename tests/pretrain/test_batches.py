@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noise:
-    """Images of noise, image i always the same; ``broken`` ones cannot be read."""
+    """Source of noise images, image i always the same; ``broken`` ones cannot be read."""
 
     description, fingerprint = "noise", "0"
 
@@ -74,10 +74,10 @@ def test_views_do_not_depend_on_what_was_cut_before_nor_on_global_generators():
 
 
 def test_views_differ_with_seed_epoch_and_index():
-    here = dataset()[40][0]
-    for there in (dataset(seed=6)[40][0], dataset()[N + 40][0], dataset()[41][0]):
-        assert not torch.equal(here.params, there.params)
-        assert not torch.equal(here.global_views, there.global_views)
+    views = dataset()[40][0]
+    for other in (dataset(seed=6)[40][0], dataset()[N + 40][0], dataset()[41][0]):
+        assert not torch.equal(views.params, other.params)
+        assert not torch.equal(views.global_views, other.global_views)
 
 
 def test_coarse_epochs_come_first_and_draw_the_same_boxes_and_colours():
@@ -94,11 +94,11 @@ def test_coarse_epochs_come_first_and_draw_the_same_boxes_and_colours():
 
 
 @pytest.mark.parametrize(
-    ("broken", "index", "taken"), [((4,), 4, 5), ((4, 5, 6), 4, 7), ((34,), 34, 0), ((33, 34, 0), 33, 1)]
+    ("broken", "index", "replacement"), [((4,), 4, 5), ((4, 5, 6), 4, 7), ((34,), 34, 0), ((33, 34, 0), 33, 1)]
 )
-def test_an_unreadable_image_gives_way_to_the_next_readable_one(broken, index, taken):
+def test_an_unreadable_image_gives_way_to_the_next_readable_one(broken, index, replacement):
     views, unreadable = dataset(broken)[2 * N + index]
-    assert same(views, FINE(Noise().load(taken), np.random.default_rng((5, 2, index, 1))))
+    assert same(views, FINE(Noise().load(replacement), np.random.default_rng((5, 2, index, 1))))
     assert unreadable == [f"image {(index + i) % N}: torn" for i in range(len(broken))]
 
 
@@ -141,8 +141,8 @@ def test_no_data_are_not_the_folder_that_one_happens_to_be_in(tmp_path, monkeypa
 
 
 def steps(num_steps: int = 12, world_size: int = 1, accumulate: int = 1, **options: int) -> list[list[list[int]]]:
-    """Keys by step: those of all micro-batches of all processes."""
-    found: list[list[list[int]]] = []
+    """Keys of the micro-batches of all processes, by step."""
+    keys_by_step: list[list[list[int]]] = []
     for rank in range(world_size):
         sampler = StepSampler(
             N, BATCH, num_steps, **{"seed": 5, **options}, rank=rank, world_size=world_size, accumulate=accumulate
@@ -150,10 +150,10 @@ def steps(num_steps: int = 12, world_size: int = 1, accumulate: int = 1, **optio
         micro = list(sampler)
         assert len(micro) == len(sampler)
         for i, keys in enumerate(micro):
-            if i // accumulate == len(found):
-                found.append([])
-            found[i // accumulate].append(keys)
-    return found
+            if i // accumulate == len(keys_by_step):
+                keys_by_step.append([])
+            keys_by_step[i // accumulate].append(keys)
+    return keys_by_step
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -250,12 +250,12 @@ def test_a_resumed_loader_gives_the_batches_that_were_left():
         assert same(a.views, b.views)
 
 
-@pytest.mark.parametrize("taken", [1, 5])
-def test_workers_are_gone_when_batches_on_is_closed(taken):
+@pytest.mark.parametrize("num", [1, 5])
+def test_workers_are_gone_when_batches_on_is_closed(num):
     before = set(multiprocessing.active_children())
     loader = make_loader(dataset(), StepSampler(N, BATCH, 400, seed=5), workers=2, pin_memory=False)
     batches = batches_on(CPU, loader)
-    for _ in range(taken):
+    for _ in range(num):
         next(batches)
     assert len(set(multiprocessing.active_children()) - before) == 2
     batches.close()
@@ -266,9 +266,9 @@ def test_workers_leave_the_signals_of_the_process_group_to_the_training_process(
     before = set(multiprocessing.active_children())
     loader = make_loader(dataset(), StepSampler(N, BATCH, 40, seed=5), workers=2, pin_memory=False)
     with closing(batches_on(CPU, loader)) as batches:
-        taken = [next(batches), next(batches)]  # one of each worker, so that both are at work
+        received = [next(batches), next(batches)]  # one of each worker, so that both are at work
         for worker in set(multiprocessing.active_children()) - before:
             for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(worker.pid, signum)
-        taken += batches
-    assert len(taken) == 40
+        received += batches
+    assert len(received) == 40

@@ -44,7 +44,7 @@ def parse(*words: object) -> PretrainConfig:
 
 
 def call(words: list[str], program: str = "passreid-train") -> int:
-    """The exit code, whoever decides it."""
+    """Exit code, returned or raised."""
     try:
         return cli.train(words) if program == "passreid-train" else cli.main(["train", *words])
     except SystemExit as e:
@@ -52,7 +52,7 @@ def call(words: list[str], program: str = "passreid-train") -> int:
 
 
 def refused(capsys, words: list[str], code: int = 2) -> str:
-    """What is said to a user whose mistake is met."""
+    """Error output of a command that ends with ``code``."""
     capsys.readouterr()
     assert call(words) == code
     out, err = capsys.readouterr()
@@ -161,14 +161,14 @@ def test_a_file_can_name_a_preset_that_its_other_lines_a_flag_and_another_preset
 @pytest.mark.parametrize("text", ["lr: [0.1\nseed: {", "- lr\n", "preset: [laptop]\n", "preset: desktop\n"])
 def test_a_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path, capsys, text):
     (tmp_path / "settings.yaml").write_text(text)
-    said = refused(capsys, ["crops/", f"--config={tmp_path}/settings.yaml"])
-    assert "config" in said or '"preset"' in said
+    err = refused(capsys, ["crops/", f"--config={tmp_path}/settings.yaml"])
+    assert "config" in err or '"preset"' in err
 
 
 def test_a_binary_file_as_configuration_is_refused_by_its_name(tmp_path, capsys):
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    said = refused(capsys, ["crops/", f"--config={tmp_path}/photo.jpg"])
-    assert f"config: {tmp_path}/photo.jpg is no text file, expected YAML" in said
+    err = refused(capsys, ["crops/", f"--config={tmp_path}/photo.jpg"])
+    assert f"config: {tmp_path}/photo.jpg is no text file, expected YAML" in err
 
 
 def test_the_configuration_of_a_run_is_a_file_that_makes_the_same_run_again(run, data, tmp_path, capsys):
@@ -194,11 +194,11 @@ def test_every_option_survives_the_file(tmp_path):
 @pytest.mark.parametrize("program", ["passreid-train", "passreid"])
 def test_help_names_every_option_with_its_meaning(capsys, program):
     assert call(["--help"], program) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("usage: passreid-train DATA")
-    assert all(f"--{f.name} " in said for f in fields(PretrainConfig))
-    assert "Passes over the data." in said
-    assert all(preset in said for preset in PRESETS)
+    out = capsys.readouterr().out
+    assert out.startswith("usage: passreid-train DATA")
+    assert all(f"--{f.name} " in out for f in fields(PretrainConfig))
+    assert "Passes over the data." in out
+    assert all(preset in out for preset in PRESETS)
 
 
 def test_the_installed_command_is_this_function():
@@ -220,7 +220,7 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--epochs=0"], "passreid-train: epochs: expected 1 or more, got 0\n"),
         (["--lr", "-1"], "passreid-train: lr: expected 0 or more, got -1.0\n"),
@@ -245,18 +245,18 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_a_mistake_ends_with_2_is_named_and_leaves_no_files(data, tmp_path, capsys, words, said):
-    given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in words}
-    common = [f for f in flags(data, tmp_path / "run") if f.split("=")[0].lstrip("-").replace("-", "_") not in given]
+def test_a_mistake_ends_with_2_is_named_and_leaves_no_files(data, tmp_path, capsys, words, message):
+    options = {w.split("=")[0].lstrip("-").replace("-", "_") for w in words}
+    common = [f for f in flags(data, tmp_path / "run") if f.split("=")[0].lstrip("-").replace("-", "_") not in options]
     err = refused(capsys, [*common, *words])
-    assert said in err
-    if said.startswith("passreid-train: "):
+    assert message in err
+    if message.startswith("passreid-train: "):
         assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("where", "message"),
     [
         ("", "passreid-train: data: expected a folder of person crops, such as passreid-train my_crops/\n"),
         ("{}/nowhere", "passreid-train: {}/nowhere: no such file or folder; expected a folder of images, "),
@@ -264,10 +264,10 @@ def test_a_mistake_ends_with_2_is_named_and_leaves_no_files(data, tmp_path, caps
         ("synthetic:people=5", "passreid-train: synthetic:people=5: unknown key 'people'; known: ids, "),
     ],
 )
-def test_data_that_are_not_there_are_named(tmp_path, capsys, where, said):
+def test_data_that_are_not_there_are_named(tmp_path, capsys, where, message):
     (tmp_path / "empty").mkdir()
     words = [w for w in flags(where.format(tmp_path), tmp_path / "run") if w]
-    assert refused(capsys, words).startswith(said.format(tmp_path))
+    assert refused(capsys, words).startswith(message.format(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -275,17 +275,17 @@ def test_a_run_that_is_there_is_neither_overwritten_nor_mixed_with_other_setting
     before = {f: (run / f).read_bytes() for f in files(run) if (run / f).is_file()}
     words = flags(data, run, epochs=1)
     assert "holds a run (step_000000002.pt): --resume auto continues it" in refused(capsys, words)
-    said = refused(capsys, [*words, "--resume=auto", "--lr=0.1", "--drop-path=0.2"])
-    assert "other settings (drop_path: 0.2, in the run 0.1; lr: 0.1, in the run 0.05)" in said
+    err = refused(capsys, [*words, "--resume=auto", "--lr=0.1", "--drop-path=0.2"])
+    assert "other settings (drop_path: 0.2, in the run 0.1; lr: 0.1, in the run 0.05)" in err
     assert {f: (run / f).read_bytes() for f in files(run) if (run / f).is_file()} == before
 
 
 def test_a_loss_that_is_not_finite_ends_with_1_and_names_step_term_and_checkpoint(data, tmp_path, capsys):
     words = flags(data, tmp_path / "run", lr=1e30, warmup_epochs=0)
     assert call(words) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("passreid-train: the loss of step 2 is not finite (CLS: teacher's global view 1, student's")
-    assert said.endswith("; the last good checkpoint: none yet")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("passreid-train: the loss of step 2 is not finite (CLS: teacher's global view 1, student's")
+    assert line.endswith("; the last good checkpoint: none yet")
 
 
 def test_skip_nonfinite_tolerates_as_many_steps_and_no_more(run, data, tmp_path, capsys):
@@ -298,9 +298,9 @@ def test_skip_nonfinite_tolerates_as_many_steps_and_no_more(run, data, tmp_path,
     assert call([*words, "--resume=auto", "--skip-nonfinite=3"]) == 1
     err = capsys.readouterr().err
     assert [f"left out, {i} of 3 allowed" in err for i in (1, 2, 3)] == [True] * 3
-    said = err.splitlines()[-1]
-    assert said.startswith("passreid-train: the loss of step 5 is not finite (CLS: ")
-    assert said.endswith(f"; the last good checkpoint: {path}")  # none of the NaN, though an epoch ended
+    line = err.splitlines()[-1]
+    assert line.startswith("passreid-train: the loss of step 5 is not finite (CLS: ")
+    assert line.endswith(f"; the last good checkpoint: {path}")  # none of the NaN, though an epoch ended
 
 
 def test_the_options_of_the_tests_are_options(data, tmp_path):

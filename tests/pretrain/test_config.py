@@ -1,4 +1,4 @@
-"""PretrainConfig: the published values, what is refused and how, the views, and the way to YAML and back."""
+"""PretrainConfig: published values, refused values and their messages, views, the way to YAML and back."""
 
 import math
 import re
@@ -186,7 +186,7 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"model": "vit_small"}, "model: expected one of pass_vit_tiny_patch16, .*, got 'vit_small'"),
         ({"clip_by": "value"}, "clip_by: expected one of parameter, norm, got 'value'"),
@@ -207,9 +207,15 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"local_scale": (math.nan, 0.1)}, "local_scale: expected .*least"),
         ({"size": (250, 128)}, r"size: expected \(height, width\) in multiples of 16, got \(250, 128\)"),
         ({"size": (256, 0)}, "size: expected .*multiples of 16"),
-        ({"size": (256, 112)}, "size: expected in multiples of 32, since local views are half as large"),
+        (
+            {"size": (256, 112)},
+            r"size: expected \(height, width\) in multiples of 32, since local views are half as large",
+        ),
         ({"size": (256, 112), "coarse_epochs": 1}, "size: .*multiples of 32, since the coarse epochs halve it"),
-        ({"size": (256, 96), "coarse_epochs": 1}, "size: expected in multiples of 64, since local views"),
+        (
+            {"size": (256, 96), "coarse_epochs": 1},
+            r"size: expected \(height, width\) in multiples of 64, since local views",
+        ),
         ({"local_size": (120, 64)}, "local_size: expected .*multiples of 16"),
         ({"local_size": (-16, 64)}, "local_size: expected .*multiples of 16"),
         ({"local_size": (112, 64), "coarse_epochs": 1}, "local_size: .*multiples of 32, since the coarse epochs"),
@@ -223,9 +229,9 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"coarse_epochs": 101}, "coarse_epochs: expected at most epochs = 100, got 101"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name_with_what_was_expected(given, message):
+def test_what_cannot_be_is_refused_by_name_with_what_was_expected(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        PretrainConfig(**given)
+        PretrainConfig(**options)
 
 
 def test_sizes_at_the_edge_of_what_can_be_are_taken():
@@ -246,7 +252,7 @@ def test_every_listed_choice_is_taken(name, allowed):
 CONFIGS = {
     "defaults": PretrainConfig(),
     "odd": ODD,
-    **{name: PretrainConfig(**given) for name, given in PRESETS.items()},
+    **{name: PretrainConfig(**preset) for name, preset in PRESETS.items()},
 }
 
 
@@ -315,12 +321,12 @@ def other(name: str) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
-    here, there = replace(PretrainConfig(), **{name: other(name)}), PretrainConfig()
-    changed = here.changed(there.to_dict())
+    config, saved = replace(PretrainConfig(), **{name: other(name)}), PretrainConfig()
+    changed = config.changed(saved.to_dict())
     assert list(changed) == ([] if name in PretrainConfig.FREE + PretrainConfig.NUMERICS else [name])
     if changed:
-        assert changed[name] == (here.to_dict()[name], there.to_dict()[name])
-    assert not here.changed(here.to_dict())
+        assert changed[name] == (config.to_dict()[name], saved.to_dict()[name])
+    assert not config.changed(config.to_dict())
 
 
 def test_what_a_resumed_run_may_change_is_where_it_runs_and_what_it_reports():

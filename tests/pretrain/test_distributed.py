@@ -15,7 +15,7 @@ from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.network import PASSNetwork
 from passreid_models.runtime import all_reduce_mean, world
 
-PATHS = ("plain", "lean")
+PATHS = ("plain", "chunked")
 BATCH, TEMPERATURE = 6, 0.05
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
@@ -37,8 +37,8 @@ def step(path: str, samples: slice) -> dict[str, Tensor]:
     with torch.no_grad():
         seen_by_teacher = teacher(global_views)
     seen_by_student = student(global_views, local_views)
-    if path == "lean":
-        loss, _ = criterion.lean(seen_by_student, seen_by_teacher, TEMPERATURE, chunk=2)
+    if path == "chunked":
+        loss, _ = criterion.chunked(seen_by_student, seen_by_teacher, TEMPERATURE, chunk=2)
         criterion.update_centers(seen_by_teacher)
     else:
         loss = criterion(seen_by_student.logits(), seen_by_teacher.logits(), TEMPERATURE)
@@ -61,7 +61,7 @@ def work(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[dict]:
-    """What each of two processes computed, for both paths."""
+    """Results of two processes, for both paths."""
     folder = tmp_path_factory.mktemp("gloo")
     multiprocessing.set_forkserver_preload(["timm", "passreid_models.pretrain.loss"])  # imported once, not twice
     mp.start_processes(work, (folder,), nprocs=2, start_method="forkserver")
@@ -70,7 +70,7 @@ def processes(tmp_path_factory) -> list[dict]:
 
 @pytest.fixture(scope="module", params=PATHS)
 def joint(request, one_thread) -> tuple[str, dict[str, Tensor]]:
-    """The path, and what one process computes with the whole batch."""
+    """The path, and the results of one process with the whole batch."""
     return request.param, step(request.param, slice(None))
 
 

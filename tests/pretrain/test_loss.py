@@ -1,4 +1,4 @@
-"""The loss of PASS: the official step, its definition written out as 44 cross-entropies, and the lean path."""
+"""The loss of PASS: the official step, its definition written out as 44 cross-entropies, and the chunked path."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from passreid_models.checkpoints.convert import convert_state_dict
-from passreid_models.pretrain.chunked import lean_cross_entropies
+from passreid_models.pretrain.chunked import chunked_cross_entropies
 from passreid_models.pretrain.heads import ProjectionHead
 from passreid_models.pretrain.loss import PASSLoss, mean_logits, mean_of_pairs, num_pairs
 from passreid_models.pretrain.network import PASSNetwork, Projections
@@ -18,26 +18,26 @@ from passreid_models.schedules import linear_epochs
 from tests import GOLDEN
 
 KINDS = ("cls", "pt1", "pt2", "pt3")
-PATHS = ("plain", "lean")
+PATHS = ("plain", "chunked")
 SIZES = [(parts, local_views) for parts in range(5) for local_views in (0, 1, 3)]  # P, local views an area
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def compute(path: str, criterion: PASSLoss, student: Projections, teacher: Projections, temp: float = 0.05) -> Tensor:
-    if path == "lean":
-        return criterion.lean(student, teacher, temp, chunk=1)[0]
+    if path == "chunked":
+        return criterion.chunked(student, teacher, temp, chunk=1)[0]
     return criterion(student.logits(), teacher.logits(), temp)
 
 
 def terms_of(path: str, criterion: PASSLoss, student: Projections, teacher: Projections) -> list[Tensor]:
-    if path == "lean":
-        return criterion.lean(student, teacher, 0.05, chunk=2)[1]
+    if path == "chunked":
+        return criterion.chunked(student, teacher, 0.05, chunk=2)[1]
     return criterion.pairs(student.logits(), teacher.logits(), 0.05)
 
 
 def assert_near(ours: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
-    """The largest difference is within ``tolerance`` of the largest entry."""
+    """Assert that the largest difference is within ``tolerance`` of the largest entry."""
     assert ours.shape == expected.shape, name
     error = (ours - expected).abs().max().item() / expected.abs().max().item()
     assert error <= tolerance, f"{name}: {error:.1e} of the largest entry"
@@ -52,7 +52,7 @@ def golden() -> dict[str, Tensor]:
 
 
 def head_names(kind: str) -> dict[str, str]:
-    """Upstream's names of a head's tensors, and ours."""
+    """Our names of a head's tensors, by upstream's."""
     mlp = {f"head.mlp_{kind}.{i}.{p}": f"mlp.{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")}
     return mlp | {f"head.last_layer_{kind}.weight_{p}": f"last_layer.weight_{p}" for p in "gv"}
 
@@ -148,9 +148,9 @@ def test_gains_of_the_last_layers_have_no_gradient_as_in_the_official_code(golde
     assert not any("weight_g" in name for name in golden if name.startswith("grad."))
 
 
-@pytest.mark.parametrize("given", ["logits", "features"])
-def test_the_centers_after_an_update_are_the_official_ones(golden, criterion, seen_by_teacher, given):
-    criterion.update_centers(seen_by_teacher.logits() if given == "logits" else seen_by_teacher)
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_the_centers_after_an_update_are_the_official_ones(golden, criterion, seen_by_teacher, kind):
+    criterion.update_centers(seen_by_teacher.logits() if kind == "logits" else seen_by_teacher)
     for ours, kind in zip(criterion.centers, KINDS, strict=True):
         assert_near(ours, golden[f"centers_after.center_{kind}"][0], 1e-6, kind)
 
@@ -309,7 +309,7 @@ def test_centers_move_by_a_tenth_towards_the_mean_logits():
     assert list(criterion.state_dict()) == ["centers"]
 
 
-# ---- The lean path
+# ---- The chunked path
 
 
 def gradients(loss: Tensor, student: Projections) -> list[Tensor]:
@@ -318,15 +318,15 @@ def gradients(loss: Tensor, student: Projections) -> list[Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 20])
 @pytest.mark.parametrize(("parts", "local_views"), [(0, 3), (1, 1), (3, 3), (3, 0)])
-def test_the_lean_path_gives_the_loss_terms_and_gradients_of_the_plain_one(chunk, parts, local_views):
+def test_the_chunked_path_gives_the_loss_terms_and_gradients_of_the_plain_one(chunk, parts, local_views):
     criterion, student, teacher = make(parts, local_views)
     plain = criterion(student.logits(), teacher.logits(), 0.05)
-    lean, terms = criterion.lean(student, teacher, 0.05, chunk)
-    torch.testing.assert_close(lean, plain, rtol=1e-5, atol=0)
+    chunked, terms = criterion.chunked(student, teacher, 0.05, chunk)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=0)
     for ours, expected in zip(terms, criterion.pairs(student.logits(), teacher.logits(), 0.05), strict=True):
         assert_near(ours, expected, 1e-5)
         assert not ours.requires_grad
-    for ours, expected in zip(gradients(3 * lean, student), gradients(3 * plain, student), strict=True):
+    for ours, expected in zip(gradients(3 * chunked, student), gradients(3 * plain, student), strict=True):
         assert ours.dtype == torch.float32
         assert_near(ours, expected, 1e-5)
 
@@ -341,17 +341,17 @@ def test_inside_autocast_the_plain_path_computes_in_float32():
     assert torch.equal(inside, criterion([x.float() for x in z], [x.float() for x in target], 0.05))
 
 
-def test_inside_autocast_the_lean_path_agrees_with_the_plain_one():
+def test_inside_autocast_the_chunked_path_agrees_with_the_plain_one():
     criterion, student, teacher = make(3, 3)
     exact = criterion(student.logits(), teacher.logits(), 0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lean = criterion.lean(student, teacher, 0.05, chunk=4)[0]
+        chunked = criterion.chunked(student, teacher, 0.05, chunk=4)[0]
         plain = criterion(student.logits(), teacher.logits(), 0.05)
-    assert lean.dtype == torch.float32
-    assert abs(lean / exact - 1) > 2e-6  # the logits are of bfloat16, or this would prove nothing
-    torch.testing.assert_close(lean, plain, rtol=1e-4, atol=0)
-    torch.testing.assert_close(lean, exact, rtol=2**-8, atol=0)
-    for ours, expected in zip(gradients(lean, student), gradients(exact, student), strict=True):
+    assert chunked.dtype == torch.float32
+    assert abs(chunked / exact - 1) > 2e-6  # the logits are of bfloat16, or this would prove nothing
+    torch.testing.assert_close(chunked, plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(chunked, exact, rtol=2**-8, atol=0)
+    for ours, expected in zip(gradients(chunked, student), gradients(exact, student), strict=True):
         assert ours.dtype == torch.float32
         assert_near(ours, expected, 2**-5)
 
@@ -361,44 +361,44 @@ def test_in_float16_gradients_of_many_prototypes_keep_their_digits(num_prototype
     generator = torch.Generator().manual_seed(0)
     x, y = (0.3 * F.normalize(torch.randn(v, 4, 64, generator=generator), dim=-1) for v in (5, 2))
     w, u = (F.normalize(torch.randn(num_prototypes, 64, generator=generator), dim=-1) for _ in range(2))
-    found = []
+    results = []
     for enabled in (True, False):
         x, w = (t.detach().requires_grad_() for t in (x, w))
         with torch.autocast("cpu", torch.float16, enabled=enabled):
             center = torch.zeros(num_prototypes)
-            loss, _ = lean_cross_entropies(x, (w, None), y, (u, None), center, 0.1, 0.04, chunk=4)
-        found.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
-    for half, full in zip(*found, strict=True):
+            loss, _ = chunked_cross_entropies(x, (w, None), y, (u, None), center, 0.1, 0.04, chunk=4)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
+    for half, full in zip(*results, strict=True):
         assert half.dtype == torch.float32
         assert not torch.equal(half, full)
         assert (half - full).norm() < 2**-9 * full.norm()  # of 1 / 65536 as it is float16 keeps 8 bits, of 11
 
 
-@pytest.mark.parametrize("given", ["logits", "features"])
-def test_inside_autocast_centers_move_in_float32(given):
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_inside_autocast_centers_move_in_float32(kind):
     criterion, _, teacher = make(3, 3)
     other = PASSLoss(24)
     other.load_state_dict(criterion.state_dict())
-    given = teacher.logits() if given == "logits" else teacher
-    criterion.update_centers(given)
+    outputs = teacher.logits() if kind == "logits" else teacher
+    criterion.update_centers(outputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        other.update_centers(given)
+        other.update_centers(outputs)
     assert torch.equal(other.centers, criterion.centers)
 
 
-def test_a_second_backward_of_the_lean_path_is_refused():
+def test_a_second_backward_of_the_chunked_path_is_refused():
     criterion, student, teacher = make(1, 1)
-    loss = criterion.lean(student, teacher, 0.05)[0]
+    loss = criterion.chunked(student, teacher, 0.05)[0]
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
 
 
-def test_the_lean_path_computes_no_gradients_where_none_are_wanted():
+def test_the_chunked_path_computes_no_gradients_where_none_are_wanted():
     criterion, student, teacher = make(3, 3)
-    expected = criterion.lean(student, teacher, 0.05)[0]
+    expected = criterion.chunked(student, teacher, 0.05)[0]
     with torch.no_grad():
-        loss = criterion.lean(student, teacher, 0.05)[0]
+        loss = criterion.chunked(student, teacher, 0.05)[0]
     assert not loss.requires_grad
     assert torch.equal(loss, expected)
 
@@ -419,10 +419,10 @@ def test_outputs_of_another_number_of_tokens_are_refused_with_both_numbers(path,
 def test_a_chunk_of_less_than_one_sample_is_refused(chunk):
     criterion, student, teacher = make(1, 1)
     with pytest.raises(ValueError, match=f"chunk must be 1 sample or more, got {chunk}"):
-        criterion.lean(student, teacher, 0.05, chunk)
+        criterion.chunked(student, teacher, 0.05, chunk)
 
 
-def test_the_lean_path_takes_the_weight_norm_along_with_gradients_of_directions_and_gains():
+def test_the_chunked_path_takes_the_weight_norm_along_with_gradients_of_directions_and_gains():
     torch.manual_seed(0)
     heads = [ProjectionHead(6, num_prototypes=10, hidden_dim=8, bottleneck_dim=5, norm_last_layer=False) for _ in "ab"]
     for head in heads:
@@ -430,15 +430,15 @@ def test_the_lean_path_takes_the_weight_norm_along_with_gradients_of_directions_
     (student, teacher), x, y = heads, torch.randn(5, 3, 6), torch.randn(2, 3, 6)
     criterion = PASSLoss(10, num_parts=0)
     plain = criterion([student(x)], [teacher(y)], 0.07)
-    lean, _ = criterion.lean(projected(student, x), projected(teacher, y), 0.07, chunk=2)
-    torch.testing.assert_close(lean, plain, rtol=1e-6, atol=0)
+    chunked, _ = criterion.chunked(projected(student, x), projected(teacher, y), 0.07, chunk=2)
+    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(mean_logits(projected(teacher, y)), mean_logits([teacher(y)]))
     torch.testing.assert_close(projected(student, x).logits()[0], student(x))
     names, parameters = zip(*student.named_parameters(), strict=True)
-    found, expected = (torch.autograd.grad(loss, parameters) for loss in (lean, plain))
+    ours, expected = (torch.autograd.grad(loss, parameters) for loss in (chunked, plain))
     assert "last_layer.parametrizations.weight.original0" in names  # the gains
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_near(ours, theirs, 1e-5)
+    for gradient, expected_gradient in zip(ours, expected, strict=True):
+        assert_near(gradient, expected_gradient, 1e-5)
 
 
 def projected(head: ProjectionHead, x: torch.Tensor) -> Projections:

@@ -1,4 +1,4 @@
-"""Where a run begins: at random, or at weights of any kind, with their heads and their statistics."""
+"""Initial weights of a run: random, or weights of any kind, with their heads and their statistics."""
 
 import argparse
 import json
@@ -74,7 +74,7 @@ def run_from_export(tmp_path_factory, export, one_thread) -> Path:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> tuple[Path, PASSNetwork]:
-    """A network of the size of the tests in the layout of the authors' full checkpoint, and itself."""
+    """A network in the layout of the authors' full checkpoint, at the tests' size: the file, and the network."""
     torch.manual_seed(8)
     network = PASSNetwork(timm.create_model("test_pass_vit", img_size=(64, 32)), 32, 16, 8)
     tensors = {f"module.backbone.{k}": v for k, v in network.backbone.state_dict().items()}
@@ -175,18 +175,18 @@ def test_the_official_full_checkpoint_gives_the_teachers_backbone_folded_and_all
 
 def test_heads_of_the_authors_file_are_found_by_kind_of_token():
     tensors, _ = unwrap_checkpoint(read_checkpoint(OFFICIAL), "teacher")
-    found = _find_heads(tensors)
-    assert len(found) == 4 * (6 + 2)
+    heads = _find_heads(tensors)
+    assert len(heads) == 4 * (6 + 2)
     prefix = next(k for k in tensors if "head.mlp_cls" in k).partition("head.")[0]
     for i, kind in enumerate(KINDS):
         for layer in (0, 2, 4):
-            assert torch.equal(found[f"{i}.mlp.{layer}.weight"], tensors[f"{prefix}head.mlp_{kind}.{layer}.weight"])
+            assert torch.equal(heads[f"{i}.mlp.{layer}.weight"], tensors[f"{prefix}head.mlp_{kind}.{layer}.weight"])
         for name in ("weight_g", "weight_v"):
             key = f"{prefix}head.last_layer_{kind}.{name}"
-            assert torch.equal(found[f"{i}.last_layer.{name}"], tensors[key])
-    heads = PASSNetwork(timm.create_model("pass_vit_small_patch16", embed_dim=32, depth=2, num_heads=2), 64, 64, 32)
-    heads.heads.load_state_dict(found)  # every one has its place
-    assert torch.equal(heads.heads[3].mlp[2].weight, tensors[f"{prefix}head.mlp_pt3.2.weight"])
+            assert torch.equal(heads[f"{i}.last_layer.{name}"], tensors[key])
+    network = PASSNetwork(timm.create_model("pass_vit_small_patch16", embed_dim=32, depth=2, num_heads=2), 64, 64, 32)
+    network.heads.load_state_dict(heads)  # every one has its place
+    assert torch.equal(network.heads[3].mlp[2].weight, tensors[f"{prefix}head.mlp_pt3.2.weight"])
 
 
 def test_positions_follow_the_size_of_the_run(run):

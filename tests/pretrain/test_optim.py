@@ -68,7 +68,7 @@ def test_biases_and_norms_do_not_decay_and_folded_tokens_move_twice_as_far(model
         for group in make_optimizer(net).param_groups
         for p in group["params"]
     }
-    seen = set()
+    names = set()
     for name, p in net.named_parameters():
         if p.requires_grad:
             if name in ("backbone.cls_token", "backbone.reg_token"):
@@ -78,10 +78,10 @@ def test_biases_and_norms_do_not_decay_and_folded_tokens_move_twice_as_far(model
             else:
                 expected = (1.0, 1.0)
             assert factors[id(p)] == expected, name
-            seen.add(name)
-    assert {"backbone.cls_token", "backbone.pos_embed", "heads.0.last_layer.parametrizations.weight.original1"} <= seen
-    assert ("backbone.reg_token" in seen) == (model != "no parts")
-    assert ("backbone.patch_embed.proj.conv.1.instance_norm.weight" in seen) == (model == "conv stem")
+            names.add(name)
+    assert {"backbone.cls_token", "backbone.pos_embed", "heads.0.last_layer.parametrizations.weight.original1"} <= names
+    assert ("backbone.reg_token" in names) == (model != "no parts")
+    assert ("backbone.patch_embed.proj.conv.1.instance_norm.weight" in names) == (model == "conv stem")
 
 
 def test_learning_rate_and_weight_decay_are_shared_out_by_the_factors():
@@ -117,11 +117,11 @@ def test_a_folded_token_moves_as_token_and_position_do_together():
 
 
 def pieces(net: PASSNetwork) -> list[Tensor]:
-    """Gradients as upstream has them: each part token is a parameter of its own."""
-    found = []
+    """Gradients by upstream's parameters, of which each part token is one."""
+    grads = []
     for name, grad in gradients(net).items():
-        found += list(grad[0]) if name == "backbone.reg_token" else [grad]
-    return found
+        grads += list(grad[0]) if name == "backbone.reg_token" else [grad]
+    return grads
 
 
 def clipped_by_torch(grads: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:

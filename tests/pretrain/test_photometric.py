@@ -1,4 +1,4 @@
-"""The photometric part: each operation against torchvision's, their composition, and independence of the batch."""
+"""Photometric augmentation: each operation against torchvision's, their composition, and independence of the batch."""
 
 import math
 from itertools import permutations
@@ -42,7 +42,7 @@ def noise(n: int, size: tuple[int, int] = (32, 16)) -> Tensor:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """uint8 [12, 3, 64, 32]: persons, noise, and what is special to hue and thresholds."""
+    """uint8 [12, 3, 64, 32]: persons, noise, and edge cases of hue and thresholds."""
     persons = SyntheticPersons(4, 1, 1, size=(64, 32))
     pixels = [torch.from_numpy(np.array(persons[i][0])).permute(2, 0, 1) for i in range(4)]
     corners = torch.cartesian_prod(*[torch.tensor([0, 127, 128, 255], dtype=torch.uint8)] * 3)  # [64, 3]: gray, ties
@@ -64,14 +64,14 @@ def plain(views: Tensor, params: Tensor) -> Tensor:
 
 
 def expected_blur(x: Tensor, radius: float) -> Tensor:
-    """torchvision's, but beyond the border the border's pixels go on, as in PIL; torchvision's mirrors them."""
+    """torchvision's blur, but with the border replicated, as in PIL; torchvision mirrors it."""
     reach = math.ceil(3 * radius)
     padded = F.pad(x[None], (reach,) * 4, mode="replicate")
     return tv.gaussian_blur(padded, [2 * reach + 1] * 2, [radius] * 2)[0, :, reach:-reach, reach:-reach]
 
 
 def expected(view: Tensor, row: list[float]) -> Tensor:
-    """One view by torchvision's operations, one after the other."""
+    """A view after torchvision's operations, one after the other."""
     x = tv.to_dtype(view, torch.float32, scale=True)
     for column in row[STEPS]:
         if column >= 0:
@@ -85,8 +85,8 @@ def expected(view: Tensor, row: list[float]) -> Tensor:
     return tv.normalize(x, MEAN, STD)
 
 
-def drawn_params(n: int, seed: int = 0) -> Tensor:
-    """Of n views, an eleventh of them first globals, and so on."""
+def random_params(n: int, seed: int = 0) -> Tensor:
+    """Params of n views, 11 per image: the first global view, the second, then the local views."""
     crop, rng = MultiCrop(), np.random.default_rng(seed)
     return torch.from_numpy(np.concatenate([crop.draw_params(rng) for _ in range(-(-n // 11))])[:n])
 
@@ -192,7 +192,7 @@ def test_the_whole_is_torchvisions_operations_view_by_view(images, whole, monkey
     if whole:  # the pieces of a GPU, with views of all kinds in one
         pieces = photometric._pieces
         monkeypatch.setattr(photometric, "_pieces", lambda rows, numel, whole: pieces(rows, numel, True))
-    views, params = images[torch.arange(132) % 12], drawn_params(132)
+    views, params = images[torch.arange(132) % 12], random_params(132)
     params[:, SOLARIZE] = (torch.arange(132) % 5 == 0).float()
     out = Photometric()(views, params)
     assert out.dtype == torch.float32
@@ -208,7 +208,7 @@ def test_the_whole_is_torchvisions_operations_view_by_view(images, whole, monkey
 
 
 def test_a_view_does_not_depend_on_the_others_beyond_rounding(images):
-    views, params, augment = images[torch.arange(66) % 12], drawn_params(66), Photometric()
+    views, params, augment = images[torch.arange(66) % 12], random_params(66), Photometric()
     params[:, SOLARIZE] = 0  # its threshold turns a rounding into a jump
     together = augment(views, params)
     alone = torch.cat([augment(v[None], p[None]) for v, p in zip(views, params, strict=True)])
@@ -219,7 +219,7 @@ def test_a_view_does_not_depend_on_the_others_beyond_rounding(images):
 
 @pytest.mark.parametrize("piece", [1, 20_000, 1 << 30])
 def test_results_do_not_depend_on_the_size_of_the_pieces(images, piece, monkeypatch):
-    views, params = images[torch.arange(66) % 12], drawn_params(66)
+    views, params = images[torch.arange(66) % 12], random_params(66)
     params[:, SOLARIZE] = 0
     usual = Photometric()(views, params)
     monkeypatch.setattr(photometric, "CPU_PIECE", piece)
@@ -227,7 +227,7 @@ def test_results_do_not_depend_on_the_size_of_the_pieces(images, piece, monkeypa
 
 
 def test_forward_is_deterministic_and_leaves_its_arguments_as_they_are(images):
-    views, params = images.clone(), drawn_params(12)
+    views, params = images.clone(), random_params(12)
     before = params.clone()
     first = Photometric()(views, params)
     torch.manual_seed(7)
@@ -237,7 +237,7 @@ def test_forward_is_deterministic_and_leaves_its_arguments_as_they_are(images):
 
 
 def test_result_is_float32_under_autocast_and_for_any_strides(images):
-    params = drawn_params(12)
+    params = random_params(12)
     usual = Photometric()(images, params)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(Photometric()(images, params), usual)
@@ -255,7 +255,7 @@ def test_statistics_are_no_part_of_a_checkpoint():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_and_is_never_waited_for(images):
-    views, params = images[torch.arange(132) % 12], drawn_params(132)
+    views, params = images[torch.arange(132) % 12], random_params(132)
     params[:, SOLARIZE] = 0
     augment, on_gpu = Photometric().cuda(), views.cuda()
     augment(on_gpu, params)

@@ -62,17 +62,17 @@ def data(home) -> Path:
 
 
 def without_key_biases(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
-    """A network's weights. Attention does not depend on its key biases: they move by Adam's steps of rounding."""
-    found = {k: v.detach() for k, v in tensors.items() if k.startswith(f"/{network}/")}
-    return {k: v.view(3, -1)[[0, 2]] if k.endswith("attn.qkv.bias") else v for k, v in found.items()}
+    """A network's weights without key biases: attention does not depend on them, and Adam moves them by rounding."""
+    weights = {k: v.detach() for k, v in tensors.items() if k.startswith(f"/{network}/")}
+    return {k: v.view(3, -1)[[0, 2]] if k.endswith("attn.qkv.bias") else v for k, v in weights.items()}
 
 
-TWO = {"drop_path": 0.0, "lr": 0.02}  # stochastic depth is drawn by each process
+TWO = {"drop_path": 0.0, "lr": 0.02}  # each process draws its own drop path
 
 
 @pytest.fixture(scope="module")
 def joint(home, data, one_thread) -> Path:
-    """What two processes must come to."""
+    """A run of one process, which two processes must equal."""
     train(tiny(data, home / "joint", **TWO))
     return home / "joint"
 
@@ -84,17 +84,17 @@ def test_two_processes_take_the_steps_of_one_with_the_same_batch_and_write_one_f
         for child in children:
             stack.enter_context(child)
         assert [child.wait() for child in children] == [0, 0]
-    found, expected = result(run), result(joint)
+    weights, expected_weights = result(run), result(joint)
     for network in ("student", "teacher"):
-        ours, wanted = (without_key_biases(x, network) for x in (found, expected))
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+        ours, expected = (without_key_biases(x, network) for x in (weights, expected_weights))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
         start = without_key_biases(start_of(joint), network)
-        assert max((wanted[k] - start[k]).abs().max().item() for k in wanted) > 1e-3
-    torch.testing.assert_close(found["/centers"], expected["/centers"], rtol=0, atol=1e-4)
+        assert max((expected[k] - start[k]).abs().max().item() for k in expected) > 1e-3
+    torch.testing.assert_close(weights["/centers"], expected_weights["/centers"], rtol=0, atol=1e-4)
     assert files(run) == files(joint)
     assert [r["step"] for r in metrics(run)] == list(range(1, STEPS + 1))
-    for ours, wanted in zip(metrics(run), metrics(joint), strict=True):
-        assert ours["loss"] == pytest.approx(wanted["loss"], abs=1e-3)
+    for ours, expected in zip(metrics(run), metrics(joint), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-3)
     assert "3 epochs of 4 steps of 4 images: 2 processes x 1 micro-batches x 2" in (run / "log.txt").read_text()
     assert (run / "log.txt").read_text().count("learning rate:") == 1
 
@@ -143,9 +143,9 @@ def test_processes_that_find_different_checkpoints_are_refused_and_change_nothin
             stack.enter_context(child)
         assert [child.wait() for child in children] == [2, 2]
     for rank, step in enumerate((STEPS, 0)):
-        said = one_sentence(children[rank].output)
-        assert f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})" in said
-        assert f"{tmp_path}/run{rank} must be one folder for all processes" in said
+        message = one_sentence(children[rank].output)
+        assert f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})" in message
+        assert f"{tmp_path}/run{rank} must be one folder for all processes" in message
     assert files(tmp_path / "run0") == files(joint)
     assert not (tmp_path / "run1").exists()
 
@@ -166,8 +166,8 @@ def test_processes_that_are_at_the_mean_step_of_all_are_refused_with_the_others(
             stack.enter_context(child)
         assert [child.wait() for child in children] == [2] * 4
     for child, step in zip(children, steps, strict=True):
-        said = f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})"
-        assert said in one_sentence(child.output)
+        message = f"out: the processes found different steps (this one {step}, their mean is {STEPS // 2})"
+        assert message in one_sentence(child.output)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -249,6 +249,6 @@ def test_torchrun_starts_such_a_run(joint, home, data):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert process.returncode == 0, process.stderr
-    ours, wanted = (without_key_biases(result(x), "teacher") for x in (run, joint))
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+    ours, expected = (without_key_biases(result(x), "teacher") for x in (run, joint))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     assert files(run) == files(joint)

@@ -1,4 +1,4 @@
-"""The training step: written out plainly, and what must not change it."""
+"""The training step: written out plainly, and options that must not change it."""
 
 import math
 import shutil
@@ -19,7 +19,7 @@ from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.network import PASSNetwork
-from passreid_models.pretrain.trainer import PretrainTrainer, scheduled
+from passreid_models.pretrain.trainer import PretrainTrainer, schedule_values
 from passreid_models.pretrain.views import Views
 from passreid_models.runtime import seed_step
 from passreid_models.training.trainer import NonFiniteLossError
@@ -42,7 +42,7 @@ def make(**options: Any) -> PretrainTrainer:
 
 
 def batches_of(config: PretrainConfig) -> list[list[ViewBatch]]:
-    """The micro-batches of each step."""
+    """Micro-batches of each step."""
     crop = config.crop(0)
     dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
     steps = config.epochs * EPOCH_STEPS
@@ -65,7 +65,7 @@ def weights(network: PASSNetwork) -> dict[str, Tensor]:
 
 
 def without_key_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention does not depend on them: their gradient is rounding alone, which Adam makes whole steps of."""
+    """Weights without key biases: attention does not depend on them, their gradient is rounding, Adam scales it up."""
     return {
         k: v.view(3, -1)[[0, 2]] if k.endswith("attn.qkv.bias") else v for k, v in tensors.items()
     }  # fmt: skip
@@ -76,10 +76,10 @@ def assert_close(ours: Any, expected: Any, tolerance: float) -> None:
 
 
 def assert_same_run(ours: PretrainTrainer, expected: PretrainTrainer, tolerance: float) -> None:
-    """The same weights and centres, after steps of another length than rounding."""
+    """Assert the same weights and centres, after steps larger than rounding."""
     for network in ("student", "teacher"):
-        found, wanted = (without_key_biases(weights(getattr(t, network))) for t in (ours, expected))
-        assert_close(found, wanted, tolerance)
+        our_weights, expected_weights = (without_key_biases(weights(getattr(t, network))) for t in (ours, expected))
+        assert_close(our_weights, expected_weights, tolerance)
         start = weights(getattr(make(), network))
         moved = [(v - start[k]).abs().max() for k, v in weights(getattr(expected, network)).items() if GAINS not in k]
         assert min(moved) > tolerance  # or this would prove nothing
@@ -103,8 +103,8 @@ class Plain:
         self.norms: list[float] = []
 
     def step(self, number: int, global_views: Tensor, local_views: Tensor) -> float:
-        lr, weight_decay, momentum, temperature = scheduled(self.config, number, EPOCH_STEPS)
-        seed_step(self.config.seed, number)  # of the stochastic depth
+        lr, weight_decay, momentum, temperature = schedule_values(self.config, number, EPOCH_STEPS)
+        seed_step(self.config.seed, number)  # for drop path
         with torch.no_grad():
             targets = self.teacher(global_views).logits()
         logits = self.student(global_views, local_views).logits()
@@ -154,8 +154,8 @@ def test_steps_are_those_written_out_forward_clip_adamw_teacher_and_centres(batc
     for number, micro_batches in enumerate(batches[:4]):
         before = weights(plain.student)
         expected = plain.step(number, *trainer.photometric.batch(micro_batches[0].views))
-        found = trainer.training_step(micro_batches)["loss"]
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)  # it is a difference of logits up to 10, in float32
+        loss = trainer.training_step(micro_batches)["loss"]
+        assert loss == pytest.approx(expected, rel=1e-6, abs=1e-6)  # a difference of logits up to 10, in float32
         for ours, written_out in ((trainer.student, plain.student), (trainer.teacher, plain.teacher)):
             assert_close(*(without_key_biases(weights(network)) for network in (ours, written_out)), 1e-6)
         assert_close(trainer.criterion.centers, plain.criterion.centers, 1e-6)
@@ -164,7 +164,7 @@ def test_steps_are_those_written_out_forward_clip_adamw_teacher_and_centres(batc
         frozen = {k for k in moved if "last_layer" in k and (number < EPOCH_STEPS or (GAINS in k and not options))}
         assert still - frozen <= {k for k in moved if GAINS in k}
     if plain.config.clip:
-        assert min(plain.norms) < plain.config.clip < max(plain.norms)  # both happened
+        assert min(plain.norms) < plain.config.clip < max(plain.norms)  # some are clipped and some are not
 
 
 def test_the_step_reports_the_loss_of_each_kind_of_token_the_schedules_and_the_norm_before_clipping(batches):
@@ -176,14 +176,14 @@ def test_the_step_reports_the_loss_of_each_kind_of_token_the_schedules_and_the_n
     loss = sum(t.sum() for t in terms) / 44
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in student.parameters() if p.grad is not None]).norm().item()
-    found = trainer.training_step(batches[0])
-    assert list(found) == [
+    metrics = trainer.training_step(batches[0])
+    assert list(metrics) == [
         "loss", "loss_cls", "loss_part1", "loss_part2", "loss_part3", "lr", "weight_decay", "momentum", "teacher_temp",
         "grad_norm",
     ]  # fmt: skip
     kinds = [t.sum().item() / n for t, n in zip(terms, (20, 8, 8, 8), strict=True)]
-    assert list(found.values())[:5] == pytest.approx([loss.item(), *kinds], rel=1e-5)
-    assert found["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert list(metrics.values())[:5] == pytest.approx([loss.item(), *kinds], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert norm > 3
 
 
@@ -259,9 +259,9 @@ def test_the_teacher_begins_as_the_student_gets_no_gradient_and_has_no_stochasti
     assert trainer.teacher.training  # SPEC 3: as upstream, which matters for the BatchNorm of a conv stem
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
     views = trainer.photometric.batch(batches[0][0].views)[0]
-    seen = [[network(views).features[0] for _ in range(2)] for network in (trainer.teacher, trainer.student)]
-    assert torch.equal(*seen[0])
-    assert not torch.equal(*seen[1])
+    features = [[network(views).features[0] for _ in range(2)] for network in (trainer.teacher, trainer.student)]
+    assert torch.equal(*features[0])
+    assert not torch.equal(*features[1])
     run(trainer, batches[:1])
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
@@ -279,7 +279,7 @@ def test_the_schedules_of_a_run_are_functions_of_the_step_alone():
         epochs=20, batch_size=64, lr=5e-4, min_lr=1e-6, warmup_epochs=None, momentum=0.996, warmup_teacher_temp=0.04,
         teacher_temp=0.07, warmup_teacher_temp_epochs=4,
     )  # fmt: skip
-    values = [scheduled(config, step, 5) for step in range(100)]
+    values = [schedule_values(config, step, 5) for step in range(100)]
     assert [v.lr for v in values[:11]] == pytest.approx([1.25e-4 * s / 9 for s in range(10)] + [1.25e-4])
     middle = 10 + 45  # of the cosine after the warm-up of a tenth of the epochs
     assert values[middle].lr == pytest.approx((1.25e-4 + 1e-6) / 2)
@@ -288,31 +288,31 @@ def test_the_schedules_of_a_run_are_functions_of_the_step_alone():
     temperatures = [values[5 * epoch].teacher_temp for epoch in range(20)]
     assert temperatures == pytest.approx([0.04, 0.05, 0.06, *[0.07] * 17])
     assert all(values[5 * e].teacher_temp == values[5 * e + 4].teacher_temp for e in range(20))
-    whole = [scheduled(replace(config, warmup_epochs=20), step, 5).lr for step in (0, 99)]
+    whole = [schedule_values(replace(config, warmup_epochs=20), step, 5).lr for step in (0, 99)]
     assert whole == pytest.approx([0, 1.25e-4])  # a warm-up to the end is no error
 
 
 def test_the_learning_rate_scales_with_the_batch():
-    peaks = [scheduled(setting(batch_size=b, lr=5e-4), 0, 1).lr for b in (256, 1024)]
+    peaks = [schedule_values(setting(batch_size=b, lr=5e-4), 0, 1).lr for b in (256, 1024)]
     assert peaks == pytest.approx([5e-4, 2e-3])
 
 
 # ---- What must not change the step
 
 
-def test_the_lean_loss_gives_the_weights_of_the_plain_one(batches):
-    plain, lean, coarse = (make(lr=0.01, loss_chunk=chunk) for chunk in (0, 8, 1))
-    for trainer in (plain, lean, coarse):
+def test_the_chunked_loss_gives_the_weights_of_the_plain_one(batches):
+    plain, chunked, coarse = (make(lr=0.01, loss_chunk=chunk) for chunk in (0, 8, 1))
+    for trainer in (plain, chunked, coarse):
         run(trainer, batches[:3])
-    assert_same_run(lean, plain, 1e-5)
+    assert_same_run(chunked, plain, 1e-5)
     assert_same_run(coarse, plain, 1e-5)
 
 
 def test_two_micro_batches_are_the_joint_batch(batches):
     whole, halves = make(lr=0.01, drop_path=0.0), make(lr=0.01, drop_path=0.0, accumulate=2)
-    found = [run(t, batches_of(t.config)[:3]) for t in (halves, whole)]
+    metrics = [run(t, batches_of(t.config)[:3]) for t in (halves, whole)]
     assert len(batches_of(halves.config)[0]) == 2
-    for ours, expected in zip(*found, strict=True):
+    for ours, expected in zip(*metrics, strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert ours["loss_part2"] == pytest.approx(expected["loss_part2"], abs=1e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -335,20 +335,20 @@ def test_a_compiled_run_is_near_the_plain_one(batches):
         run(trainer, batches[:3])
     for network in (compiled.student, compiled.teacher):
         assert hasattr(network.forward_views, "_torchdynamo_orig_callable")
-    start, found, expected = (without_key_biases(weights(t.student)) for t in (make(), compiled, whole))
+    start, ours, expected = (without_key_biases(weights(t.student)) for t in (make(), compiled, whole))
     for key in expected:  # on average: other kernels round otherwise, and Adam makes steps of that in single weights
-        assert (found[key] - expected[key]).abs().mean() <= 1e-6, key
-        assert GAINS in key or (found[key] - start[key]).abs().mean() > 1e-5, key
+        assert (ours[key] - expected[key]).abs().mean() <= 1e-6, key
+        assert GAINS in key or (ours[key] - start[key]).abs().mean() > 1e-5, key
     assert compiled.state()["student"].keys() == whole.state()["student"].keys()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_finite_near_float32_and_keeps_weights_and_centres_in_float32(batches, dtype):
     half, full = make(dtype=dtype, drop_path=0.0), make(drop_path=0.0)
-    found, expected = run(half, batches), run(full, batches[:1])
-    assert all(math.isfinite(record[k]) for record in found for k in ("loss", "loss_cls", "loss_part3"))
-    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
-    assert found[0]["loss"] != pytest.approx(expected[0]["loss"], rel=1e-6)  # it was computed in half precision
+    metrics, expected = run(half, batches), run(full, batches[:1])
+    assert all(math.isfinite(row[k]) for row in metrics for k in ("loss", "loss_cls", "loss_part3"))
+    assert metrics[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.05)
+    assert metrics[0]["loss"] != pytest.approx(expected[0]["loss"], rel=1e-6)  # it was computed in half precision
     tensors = [*half.student.parameters(), *half.teacher.parameters(), half.criterion.centers]
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in tensors)
     assert half.scaler.is_enabled() == (dtype == "float16")
@@ -364,9 +364,9 @@ def test_automatic_precision_is_float32_or_bfloat16_on_a_cpu():
 
 def test_plain_dino_is_the_same_trainer_without_parts(batches):
     trainer = make(parts=0)
-    found = run(trainer, batches_of(trainer.config)[: EPOCH_STEPS + 1])
-    assert "loss_part1" not in found[0]
-    assert found[0]["loss"] == found[0]["loss_cls"]
+    metrics = run(trainer, batches_of(trainer.config)[: EPOCH_STEPS + 1])
+    assert "loss_part1" not in metrics[0]
+    assert metrics[0]["loss"] == metrics[0]["loss_cls"]
     assert trainer.student.backbone.reg_token is None
     assert "part_cosine" not in trainer.indicators
 
@@ -377,9 +377,9 @@ def test_the_conv_stem_trains_and_its_teacher_keeps_running_statistics_of_its_ow
     key = next(k for k in trainer.teacher.state_dict() if k.endswith("running_mean"))
     start = trainer.teacher.state_dict()[key].clone()
     run(trainer, batches_of(trainer.config)[:1])
-    found = [network.state_dict()[key] for network in (trainer.teacher, trainer.student)]
-    assert not torch.equal(found[0], start)
-    assert not torch.equal(*found)
+    means = [network.state_dict()[key] for network in (trainer.teacher, trainer.student)]
+    assert not torch.equal(means[0], start)
+    assert not torch.equal(*means)
 
 
 # ---- State
@@ -401,7 +401,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(batches, tmp_path):
 
 def test_a_state_of_other_settings_or_data_is_refused_by_name():
     state = make().state()
-    with pytest.raises(ValueError, match=r"other settings \(lr: 0.1, in the run 0.05; seed: 3, in the run 0\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 3, in the run 0; lr: 0.1, in the run 0.05\)"):
         make(lr=0.1, seed=3).load_state(state)
     make(keep=7, workers=2, log_steps=9).load_state(state)  # which do not touch the weights
     with pytest.raises(ValueError, match=r"has 8 images, and .* now holds 9"):
@@ -425,7 +425,7 @@ def test_batches_that_do_not_fit_the_data_or_the_micro_batches_are_refused():
 
 
 def poisoned(view: int, **options: Any) -> tuple[PretrainTrainer, ViewBatch]:
-    """A trainer, and a batch whose one view is solid and makes the student's output there not finite."""
+    """A trainer, and a batch with a view whose brightness factor is NaN, and so the student's output there."""
     trainer = make(**options)
     batch = batches_of(trainer.config)[0][0]
     params = batch.views.params.clone()
@@ -467,7 +467,7 @@ def test_a_tolerated_step_is_left_out_whole_and_the_one_too_many_stops(caplog, a
 
 
 def infinite(trainer: PretrainTrainer) -> RemovableHandle:
-    """From now on one gradient of the student is infinite, and its loss is not."""
+    """Make one gradient of the student infinite from now on, but not its loss."""
     return trainer.student.backbone.blocks[1].mlp.fc1.weight.register_hook(lambda g: torch.full_like(g, math.inf))
 
 
@@ -492,9 +492,9 @@ def test_a_gradient_that_is_not_finite_is_named_with_its_step_and_moves_nothing(
         assert before["moments"]
         assert_close(moving(trainer), before, 0)
     assert "the gradient of step 2 is not finite: left out, 1 of 1 allowed" in caplog.text
-    found = goes_on.training_step(batches[2])
-    assert math.isfinite(found["loss"])
-    assert math.isfinite(found["grad_norm"])
+    metrics = goes_on.training_step(batches[2])
+    assert math.isfinite(metrics["loss"])
+    assert math.isfinite(metrics["grad_norm"])
     assert all(x.isfinite().all() for x in goes_on.student.parameters())
     assert any(not torch.equal(v, before["student"][k]) for k, v in goes_on.student.state_dict().items())
 
@@ -510,11 +510,11 @@ def test_a_resumed_run_knows_how_many_steps_were_left_out(batches):
 
 
 def test_indicators_are_of_the_end_of_each_epoch(batches):
-    trainer, seen = make(), []
+    trainer, values = make(), []
     for micro_batches in batches:
         trainer.training_step(micro_batches)
-        seen.append(dict(trainer.indicators))
-    assert not seen[0]
-    assert set(seen[1]) == {"teacher_entropy", "marginal_entropy", "kl", "center_norm", "feature_std", "part_cosine"}
-    assert seen[1] == seen[2] != seen[3]
-    assert seen[-1]["center_norm"] == pytest.approx(trainer.criterion.centers[0].norm().item(), rel=1e-6)
+        values.append(dict(trainer.indicators))
+    assert not values[0]
+    assert set(values[1]) == {"teacher_entropy", "marginal_entropy", "kl", "center_norm", "feature_std", "part_cosine"}
+    assert values[1] == values[2] != values[3]
+    assert values[-1]["center_norm"] == pytest.approx(trainer.criterion.centers[0].norm().item(), rel=1e-6)

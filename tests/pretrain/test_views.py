@@ -1,4 +1,4 @@
-"""MultiCrop: where views are cut, what pixels they hold, and the distribution of everything that is drawn."""
+"""MultiCrop: boxes and pixels of the views, and the distribution of all random numbers."""
 
 from collections import Counter
 from dataclasses import fields
@@ -45,13 +45,13 @@ def boxes(height: int, width: int, draws: int = DRAWS, **options: object) -> np.
     return np.stack([crop.draw_boxes(height, width, rng) for _ in range(draws)])
 
 
-def assert_share(happened: np.ndarray, probability: float) -> None:
-    """The share is within four standard deviations of the probability."""
-    assert abs(happened.mean() - probability) <= 4 * (probability * (1 - probability) / happened.size) ** 0.5
+def assert_share(events: np.ndarray, probability: float) -> None:
+    """Assert that the share is within four standard deviations of the probability."""
+    assert abs(events.mean() - probability) <= 4 * (probability * (1 - probability) / events.size) ** 0.5
 
 
 def assert_uniform(values: np.ndarray, low: float, high: float) -> None:
-    """All of the range is drawn, and its deciles are where those of a uniform distribution are."""
+    """Assert that values fill the range, with the deciles of a uniform distribution."""
     assert low - 1e-6 <= values.min() < low + 0.01 * (high - low)
     assert high - 0.01 * (high - low) < values.max() <= high + 1e-6
     deciles = (np.quantile(values, np.arange(0.1, 1, 0.1)) - low) / (high - low)
@@ -70,9 +70,11 @@ def test_views_are_two_globals_and_three_locals_of_each_area(image):
     ]
 
 
-@pytest.mark.parametrize(("areas", "each", "num"), [(((0, 1),), 9, 9), (((0, 0.5), (0.5, 1)), 2, 4), (((0, 1),), 0, 0)])
-def test_number_of_areas_and_of_their_locals_is_free(image, areas, each, num):
-    crop = MultiCrop(size=(48, 32), local_size=(32, 16), areas=areas, locals_per_area=each)
+@pytest.mark.parametrize(
+    ("areas", "count", "num"), [(((0, 1),), 9, 9), (((0, 0.5), (0.5, 1)), 2, 4), (((0, 1),), 0, 0)]
+)
+def test_number_of_areas_and_of_their_locals_is_free(image, areas, count, num):
+    crop = MultiCrop(size=(48, 32), local_size=(32, 16), areas=areas, locals_per_area=count)
     views = crop(image, np.random.default_rng(0))
     assert views.global_views.shape == (2, 3, 48, 32)
     assert views.local_views.shape == (num, 3, 32, 16)
@@ -91,8 +93,8 @@ def test_default_collate_stacks_views(image):
 
 @pytest.mark.parametrize(("height", "width"), [(128, 64), (257, 130)])
 def test_global_boxes_are_in_the_image_and_local_boxes_in_the_rows_of_their_area(height, width):
-    drawn = boxes(height, width)
-    top, left, h, w = drawn.transpose(2, 1, 0)  # [V, draws]
+    all_boxes = boxes(height, width)
+    top, left, h, w = all_boxes.transpose(2, 1, 0)  # [V, draws]
     first = np.array([0, 0] + [0] * 3 + [height // 4] * 3 + [height // 2] * 3)
     last = np.array([height, height] + [height // 2] * 3 + [3 * height // 4] * 3 + [height] * 3)
     assert (h > 0).all()
@@ -131,8 +133,8 @@ def test_boxes_are_distributed_as_those_of_random_resized_crop():
 
 @pytest.mark.parametrize(("height", "width", "box"), [(500, 3, (248, 0, 4, 3)), (3, 500, (0, 248, 3, 4))])
 def test_images_too_narrow_for_any_ratio_give_their_centre(height, width, box):
-    drawn = boxes(height, width, draws=5, global_scale=(0.9, 1.0))[:, :2].reshape(-1, 4)
-    assert (drawn == box).all()
+    all_boxes = boxes(height, width, draws=5, global_scale=(0.9, 1.0))[:, :2].reshape(-1, 4)
+    assert (all_boxes == box).all()
 
 
 # ---- Pixels
@@ -251,8 +253,8 @@ def test_a_fifth_of_the_second_globals_is_solarised_and_nothing_else(params):
 
 def test_operations_are_drawn_independently_of_each_other(params):
     second = params[:, 1]
-    happened = np.stack([second[:, 4] >= 0, second[:, GRAY] > 0, second[:, BLUR] > 0, second[:, SOLARIZE] > 0])
-    assert np.abs(np.corrcoef(happened) - np.eye(4)).max() < 4.5 / DRAWS**0.5
+    events = np.stack([second[:, 4] >= 0, second[:, GRAY] > 0, second[:, BLUR] > 0, second[:, SOLARIZE] > 0])
+    assert np.abs(np.corrcoef(events) - np.eye(4)).max() < 4.5 / DRAWS**0.5
 
 
 # ---- Randomness

@@ -19,7 +19,9 @@ def golden() -> dict[str, Tensor]:
     return load_file(GOLDEN / "retrieval.safetensors")
 
 
-def scores(golden: dict[str, Tensor], order: Tensor | slice = slice(None), **options: float) -> RetrievalMetrics:
+def evaluate_golden(
+    golden: dict[str, Tensor], order: Tensor | slice = slice(None), **options: float
+) -> RetrievalMetrics:
     gallery = [golden[f"gallery_{name}"][order] for name in ("features", "pids", "camids")]
     query = [golden[f"query_{name}"] for name in ("features", "pids", "camids")]
     return evaluate(query[0], gallery[0], query[1], gallery[1], query[2], gallery[2], **options)
@@ -36,10 +38,10 @@ def line(cosines: list[float]) -> Tensor:
 
 
 def test_map_and_cmc_are_exactly_those_of_the_official_evaluation(golden):
-    found = scores(golden)
-    assert found.mAP == golden["mAP"].item()
-    assert torch.equal(found.cmc, golden["cmc"])
-    assert found.rank1 == golden["cmc"][0].item()
+    result = evaluate_golden(golden)
+    assert result.mAP == golden["mAP"].item()
+    assert torch.equal(result.cmc, golden["cmc"])
+    assert result.rank1 == golden["cmc"][0].item()
 
 
 def test_distances_score_exactly_as_the_official_evaluation_of_them(golden):
@@ -61,7 +63,7 @@ def test_queries_without_a_match_under_another_camera_are_not_counted(golden):
     matches = (q_pids == golden["gallery_pids"]) & (q_cams != golden["gallery_camids"])
     counted = int(matches.any(dim=1).sum())
     assert 0 < counted < len(q_pids)  # or this would prove nothing
-    assert scores(golden).num_queries == counted
+    assert evaluate_golden(golden).num_queries == counted
 
 
 # ---- By hand
@@ -71,29 +73,29 @@ def test_average_precision_of_a_ranking_worked_out_by_hand():
     # By similarity: 0.9 same person and camera (left out), 0.8 other, 0.7 match, 0.6 junk (left out), 0.5 other,
     # 0.4 match. Kept: other, match, other, match. AP = (1/2 + 2/4) / 2, the first match at rank 2.
     gallery = line([0.4, 0.9, 0.5, 0.6, 0.8, 0.7])
-    found = evaluate(line([1.0]), gallery, [7], [7, 7, 3, -1, 2, 7], [1], [2, 1, 1, 2, 2, 3], max_rank=5)
-    assert found.mAP == 0.5
-    assert found.mINP == 2 / 4  # 2 matches, the last at rank 4
-    assert found.cmc.tolist() == [0, 1, 1, 1, 1]
-    assert found.num_queries == 1
+    result = evaluate(line([1.0]), gallery, [7], [7, 7, 3, -1, 2, 7], [1], [2, 1, 1, 2, 2, 3], max_rank=5)
+    assert result.mAP == 0.5
+    assert result.mINP == 2 / 4  # 2 matches, the last at rank 4
+    assert result.cmc.tolist() == [0, 1, 1, 1, 1]
+    assert result.num_queries == 1
 
 
 def test_map_and_cmc_are_means_over_the_counted_queries():
     # Query 0: match first, AP 1. Query 1: match at rank 3, AP 1/3. Query 2: its person is not in the gallery.
     gallery = line([0.9, 0.8, 0.7])
-    found = evaluate(line([1, 1, 1]), gallery, [1, 3, 9], [1, 2, 3], [0, 0, 0], [1, 1, 1], max_rank=3)
-    assert found.mAP == pytest.approx((1 + 1 / 3) / 2, abs=1e-12)
-    assert found.cmc.tolist() == [0.5, 0.5, 1.0]
-    assert found.num_queries == 2
-    assert found.average_precision[:2].tolist() == pytest.approx([1, 1 / 3], abs=1e-15)
-    assert found.average_precision.isnan().tolist() == [False, False, True]
-    assert found.first_match.tolist() == [1, 3, 0]
-    assert (found.rank1, found.rank(2), found.rank(3)) == (0.5, 0.5, 1.0)
+    result = evaluate(line([1, 1, 1]), gallery, [1, 3, 9], [1, 2, 3], [0, 0, 0], [1, 1, 1], max_rank=3)
+    assert result.mAP == pytest.approx((1 + 1 / 3) / 2, abs=1e-12)
+    assert result.cmc.tolist() == [0.5, 0.5, 1.0]
+    assert result.num_queries == 2
+    assert result.average_precision[:2].tolist() == pytest.approx([1, 1 / 3], abs=1e-15)
+    assert result.average_precision.isnan().tolist() == [False, False, True]
+    assert result.first_match.tolist() == [1, 3, 0]
+    assert (result.rank1, result.rank(2), result.rank(3)) == (0.5, 0.5, 1.0)
 
 
 def test_same_person_under_the_same_camera_is_left_out_but_others_of_that_camera_are_not():
-    found = evaluate(line([1.0]), line([0.9, 0.8, 0.7]), [1], [1, 2, 1], [0], [0, 0, 1], max_rank=2)
-    assert found.cmc.tolist() == [0, 1]  # the camera's person 2 stands before the match
+    result = evaluate(line([1.0]), line([0.9, 0.8, 0.7]), [1], [1, 2, 1], [0], [0, 0, 1], max_rank=2)
+    assert result.cmc.tolist() == [0, 1]  # the camera's person 2 stands before the match
 
 
 @pytest.mark.parametrize("counts", ["_counts_by_row", "_counts_at_once"])
@@ -101,9 +103,9 @@ def test_equal_similarities_are_scored_in_the_order_of_the_gallery(counts, monke
     monkeypatch.setattr(metrics, "_counts_by_row", getattr(metrics, counts))
     same = torch.ones(6, 3)
     # index 3 is left out by its camera, index 4 is junk: neither takes a rank
-    found = evaluate(torch.ones(1, 3), same, [1], [2, 1, 3, 1, -1, 1], [0], [1, 1, 1, 0, 1, 1], max_rank=3)
-    assert found.mAP == (1 / 2 + 2 / 4) / 2
-    assert found.cmc.tolist() == [0, 1, 1]
+    result = evaluate(torch.ones(1, 3), same, [1], [2, 1, 3, 1, -1, 1], [0], [1, 1, 1, 0, 1, 1], max_rank=3)
+    assert result.mAP == (1 / 2 + 2 / 4) / 2
+    assert result.cmc.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("budget_mb", [256, ONE_ROW])
@@ -129,31 +131,32 @@ def test_without_cameras_only_the_querys_own_image_is_left_out():
 
 def test_a_query_that_is_not_in_the_gallery_has_no_own_image():
     gallery = line([1.0, 0.9, 0.6])
-    found = evaluate(gallery[[0, 0]], gallery, [1, 1], [1, 2, 1], own=[-1, 0], max_rank=3)
-    assert found.first_match.tolist() == [1, 2]
+    result = evaluate(gallery[[0, 0]], gallery, [1, 1], [1, 2, 1], own=[-1, 0], max_rank=3)
+    assert result.first_match.tolist() == [1, 2]
 
 
 def test_the_own_image_is_left_out_beside_the_camera_and_whatever_its_label():
     # own row 0 bears another identity by mistake, row 1 is of the query's camera: the match at row 3 has rank 2
-    found = evaluate(line([1.0]), line([1.0, 0.9, 0.8, 0.7]), [1], [5, 1, 2, 1], [0], [1, 0, 1, 1], own=[0], max_rank=4)
-    assert found.first_match.tolist() == [2]
+    gallery = line([1.0, 0.9, 0.8, 0.7])
+    result = evaluate(line([1.0]), gallery, [1], [5, 1, 2, 1], [0], [1, 0, 1, 1], own=[0], max_rank=4)
+    assert result.first_match.tolist() == [2]
 
 
 def test_all_images_against_all_score_as_each_against_the_others(golden):
     x, pids = golden["gallery_features"][:60], golden["gallery_pids"][:60]
-    found = evaluate(x, x, pids, pids, own=torch.arange(60))
+    result = evaluate(x, x, pids, pids, own=torch.arange(60))
     for i in range(60):
         others = torch.arange(60) != i
         if (pids[others] == pids[i]).any():
             one = evaluate(x[i : i + 1], x[others], pids[i : i + 1], pids[others])
-            assert found.average_precision[i] == one.mAP
+            assert result.average_precision[i] == one.mAP
         else:
-            assert found.average_precision[i].isnan()
+            assert result.average_precision[i].isnan()
 
 
 def test_cmc_is_as_long_as_asked_for_even_when_the_gallery_is_shorter():
-    found = evaluate(line([1.0]), line([0.9, 0.8]), [1], [2, 1], [0], [1, 1], max_rank=6)
-    assert found.cmc.tolist() == [0, 1, 1, 1, 1, 1]
+    result = evaluate(line([1.0]), line([0.9, 0.8]), [1], [2, 1], [0], [1, 1], max_rank=6)
+    assert result.cmc.tolist() == [0, 1, 1, 1, 1, 1]
 
 
 # ---- Properties
@@ -161,17 +164,17 @@ def test_cmc_is_as_long_as_asked_for_even_when_the_gallery_is_shorter():
 
 def test_scores_do_not_depend_on_the_order_of_the_gallery(golden):
     order = torch.randperm(len(golden["gallery_pids"]), generator=torch.Generator().manual_seed(0))
-    permuted, found = scores(golden, order), scores(golden)
-    assert permuted.mAP == pytest.approx(found.mAP, abs=1e-12)
-    assert torch.equal(permuted.cmc, found.cmc)
+    permuted, result = evaluate_golden(golden, order), evaluate_golden(golden)
+    assert permuted.mAP == pytest.approx(result.mAP, abs=1e-12)
+    assert torch.equal(permuted.cmc, result.cmc)
 
 
 @pytest.mark.parametrize("budget_mb", [ONE_ROW, 0.02, 1000])
 def test_scores_do_not_depend_on_the_budget(golden, budget_mb):
-    found = scores(golden, budget_mb=budget_mb)
-    assert found.mAP == pytest.approx(golden["mAP"].item(), abs=1e-12)
-    assert torch.equal(found.cmc, golden["cmc"])
-    assert found.num_queries == scores(golden).num_queries
+    result = evaluate_golden(golden, budget_mb=budget_mb)
+    assert result.mAP == pytest.approx(golden["mAP"].item(), abs=1e-12)
+    assert torch.equal(result.cmc, golden["cmc"])
+    assert result.num_queries == evaluate_golden(golden).num_queries
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -181,19 +184,19 @@ def test_distractors_never_raise_map_or_cmc(golden, seed):
     more = dict(golden)
     for name, rows in (("features", noise), ("pids", count), ("camids", count)):
         more[f"gallery_{name}"] = torch.cat([golden[f"gallery_{name}"], rows])
-    crowded, found = scores(more), scores(golden)
-    assert crowded.mAP < found.mAP
-    assert (crowded.cmc <= found.cmc).all()
-    assert crowded.num_queries == found.num_queries
+    crowded, result = evaluate_golden(more), evaluate_golden(golden)
+    assert crowded.mAP < result.mAP
+    assert (crowded.cmc <= result.cmc).all()
+    assert crowded.num_queries == result.num_queries
 
 
 def test_junk_is_ignored_wherever_it_ranks(golden):
     copies = {f"gallery_{k}": golden[f"query_{k}"] for k in ("features", "camids")}  # as near as can be
     copies["gallery_pids"] = torch.full_like(golden["query_pids"], -1)
     junk = {k: torch.cat([v, golden[k]]) for k, v in copies.items()}
-    found = scores({**golden, **junk})
-    assert found.mAP == golden["mAP"].item()
-    assert torch.equal(found.cmc, golden["cmc"])
+    result = evaluate_golden({**golden, **junk})
+    assert result.mAP == golden["mAP"].item()
+    assert torch.equal(result.cmc, golden["cmc"])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -216,9 +219,9 @@ def test_scores_are_those_of_a_stable_sort_where_many_similarities_are_equal(see
     ids = torch.tensor(q_pids), torch.tensor(g_pids), torch.tensor(q_cams), torch.tensor(g_cams)
     descriptors = torch.from_numpy(query), torch.from_numpy(gallery)
     for budget_mb in (256, ONE_ROW):
-        found = evaluate(*descriptors, *ids, metric="euclidean", budget_mb=budget_mb)
-        np.testing.assert_allclose(found.average_precision, expected, rtol=0, atol=1e-15)
-        assert found.first_match.tolist() == first.tolist()
+        result = evaluate(*descriptors, *ids, metric="euclidean", budget_mb=budget_mb)
+        np.testing.assert_allclose(result.average_precision, expected, rtol=0, atol=1e-15)
+        assert result.first_match.tolist() == first.tolist()
     assert evaluate_distances(torch.from_numpy(distances), *ids).first_match.tolist() == first.tolist()
 
 
@@ -226,11 +229,11 @@ def test_features_that_tell_persons_apart_score_one():
     pids = np.repeat(np.arange(6), 4)
     camids = np.tile(np.arange(4), 6)
     perfect, is_query = torch.eye(6)[pids], camids == 0
-    found = evaluate(
+    result = evaluate(
         perfect[is_query], perfect[~is_query], pids[is_query], pids[~is_query], camids[is_query], camids[~is_query]
     )
-    assert (found.mAP, found.rank1, found.num_queries) == (1.0, 1.0, 6)
-    assert found.cmc.eq(1).all()
+    assert (result.mAP, result.rank1, result.num_queries) == (1.0, 1.0, 6)
+    assert result.cmc.eq(1).all()
 
 
 def test_ids_may_be_lists_arrays_or_tensors(golden):
@@ -242,9 +245,9 @@ def test_ids_may_be_lists_arrays_or_tensors(golden):
 
 def test_unreadable_gallery_images_count_as_ranked_last():
     gallery = torch.cat([line([0.2, 0.9]), torch.full((1, 2), NAN), line([0.5])])
-    found = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
-    assert found.mAP == 1 / 4
-    assert found.cmc.tolist() == [0, 0, 0, 1]
+    result = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
+    assert result.mAP == 1 / 4
+    assert result.cmc.tolist() == [0, 0, 0, 1]
 
 
 # ---- rank
@@ -304,7 +307,7 @@ def test_rank_takes_any_floating_type_and_compares_in_float32(dtype):
 def test_rank_and_evaluate_leave_their_arguments_as_they_are(golden):
     before = {k: v.clone() for k, v in golden.items()}
     rank(golden["query_features"], golden["gallery_features"])
-    scores(golden)
+    evaluate_golden(golden)
     assert all(torch.equal(before[k], v) for k, v in golden.items())
 
 
@@ -323,12 +326,12 @@ def test_shapes_that_do_not_match_are_refused_with_both_shapes(query, gallery):
 @pytest.mark.parametrize("budget_mb", [0, -1, NAN])
 def test_a_budget_of_nothing_is_refused(golden, budget_mb):
     with pytest.raises(ValueError, match="budget_mb must be more than 0 MB"):
-        scores(golden, budget_mb=budget_mb)
+        evaluate_golden(golden, budget_mb=budget_mb)
 
 
 def test_cameras_of_one_side_only_are_refused_by_name(golden):
     features = golden["query_features"], golden["gallery_features"]
-    with pytest.raises(ValueError, match="gallery_camids is missing: give the cameras of both"):
+    with pytest.raises(ValueError, match="gallery_camids is missing: give the cameras of both queries and gallery"):
         evaluate(*features, golden["query_pids"], golden["gallery_pids"], golden["query_camids"])
 
 
@@ -340,12 +343,12 @@ def test_an_own_image_outside_the_gallery_is_refused(row):
 
 def test_ranks_beyond_the_curve_are_refused(golden):
     with pytest.raises(ValueError, match="rank must be 1 to 5"):
-        scores(golden, max_rank=5).rank(6)
+        evaluate_golden(golden, max_rank=5).rank(6)
 
 
 def test_ids_that_are_no_whole_numbers_are_refused(golden):
     with pytest.raises(ValueError, match="query_pids must hold whole numbers, got float32"):
-        scores({**golden, "query_pids": golden["query_pids"].float()})
+        evaluate_golden({**golden, "query_pids": golden["query_pids"].float()})
 
 
 @pytest.mark.parametrize("topk", [0, -1])
@@ -356,8 +359,8 @@ def test_topk_below_one_is_refused(topk):
 
 @pytest.mark.parametrize("wrong", ["query_pids", "gallery_pids", "query_camids", "gallery_camids"])
 def test_ids_of_another_number_are_refused_by_name(golden, wrong):
-    with pytest.raises(ValueError, match=f"{wrong} must hold one entry an image"):
-        scores({**golden, wrong: golden[wrong][:-1]})
+    with pytest.raises(ValueError, match=f"{wrong} must hold one entry per image"):
+        evaluate_golden({**golden, wrong: golden[wrong][:-1]})
 
 
 def test_data_of_one_camera_is_refused_with_the_likely_cause():
@@ -368,18 +371,18 @@ def test_data_of_one_camera_is_refused_with_the_likely_cause():
 
 
 def test_junk_queries_have_no_matches():
-    found = evaluate(line([1, 1]), line([0.9, 0.8]), [-1, 1], [-1, 1], max_rank=2)
-    assert found.first_match.tolist() == [0, 1]
+    result = evaluate(line([1, 1]), line([0.9, 0.8]), [-1, 1], [-1, 1], max_rank=2)
+    assert result.first_match.tolist() == [0, 1]
 
 
 def test_euclidean_ranks_by_distance_and_agrees_with_cosine_on_unit_vectors():
     generator = torch.Generator().manual_seed(0)
     query, gallery = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    found = rank(query, gallery, topk=40, metric="euclidean")
+    ranking = rank(query, gallery, topk=40, metric="euclidean")
     distances = torch.cdist(query, gallery)
-    assert torch.equal(found.indices, distances.argsort(dim=1, stable=True))
-    torch.testing.assert_close(-found.similarities, distances.sort(dim=1).values.square(), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found.indices, rank(query, gallery, topk=40).indices)
+    assert torch.equal(ranking.indices, distances.argsort(dim=1, stable=True))
+    torch.testing.assert_close(-ranking.similarities, distances.sort(dim=1).values.square(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(ranking.indices, rank(query, gallery, topk=40).indices)
     units = [torch.nn.functional.normalize(x, dim=1) for x in (query, gallery)]
     assert torch.equal(rank(*units, topk=40, metric="euclidean").indices, rank(*units, topk=40).indices)
     with pytest.raises(ValueError, match="'cosine' or 'euclidean', got 'l1'"):

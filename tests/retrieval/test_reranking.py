@@ -35,22 +35,22 @@ def corners(seed: int, count: int) -> Tensor:
 
 
 def test_distances_are_those_of_the_official_code(golden):
-    found = rerank(golden["query_features"], golden["gallery_features"])
-    assert found.shape == (40, 200)
-    assert (found.dense() - golden["reranked_distance"]).abs().max() < 5e-3  # it computes in float16
+    reranked = rerank(golden["query_features"], golden["gallery_features"])
+    assert reranked.shape == (40, 200)
+    assert (reranked.dense() - golden["reranked_distance"]).abs().max() < 5e-3  # it computes in float16
 
 
 def test_scores_are_those_of_the_official_code(golden):
     ids = [golden[k] for k in ("query_pids", "gallery_pids", "query_camids", "gallery_camids")]
-    found = evaluate_distances(rerank(golden["query_features"], golden["gallery_features"]), *ids)
-    assert found.mAP == pytest.approx(golden["reranked_mAP"].item(), abs=1e-3)
-    assert torch.equal(found.cmc, golden["reranked_cmc"])
-    assert found.mAP > evaluate(golden["query_features"], golden["gallery_features"], *ids).mAP + 0.1
+    metrics = evaluate_distances(rerank(golden["query_features"], golden["gallery_features"]), *ids)
+    assert metrics.mAP == pytest.approx(golden["reranked_mAP"].item(), abs=1e-3)
+    assert torch.equal(metrics.cmc, golden["reranked_cmc"])
+    assert metrics.mAP > evaluate(golden["query_features"], golden["gallery_features"], *ids).mAP + 0.1
 
 
 def test_the_plain_reading_of_the_benchmark_is_the_official_one(golden):
-    found = plain.plain_rerank(golden["query_features"].numpy(), golden["gallery_features"].numpy(), 20, 6, 0.3)
-    assert np.abs(found - golden["reranked_distance"].numpy()).max() < 5e-3
+    distances = plain.plain_rerank(golden["query_features"].numpy(), golden["gallery_features"].numpy(), 20, 6, 0.3)
+    assert np.abs(distances - golden["reranked_distance"].numpy()).max() < 5e-3
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,17 @@ def test_the_plain_reading_of_the_benchmark_is_the_official_one(golden):
 @pytest.mark.parametrize("seed", range(3))
 def test_sparse_distances_are_the_dense_ones(seed, make, k1, k2, lambda_value):
     x = make(seed, 60).float()
-    found = rerank(x[:20], x[20:], k1, k2, lambda_value).dense()
+    distances = rerank(x[:20], x[20:], k1, k2, lambda_value).dense()
     expected = plain.plain_rerank(x[:20].numpy(), x[20:].numpy(), k1, k2, lambda_value)
-    assert np.abs(found.numpy() - expected).max() < 1e-5
+    assert np.abs(distances.numpy() - expected).max() < 1e-5
 
 
 def test_without_the_jaccard_distance_the_ranking_is_that_of_the_descriptors():
     x = persons(0, 60)
-    found = rerank(x[:20], x[20:], lambda_value=1.0).dense()
+    distances = rerank(x[:20], x[20:], lambda_value=1.0).dense()
     cosines = torch.nn.functional.cosine_similarity(x[:20, None], x[None, 20:], dim=2)
     farthest = torch.nn.functional.cosine_similarity(x[:20, None], x[None], dim=2).amin(dim=1, keepdim=True)
-    torch.testing.assert_close(found, ((1 - cosines) / (1 - farthest)).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(distances, ((1 - cosines) / (1 - farthest)).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_euclidean_is_cosine_on_unit_vectors_and_counts_lengths_on_others():
@@ -85,17 +85,17 @@ def test_euclidean_is_cosine_on_unit_vectors_and_counts_lengths_on_others():
 @pytest.mark.parametrize("budget_mb", [1e-6, 0.02])
 def test_distances_do_not_depend_on_the_budget(budget_mb):
     x = persons(5, 60)
-    found = rerank(x[:20], x[20:], budget_mb=budget_mb).dense()
-    torch.testing.assert_close(found, rerank(x[:20], x[20:]).dense(), rtol=0, atol=1e-6)
+    distances = rerank(x[:20], x[20:], budget_mb=budget_mb).dense()
+    torch.testing.assert_close(distances, rerank(x[:20], x[20:]).dense(), rtol=0, atol=1e-6)
 
 
 def test_rows_are_those_of_the_dense_matrix_and_can_be_asked_for_in_any_order(golden):
-    found = rerank(golden["query_features"], golden["gallery_features"])
-    dense = found.dense()
+    reranked = rerank(golden["query_features"], golden["gallery_features"])
+    dense = reranked.dense()
     for start, stop in ((25, 40), (0, 3), (7, 8), (5, 5)):
-        torch.testing.assert_close(found.rows(start, stop), dense[start:stop], rtol=0, atol=1e-6)
-    kept = found.rows(0, 2)
-    found.rows(2, 4)
+        torch.testing.assert_close(reranked.rows(start, stop), dense[start:stop], rtol=0, atol=1e-6)
+    kept = reranked.rows(0, 2)
+    reranked.rows(2, 4)
     torch.testing.assert_close(kept, dense[:2], rtol=0, atol=1e-6)  # no memory is shared between calls
 
 
@@ -111,17 +111,17 @@ def test_distances_follow_the_gallery_when_it_is_permuted(golden):
 def test_fewer_images_than_neighbours_take_all_and_say_so(count, caplog):
     x = persons(2, count).float()
     with caplog.at_level(logging.WARNING):
-        found = rerank(x[:1], x[1:]).dense()
+        distances = rerank(x[:1], x[1:]).dense()
     assert f"re-ranking of {count} images: k1 is {count - 1} instead of 20" in caplog.text
-    assert np.abs(found.numpy() - plain.plain_rerank(x[:1].numpy(), x[1:].numpy(), count - 1, 6, 0.3)).max() < 1e-5
+    assert np.abs(distances.numpy() - plain.plain_rerank(x[:1].numpy(), x[1:].numpy(), count - 1, 6, 0.3)).max() < 1e-5
 
 
 def test_unreadable_images_rank_last_and_change_no_others():
     x = persons(3, 90)
     broken = torch.cat([x, torch.full((3, 12), NAN, dtype=x.dtype)])
-    found, whole = rerank(x[:30], broken[30:]).dense(), rerank(x[:30], x[30:]).dense()
-    assert found[:, 60:].isposinf().all()
-    torch.testing.assert_close(found[:, :60], whole, rtol=0, atol=1e-6)
+    distances, whole = rerank(x[:30], broken[30:]).dense(), rerank(x[:30], x[30:]).dense()
+    assert distances[:, 60:].isposinf().all()
+    torch.testing.assert_close(distances[:, :60], whole, rtol=0, atol=1e-6)
 
 
 def test_images_that_are_all_alike_are_at_distance_zero():
