@@ -32,9 +32,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_name(found: Architecture) -> str | None:
+def architecture_name(architecture: Architecture) -> str | None:
     """The registered model with these tensors, if there is one."""
-    key = (found.embed_dim, found.depth, found.num_parts, found.conv_stem)
+    key = (architecture.embed_dim, architecture.depth, architecture.num_parts, architecture.conv_stem)
     for name, a in ARCHITECTURES.items():
         if (a.embed_dim, a.depth, a.num_parts, a.conv_stem) == key:
             return name

@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from passreid_models.checkpoints.convert import convert_state_dict
-from passreid_models.checkpoints.local_dir import convert_checkpoint
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.checkpoints.convert import Converted, convert_file
+from passreid_models.checkpoints.local_dir import write_converted
+from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
@@ -232,15 +232,18 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
         raise CheckpointError(
             f"{file} is not {weight.name}: its SHA-256 is {digest[:12]}.., the published file's {expected[:12]}.."
         )
-    _check_is(weight, file)
+    converted = convert_file(file)
+    _check_is(weight, converted, file)
     folder = cache_dir() / f"{weight.name}-{digest[:12]}"
     if folder == old:  # it may be damaged, and stays until the record names the new one
         folder = folder.with_name(f"{folder.name}b")
     shutil.rmtree(folder, ignore_errors=True)  # of a pull that was cut off before its record
-    convert_checkpoint(
-        file,
+    write_converted(
+        converted,
         folder,
         weight.name,
+        source=file,
+        source_sha256=digest,
         fusion=weight.fusion,
         neck=weight.model_neck,
         mean_std=weight.mean_std,
@@ -260,25 +263,21 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
     return folder
 
 
-def _check_is(weight: Weight, file: Path) -> None:
+def _check_is(weight: Weight, converted: Converted, file: Path) -> None:
     """Raise CheckpointError if the layout shows that ``file`` is another checkpoint than the tag's."""
-    try:
-        found = convert_state_dict(read_checkpoint(file))
-    except CheckpointError as e:
-        raise CheckpointError(str(e) if str(file) in str(e) else f"{file}: {e}") from None
     tasks = {"supervised": "supervised"}
     tasks |= dict.fromkeys(("unsupervised", "unsupervised domain adaptation"), "unsupervised")
     task = tasks.get(weight.task, "pretrain")
-    (height, width), (found_height, found_width) = weight.input_size, found.architecture.img_size
+    (height, width), (file_height, file_width) = weight.input_size, converted.architecture.img_size
     wrong = []
-    if found.task != task and (found.task, task) != ("", "pretrain"):  # a bare backbone shows no task
-        wrong.append(f"task {found.task or 'unknown'}, not {task}")
-    if found.neck_kind != weight.neck:
-        wrong.append(f"neck {found.neck_kind or 'none'}, not {weight.neck or 'none'}")
-    if found.fusion not in ("", weight.fusion):
-        wrong.append(f"fusion {found.fusion}, not {weight.fusion}")
-    if found_height * width != found_width * height:
-        wrong.append(f"images {found_height // found_width} times as high as wide, not {height // width}")
+    if converted.task != task and (converted.task, task) != ("", "pretrain"):  # a bare backbone shows no task
+        wrong.append(f"task {converted.task or 'unknown'}, not {task}")
+    if converted.neck_kind != weight.neck:
+        wrong.append(f"neck {converted.neck_kind or 'none'}, not {weight.neck or 'none'}")
+    if converted.fusion not in ("", weight.fusion):
+        wrong.append(f"fusion {converted.fusion}, not {weight.fusion}")
+    if file_height * width != file_width * height:
+        wrong.append(f"images {file_height // file_width} times as high as wide, not {height // width}")
     if wrong:
         raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(wrong)}")
 
