@@ -106,18 +106,30 @@ def find_weight(architecture: str, tag: str) -> Weight | None:
     return _manifest().get(f"{architecture}.{tag}")
 
 
-def get_weight(name: str) -> Weight:
-    """The manifest's row of ``architecture.tag``.
+def get_weight(name: str, architecture: str = "") -> Weight:
+    """The manifest's row of ``architecture.tag``, or of a tag alone.
+
+    Args:
+        name: ``architecture.tag``, or ``tag``.
+        architecture: Whose the tag is; needed where several have it.
 
     Raises:
-        ValueError: If there is none; the message lists the tags of that architecture, or all architectures.
+        ValueError: If there is none, or a tag alone is not enough; the message lists those that there are.
     """
     if name in _manifest():
         return _manifest()[name]
-    architecture = name.split(".")[0]
-    tags = [w.name for w in list_weights(architecture)]
+    rows = [w for w in list_weights() if w.tag == name]
+    if not architecture and len(rows) == 1:
+        return rows[0]
+    if not architecture and rows:
+        raise ValueError(
+            f"{name} is a tag of {' and '.join(w.architecture for w in rows)}: give {' or '.join(w.name for w in rows)}"
+        )
+    if row := find_weight(architecture, name):
+        return row
+    tags = [w.name for w in list_weights(architecture or name.split(".")[0])]
     known = f"known: {', '.join(tags)}" if tags else "see `passreid weights list`"
-    raise ValueError(f"there are no weights {name!r}; {known}")
+    raise ValueError(f"there are no weights {'.'.join(filter(None, (architecture, name)))!r}; {known}")
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
@@ -181,7 +193,7 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
     The record is replaced in one step at the end: an interrupted or a parallel pull leaves the old weights or the new.
 
     Args:
-        name: ``architecture.tag``.
+        name: As of ``get_weight``.
         source: The authors' file, downloaded by hand; None to download it from their Drive.
         force: Fetch again what is already there.
 
@@ -194,6 +206,7 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
         CheckpointError: If the file has the wrong SHA-256 or does not fit the architecture.
     """
     weight = get_weight(name)
+    name = weight.name
     if weight.bundled_file:
         if source is not None:
             raise ValueError(f"{name} is bundled with the package and takes no file")

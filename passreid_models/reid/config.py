@@ -58,8 +58,8 @@ class FinetuneConfig(_ReIDConfig):
         data: A labelled dataset: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file, or
             ``synthetic:ids=200``.
         out: Folder of the run.
-        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
-            file; ``random`` for none.
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint file;
+            ``random`` for none.
         model: Registered architecture; by default that of ``init``, else ViT-S.
         resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
         fusion: How CLS and parts become a descriptor: ``cat`` (published), ``mean``, ``parts`` or ``token``; by default
@@ -192,8 +192,8 @@ class ClusterConfig(_ReIDConfig):
     Args:
         data: Images: a dataset as for ``passreid finetune``, whose labels are used for reports alone, or any folder.
         out: Folder of the run.
-        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
-            file; ``random`` for none. For domain adaptation, the export of a model fine-tuned on the source.
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint file;
+            ``random`` for none. For domain adaptation, the export of a model fine-tuned on the source.
         source: A labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
         source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
             ``--config``.

@@ -35,6 +35,7 @@ class RunConfig:
     data: str
     out: str
     init: str
+    model: str
     resume: str
     device: str
     workers: int | None
