@@ -122,7 +122,9 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     if first in ARCHITECTURES or name in tags:
         weight = zoo.get_weight(name, "" if first in ARCHITECTURES else architecture)
         return _tagged(weight.name, weight.architecture, weight)
-    near = difflib.get_close_matches(name.rpartition(".")[2], tags, n=len(tags))
+    tag = name.rpartition(".")[2]
+    close = difflib.get_close_matches(tag, tags, n=len(tags))
+    near = [t for t in tags if t in close or (tag and t.startswith(tag))]
     listed = f"tags such as {', '.join(near)}" if near else "their tags"
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {listed} (`passreid weights list` has all), a "
