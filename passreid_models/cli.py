@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from passreid_models.pretrain.config import PretrainConfig
 
+MODEL = "name, tag, hf-hub:ORG/NAME, exported folder, run or checkpoint file (default: %(default)s)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
@@ -63,7 +65,7 @@ def _finetune(argv: Sequence[str]) -> int:
 
     name, presets = "passreid finetune", PRESETS["finetune"]
     what = "Fine-tune on DATA with identity labels: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a "
-    expected = "a labelled dataset, such as passreid finetune Market-1501/ --init lup"
+    expected = "a labelled dataset, such as passreid finetune Market-1501/ --init pass_vit_small_patch16.lup"
     return run(name, finetune, lambda: read_config(argv, FinetuneConfig, presets, name, f"{what}CSV file.", expected))
 
 
@@ -74,7 +76,7 @@ def _cluster(argv: Sequence[str]) -> int:
 
     name, presets = "passreid cluster", PRESETS["cluster"]
     what = "Train re-ID on DATA without labels, from clusters of its descriptors; with --source, adapt a model to it."
-    expected = "images, such as passreid cluster my_crops/ --init lup"
+    expected = "images, such as passreid cluster my_crops/ --init pass_vit_small_patch16.lup"
     return run(name, cluster, lambda: read_config(argv, ClusterConfig, presets, name, what, expected))
 
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="rank generated persons with the bundled weights, offline")
-    demo.add_argument("--model", default="pass_vit_tiny_patch16", help="a model with weights (default: %(default)s)")
+    demo.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
     demo.add_argument("--out", type=Path, default=Path("passreid_demo.png"), help="picture to write (%(default)s)")
     demo.add_argument("--ids", type=int, default=40, help="persons (default: %(default)s)")
     demo.add_argument(
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="images to descriptors")
     embed.add_argument("images", nargs="+", help="image files and folders")
     embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
-    embed.add_argument("--model", default="pass_vit_tiny_patch16", help="default: %(default)s")
+    embed.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
     embed.add_argument("--device", help="default: the accelerator, if there is one")
     embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     embed.add_argument("--batch-size", type=int, default=64)
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
     evaluate.add_argument("data", help="Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file ...")
-    evaluate.add_argument("--model", default="pass_vit_tiny_patch16", help="name, folder or run (default: %(default)s)")
+    evaluate.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
     evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     evaluate.add_argument("--flip", action="store_true", help="add the mirrored image's descriptor")
     evaluate.add_argument("--size", type=_size, metavar="HxW", help="of the images, when other than the weights'")
@@ -182,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="the manifest's rows as JSON")
     listing.set_defaults(run=_weights_list)
     pull = weights.add_parser("pull", help="download, verify, convert and cache published weights")
-    pull.add_argument("name", help="architecture.tag")
+    pull.add_argument("name", help="architecture.tag, or a tag that one architecture has")
     pull.add_argument("--from", dest="source", type=Path, metavar="FILE", help="the authors' file, downloaded by hand")
     pull.add_argument("--force", action="store_true", help="again, though they are in the cache")
     pull.set_defaults(run=_weights_pull)
@@ -258,7 +260,7 @@ def _eval(args: argparse.Namespace) -> int:
         fusion=args.fusion,
         flip=args.flip,
         batch_size=args.batch_size,
-        device=args.device or "auto",
+        device=args.device,
         dtype=getattr(torch, args.dtype),
         rerank=args.rerank,
         per_camera=args.per_camera,

@@ -1,4 +1,4 @@
-"""Where and in which dtype a process computes."""
+"""Device, dtype and process group of a process."""
 
 import os
 from collections.abc import Iterator
@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device of this process.
+
+    Args:
+        device: A torch device; ``auto`` or None for CUDA, else MPS, else the CPU. ``cuda`` is this process's own GPU.
 
     Raises:
         ValueError: If it is not there.
     """
+    name = str(device or "auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -44,11 +48,11 @@ def _cpu_has_bf16() -> bool:
 
 
 @contextmanager
-def process_group(name: str) -> Iterator[torch.device]:
+def process_group(name: str | torch.device | None = None) -> Iterator[torch.device]:
     """The device of this process; under torchrun, in a process group.
 
     Args:
-        name: ``auto``, or a torch device.
+        name: As of ``pick_device``.
     """
     device = pick_device(name)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from passreid_models.architectures import ARCHITECTURES
+from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
+from passreid_models.device import pick_device
 from passreid_models.runtime import atomic_file, num_cores
 
 __all__ = ["Embedder", "save_features"]
@@ -40,7 +40,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: str | nn.Module = "pass_vit_tiny_patch16",
+        model: str | os.PathLike[str] | nn.Module = "pass_vit_tiny_patch16",
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
@@ -50,9 +50,9 @@ class Embedder:
     ) -> None:
         """
         Args:
-            model: Name for ``timm.create_model`` (also ``hf-hub:`` and ``local-dir:``), loaded with its weights; or a
-                model, which is left as it is.
-            device: Default: CUDA, else MPS, else CPU.
+            model: Name of a model with weights: an architecture, ``architecture.tag``, ``tag``, ``hf-hub:ORG/NAME``, an
+                exported folder, a run, or a checkpoint file; or a model, which is left as it is.
+            device: As of ``pick_device``; by default the accelerator, if there is one.
             dtype: Of weights and activations, such as ``torch.bfloat16``; descriptors are float32 always.
             batch_size: Images that go through the model at a time.
             fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
@@ -65,14 +65,11 @@ class Embedder:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if isinstance(model, str):
-            if ":" not in model and model.split(".")[0] not in ARCHITECTURES:
-                raise ValueError(f"unknown model {model!r}; known: {', '.join(ARCHITECTURES)}")
-            network: Any = timm.create_model(model, pretrained=True, num_classes=0, global_pool=fusion)
+        self.device, self.dtype = pick_device(device), dtype or torch.float32
+        if isinstance(model, nn.Module):
+            network: Any = deepcopy(model)
         else:
-            network = deepcopy(model)
+            network = find_model(os.fspath(model)).create(num_classes=0, global_pool=fusion)
         if not hasattr(network, "forward_parts"):
             raise ValueError(f"{type(network).__name__} is no PASS model: it has no part tokens to embed with")
         if fusion is not None:
@@ -81,7 +78,6 @@ class Embedder:
             raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
         from timm.data import create_transform, resolve_data_config  # takes torchvision along
 
-        self.device, self.dtype = _usable(device), dtype or torch.float32
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.batch_size, self.flip = batch_size, flip
         self.workers = workers or min(8, num_cores())
@@ -234,13 +230,6 @@ class Embedder:
             return self.transform(open_image(item, bgr))
         except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
             return ImageError(f"{name}: {reason(e)}")
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:  # AssertionError: torch was built without it
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from None
 
 
 def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, parts: Tensor | None = None) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints import zoo
-from passreid_models.checkpoints.convert import convert_state_dict, published_descriptor
-from passreid_models.checkpoints.load import load_report, pretrained_filter_fn
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
+from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
+from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width
 
 __all__ = ["PassVisionTransformer"]
@@ -44,7 +44,8 @@ class PassVisionTransformer(VisionTransformer):
     """Vision Transformer with a class token and ``num_parts`` part tokens (PASS, arXiv 2203.03931).
 
     ``model(x)`` of images ``[B, 3, H, W]`` is the descriptor ``[B, head_hidden_size]`` (or the logits when
-    ``num_classes`` > 0). Positions of CLS and parts are folded into their tokens.
+    ``num_classes`` > 0). Positions of CLS and parts are folded into their tokens. ``model.origin`` is the ``Origin`` of
+    a registered model: what makes it again, whether its cfg is that of its weights, and the LoadReport.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class PassVisionTransformer(VisionTransformer):
             **kwargs,
         )
         self.pos_embed: nn.Parameter  # made by the parent
+        self.origin = Origin()
         self.num_parts = num_parts
         self.neck = neck
         self.fc_norm = self._build_neck(global_pool)
@@ -287,6 +289,7 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
+GIVEN = "the given state dict"
 _NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
 
 
@@ -310,9 +313,10 @@ def _create_pass_vit(
     entry = zoo.find_weight(variant, cfg.tag or "")
     source = cfg.source
     overlay = pretrained_cfg_overlay or {}
+    converted = None
     if pretrained:
-        cfg = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
-    origin = cfg.file or cfg.hf_hub_id or "the given state dict"
+        cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
+    file = cfg.file or cfg.hf_hub_id or GIVEN
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -323,69 +327,73 @@ def _create_pass_vit(
     )
     if entry is not None and kwargs.get("num_parts") != 0:
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
-    given = any(overlay.get(k) for k in ("state_dict", "file"))
+    is_given = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
+    if converted and is_given and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
+        model_args.update(published_descriptor(converted))  # there is no tag: the layout tells
     try:
-        if pretrained and given and pretrained_cfg is None:  # no tag: the layout tells the descriptor
-            found = convert_state_dict(cfg.state_dict)
-            if found.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
-                model_args.update(published_descriptor(found))
         model = build_model_with_cfg(
             PassVisionTransformer,
             variant,
             pretrained,
             pretrained_cfg=cfg,
             pretrained_filter_fn=partial(
-                pretrained_filter_fn,
-                resize=pos_embed_resize,
-                keep=tuple(overlay),
+                pretrained_filter_fn, resize=pos_embed_resize, keep=tuple(overlay), converted=converted
             ),
             feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
             **dict(model_args, **kwargs),
         )
     except CheckpointError as e:
-        raise CheckpointError(f"{origin}: {e}") from None
-    for m in (model, getattr(model, "model", model)):  # of features_only, the wrapper and the model in it
+        raise CheckpointError(f"{file}: {e}") from None
+    network = getattr(model, "model", model)  # of features_only, the model in the wrapper
+    for m in (model, network):  # each has its own cfg
         m.pretrained_cfg.pop("state_dict", None)  # it was only the way in
     if source:
         model.pretrained_cfg["source"] = source
     if pretrained:
-        load_report(model).source = str(origin)
-    # for save_pretrained: what makes the same model again, and whether the cfg's tag and licence are the weights' own
-    model._overrides = {k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES}
-    model._has_own_cfg = pretrained and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
+        load_report(model).source = str(file)
+    network.origin = replace(
+        network.origin,
+        model_args={k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES},
+        has_own_cfg=pretrained and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url")),
+    )
     return model
 
 
-def _read_weights(variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None) -> Any:
-    """The cfg with the weights read into its ``state_dict``, where that is not left to timm.
+def _read_weights(
+    variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None
+) -> tuple[Any, Converted | None]:
+    """The cfg with the weights in its ``state_dict``, and these as ``Converted``; None where reading is left to timm.
 
     timm's own reader refuses the numpy scalars of the published files and does not compare hashes; that of 1.0.28
-    fails on a folder with two safetensors files, such as the extras beside the model.
+    fails on a folder with two safetensors files, such as the extras beside the model. A given ``state_dict`` may be a
+    ``Converted`` already.
     """
     if cfg.state_dict:
-        return cfg
+        converted = cfg.state_dict
+        if not isinstance(converted, Converted):
+            try:
+                converted = convert_state_dict(converted)
+            except CheckpointError as e:
+                raise CheckpointError(f"{cfg.file or cfg.hf_hub_id or GIVEN}: {e}") from None
+        return replace(cfg, state_dict=converted.backbone), converted
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
         if not file.is_file():  # a folder of another make
-            return cfg
+            return cfg, None
     elif cfg.source == "hf-hub":
         if cfg.hf_hub_filename:
-            return cfg
+            return cfg, None
         file = zoo.download_hub(cfg.hf_hub_id, cache=cache_dir)
     elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
         file = cfg.file
     elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):
-        return replace(cfg, file=None)
+        return replace(cfg, file=None), None
     else:
         file = zoo.resolve(variant, cfg.tag or "")
         if pretrained_cfg is None:
             _say_default(f"{variant}.{cfg.tag}")
-    checkpoint = read_checkpoint(file)
-    try:
-        tensors, _ = unwrap_checkpoint(checkpoint)
-    except CheckpointError as e:
-        raise CheckpointError(f"{file}: {e}") from None
-    return replace(cfg, source="", file=str(file), state_dict=tensors)
+    converted = convert_file(file)
+    return replace(cfg, source="", file=str(file), state_dict=converted.backbone), converted
 
 
 @cache

@@ -5,6 +5,7 @@ convert     any published layout to timm's keys
 load        the converted tensors into a model, every one accounted for
 local_dir   the folder that ``local-dir:`` and the Hub use
 zoo         which weights exist, and where a tag's file comes from
+names       the model that a name, a folder, a run or a file stands for
 publish     a folder to the Hugging Face Hub
 """
 

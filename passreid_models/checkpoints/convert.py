@@ -1,6 +1,6 @@
 """Checkpoints in every published layout, converted to the keys of the timm models.
 
-    file --checkpoint.py--> flat tensors --convert.py--> Converted --fit.py--> state dict of one model + LoadReport
+    file --read.py--> flat tensors --convert.py--> Converted --load.py--> state dict of one model + LoadReport
 
 Layouts: PASS and TransReID-SSL pre-training files, converted backbones, supervised ``transformer_120.pth``,
 cluster-contrast ``*.pth.tar``, the conv-stem ("ICS") variants of each, and this package's own files. All functions are
@@ -9,12 +9,13 @@ pure: they return new dictionaries and leave their arguments as they are.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from passreid_models.architectures import Architecture
-from passreid_models.checkpoints.read import CheckpointError, StateDict, unwrap_checkpoint
+from passreid_models.checkpoints.read import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
 
 Grid = tuple[int, int]
 
@@ -43,6 +44,20 @@ _IGNORED = {
     r"(sie_embed|cam_embed|view_embed)": "camera or view embedding: descriptors here are camera-free",
     r"(b1|b2)\.|classifier_\d": "jigsaw branch",
 }
+
+
+def convert_file(path: str | Path, network: str = "teacher") -> Converted:
+    """Read a checkpoint file and convert it: ``convert_state_dict`` with the file's name in its errors.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be read or is no checkpoint of this family.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        return convert_state_dict(checkpoint, network)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from None
 
 
 def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import isqrt
 from typing import Any
 
@@ -20,7 +20,7 @@ RESIZE_METHODS = ("auto", "bicubic", "bilinear")
 
 @dataclass
 class LoadReport:
-    """What became of each tensor of a checkpoint, key by key; ``print(report)`` shows a table."""
+    """The fate of each tensor of a checkpoint, key by key; ``print(report)`` shows a table."""
 
     source: str = ""
     layout: str = ""
@@ -51,6 +51,21 @@ class LoadReport:
         width = max(len(key) for _, key, _ in rows if len(key) < 48)
         lines = [f"{action:<11}{key:<{width}}  {why}".rstrip() for action, key, why in rows]
         return "\n".join([f"{self.source or 'checkpoint'}: {self.layout}", *lines])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a model was made, for ``save_pretrained`` and ``load_report``: ``model.origin`` of a PASS model.
+
+    Args:
+        model_args: Arguments of ``timm.create_model`` that make the same model again, besides those of its tag.
+        has_own_cfg: Tag and licence of ``model.pretrained_cfg`` are those of the weights.
+        load_report: Of the last pretrained load; None without one.
+    """
+
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    has_own_cfg: bool = False
+    load_report: LoadReport | None = None
 
 
 def _collapse(reasons: Mapping[str, str]) -> dict[str, str]:
@@ -165,39 +180,51 @@ def _explain(report: LoadReport, unexpected: list[str], converted: Converted, ex
         problems.append("mismatched " + few([f"{k} ({v})" for k, v in report.mismatched.items()]))
     if unexpected:
         problems.append(f"without a place in the model: {few(unexpected)}")
-    found = converted.architecture
+    given = converted.architecture
     width, parts = expected["cls_token"].shape[-1], expected["reg_token"].shape[1] if "reg_token" in expected else 0
-    described = f"the file is {found.embed_dim} wide and {found.depth} deep, with {found.num_parts} part tokens"
-    described += " and a conv stem" if found.conv_stem else ""
-    same = (found.embed_dim, found.num_parts) == (width, parts) and len(report.missing) + len(unexpected) == 0
-    name = architecture_name(found)
+    described = f"the file is {given.embed_dim} wide and {given.depth} deep, with {given.num_parts} part tokens"
+    described += " and a conv stem" if given.conv_stem else ""
+    same = (given.embed_dim, given.num_parts) == (width, parts) and len(report.missing) + len(unexpected) == 0
+    name = architecture_name(given)
     advice = f": use {name}" if name and not same else ""
     if report.missing and all(k.startswith("fc_norm.") for k in report.missing):
         advice = ": the file has no such neck, use neck=''"
-    elif found.embed_dim == width and found.num_parts not in (0, parts) and not found.conv_stem:
-        advice = f": use {name} with num_parts={found.num_parts}" if name else f": use num_parts={found.num_parts}"
+    elif given.embed_dim == width and given.num_parts not in (0, parts) and not given.conv_stem:
+        advice = f": use {name} with num_parts={given.num_parts}" if name else f": use num_parts={given.num_parts}"
     return f"the checkpoint does not fit the model: {'; '.join(problems)}; {described}{advice}"
 
 
 def pretrained_filter_fn(
-    state_dict: Any, model: nn.Module, resize: str = "auto", keep: tuple[str, ...] = ()
+    state_dict: Any,
+    model: nn.Module,
+    resize: str = "auto",
+    keep: tuple[str, ...] = (),
+    converted: Converted | None = None,
 ) -> StateDict:
     """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; keeps the LoadReport.
 
     Mean, std and interpolation of a raw official file are written to ``model.pretrained_cfg``, since they belong to the
     weights, but for those named in ``keep``; where the layout does not tell them, a warning says so.
 
+    Args:
+        state_dict: A checkpoint object or a flat state dict.
+        model: A ``PassVisionTransformer`` with its ``pretrained_cfg``.
+        resize: See ``resize_pos_embed``.
+        keep: Entries of the pretrained cfg that stay.
+        converted: The checkpoint, where it is converted already; ``state_dict`` is not looked at then.
+
     Raises:
         CheckpointError: If the checkpoint does not fit.
     """
-    converted = convert_state_dict(state_dict)
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    stem: Any = model.patch_embed
+    converted = converted or convert_state_dict(state_dict)
+    network: Any = model
+    cfg: dict[str, Any] = network.pretrained_cfg
+    stem = network.patch_embed
     declared = tuple(s // p for s, p in zip(cfg["input_size"][1:], stem.patch_size, strict=True))
     free: tuple[str, ...] = ()
-    if model.num_classes != cfg["num_classes"]:
+    if network.num_classes != cfg["num_classes"]:
         free += ("head.",)
-    if model.in_chans != cfg["input_size"][0]:
+    if network.in_chans != cfg["input_size"][0]:
         free += (cfg["first_conv"] + ".weight",)
     chosen, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
     if "head.weight" in model.state_dict() and "head.weight" not in chosen:
@@ -208,23 +235,23 @@ def pretrained_filter_fn(
         known = {"mean": mean, "std": std, "interpolation": interpolation}
         cfg.update({k: v for k, v in known.items() if k not in keep})
         if "mean" not in keep:
-            report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout}")
+            report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout.partition(',')[0]}")
     elif converted.folded and "mean" not in keep:  # a raw official backbone, pre-trained or fine-tuned
         _logger.warning(
             f"the file does not tell its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
             "(pretrained_cfg_overlay=dict(mean=..., std=...) sets them)"
         )
-    model._load_report = report  # type: ignore[assignment]
+    network.origin = replace(network.origin, load_report=report)
     return chosen
 
 
 def load_report(model: nn.Module) -> LoadReport:
-    """What the last pretrained load of ``model`` did, key by key.
+    """The report of the last pretrained load of ``model``, key by key.
 
     Raises:
         ValueError: If the model was made without pretrained weights.
     """
-    report = getattr(model, "_load_report", None) or getattr(getattr(model, "model", None), "_load_report", None)
-    if report is None:
+    origin = getattr(getattr(model, "model", model), "origin", Origin())  # of features_only, the model in the wrapper
+    if origin.load_report is None:
         raise ValueError("this model was made without pretrained weights: there is no load to report")
-    return report
+    return origin.load_report

@@ -6,7 +6,7 @@ FOLDER/extras.safetensors   tensors that belong to the checkpoint, not to the mo
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +18,8 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architecture, architecture_name
-from passreid_models.checkpoints.convert import convert_state_dict, published_descriptor
+from passreid_models.checkpoints.convert import Converted, convert_file, published_descriptor
 from passreid_models.checkpoints.load import LoadReport, load_report
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
 from passreid_models.runtime import atomic_folder, sha256
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
@@ -57,7 +56,13 @@ def save_pretrained(
         m.embed_dim, len(m.blocks), m.blocks[0].attn.num_heads, m.num_parts, registered.conv_stem, img_size
     )
     differing = {k: v for k, v in asdict(actual).items() if v != getattr(registered, k)}
-    model_args = {**m._overrides, **differing, "img_size": list(img_size), "global_pool": m.global_pool, "neck": m.neck}
+    model_args = {
+        **m.origin.model_args,
+        **differing,
+        "img_size": list(img_size),
+        "global_pool": m.global_pool,
+        "neck": m.neck,
+    }
     descriptor = {"fusion": m.global_pool, "neck": m.neck, "l2_normalize": m.neck != "multi"}
     with atomic_folder(folder, overwrite) as new:
         save_for_hf(
@@ -69,7 +74,7 @@ def save_pretrained(
         )
         config = json.loads((new / "config.json").read_text())
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
-        if not getattr(m, "_has_own_cfg", False):  # weights of another make than the tag's: claim nothing for them
+        if not m.origin.has_own_cfg:  # weights of another make than the tag's: claim nothing for them
             config["pretrained_cfg"].update(license="other")
             config["pretrained_cfg"].pop("tag", None)
             config["pretrained_cfg"].pop("description", None)
@@ -92,7 +97,6 @@ def convert_checkpoint(
     img_size: tuple[int, int] | None = None,
     pos_embed_resize: str = "auto",
     num_heads: int | None = None,
-    info: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Convert an official checkpoint to a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
@@ -109,12 +113,11 @@ def convert_checkpoint(
         mean_std: ``imagenet`` or ``0.5``.
         interpolation: PIL resampling of test images.
         img_size: Height and width in pixels, when they shall differ from the file's.
-        pos_embed_resize: See ``fit.resize_pos_embed``.
+        pos_embed_resize: See ``load.resize_pos_embed``.
         num_heads: Attention heads; tensors do not show them. Needed when the width is no multiple of 64.
-        info: Further top-level entries of ``config.json``.
 
     Returns:
-        What became of each tensor.
+        The fate of each tensor.
 
     Raises:
         CheckpointError: If the file cannot be read or is no checkpoint of this family.
@@ -125,77 +128,119 @@ def convert_checkpoint(
     _check_free(folder)
     if mean_std is not None and mean_std not in STATISTICS:
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
-    checkpoint = read_checkpoint(source)
-    try:
-        tensors, _ = unwrap_checkpoint(checkpoint, network)
-        converted = convert_state_dict(checkpoint, network)
-    except CheckpointError as e:
-        raise CheckpointError(f"{source}: {e}") from None
-    found, notes = converted.architecture, []
-    name, overrides = model_of(found, name, num_heads, source)
+    converted = convert_file(source, network)
+    name, model_args = model_of(converted.architecture, name, num_heads, source)
+    notes = []
     if fusion is None:
         fusion = converted.fusion or "cat"
         if not converted.fusion and converted.task == "unsupervised":
             notes.append("fusion: the tensors do not tell, 'cat' assumed")
-    if neck is None:
-        neck = published_descriptor(converted)["neck"]
     if mean_std is None:
         mean_std = "0.5" if converted.task in ("supervised", "unsupervised") else "imagenet"
         if not converted.task:
             notes.append("mean/std: the tensors do not tell, ImageNet's assumed")
-    mean, std = STATISTICS[mean_std]
-    interpolation = interpolation or ("bilinear" if converted.task == "supervised" else "bicubic")
-    settings = {"mean": mean, "std": std, "interpolation": interpolation}
+    return write_converted(
+        converted,
+        folder,
+        name,
+        source=source,
+        source_sha256=sha256(source),
+        network=network,
+        fusion=fusion,
+        neck=published_descriptor(converted)["neck"] if neck is None else neck,
+        mean_std=mean_std,
+        interpolation=interpolation or ("bilinear" if converted.task == "supervised" else "bicubic"),
+        notes=notes,
+        **{"img_size": img_size, "pos_embed_resize": pos_embed_resize, **model_args},
+    )
 
-    base = {} if "." in name else {"tag": None, "file": None, "url": None, "license": "other", "description": None}
-    try:
-        model = timm.create_model(
-            name,
-            pretrained=True,
-            pretrained_cfg_overlay={**base, **settings, "state_dict": tensors, "input_size": (3, *found.img_size)},
-            img_size=img_size or found.img_size,
-            global_pool=fusion,
-            neck=neck,
-            pos_embed_resize=pos_embed_resize,
-            **overrides,
-        )
-    except CheckpointError as e:
-        raise CheckpointError(str(e).replace("the given state dict", str(source))) from None
-    model._has_own_cfg = "." in name  # a tag is named by who knows that the file is its: pull
+
+def write_converted(
+    converted: Converted,
+    folder: Path,
+    name: str,
+    *,
+    source: Path,
+    source_sha256: str,
+    fusion: str,
+    neck: str,
+    mean_std: str,
+    interpolation: str,
+    network: str = "teacher",
+    notes: Sequence[str] = (),
+    **model_args: Any,
+) -> LoadReport:
+    """Write a converted checkpoint as ``save_pretrained`` writes a model, with extras, provenance and LoadReport.
+
+    Args:
+        converted: The checkpoint.
+        folder: Output; must not exist or be empty.
+        name: Registered model; with a tag, whose licence and description then go with the weights.
+        source: File of the checkpoint.
+        source_sha256: Its hash.
+        fusion: As of ``convert_checkpoint``, and so are the next three.
+        neck: Likewise.
+        mean_std: Likewise.
+        interpolation: Likewise.
+        network: Which one of the file it is.
+        notes: For the report.
+        **model_args: Further arguments of ``timm.create_model``.
+
+    Returns:
+        The fate of each tensor.
+
+    Raises:
+        CheckpointError: If the tensors do not fit the model.
+    """
+    mean, std = STATISTICS[mean_std]
+    size = converted.architecture.img_size
+    is_tag = "." in name  # named by who knows that the file is the tag's
+    cfg: dict[str, Any] = {} if is_tag else {"tag": None, "url": None, "license": "other", "description": None}
+    cfg |= {"mean": mean, "std": std, "interpolation": interpolation, "input_size": (3, *size), "file": str(source)}
+    model_args = {**model_args, "img_size": model_args.get("img_size") or size}
+    model = timm.create_model(
+        name,
+        pretrained=True,
+        pretrained_cfg_overlay={**cfg, "state_dict": converted},
+        global_pool=fusion,
+        neck=neck,
+        **model_args,
+    )
+    model.origin = replace(model.origin, has_own_cfg=is_tag)
     report = load_report(model)
-    report.source, report.layout = str(source), converted.layout
     report.notes += notes
     tensors = {**converted.backbone, **converted.neck, **converted.classifier}
     extras = {k: tensors[k] for k in report.extras}
     provenance = {
         "source": source.name,
-        "source_sha256": sha256(source),
+        "source_sha256": source_sha256,
         "layout": converted.layout,
         "network": network,
     }
-    kept = {"provenance": provenance, "load_report": replace(report, source=source.name).to_dict()}
-    save_pretrained(model, folder, extras, {**(info or {}), **kept})
+    info = {"provenance": provenance, "load_report": replace(report, source=source.name).to_dict()}
+    save_pretrained(model, folder, extras, info)
     return report
 
 
-def model_of(found: Architecture, name: str | None, num_heads: int | None, source: Path) -> tuple[str, dict[str, Any]]:
+def model_of(
+    architecture: Architecture, name: str | None, num_heads: int | None, source: Path
+) -> tuple[str, dict[str, Any]]:
     """Registered model for the tensors, and what must be overridden: all dimensions, when none fits as it is."""
-    overrides: dict[str, Any] = {} if num_heads is None else {"num_heads": num_heads}
-    if num_heads is not None and (num_heads < 1 or found.embed_dim % num_heads):
-        raise ValueError(f"{source} is {found.embed_dim} wide, which cannot be split over {num_heads} heads")
+    width, overrides = architecture.embed_dim, {} if num_heads is None else {"num_heads": num_heads}
+    if num_heads is not None and (num_heads < 1 or width % num_heads):
+        raise ValueError(f"{source} is {width} wide, which cannot be split over {num_heads} heads")
     if name is not None:
         if name.split(".")[0] not in ARCHITECTURES:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
         return name, overrides
-    if known := architecture_name(found):
+    if known := architecture_name(architecture):
         return known, overrides
-    if num_heads is None and found.embed_dim % 64:
-        raise ValueError(f"{source} is {found.embed_dim} wide, which no registered model is: give the number of heads")
-    name = next(
-        n for n, a in ARCHITECTURES.items() if (a.num_parts > 0, a.conv_stem) == (found.num_parts > 0, found.conv_stem)
-    )
-    dims = {"embed_dim": found.embed_dim, "depth": found.depth, "num_heads": num_heads or found.num_heads}
-    return name, {**dims, "num_parts": found.num_parts}
+    if num_heads is None and width % 64:
+        raise ValueError(f"{source} is {width} wide, which no registered model is: give the number of heads")
+    kind = (architecture.num_parts > 0, architecture.conv_stem)
+    name = next(n for n, a in ARCHITECTURES.items() if (a.num_parts > 0, a.conv_stem) == kind)
+    dims = {"embed_dim": width, "depth": architecture.depth, "num_heads": num_heads or architecture.num_heads}
+    return name, {**dims, "num_parts": architecture.num_parts}
 
 
 def _check_free(folder: Path) -> None:
@@ -206,3 +251,20 @@ def _check_free(folder: Path) -> None:
 def exported_folder(path: Path) -> Path | None:
     """The folder of ``save_pretrained`` at ``path``: itself, or the export of a run."""
     return next((p for p in (path, path / "export") if (p / "config.json").is_file()), None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` that ``save_pretrained`` wrote to a folder.
+
+    Raises:
+        ValueError: If it is no JSON, or of another make.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} cannot be read as JSON: {e}") from None
+    keys = {"architecture", "pretrained_cfg"}
+    if not isinstance(config, dict) or not keys <= config.keys() or config["architecture"] not in ARCHITECTURES:
+        raise ValueError(f"{file} is not that of a model of this package")
+    return config

@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from passreid_models.checkpoints.convert import convert_state_dict
-from passreid_models.checkpoints.local_dir import convert_checkpoint
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.checkpoints.convert import Converted, convert_file
+from passreid_models.checkpoints.local_dir import write_converted
+from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
@@ -106,18 +106,30 @@ def find_weight(architecture: str, tag: str) -> Weight | None:
     return _manifest().get(f"{architecture}.{tag}")
 
 
-def get_weight(name: str) -> Weight:
-    """The manifest's row of ``architecture.tag``.
+def get_weight(name: str, architecture: str = "") -> Weight:
+    """The manifest's row of ``architecture.tag``, or of a tag alone.
+
+    Args:
+        name: ``architecture.tag``, or ``tag``.
+        architecture: Whose the tag is; needed where several have it.
 
     Raises:
-        ValueError: If there is none; the message lists the tags of that architecture, or all architectures.
+        ValueError: If there is none, or a tag alone is not enough; the message lists those that there are.
     """
     if name in _manifest():
         return _manifest()[name]
-    architecture = name.split(".")[0]
-    tags = [w.name for w in list_weights(architecture)]
+    rows = [w for w in list_weights() if w.tag == name]
+    if not architecture and len(rows) == 1:
+        return rows[0]
+    if not architecture and rows:
+        raise ValueError(
+            f"{name} is a tag of {' and '.join(w.architecture for w in rows)}: give {' or '.join(w.name for w in rows)}"
+        )
+    if row := find_weight(architecture, name):
+        return row
+    tags = [w.name for w in list_weights(architecture or name.split(".")[0])]
     known = f"known: {', '.join(tags)}" if tags else "see `passreid weights list`"
-    raise ValueError(f"there are no weights {name!r}; {known}")
+    raise ValueError(f"there are no weights {'.'.join(filter(None, (architecture, name)))!r}; {known}")
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
@@ -181,7 +193,7 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
     The record is replaced in one step at the end: an interrupted or a parallel pull leaves the old weights or the new.
 
     Args:
-        name: ``architecture.tag``.
+        name: As of ``get_weight``.
         source: The authors' file, downloaded by hand; None to download it from their Drive.
         force: Fetch again what is already there.
 
@@ -194,6 +206,7 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
         CheckpointError: If the file has the wrong SHA-256 or does not fit the architecture.
     """
     weight = get_weight(name)
+    name = weight.name
     if weight.bundled_file:
         if source is not None:
             raise ValueError(f"{name} is bundled with the package and takes no file")
@@ -232,15 +245,18 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
         raise CheckpointError(
             f"{file} is not {weight.name}: its SHA-256 is {digest[:12]}.., the published file's {expected[:12]}.."
         )
-    _check_is(weight, file)
+    converted = convert_file(file)
+    _check_is(weight, converted, file)
     folder = cache_dir() / f"{weight.name}-{digest[:12]}"
     if folder == old:  # it may be damaged, and stays until the record names the new one
         folder = folder.with_name(f"{folder.name}b")
     shutil.rmtree(folder, ignore_errors=True)  # of a pull that was cut off before its record
-    convert_checkpoint(
-        file,
+    write_converted(
+        converted,
         folder,
         weight.name,
+        source=file,
+        source_sha256=digest,
         fusion=weight.fusion,
         neck=weight.model_neck,
         mean_std=weight.mean_std,
@@ -260,25 +276,21 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
     return folder
 
 
-def _check_is(weight: Weight, file: Path) -> None:
+def _check_is(weight: Weight, converted: Converted, file: Path) -> None:
     """Raise CheckpointError if the layout shows that ``file`` is another checkpoint than the tag's."""
-    try:
-        found = convert_state_dict(read_checkpoint(file))
-    except CheckpointError as e:
-        raise CheckpointError(str(e) if str(file) in str(e) else f"{file}: {e}") from None
     tasks = {"supervised": "supervised"}
     tasks |= dict.fromkeys(("unsupervised", "unsupervised domain adaptation"), "unsupervised")
     task = tasks.get(weight.task, "pretrain")
-    (height, width), (found_height, found_width) = weight.input_size, found.architecture.img_size
+    (height, width), (file_height, file_width) = weight.input_size, converted.architecture.img_size
     wrong = []
-    if found.task != task and (found.task, task) != ("", "pretrain"):  # a bare backbone shows no task
-        wrong.append(f"task {found.task or 'unknown'}, not {task}")
-    if found.neck_kind != weight.neck:
-        wrong.append(f"neck {found.neck_kind or 'none'}, not {weight.neck or 'none'}")
-    if found.fusion not in ("", weight.fusion):
-        wrong.append(f"fusion {found.fusion}, not {weight.fusion}")
-    if found_height * width != found_width * height:
-        wrong.append(f"images {found_height // found_width} times as high as wide, not {height // width}")
+    if converted.task != task and (converted.task, task) != ("", "pretrain"):  # a bare backbone shows no task
+        wrong.append(f"task {converted.task or 'unknown'}, not {task}")
+    if converted.neck_kind != weight.neck:
+        wrong.append(f"neck {converted.neck_kind or 'none'}, not {weight.neck or 'none'}")
+    if converted.fusion not in ("", weight.fusion):
+        wrong.append(f"fusion {converted.fusion}, not {weight.fusion}")
+    if file_height * width != file_width * height:
+        wrong.append(f"images {file_height // file_width} times as high as wide, not {height // width}")
     if wrong:
         raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(wrong)}")
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
-from passreid_models.architectures import ARCHITECTURES
-from passreid_models.checkpoints.local_dir import exported_folder
+from passreid_models.checkpoints.names import find_model
 from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.device import process_group
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.extract import extract
 from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
@@ -37,7 +36,7 @@ def evaluate_model(
     data: str | Path,
     model: str,
     *,
-    device: str = "auto",
+    device: str | torch.device | None = None,
     rerank: bool = False,
     per_camera: bool = False,
     cache: bool | str | Path = True,
@@ -50,7 +49,7 @@ def evaluate_model(
     Args:
         data: As ``open_dataset`` takes it.
         model: As ``make_embedder`` takes it.
-        device: ``auto``, or a torch device.
+        device: As of ``process_group``.
         rerank: Also after k-reciprocal re-ranking.
         per_camera: Also mAP and Rank-1 for the queries of each camera.
         cache: As in ``evaluate_dataset``.
@@ -66,8 +65,6 @@ def evaluate_model(
             matplotlib is not installed.
         FileNotFoundError: If the data or the weights are not there.
     """
-    from passreid_models.device import process_group
-
     if pictures is not None:
         require_matplotlib("pictures")
     with process_group(device) as own_device:
@@ -92,42 +89,22 @@ def make_embedder(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Embedder:
-    """The Embedder of a model by name, or of an exported folder, or of a run's folder that holds ``export``.
+    """The Embedder of a model, at another size of the images if need be.
 
     Args:
-        model: Name for ``timm.create_model``, or a folder.
+        model: As of ``Embedder``: any name that ``find_model`` takes.
         size: Height and width of the images instead of the weights' own; positions are resized as ``"auto"`` says.
         fusion: As in ``Embedder``, and so are the others.
-        flip: Add the descriptor of the mirrored image.
-        batch_size: Images that go through the model at a time.
-        device: By default the accelerator, if there is one.
-        dtype: Of weights and activations.
+        flip: Likewise.
+        batch_size: Likewise.
+        device: Likewise.
+        dtype: Likewise.
 
     Raises:
         ValueError: If there is no such model, or it does not take ``size``.
     """
-    name = _model_name(model)
-    options: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "fusion": fusion,
-        "flip": flip,
-    }
-    if size is None:
-        return Embedder(name, **options)
-    network = timm.create_model(name, pretrained=True, num_classes=0, img_size=size, global_pool=fusion)
-    return Embedder(network, **options)
-
-
-def _model_name(model: str) -> str:
-    if ":" in model or model.split(".")[0] in ARCHITECTURES:
-        return model
-    if folder := exported_folder(Path(model)):
-        return f"local-dir:{folder}"
-    if Path(model).exists():
-        raise ValueError(f"{model} holds no model: expected a folder with config.json and model.safetensors")
-    raise ValueError(f"unknown model {model!r}; known: {', '.join(ARCHITECTURES)}, or a folder with config.json")
+    network = find_model(model).create(num_classes=0, img_size=size, global_pool=fusion)
+    return Embedder(network, device, dtype, batch_size, fusion, flip)
 
 
 def evaluate_dataset(

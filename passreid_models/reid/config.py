@@ -15,7 +15,7 @@ class ReIDConfig(RunConfig):
 
     Args:
         model: Registered architecture; by default that of ``init``, else ViT-S.
-        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint
             file; ``random`` for none.
         size: Height and width of the images in pixels; by default that of ``init``, where it is a tag or an exported
             folder, else 256x128.

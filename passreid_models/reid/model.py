@@ -3,7 +3,6 @@
 Shapes: B batch, T = 1 + P prefix tokens, D embedding width, C descriptor width, K identities of the training set.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,9 @@ import timm
 from torch import Tensor, nn
 
 from passreid_models.architectures import HALF
-from passreid_models.checkpoints.convert import convert_state_dict
-from passreid_models.checkpoints.local_dir import model_of
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.checkpoints.convert import convert_file, convert_state_dict
+from passreid_models.checkpoints.local_dir import model_of, read_config
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.training.warm_start import load_backbone
@@ -106,28 +105,27 @@ class ReIDModel(nn.Module):
         """
         source = Path(source)
         if source.is_dir():
-            config = json.loads((source / "config.json").read_text())
+            config = read_config(source)
             tensors = {**read_checkpoint(source / "model.safetensors"), **_extras(source)}
+            try:
+                converted = convert_state_dict(tensors)
+            except CheckpointError as e:
+                raise CheckpointError(f"{source}: {e}") from None
             name, args = config["architecture"], dict(config["model_args"])
-            overlay = {k: config["pretrained_cfg"][k] for k in ("mean", "std", "interpolation", "input_size")}
+            cfg = {k: config["pretrained_cfg"][k] for k in ("mean", "std", "interpolation", "input_size")}
         else:
-            tensors, _ = unwrap_checkpoint(read_checkpoint(source))
-            found = convert_state_dict(tensors)
-            name, args = model_of(found.architecture, name, num_heads, source)
-            args |= {"img_size": found.architecture.img_size, "global_pool": found.fusion or "cat"}
-            overlay = {}
-        found = convert_state_dict(tensors)
-        necks = {**found.backbone, **found.neck}
-        if "fc_norm.bn.weight" not in necks or not found.classifier:
+            converted = convert_file(source)
+            name, args = model_of(converted.architecture, name, num_heads, source)
+            args |= {"img_size": converted.architecture.img_size, "global_pool": converted.fusion or "cat"}
+            cfg = {}
+        necks, architecture = {**converted.backbone, **converted.neck}, converted.architecture
+        if "fc_norm.bn.weight" not in necks or not converted.classifier:
             raise CheckpointError(f"{source} holds no neck and classifier: it is no supervised re-ID model")
-        is_multi = len(necks["fc_norm.bn.weight"]) == (1 + found.architecture.num_parts) * found.architecture.embed_dim
+        is_multi = len(necks["fc_norm.bn.weight"]) == (1 + architecture.num_parts) * architecture.embed_dim
         args |= {"neck": "multi" if is_multi else "single", "num_classes": 0}
-        overlay = {**overlay, "state_dict": tensors}
-        try:
-            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
-        except CheckpointError as e:
-            raise CheckpointError(f"{source}: {e}") from None
-        classifier = found.classifier["classifier.weight"]
+        cfg |= {"state_dict": converted, "file": str(source)}
+        backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **args)
+        classifier = converted.classifier["classifier.weight"]
         if classifier.shape[1] != backbone.head_hidden_size:
             widths = f"the classifier is {classifier.shape[1]} wide, and the descriptor {backbone.head_hidden_size}"
             raise CheckpointError(f"{source}: {widths}")
@@ -176,7 +174,7 @@ def without_drop_path(backbone: PassVisionTransformer, **changed: Any) -> PassVi
         backbone: In training.
         **changed: Arguments that differ, such as ``neck=""``.
     """
-    args = {**backbone._overrides, **changed, "drop_path_rate": 0.0}
+    args = {**backbone.origin.model_args, **changed, "drop_path_rate": 0.0}
     model = timm.create_model(backbone.pretrained_cfg["architecture"], **args)
     wanted = model.state_dict()
     model.load_state_dict({k: v for k, v in backbone.state_dict().items() if k in wanted})

@@ -4,7 +4,6 @@ RUN/export/   the model as it is now
 RUN/best/     the one of the highest mAP, where the run is evaluated
 """
 
-import json
 import logging
 from collections.abc import Generator
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from passreid_models.architectures import ARCHITECTURES
+from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid.batches import RANDOM, ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
@@ -58,10 +58,10 @@ class ReIDRun(Run):
     def _read_best(self, step: int) -> float:
         """mAP of the best model so far; what a resumed run makes again, or had from other data, does not count."""
         file = self.folder.path / "best" / "config.json"
-        found = json.loads(file.read_text())["provenance"] if file.is_file() else {}
-        if self.evaluated is None or found.get("evaluated_on") != self.evaluated.fingerprint:
+        best = read_config(file.parent)["provenance"] if file.is_file() else {}
+        if self.evaluated is None or best.get("evaluated_on") != self.evaluated.fingerprint:
             return -1.0
-        return found["mAP"] if found["step"] <= step else -1.0
+        return best["mAP"] if best["step"] <= step else -1.0
 
     def load(self, batches: list[np.ndarray]) -> Generator[ImageBatch, None, None]:
         """What is left of an epoch of these batches."""
@@ -118,14 +118,14 @@ def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
         raise ValueError("data: expected a dataset, such as Market-1501/ or a folder for each identity")
     if not config.init:
         raise ValueError(
-            "init: expected weights to begin with: a tag such as lup (the published ones) or synth (bundled), an "
-            "exported folder, a run, or a checkpoint file; random for none"
+            "init: expected weights to begin with: a name such as pass_vit_small_patch16.lup (published) or synth_reid "
+            "(bundled), an exported folder, a run, or a checkpoint file; random for none"
         )
-    told = checkpoint["config"] if checkpoint else described(config.init, config.model)
-    model = config.model or told.get("model") or DEFAULT_MODEL
+    defaults = checkpoint["config"] if checkpoint else described(config.init, config.model)
+    model = config.model or defaults.get("model") or DEFAULT_MODEL
     num_parts = ARCHITECTURES[model].num_parts
-    fusion = config.fusion or told.get("fusion") or ("cat" if num_parts else "token")
-    size = config.size or tuple(told.get("size") or ARCHITECTURES[model].img_size)
+    fusion = config.fusion or defaults.get("fusion") or ("cat" if num_parts else "token")
+    size = config.size or tuple(defaults.get("size") or ARCHITECTURES[model].img_size)
     if not num_parts and fusion != "token":
         raise wrong("fusion", fusion, f"token, since {model} has no parts")
     return config.resolved(model=model, size=size, fusion=fusion)

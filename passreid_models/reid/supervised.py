@@ -1,6 +1,6 @@
 """Fine-tuning with identity labels, by the recipe of the published models.
 
-finetune(FinetuneConfig(data="Market-1501/", init="lup", out="run"))
+finetune(FinetuneConfig(data="Market-1501/", init="pass_vit_small_patch16.lup", out="run"))
 """
 
 from collections.abc import Generator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Re-ID without labels: cluster the descriptors, train against the clusters, and again (USL and UDA).
 
-cluster(ClusterConfig(data="my_crops/", init="lup", out="run"))
-cluster(ClusterConfig(data="my_crops/", init="lup", source="Market-1501/", out="run"))     # domain adaptation
+cluster(ClusterConfig(data="my_crops/", init="pass_vit_small_patch16.lup", out="run"))
+cluster(ClusterConfig(data="my_crops/", init="...", source="Market-1501/", out="run"))     # domain adaptation
 """
 
 import logging

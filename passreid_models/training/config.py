@@ -29,7 +29,7 @@ class RunConfig:
         resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
         seed: Of weights, order, augmentation and stochastic depth.
         model: Registered architecture.
-        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a checkpoint
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint
             file.
         size: Height and width of the images in pixels.
         drop_path: Stochastic depth of the last block, growing linearly over the blocks.

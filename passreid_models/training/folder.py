@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from passreid_models.checkpoints.names import run_checkpoints
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock
 
@@ -69,9 +70,8 @@ class RunFolder:
             self._lock.release()
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first: what was being written when a process died has another name."""
-        found = self.checkpoint_folder.glob("step_*.pt") if self.checkpoint_folder.is_dir() else ()
-        return sorted(p for p in found if re.fullmatch(r"step_\d+\.pt", p.name))
+        """Whole checkpoints, oldest first."""
+        return run_checkpoints(self.path)
 
     def latest(self) -> Path | None:
         """The newest checkpoint, if any."""

@@ -70,8 +70,8 @@ class Run:
         if checkpoint is not None:  # it holds all weights, and init may be gone
             config = replace(config, init=checkpoint["config"]["init"])
         self.config = config
-        self.origin = provenance_of(config.init) if checkpoint is None else checkpoint.get("origin", {})
         self.trainer = self.prepare(device, checkpoint)
+        self.origin = checkpoint.get("origin", {}) if checkpoint else provenance_of(config.init, self.config.model)
         self._check_same_step()
         if self.is_main:
             self.folder.open()

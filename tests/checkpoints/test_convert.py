@@ -460,7 +460,7 @@ def test_the_report_accounts_for_every_tensor_of_the_file_and_of_the_model(file,
     assert report.missing == []
     assert report.mismatched == {}
     assert report.source == str(GOLDEN / file)
-    assert report.layout == ("pre-training checkpoint" if "pretrain" in file else "backbone")
+    assert report.layout == ("pre-training checkpoint, teacher" if "pretrain" in file else "backbone")
 
 
 def test_load_report_is_there_for_features_only_and_copies_and_absent_without_pretrained_weights():
@@ -567,11 +567,10 @@ def test_convert_says_when_it_assumed_the_statistics(tmp_path):
 
 def test_the_folder_records_where_it_came_from(tmp_path):
     file = GOLDEN / "upstream_backbone.pth"
-    convert_checkpoint(file, tmp_path / "out", num_heads=2, info={"colour": "blue"})
+    convert_checkpoint(file, tmp_path / "out", num_heads=2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["provenance"]["source"] == file.name
     assert config["provenance"]["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert config["colour"] == "blue"
 
 
 # ---- Bad input

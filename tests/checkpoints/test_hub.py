@@ -25,6 +25,7 @@ import timm, torch, passreid_models
 from pathlib import Path
 from passreid_models import load_report
 from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints.names import find_model
 
 x = torch.linspace(-1, 1, 3 * 64 * 32).reshape(1, 3, 64, 32)
 
@@ -32,6 +33,11 @@ def load(name, **kwargs):
     model = timm.create_model(name, pretrained=True, **kwargs).eval()
     return {"descriptor": model(x).flatten().tolist(), "source": load_report(model).source,
             "mean": list(model.pretrained_cfg["mean"]), "neck": model.neck}
+
+def named(name):
+    model = find_model(name)
+    descriptor = model.create().eval()(x).flatten().tolist()
+    return {"architecture": model.architecture, "settings": model.settings, "descriptor": descriptor}
 
 def error(name):
     try:
@@ -59,6 +65,7 @@ got = {
     "damaged in the cache": weights_in_cache("org/damaged"),
     "damaged once": load("hf-hub:org/once"),
     "another cache": load("hf-hub:org/tiny", cache_dir=os.environ["OTHER_CACHE"]),
+    "named": named("hf-hub:org/tiny@v1"),
 }
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
 got["tag"] = load("test_pass_vit.published")
@@ -151,6 +158,12 @@ def test_a_revision_is_loaded_with_its_own_config_and_weights(hub, revision):
     assert hub.online[revision]["descriptor"] == hub.old
     assert hub.online[revision]["mean"] == [0.1] * 3
     assert hub.online[revision]["neck"] == "single"
+
+
+def test_a_repository_tells_architecture_size_and_fusion_before_its_weights_are_loaded(hub):
+    named = hub.online["named"]
+    assert (named["architecture"], named["settings"]) == ("test_pass_vit", {"size": [64, 32], "fusion": "cat"})
+    assert named["descriptor"] == pytest.approx(hub.old, abs=1e-5)
 
 
 def test_the_report_names_the_file_in_the_cache(hub):

@@ -1,6 +1,7 @@
 """What is published loads back equal, says what it is by the Hub's conventions, and leaves only when asked."""
 
 import ast
+import dataclasses
 import json
 import re
 import subprocess
@@ -31,7 +32,7 @@ EXTRAS = {"classifier.weight": torch.ones(3, 128)}
 def written(folder: Path, name: str = "test_pass_vit", extras: dict | None = None, **kwargs: object) -> Path:
     torch.manual_seed(1)
     model = timm.create_model(name, **kwargs)
-    model._has_own_cfg = "." in name  # as if pulled
+    model.origin = dataclasses.replace(model.origin, has_own_cfg="." in name)  # as if pulled
     save_pretrained(model, folder, extras, {"provenance": PROVENANCE})
     return folder
 

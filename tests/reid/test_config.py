@@ -52,7 +52,7 @@ def test_the_defaults_of_clustering_are_the_published_recipe():
 
 def assert_published(c: Any) -> None:
     """Of the LUPerson weights: fusion and size."""
-    for init in ("lup", "random"):
+    for init in ("pass_vit_small_patch16.lup", "random"):
         whole = complete(replace(c, data="market/", init=init))
         assert (whole.model, whole.fusion, whole.size) == ("pass_vit_small_patch16", "cat", (256, 128))
 

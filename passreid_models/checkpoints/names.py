@@ -1,0 +1,150 @@
+"""Names of models with weights: the one place that says which model a name is, for ``--model`` and ``--init`` alike.
+
+pass_vit_tiny_patch16               an architecture, with its bundled weights
+pass_vit_small_patch16.lup          an architecture and a tag
+synth_reid                          a tag that one architecture has
+hf-hub:org/name, local-dir:FOLDER   a Hub repository, an exported folder
+runs/mine, runs/mine/export         a run (its export, before there is one its newest checkpoint), an exported folder
+runs/mine/checkpoints/step_...pt    a checkpoint of a run
+transformer_120.pth                 a checkpoint in any published layout
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from passreid_models.architectures import ARCHITECTURES
+from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints.convert import Converted, convert_state_dict
+from passreid_models.checkpoints.local_dir import exported_folder, model_of, read_config
+from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+
+__all__ = ["NamedModel", "find_model", "run_checkpoints"]
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model with weights, before they are loaded.
+
+    Args:
+        name: Of ``timm.create_model``; empty for a checkpoint file.
+        architecture: Registered architecture; empty for a checkpoint file.
+        settings: Size and fusion of the descriptor, as far as they are known.
+        provenance: Of an exported model: where its weights come from.
+        file: A checkpoint file.
+    """
+
+    name: str = ""
+    architecture: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+
+    def create(self, architecture: str = "", **model_args: Any) -> nn.Module:
+        """The model with its weights.
+
+        Args:
+            architecture: Of a checkpoint file; by default the one that its run or its tensors name.
+            **model_args: Arguments of ``timm.create_model``; None leaves the weights' own.
+
+        Raises:
+            CheckpointError: If the weights cannot be read or do not fit.
+            FileNotFoundError: If they cannot be had.
+        """
+        if self.file is None:
+            return timm.create_model(self.name, pretrained=True, **model_args)
+        checkpoint = read_checkpoint(self.file)
+        try:
+            converted = convert_state_dict(checkpoint)
+        except CheckpointError as e:
+            raise CheckpointError(f"{self.file}: {e}") from None
+        run = checkpoint if isinstance(checkpoint, dict) and {"config", "step"} <= checkpoint.keys() else {}
+        if not architecture:
+            architecture, own = _of_run(run["config"], converted) if run else _of_tensors(converted, self.file)
+            model_args = {**own, **{k: v for k, v in model_args.items() if v is not None}}
+        cfg = {**run.get("statistics", {}), "state_dict": converted, "file": str(self.file)}
+        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=cfg, **model_args)
+
+
+def _of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[str, Any]]:
+    """Architecture and arguments of the model that a run exports."""
+    args: dict[str, Any] = {"img_size": tuple(config["size"]), "num_parts": converted.architecture.num_parts}
+    if fusion := config.get("fusion"):
+        args["global_pool"] = fusion
+    if "fc_norm.bn.weight" in converted.backbone and not converted.classifier:  # the descriptor is taken after it
+        args["neck"] = config["neck"]
+    return config["model"], args
+
+
+def _of_tensors(converted: Converted, file: Path) -> tuple[str, dict[str, Any]]:
+    name, args = model_of(converted.architecture, None, None, file)
+    return name, {"img_size": converted.architecture.img_size, **args}
+
+
+def find_model(name: str, architecture: str = "") -> NamedModel:
+    """The model that a name stands for; a registered name comes before a file of that name, a file before a bare tag.
+
+    Args:
+        name: As listed at the top of this file.
+        architecture: Decides for a tag that several have; else a bare tag has to tell.
+
+    Raises:
+        ValueError: If there is none, or several; the message lists them.
+        FileNotFoundError: If the Hub does not have the repository.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme in ("hf-hub", "hf_hub") and rest:
+        return _exported(f"hf-hub:{rest}", zoo.download_hub(rest, "config.json").parent)
+    path = Path(rest if scheme == "local-dir" else name)
+    if name in ARCHITECTURES:
+        return _tagged(name, name, next((w for w in zoo.list_weights(name) if w.bundled_file), None))
+    first, _, tag = name.partition(".")
+    if weight := zoo.find_weight(first, tag):
+        return _tagged(name, first, weight)
+    if name and (folder := exported_folder(path)):
+        return _exported(f"local-dir:{folder}", folder)
+    if path.is_file():
+        return NamedModel(file=path)
+    if name and path.is_dir():
+        if checkpoints := run_checkpoints(path):
+            return NamedModel(file=checkpoints[-1])
+        raise ValueError(
+            f"{path} holds no model: expected a folder with config.json and model.safetensors, a run, or a checkpoint "
+            "file"
+        )
+    tags = list(dict.fromkeys(w.tag for w in zoo.list_weights()))
+    if first in ARCHITECTURES or name in tags:
+        weight = zoo.get_weight(name, "" if first in ARCHITECTURES else architecture)
+        return _tagged(weight.name, weight.architecture, weight)
+    tag = name.rpartition(".")[2]
+    close = difflib.get_close_matches(tag, tags, n=len(tags))
+    near = [t for t in tags if t in close or (tag and t.startswith(tag))]
+    listed = f"tags such as {', '.join(near)}" if near else "their tags"
+    raise ValueError(
+        f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {listed} (`passreid weights list` has all), a "
+        "folder with config.json, a run, or a checkpoint file"
+    )
+
+
+def _tagged(name: str, architecture: str, weight: zoo.Weight | None) -> NamedModel:
+    return NamedModel(name, architecture, {"size": weight.input_size, "fusion": weight.fusion} if weight else {})
+
+
+def _exported(name: str, folder: Path) -> NamedModel:
+    config = read_config(folder)
+    settings = {"size": tuple(config["pretrained_cfg"]["input_size"][1:]), "fusion": config.get("fusion")}
+    return NamedModel(
+        name, config["architecture"], {k: v for k, v in settings.items() if v}, config.get("provenance", {})
+    )
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first: what was being written when a process died has another name."""
+    files = (run / "checkpoints").glob("step_*.pt") if (run / "checkpoints").is_dir() else ()
+    return sorted(path for path in files if re.fullmatch(r"step_\d+\.pt", path.name))
