@@ -132,15 +132,15 @@ class PretrainTrainer(BaseTrainer):
         *found, norm = all_reduce_mean(figures).tolist()  # a GPU is waited for here, once a step
         if not self.is_finite(found[0], norm):
             if math.isfinite(found[0]):
-                self.leave_out(self.optimizer, "gradient")
+                self.skip_step(self.optimizer, "gradient")
             else:
-                self.leave_out(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
+                self.skip_step(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
             return {"loss": float("nan"), **values._asdict()}
 
         if self.epoch < config.freeze_last_layer_epochs:
             for head in self.student.heads:
                 cast(ProjectionHead, head).last_layer.zero_grad()
-        self.move(self.optimizer)
+        self.step_optimizer(self.optimizer)
         update_teacher(self.teacher.parameters(), self.student.parameters(), values.momentum)
         self.criterion.move_centers(means)
 

@@ -222,7 +222,7 @@ def test_label_smoothing_and_the_weights_of_the_losses_are_heeded(data, tmp_path
     assert heavy["loss"] == pytest.approx(2 * heavy["loss_id"] + 3 * heavy["loss_triplet"], rel=1e-5)
     trainer = make_trainer(FinetuneConfig(**{**vars(finetune_config(data, tmp_path)), "label_smoothing": 0.3}))
     logits, features, labels = torch.randn(4, 6), torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
-    _, figures = trainer.compare((features, features, logits), labels)
+    _, figures = trainer.compute_loss((features, features, logits), labels)
     assert torch.equal(figures["loss_id"], F.cross_entropy(logits, labels, label_smoothing=0.3))
 
 
@@ -282,7 +282,7 @@ def _write_gradients(data: str, out: str) -> int:
         sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
         (batch,) = load_epoch(images, sampler, CPU, 0)
         trainer.backbone.fc_norm.eval()  # its statistics would be of a share
-        loss, figures = trainer.compare(trainer.parallel(batch.images), batch.labels)
+        loss, figures = trainer.compute_loss(trainer.parallel(batch.images), batch.labels)
         loss.backward()
         rows = gather_rows(batch.labels)
         found = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}

@@ -157,7 +157,8 @@ def test_later_the_clusters_of_the_epoch_before_stay(data, tmp_path, monkeypatch
 
 
 def test_fewer_images_than_k1_end_with_a_way_on(data, tmp_path):  # each is a neighbour of all
-    with pytest.raises(ValueError, match=r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the images of a person"):
+    message = r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the number of images of a person"
+    with pytest.raises(ValueError, match=message):
         cluster(cluster_config(data, tmp_path / "run", k1=500))
     assert "k1" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -333,8 +334,8 @@ def test_an_outlier_in_place_of_an_image_that_cannot_be_read_any_more_does_not_c
     trainer = ClusterTrainer(cluster_config(data, tmp_path), 4, CPU)
     features, outputs = torch.randn(2, 4, 128)
     trainer.begin_epoch(torch.tensor([0, 0, 1, 1]), features)
-    expected, _ = trainer.compare(outputs[:3], torch.tensor([0, 0, 1]))
-    loss, _ = trainer.compare(outputs, torch.tensor([0, 0, 1, -1]))
+    expected, _ = trainer.compute_loss(outputs[:3], torch.tensor([0, 0, 1]))
+    loss, _ = trainer.compute_loss(outputs, torch.tensor([0, 0, 1, -1]))
     assert torch.equal(loss, expected)
     trainer.after_step(outputs, torch.tensor([0, 0, -1, -1]))
     assert torch.equal(trainer.memory.centroids[1], torch.nn.functional.normalize(features[2:].mean(0), dim=0))

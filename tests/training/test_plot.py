@@ -112,7 +112,7 @@ def test_a_line_that_a_kill_cut_short_or_without_epoch_is_left_out(tmp_path, dra
 
 def test_a_folder_without_metrics_is_refused_with_what_it_should_be(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is not there: .* is no run of passreid-train"):
+        with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is not there: .* is no training run"):
             plot_run(folder)
 
 
