@@ -39,7 +39,7 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Resize, flip, pad, crop, normalise by 0.5, erase as TransReID and the published models.
+    """Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do.
 
     Args:
         size: Height and width in pixels.

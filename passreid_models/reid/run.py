@@ -109,7 +109,7 @@ class ReIDRun(Run):
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
-    """Fill in model, size and fusion of a configuration: from the checkpoint of a resumed run, else from ``init``.
+    """Fill in model, size and fusion where they are not set: from the checkpoint of a resumed run, else from ``init``.
 
     Raises:
         ValueError: If data or weights are not named, or the fusion needs parts and the model has none.

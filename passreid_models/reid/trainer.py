@@ -42,7 +42,7 @@ class ReIDTrainer(BaseTrainer):
         raise NotImplementedError
 
     def compute_loss(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss for the backward pass, and metrics with a ``loss``, logged as means over the processes."""
+        """Return the loss for the backward pass, and metrics to log as means over processes, ``loss`` among them."""
         raise NotImplementedError
 
     def after_step(self, output: Any, labels: Tensor) -> None:

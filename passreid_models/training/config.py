@@ -42,8 +42,8 @@ class RunConfig:
             where the device supports it, else float16 on CUDA and float32 elsewhere.
         grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
         sync_bn: Synchronise BatchNorm statistics over the processes of several GPUs.
-        workers: Loader processes of each training process, 0 for none; by default its share of the CPU cores minus one,
-            at least 1 and at most 16.
+        workers: Loader processes of each training process; 0 loads in the training process itself; by default its share
+            of the CPU cores minus one, at least 1 and at most 16.
         save_minutes: Longest time between two checkpoints, in minutes.
         save_epochs: Epochs between two checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
@@ -194,7 +194,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a configuration of the values of ``to_dict``; missing fields take their defaults.
+        """Make a configuration from the values of ``to_dict``; missing fields take their defaults.
 
         Raises:
             ValueError: If a name is no field.

@@ -80,7 +80,7 @@ class RunFolder:
     def save(self, state: dict[str, Any], keep: int) -> Path:
         """Write a checkpoint, then delete all but the newest ``keep`` up to its step.
 
-        Checkpoints of later steps neither count nor are deleted: they may be damaged, which is why a run goes back.
+        Checkpoints of later steps do not count and stay: a run may have gone back because they are damaged.
 
         Raises:
             OSError: If the checkpoint cannot be written; earlier ones stay as they are.
