@@ -1,4 +1,4 @@
-"""What ``passreid demo`` does: persons from the generator, their descriptors, a table and a picture of the ranking."""
+"""``passreid demo``: descriptors of generated persons, a table of their accuracy and a picture of the ranking."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from passreid_models.retrieval import evaluate, rank
 from passreid_models.runtime import atomic_file
 from passreid_models.synthetic import SyntheticPersons
 
-DATA_SEED, DEMO_SEED = 1, 0  # identities and cameras are functions of the seed: who is shown is not in the data
+DATA_SEED, DEMO_SEED = 1, 0  # two seeds: the data have no person and no camera of the demo
 SHOWN, TOPK = 6, 8
 
 
 def make_data(folder: str | Path, num_ids: int) -> str:
-    """Write persons in the Market-1501 layout; half of the identities for training.
+    """Write generated persons in the Market-1501 layout, half of the identities for training.
 
     Returns:
-        A sentence on what was written.
+        A line that describes the data.
     """
     data = SyntheticPersons(num_ids, images_per_id=10, cameras=8, seed=DATA_SEED)
     data.write_market1501(folder, workers=2)
@@ -30,27 +30,30 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
     """Rank generated persons by the descriptors of ``model``, and draw the first rankings.
 
     Returns:
-        A table: accuracy of the model beside that of pooled pixels and of chance.
+        A table with mAP and Rank-1 of the model, of pooled pixels and of chance.
+
+    Raises:
+        ValueError: If ``picture`` is no picture file by its suffix, or ``num_ids`` is less than 2.
     """
     if Path(picture).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{picture}: name a picture file such as ranking.png")
     if num_ids < 2:
         raise ValueError(f"ranking needs 2 persons or more, got {num_ids}")
-    ranked = _Ranked(model, num_ids)
-    queries, gallery = np.flatnonzero(ranked.is_query), np.flatnonzero(~ranked.is_query)
+    data = _DemoData(model, num_ids)
+    queries, gallery = np.flatnonzero(data.is_query), np.flatnonzero(~data.is_query)
     lines = [f"{num_ids} generated persons, {len(queries)} queries, {len(gallery)} gallery images, 4 cameras", ""]
     lines += [f"{'descriptor':<36}{'width':>6}{'mAP':>8}{'Rank-1':>8}"]
     names = {"model": model}
-    for (name, metrics), x in zip(ranked.scores().items(), ranked.descriptors.values(), strict=True):
+    for (name, metrics), x in zip(data.scores().items(), data.descriptors.values(), strict=True):
         lines.append(f"{names.get(name, name):<36}{x.shape[1]:>6}{metrics['mAP']:>8.1f}{metrics['rank1']:>8.1f}")
-    descriptors = ranked.descriptors["model"]
+    descriptors = data.descriptors["model"]
     best = rank(descriptors[queries][:SHOWN], descriptors[gallery], TOPK).indices.numpy()
     with atomic_file(picture) as temporary:
-        _draw(ranked.images, queries[:SHOWN], gallery[best], ranked.pids).save(temporary)
+        _draw(data.images, queries[:SHOWN], gallery[best], data.pids).save(temporary)
     return "\n".join([*lines, "", f"the first {len(best)} queries and their best {best.shape[1]} hits: {picture}"])
 
 
-class _Ranked:
+class _DemoData:
     """Generated persons and three descriptors of each image: the model's, pooled pixels, noise."""
 
     def __init__(self, model: str, num_ids: int) -> None:
@@ -66,21 +69,21 @@ class _Ranked:
     def scores(self) -> dict[str, dict[str, float]]:
         """mAP and Rank-1 of each descriptor, in percent."""
         q, g = self.is_query, ~self.is_query
-        found = {}
+        scores = {}
         for name, x in self.descriptors.items():
             metrics = evaluate(x[q], x[g], self.pids[q], self.pids[g], self.camids[q], self.camids[g])
-            found[name] = {"mAP": 100 * metrics.mAP, "rank1": 100 * metrics.rank1}
-        return found
+            scores[name] = {"mAP": 100 * metrics.mAP, "rank1": 100 * metrics.rank1}
+        return scores
 
 
 def _draw(images: list[Image.Image], queries: np.ndarray, hits: np.ndarray, pids: np.ndarray) -> Image.Image:
-    """A row a query: the query, then its hits, framed green where the identity is right and red where not."""
+    """Draw a row for each query: the query framed black, hits green if the identity is right, red if it is wrong."""
     width, height, gap = 64, 128, 4
     columns, rows = 1 + hits.shape[1], len(queries)
     sheet = Image.new("RGB", (columns * (width + 2 * gap) + 2 * gap, rows * (height + 2 * gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (query, found) in enumerate(zip(queries, hits, strict=True)):
-        for column, index in enumerate([query, *found]):
+    for row, query in enumerate(queries):
+        for column, index in enumerate([query, *hits[row]]):
             x = column * (width + 2 * gap) + gap + (2 * gap if column else 0)
             y = row * (height + 2 * gap) + gap
             colour = "black" if not column else "green" if pids[index] == pids[query] else "red"

@@ -1,4 +1,4 @@
-"""Descriptors of many files: shared among the processes of ``torchrun``, taken from the cache where they are known."""
+"""Descriptors of many image files: the processes of ``torchrun`` share the work, and a cache keeps the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,53 +22,54 @@ class Features:
     """Descriptors in the order of the files, in every process."""
 
     descriptors: Tensor
-    """Float32 ``[N, C]`` on the CPU; rows of NaN where an image cannot be read."""
+    """Float32 ``[N, C]`` on the CPU; the rows of unreadable images are NaN."""
     errors: dict[int, str]
-    """Why, by row, with the name of the file."""
+    """Messages about unreadable images by row, with the name of the file."""
     cached: int
-    """How many came from the cache."""
+    """Number of descriptors from the cache."""
 
     @property
     def readable(self) -> np.ndarray:
         """Whether each image can be read, bool ``[N]``."""
-        found = np.ones(len(self.descriptors), dtype=bool)
-        found[list(self.errors)] = False
-        return found
+        mask = np.ones(len(self.descriptors), dtype=bool)
+        mask[list(self.errors)] = False
+        return mask
 
 
 def extract(
     embed: Embedder, paths: Sequence[Path], cache: FeatureCache | None = None, progress: bool = True
 ) -> Features:
-    """Descriptors of image files; each process computes every ``world``-th, and all get all of them.
+    """Compute the descriptors of image files; call it in every process of the group.
 
-    Call it in every process of the group.
+    Each process computes every ``world``-th descriptor, and all processes return all of them.
 
     Args:
-        embed: The same in every process.
-        paths: ``[N]``, the same in every process.
-        cache: Takes known descriptors from it, and leaves these in it.
+        embed: Embedder, the same in every process.
+        paths: N image files, the same in every process.
+        cache: Cache to read descriptors from, and to write new ones to.
         progress: Show a bar in the first process.
     """
     rank, size = world()
-    mine = paths[rank::size]
-    hashes = hash_files(mine) if cache else [""] * len(mine)
-    known = cache.load() if cache else {}
-    block = torch.empty(len(mine), embed.dim)  # [N / world, C]
+    own_paths = paths[rank::size]
+    hashes = hash_files(own_paths) if cache else [""] * len(own_paths)
+    cached_rows = cache.load() if cache else {}
+    block = torch.empty(len(own_paths), embed.dim)  # [N / world, C]
     missing = []
     for row, digest in enumerate(hashes):
-        if digest in known:
-            block[row] = torch.from_numpy(known[digest])
+        if digest in cached_rows:
+            block[row] = torch.from_numpy(cached_rows[digest])
         else:
             missing.append(row)
-    failed: dict[int, str] = {}
+    failures: dict[int, str] = {}
     if missing:
-        found = embed([mine[row] for row in missing], errors=failed, progress=progress and rank == 0)
-        block[torch.tensor(missing)] = found
-    errors = {missing[i]: reason for i, reason in failed.items()}
-    shares: list[Any] = [(block.numpy(), errors, hashes, len(mine) - len(missing))]
+        files = [own_paths[row] for row in missing]
+        block[torch.tensor(missing)] = embed(files, errors=failures, progress=progress and rank == 0)
+    errors = {missing[i]: reason for i, reason in failures.items()}
+    share = (block.numpy(), errors, hashes, len(own_paths) - len(missing))
+    shares: list[Any] = [share]
     if size > 1:
         shares = [None] * size
-        dist.all_gather_object(shares, (block.numpy(), errors, hashes, len(mine) - len(missing)))
+        dist.all_gather_object(shares, share)
     descriptors = torch.empty(len(paths), embed.dim)
     all_errors: dict[int, str] = {}
     all_hashes = [""] * len(paths)
@@ -78,6 +79,6 @@ def extract(
         all_hashes[r::size] = digests
     cached = sum(share[3] for share in shares)
     if cache and rank == 0 and cached + len(all_errors) < len(paths):
-        good = [i for i, digest in enumerate(all_hashes) if digest and i not in all_errors]
-        cache.store([all_hashes[i] for i in good], descriptors[torch.tensor(good, dtype=torch.long)])
+        readable = [i for i, digest in enumerate(all_hashes) if digest and i not in all_errors]
+        cache.store([all_hashes[i] for i in readable], descriptors[torch.tensor(readable, dtype=torch.long)])
     return Features(descriptors, dict(sorted(all_errors.items())), cached)

@@ -1,7 +1,7 @@
-"""Descriptors that need not be computed twice: kept by the content of the weights and of each image.
+"""Cache of descriptors on the disk, by the content of the weights and of each image.
 
 $PASSREID_CACHE/features/0123456789abcdef-fedcba9876543210.safetensors
-    the weights with the settings of the descriptor - the dataset
+    hash of weights and settings - hash of the dataset's name
     hashes       uint8 [N, 32], SHA-256 of each image file
     descriptors  float32 [N, C]
 """
@@ -25,19 +25,19 @@ from passreid_models.runtime import atomic_file, cache_dir, num_cores, sha256
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
-VERSION = 1  # a change of what is made of an image raises it
+VERSION = 1  # to be raised when the same image and weights give another descriptor
 _logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """The known descriptors of one dataset by one model, in one file."""
+    """Cached descriptors of one dataset by one model, in one file."""
 
     def __init__(self, embed: Embedder, dataset: str, folder: str | Path | None = None) -> None:
         """
         Args:
-            embed: Model and settings that the descriptors are made with.
-            dataset: What tells datasets apart, such as the folder: one file each.
-            folder: Where the files are; by default ``features`` in the package's cache.
+            embed: Model and settings of the descriptors.
+            dataset: Name of the dataset, such as its folder; every dataset has its own file.
+            folder: Folder of the files; by default ``features`` in the package's cache.
         """
         self.key, self.dim = weights_key(embed), embed.dim
         scope = hashlib.sha256(dataset.encode(errors="surrogateescape")).hexdigest()
@@ -45,7 +45,7 @@ class FeatureCache:
         self.file = folder / f"{self.key[:16]}-{scope[:16]}.safetensors"
 
     def load(self) -> dict[str, np.ndarray]:
-        """Descriptors ``[C]`` by the SHA-256 of the image; none from a damaged file, which is said."""
+        """Read the descriptors ``[C]`` by SHA-256 of the image; a damaged file is logged, and counts as empty."""
         if not self.file.is_file():
             return {}
         try:
@@ -56,28 +56,28 @@ class FeatureCache:
                     file.get_tensor("descriptors"),
                 )
             if hashes.shape[1:] != (32,) or descriptors.shape != (len(hashes), self.dim):
-                raise ValueError("the shapes are others")
+                raise ValueError("unexpected shapes")
             if metadata["weights"] != self.key or metadata["checksum"] != _checksum(hashes, descriptors):
-                raise ValueError("the checksum is another")
+                raise ValueError("the checksum does not match")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
             _logger.warning(f"{self.file} is damaged ({e}): its descriptors are computed again")
             return {}
         return {digest.tobytes().hex(): row for digest, row in zip(hashes, descriptors, strict=True)}
 
     def store(self, hashes: Sequence[str], descriptors: Tensor) -> None:
-        """Write the descriptors ``[N, C]`` of the images with these hashes, in place of those that were there.
+        """Write the descriptors ``[N, C]`` of the images with these hashes, and drop all earlier ones.
 
-        Where that is not possible it is said: the descriptors are there all the same.
+        A failed write is only logged: the descriptors are computed either way.
         """
-        rows = {digest: row for row, digest in enumerate(hashes)}  # of equal files one
-        raw = np.frombuffer(bytes.fromhex("".join(rows)), dtype=np.uint8).reshape(-1, 32)
-        kept = descriptors[torch.tensor(list(rows.values()), dtype=torch.long)].numpy()
-        metadata = {"weights": self.key, "checksum": _checksum(raw, kept)}
+        rows = {digest: row for row, digest in enumerate(hashes)}  # one row for equal files
+        hash_bytes = np.frombuffer(bytes.fromhex("".join(rows)), dtype=np.uint8).reshape(-1, 32)
+        unique = descriptors[torch.tensor(list(rows.values()), dtype=torch.long)].numpy()
+        metadata = {"weights": self.key, "checksum": _checksum(hash_bytes, unique)}
         try:
             with atomic_file(self.file) as temporary:
-                save_file({"hashes": raw, "descriptors": kept}, temporary, metadata)
-        except (OSError, SafetensorError) as e:  # a full disk, a cache of someone else
-            _logger.warning(f"{self.file} cannot be written ({e}): the descriptors are not kept")
+                save_file({"hashes": hash_bytes, "descriptors": unique}, temporary, metadata)
+        except (OSError, SafetensorError) as e:  # a full disk, or a folder of another user
+            _logger.warning(f"{self.file} cannot be written ({e}): the descriptors are not cached")
 
 
 def weights_key(embed: Embedder) -> str:

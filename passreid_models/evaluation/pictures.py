@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: ranked galleries, CMC, ROC, and the similarities of right and wrong pairs."""
+"""Pictures of an evaluation: ranked galleries, CMC, ROC, and the similarities of right and wrong pairs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,13 @@ def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int =
     """Draw ``ranking.png``, ``cmc.png``, ``roc.png`` and ``similarities.png``.
 
     Args:
-        evaluation: From ``evaluate_dataset``.
-        folder: Where to; made when it is not there.
+        evaluation: Result of ``evaluate_dataset``.
+        folder: Folder of the pictures; made if it does not exist.
         queries: Rows of the ranking, spread evenly over the queries that count.
-        topk: Hits in a row; images that the protocol leaves out are not shown.
+        topk: Hits in a row, without images that the protocol leaves out.
+
+    Returns:
+        The four files.
 
     Raises:
         ValueError: If matplotlib is not installed.
@@ -35,14 +38,14 @@ def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int =
     _draw_similarities(figures["similarities"], evaluation)
     counted = np.flatnonzero(np.asarray(evaluation.metrics.first_match) > 0)
     rows = counted[np.unique(np.linspace(0, len(counted) - 1, queries).round().astype(int))]
-    drawn = [Path(folder) / "ranking.png"]
-    with atomic_file(drawn[0]) as temporary:
+    files = [Path(folder) / "ranking.png"]
+    with atomic_file(files[0]) as temporary:
         draw_ranking(evaluation.retrieved, rows, topk).save(temporary)
     for name, figure in figures.items():
-        drawn.append(Path(folder) / f"{name}.png")
-        with atomic_file(drawn[-1]) as temporary:
+        files.append(Path(folder) / f"{name}.png")
+        with atomic_file(files[-1]) as temporary:
             figure.savefig(temporary, dpi=110)
-    return drawn
+    return files
 
 
 def best_hits(retrieved: "Retrieved", query: int, topk: int) -> np.ndarray:
@@ -55,16 +58,16 @@ def best_hits(retrieved: "Retrieved", query: int, topk: int) -> np.ndarray:
     if retrieved.has_cameras:
         same = retrieved.gallery.pids == retrieved.query.pids[query]
         left_out |= same & (retrieved.gallery.camids == retrieved.query.camids[query])
-    wanted = topk + int(left_out.sum())
-    found = rank(retrieved.query_features[query], retrieved.gallery_features, wanted, retrieved.metric)
-    hits = found.indices[0].cpu().numpy()
+    depth = topk + int(left_out.sum())
+    ranking = rank(retrieved.query_features[query], retrieved.gallery_features, depth, retrieved.metric)
+    hits = ranking.indices[0].cpu().numpy()
     return hits[~left_out[hits]][:topk]
 
 
 def draw_ranking(retrieved: "Retrieved", queries: np.ndarray, topk: int) -> Image.Image:
-    """A row a query: the query framed black, its hits green where the identity is right and red where not.
+    """Draw a row for each query: the query framed black, hits green if the identity is right, red if it is wrong.
 
-    Below each is its camera, below the query also its identity.
+    The camera is written below each image, and the identity below the query.
     """
     cell_width, cell_height = WIDTH + 2 * GAP, HEIGHT + 2 * GAP + LABEL
     sheet = Image.new("RGB", ((1 + topk) * cell_width + 2 * GAP, len(queries) * cell_height), "white")
@@ -96,29 +99,29 @@ def _draw_cmc(figure: Any, evaluation: "Evaluation") -> None:
         if metrics is not None:
             share = 100 * np.asarray(metrics.cmc)
             axes.plot(np.arange(1, len(share) + 1), share, label=f"{name}, mAP {100 * metrics.mAP:.1f}")
-    axes.set(title="CMC", xlabel="rank", ylabel="queries with a match up to there, %", ylim=(0, 101))
+    axes.set(title="CMC", xlabel="rank", ylabel="queries with a match up to this rank, %", ylim=(0, 101))
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _draw_roc(figure: Any, evaluation: "Evaluation") -> None:
-    axes, found = figure.subplots(), evaluation.roc
-    axes.plot(found.fpr, 100 * found.tpr, label="pairs of query and gallery")
-    axes.plot([found.eer], [100 * (1 - found.eer)], "o", label=f"EER {100 * found.eer:.1f} %")
+    axes, roc = figure.subplots(), evaluation.roc
+    axes.plot(roc.fpr, 100 * roc.tpr, label="pairs of query and gallery")
+    axes.plot([roc.eer], [100 * (1 - roc.eer)], "o", label=f"EER {100 * roc.eer:.1f} %")
     axes.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate, %", ylim=(0, 101), xscale="log")
-    axes.set_xlim(1 / found.num_negatives, 1)  # fewer than one pair cannot be seen
+    axes.set_xlim(1 / roc.num_negatives, 1)  # from the rate of one pair on
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _draw_similarities(figure: Any, evaluation: "Evaluation") -> None:
-    axes, found = figure.subplots(), evaluation.roc
-    edges, used = found.histogram_edges, np.flatnonzero(found.positive_histogram + found.negative_histogram)
-    shown = slice(used[0], used[-1] + 1)
-    for name, counts in (("right pairs", found.positive_histogram), ("wrong pairs", found.negative_histogram)):
-        shares = 100 * counts[shown] / counts.sum()
-        axes.stairs(shares, edges[used[0] : used[-1] + 2], fill=True, alpha=0.5, label=name)
-    axes.axvline(found.eer_threshold, color="black", linewidth=1, label=f"EER, at {found.eer_threshold:.3f}")
+    axes, roc = figure.subplots(), evaluation.roc
+    edges, bins = roc.histogram_edges, np.flatnonzero(roc.positive_histogram + roc.negative_histogram)
+    first, last = bins[0], bins[-1]
+    for name, counts in (("right pairs", roc.positive_histogram), ("wrong pairs", roc.negative_histogram)):
+        shares = 100 * counts[first : last + 1] / counts.sum()
+        axes.stairs(shares, edges[first : last + 2], fill=True, alpha=0.5, label=name)
+    axes.axvline(roc.eer_threshold, color="black", linewidth=1, label=f"EER, at {roc.eer_threshold:.3f}")
     kind = "cosine" if evaluation.retrieved.metric == "cosine" else "negative squared distance"
     axes.set(title="similarities", xlabel=kind, ylabel="of the pairs, %")
     axes.legend()

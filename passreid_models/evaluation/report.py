@@ -1,4 +1,4 @@
-"""The result of an evaluation: what was ranked, what was measured, as a table and as JSON."""
+"""Result of an evaluation: ranked images and scores, as a table and as JSON."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ FPRS = (1e-3, 1e-4)
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """Readable queries and gallery images without junk, with their descriptors."""
+    """Queries and gallery images with their descriptors, without junk and unreadable images."""
 
     query: Split
     gallery: Split
@@ -33,7 +33,7 @@ class Retrieved:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """Labels as the metrics take them, without cameras where these do not count."""
+        """Labels as keyword arguments of the metrics; cameras are None if the protocol ignores them."""
         return {
             "query_pids": self.query.pids,
             "gallery_pids": self.gallery.pids,
@@ -55,12 +55,12 @@ class Retrieved:
         return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
 
     def reranked(self) -> RetrievalMetrics:
-        """The same after k-reciprocal re-ranking."""
+        """mAP, mINP and CMC after k-reciprocal re-ranking."""
         distances = rerank(self.query_features, self.gallery_features, metric=self.metric)
         return evaluate_distances(distances, **self.labels)
 
     def roc(self) -> ROC:
-        """All pairs that count, as a verification."""
+        """ROC of a verification over all pairs that count."""
         return roc(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
 
 
@@ -79,19 +79,19 @@ class Evaluation:
 
     @property
     def unreadable(self) -> list[str]:
-        """Images that were left out, each with its reason."""
+        """Unreadable images, each with the reason."""
         return self.retrieved.unreadable
 
     @property
     def protocol(self) -> str:
-        """Gallery images that a query is compared with."""
+        """Images that are left out of the ranking of a query, in words."""
         if self.retrieved.has_cameras:
             return "Market-1501: matches under the query's own camera and junk are left out"
         cameras = "one camera" if self.dataset.gallery.num_cameras == 1 else "no cameras"
         return f"{cameras}: the query itself and junk are left out"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the descriptors, for JSON; scores are in percent."""
+        """Convert to plain values for JSON, without the descriptors; scores are in percent."""
         total, read = len(self.dataset.query), len(self.retrieved.query)
         values: dict[str, Any] = {
             "dataset": {
@@ -141,7 +141,7 @@ class Evaluation:
         values, model = self.to_dict(), self.model
         queries = values["queries"]
         kind = [model["name"], model["size"], model["fusion"], f"{model['neck']} neck" if model["neck"] else ""]
-        kind += [f"width {model['width']}", "mirrored images too" if model["flip"] else "", model["dtype"]]
+        kind += [f"width {model['width']}", "averaged with mirrored images" if model["flip"] else "", model["dtype"]]
         counts = [f"{queries['counted']:,} of {queries['total']:,} queries count"]
         counts += [f"{queries['without_match']:,} have no match"] if queries["without_match"] else []
         counts += [f"{len(self.unreadable):,} images cannot be read"] if self.unreadable else []
@@ -164,8 +164,8 @@ class Evaluation:
         rows = [(f"EER {values['eer']:.2f} %", 100 - values["eer"], values["eer_threshold"])]
         rows += [(f"FPR {row['fpr']:g}", row["tpr"], row["threshold"]) for row in values["verification"]]
         for name, tpr, threshold in rows:
-            shown = ("-" if value is None else f"{value:.{digits}f}" for value, digits in ((tpr, 1), (threshold, 4)))
-            lines.append("{:<21}{:>8}{:>12}".format(name, *shown))
+            cells = ["-" if value is None else f"{value:.{digits}f}" for value, digits in ((tpr, 1), (threshold, 4))]
+            lines.append("{:<21}{:>8}{:>12}".format(name, *cells))
         if any(row["tpr"] is None for row in values["verification"]):
             lines.append(f"-: {self.roc.num_negatives:,} pairs of two identities are too few to measure it")
         return "\n".join(lines)
@@ -181,5 +181,5 @@ def percent(metrics: RetrievalMetrics) -> dict[str, float]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Replace infinity and NaN by None, since JSON has neither."""
     return float(value) if math.isfinite(value) else None

@@ -132,15 +132,15 @@ class PretrainTrainer(BaseTrainer):
         loss, *kind_losses, norm = all_reduce_mean(means).tolist()  # waits for the GPU, once per step
         if not self.is_finite(loss, norm):
             if math.isfinite(loss):
-                self.leave_out(self.optimizer, "gradient")
+                self.skip_step(self.optimizer, "gradient")
             else:
-                self.leave_out(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
+                self.skip_step(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
             return {"loss": float("nan"), **values._asdict()}
 
         if self.epoch < config.freeze_last_layer_epochs:
             for head in self.student.heads:
                 cast(ProjectionHead, head).last_layer.zero_grad()
-        self.move(self.optimizer)
+        self.step_optimizer(self.optimizer)
         update_teacher(self.teacher.parameters(), self.student.parameters(), values.momentum)
         self.criterion.move_centers(target_means)
 

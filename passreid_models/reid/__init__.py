@@ -1,11 +1,11 @@
-"""Re-identification: fine-tuning with identity labels, and by clusters without (USL, UDA).
+"""Re-identification: fine-tuning with identity labels, and clustering without (USL, UDA).
 
 supervised      finetune: run and trainer
 unsupervised    cluster: run and trainer; pseudo_labels: Jaccard distances and DBSCAN
 model           backbone, neck and classifier
-losses          batch-hard triplets, cluster memory
-samplers        which images make a batch; batches: loading
-trainer, run    what both tasks share; config: settings
+losses          batch-hard triplet loss, cluster memory
+samplers        images of each batch; batches: transform and loading
+trainer, run    base of both tasks; config: settings
 """
 
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig

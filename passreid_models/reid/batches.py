@@ -1,6 +1,6 @@
 """Batches of labelled images for the trainers of re-ID.
 
-What is drawn for an image is a function of seed, step and place in the batch.
+The random augmentation of an image is a function of seed, step and place in the batch.
 
 Shapes: B batch.
 """
@@ -24,13 +24,13 @@ from passreid_models.data.sources import FileSource
 from passreid_models.runtime import seed_step
 
 RANDOM = "random"
-"""Erased pixels are of a normal distribution each."""
+"""Fill of random erasing: standard normal noise for each pixel."""
 
 Key = tuple[int, int, int]  # step, place in the batch, image
 
 
 class ImageBatch(NamedTuple):
-    """Images of one process, and those that could not be read and were replaced by the next one."""
+    """Images of one process, and messages about unreadable ones, each replaced by the next readable image."""
 
     images: Tensor  # [B, 3, H, W], normalised
     labels: Tensor  # int64 [B]
@@ -39,15 +39,15 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Resize, flip, pad, crop, normalise by 0.5, erase as TransReID and the published models.
+    """Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do.
 
     Args:
         size: Height and width in pixels.
         flip_prob: Probability of a horizontal flip.
         pad: Black pixels on each side, before the random crop.
         erase_prob: Probability of random erasing (arXiv 1708.04896).
-        erase_area: Least and largest share of the image.
-        erase_value: What is put there, after the normalisation: three numbers, or ``random`` for noise.
+        erase_area: Smallest and largest erased share of the image.
+        erase_value: Fill of the erased area, after normalisation: three numbers, or ``random`` for noise.
     """
 
     size: tuple[int, int] = (256, 128)
@@ -58,7 +58,7 @@ class TrainTransform:
     erase_value: tuple[float, float, float] | str = RANDOM
 
     def compose(self) -> Any:
-        """The torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator."""
+        """Return the torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator."""
         from torchvision import transforms as T
 
         return T.Compose(
@@ -74,15 +74,15 @@ class TrainTransform:
 
 
 class TrainImages(Dataset):
-    """Transformed images with their labels, at keys (step, place in the batch, image)."""
+    """Transformed images with their labels, indexed by (step, place in the batch, image)."""
 
     def __init__(self, paths: list[Path], labels: np.ndarray, transform: TrainTransform, seed: int) -> None:
         """
         Args:
-            paths: N files.
-            labels: int64 ``[N]``.
-            transform: How a training image is made.
-            seed: Of what the transform draws.
+            paths: N image files.
+            labels: Classes, int64 ``[N]``.
+            transform: Augmentation of a training image.
+            seed: Seed of the augmentation.
         """
         self.source = FileSource(Path("/"), Names(os.fsencode(path.absolute()) for path in paths))
         self.labels, self.seed = labels, seed
@@ -104,13 +104,14 @@ class TrainImages(Dataset):
 class KeySampler(Sampler[list[Key]]):
     """Keys of the batches of one process.
 
-    A step takes the same images whatever the number of processes, and what is drawn for them is the same.
+    The images of a step and their augmentation do not depend on the number of processes.
 
     Args:
-        batches: Of an epoch, each int64 ``[groups, images]``: a group (the images of an identity) stays together.
-        first_step: The step of the first batch.
-        skip: Batches that are done.
-        rank: Of this process.
+        batches: Batches of an epoch, each int64 ``[groups, images]``; a group (the images of one identity) goes to one
+            process.
+        first_step: Step of the first batch.
+        skip: Number of finished batches.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -127,18 +128,18 @@ class KeySampler(Sampler[list[Key]]):
         for nth in range(self.skip, len(self.batches)):
             batch = self.batches[nth]
             places = np.arange(batch.size).reshape(batch.shape)[self.rank :: self.world_size]
-            mine = batch[self.rank :: self.world_size]
-            pairs = zip(places.ravel().tolist(), mine.ravel().tolist(), strict=True)
+            images = batch[self.rank :: self.world_size]
+            pairs = zip(places.ravel().tolist(), images.ravel().tolist(), strict=True)
             yield [(self.first_step + nth, place, image) for place, image in pairs]
 
 
 def load_epoch(
     images: TrainImages, sampler: KeySampler, device: torch.device, workers: int
 ) -> Generator[ImageBatch, None, None]:
-    """The batches of an epoch, on ``device``.
+    """Load the batches of an epoch to ``device``.
 
     Raises:
-        ImageError: As ``images``.
+        ImageError: If so many images in a row cannot be read that something else must be wrong.
     """
     loader: DataLoader = make_loader(images, sampler, workers, device.type == "cuda", _collate)
     with closing(loaded(loader)) as batches:

@@ -1,4 +1,4 @@
-"""The configurations of fine-tuning with labels and without: one dataclass each for Python, command line and YAML."""
+"""Configurations of re-ID with and without labels: one dataclass each for Python, command line and YAML."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,31 +11,32 @@ FUSIONS, NECKS, MEMORIES = ("cat", "mean", "parts", "token"), ("single", "multi"
 
 @dataclass(frozen=True, kw_only=True)
 class ReIDConfig(RunConfig):
-    """Settings that fine-tuning with labels and without share.
+    """Settings shared by re-ID with and without labels.
 
     Args:
-        model: Registered architecture; by default that of ``init``, else ViT-S.
-        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint
-            file; ``random`` for none.
-        size: Height and width of the images in pixels; by default that of ``init``, where it is a tag or an exported
-            folder, else 256x128.
-        lr: Learning rate at its peak; it is for this batch, and not scaled.
-        fusion: How CLS and parts become a descriptor: ``cat``, ``mean``, ``parts`` or ``token``; by default that of
-            ``init``, where it is a tag or an exported folder, else ``cat``.
-        neck: BatchNorm of each token (``multi``) or of the fused vector (``single``).
+        model: Registered architecture; by default that of ``init``, else ViT-S (``pass_vit_small_patch16``).
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, a checkpoint file, or
+            ``random``.
+        size: Image height and width in pixels; by default those of ``init`` if it is a tag, an exported folder or a
+            run, else 256x128.
+        lr: Peak learning rate; it is not scaled with the batch size.
+        fusion: Fusion of CLS token g and mean part token m into the descriptor: ``cat`` for [g, m], ``mean`` for
+            (g + m) / 2, ``parts`` for all tokens, ``token`` for g; by default that of ``init`` if it is a tag, an
+            exported folder or a run, else ``cat``.
+        neck: BatchNorm neck: ``multi`` normalises each token, ``single`` the fused vector.
         flip_prob: Probability of a horizontal flip.
-        pad: Pixels around the image before the random crop.
+        pad: Black pixels added on each side before the random crop.
         erase_prob: Probability of random erasing.
-        momentum: Of SGD.
-        eval_data: Dataset to evaluate on; by default queries and gallery of ``data``, where it has some.
-        eval_epochs: Epochs between two evaluations; the last epoch is always evaluated, and 0 evaluates never.
+        momentum: Momentum of SGD.
+        eval_data: Dataset with queries and gallery to evaluate on; by default ``data``, if it has both.
+        eval_epochs: Epochs between two evaluations; the last epoch is always evaluated; 0: no evaluation.
     """
 
     FREE = (*RunConfig.FREE, "eval_data", "eval_epochs")
     TOPICS: ClassVar[dict[str, str]] = {
         "fusion": "model", "flip_prob": "batches and augmentation", "momentum": "training", "eval_data": "evaluation",
     }  # fmt: skip
-    accumulate: ClassVar[int] = 1  # a triplet or a memory wants the whole batch at once
+    accumulate: ClassVar[int] = 1  # triplet loss and cluster memory need the whole batch at once
 
     fusion: str = ""
     neck: str
@@ -53,7 +54,7 @@ class ReIDConfig(RunConfig):
         self.check_size("size")
 
     def resolved(self, **values: Any) -> Self:
-        """With these values in place of what was left to the defaults."""
+        """Return a copy in which these values replace those that were left to their defaults."""
         return replace(self, **values)
 
 
@@ -64,17 +65,19 @@ class FinetuneConfig(ReIDConfig):
     Args:
         data: A labelled dataset: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file, or
             ``synthetic:ids=200``.
-        ids_per_batch: Identities of a step, over all processes.
-        images_per_id: Images of each. A batch is ``ids_per_batch`` times as large.
-        bias_lr: Factor for biases.
-        warmup_epochs: Of the learning rate, from a hundredth of it; by default a sixth of ``epochs``, 20 at most.
-        layer_decay: Factor of the learning rate from each block to the one before it; 1 is the published.
-        freeze_blocks: First blocks that stay as they are, with tokens and patch embedding; 0 trains all.
-        id_weight: Weight of the cross-entropy of the identities.
-        triplet_weight: Weight of the batch-hard triplet loss; 0 draws images without regard to identities, for data
-            with one image of each.
-        margin: Of the triplet loss; by default the soft margin.
-        label_smoothing: Of the cross-entropy.
+        ids_per_batch: Identities in a batch, over all processes.
+        images_per_id: Images of each identity in a batch, which holds ``ids_per_batch`` x ``images_per_id`` images.
+        bias_lr: Factor of the learning rate of biases.
+        warmup_epochs: Epochs of linear warm-up, from a hundredth of the learning rate; by default a sixth of
+            ``epochs``, at most 20.
+        layer_decay: Factor of the learning rate from each block to the one before it; 1 (published): none.
+        freeze_blocks: Number of first blocks to freeze, along with patch embedding, tokens and positions; 0 trains
+            everything.
+        id_weight: Weight of the cross-entropy loss over identities.
+        triplet_weight: Weight of the batch-hard triplet loss; 0 leaves it out and draws images regardless of identity,
+            for data with one image of each identity.
+        margin: Margin of the triplet loss; by default the soft margin.
+        label_smoothing: Label smoothing of the cross-entropy.
     """
 
     TOPICS: ClassVar[dict[str, str]] = {"ids_per_batch": "batches and augmentation", "bias_lr": "training"}
@@ -98,7 +101,7 @@ class FinetuneConfig(ReIDConfig):
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: If a value cannot be; the message begins with the field's name.
+            ValueError: If a value is not valid; the message begins with the field's name.
         """
         super().__post_init__()
         self.check_ranges(
@@ -113,7 +116,7 @@ class FinetuneConfig(ReIDConfig):
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
         if not self.id_weight and not self.triplet_weight:
-            raise wrong("id_weight", self.id_weight, "more than 0 where triplet_weight is 0: there is no loss else")
+            raise wrong("id_weight", self.id_weight, "more than 0 where triplet_weight is 0: there is no other loss")
         if self.triplet_weight and self.ids_per_batch < 2:
             raise wrong("ids_per_batch", self.ids_per_batch, "2 or more for the triplet loss")
         if self.triplet_weight and self.images_per_id < 2:
@@ -129,7 +132,7 @@ class FinetuneConfig(ReIDConfig):
 
     @property
     def num_warmup_epochs(self) -> int:
-        """``warmup_epochs``, also where it follows from ``epochs``."""
+        """``warmup_epochs``, or its default, which depends on ``epochs``."""
         return min(20, self.epochs // 6) if self.warmup_epochs is None else self.warmup_epochs
 
 
@@ -138,24 +141,27 @@ class ClusterConfig(ReIDConfig):
     """Settings of ``passreid cluster``; the defaults are the published ones for Market-1501.
 
     Args:
-        data: Images: a dataset as for ``passreid finetune``, whose labels are used for reports alone, or any folder.
-        init: As for ``passreid finetune``; for domain adaptation, the export of a model fine-tuned on the source.
+        data: Training images: any folder, or a dataset as for ``passreid finetune``, whose labels serve reports only.
+        init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, a checkpoint
+            file, or ``random``; for domain adaptation without ``source``, a model fine-tuned on the source.
         epochs: Rounds of clustering and training.
-        source: A labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
+        source: Labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
         source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
             ``--config``.
         steps: Training steps of an epoch.
-        clusters_per_batch: Clusters of a step, over all processes.
-        images_per_cluster: Images of each. A batch is ``clusters_per_batch`` times as large.
-        lr_step: Epochs after which the learning rate falls.
-        lr_gamma: Factor that it falls by.
-        eps: Jaccard distance up to which two images are neighbours in DBSCAN; published 0.6, for MSMT17 0.7.
-        min_samples: Neighbours, with itself, that make an image the core of a cluster.
-        k1: Nearest neighbours, with the image itself, of the Jaccard distance.
-        k2: Of its query expansion.
-        temp: Temperature of the contrast.
-        memory: How the centroid of a cluster follows: to the sample it is least like (``hard``), or to each (``mean``).
-        memory_momentum: Weight of the old centroid.
+        clusters_per_batch: Clusters in a batch, over all processes.
+        images_per_cluster: Images of each cluster in a batch, which holds ``clusters_per_batch`` x
+            ``images_per_cluster`` images.
+        lr_step: Epochs between two reductions of the learning rate.
+        lr_gamma: Factor of the learning rate at each reduction.
+        eps: Largest Jaccard distance between neighbours in DBSCAN; published: 0.6, and 0.7 for MSMT17.
+        min_samples: Neighbours, itself included, that make an image the core of a cluster.
+        k1: Nearest neighbours of an image, itself included, for the Jaccard distance.
+        k2: Nearest images, itself included, whose encodings are averaged (query expansion of the Jaccard distance).
+        temp: Temperature of the contrastive loss.
+        memory: Update of a cluster's centroid: by the least similar sample of the batch (``hard``), or by every sample
+            in turn (``mean``).
+        memory_momentum: Weight of the old centroid in an update.
     """
 
     FREE = (*ReIDConfig.FREE, "source", "source_config")
@@ -188,7 +194,7 @@ class ClusterConfig(ReIDConfig):
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: If a value cannot be; the message begins with the field's name.
+            ValueError: If a value is not valid; the message begins with the field's name.
         """
         super().__post_init__()
         self.check_choices({"memory": MEMORIES})

@@ -1,4 +1,4 @@
-"""Losses of re-ID: batch-hard triplets with labels, contrast with a memory of clusters without.
+"""Losses of re-ID: batch-hard triplet loss with labels, cluster contrast without.
 
 Shapes: B batch, C descriptor width, K identities or clusters.
 """
@@ -13,8 +13,8 @@ __all__ = ["ClusterMemory", "batch_hard_triplet"]
 def batch_hard_triplet(features: Tensor, pids: Tensor, margin: float | None = None) -> Tensor:
     """Triplet loss of the farthest positive and the nearest negative of each anchor (arXiv 1703.07737).
 
-    Distances are Euclidean, of the features as they come. An anchor is its own positive at distance 0 where its
-    identity has no other image.
+    Distances are Euclidean; features are not normalised. An anchor without another image of its identity is its own
+    positive, at distance 0.
 
     Args:
         features: ``[B, C]``.
@@ -22,7 +22,7 @@ def batch_hard_triplet(features: Tensor, pids: Tensor, margin: float | None = No
         margin: None for the soft margin ``log(1 + exp(d_ap - d_an))``; else ``max(0, d_ap - d_an + margin)``.
 
     Returns:
-        The mean over the anchors.
+        Mean over the anchors.
 
     Raises:
         ValueError: If all images are of one identity, so that there is no negative.
@@ -42,9 +42,9 @@ def batch_hard_triplet(features: Tensor, pids: Tensor, margin: float | None = No
 class ClusterMemory(nn.Module):
     """Contrast of images with the centroids of their clusters (Cluster Contrast, arXiv 2103.11568).
 
-    ``loss = cross_entropy(normalize(features) @ memory.T / temp, labels)``; after it the memory moves towards the
-    features of the batch: ``hard``, each cluster towards the one of its samples that it is least like, or ``mean``,
-    towards every sample in turn.
+    ``loss = cross_entropy(normalize(features) @ memory.T / temp, labels)``; ``update`` then moves the centroids of the
+    batch's clusters: with ``hard`` towards the least similar sample of the cluster, with ``mean`` towards every sample
+    in turn.
 
     Example:
         >>> memory = ClusterMemory(centroids)
@@ -57,11 +57,11 @@ class ClusterMemory(nn.Module):
         Args:
             centroids: L2-normalised ``[K, C]``.
             temp: Temperature.
-            momentum: Weight of the *old* entry.
+            momentum: Weight of the *old* centroid.
             mode: ``hard`` or ``mean``.
 
         Raises:
-            ValueError: If the mode is another.
+            ValueError: If the mode is neither.
         """
         super().__init__()
         if mode not in ("hard", "mean"):
@@ -80,15 +80,15 @@ class ClusterMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Move the entries of the batch's clusters; under DDP give it the samples of all processes."""
+        """Update the centroids of the batch's clusters; under DDP, pass the samples of all processes."""
         features = F.normalize(features.float(), dim=1)
         if self.mode == "mean":
             for x, k in zip(features, labels.tolist(), strict=True):
                 self._move(k, x)
             return
         for k in labels.unique().tolist():
-            of_cluster = features[labels == k]
-            self._move(k, of_cluster[(of_cluster @ self.centroids[k]).argmin()])
+            samples = features[labels == k]
+            self._move(k, samples[(samples @ self.centroids[k]).argmin()])
 
     def _move(self, k: int, x: Tensor) -> None:
         self.centroids[k] = F.normalize(self.momentum * self.centroids[k] + (1 - self.momentum) * x, dim=0)

@@ -1,6 +1,6 @@
-"""Pseudo-labels without labels: Jaccard distances of k-reciprocal neighbours, and DBSCAN on their sparse graph.
+"""Pseudo-labels: Jaccard distances of k-reciprocal neighbours, and DBSCAN on their sparse graph.
 
-As in Cluster Contrast (arXiv 2103.11568), whose code PASS uses; for N images no N x N matrix is made.
+The method is that of Cluster Contrast (arXiv 2103.11568), whose code PASS uses; no N x N matrix is made for N images.
 """
 
 import logging
@@ -26,24 +26,24 @@ _logger = logging.getLogger(__name__)
 def jaccard_distances(
     features: Tensor | ArrayLike, k1: int = 30, k2: int = 6, eps: float | None = None, budget_mb: float = 256.0
 ) -> "csr_array":
-    """Jaccard distances of images by their k-reciprocal neighbours, only those below 1.
+    """Jaccard distances between images by their k-reciprocal neighbours; only those below 1 are stored.
 
     Args:
         features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
-        k1: Nearest neighbours of an image, itself included; with fewer images all of them.
-        k2: Nearest images, itself included, whose encodings are averaged.
-        eps: Leave out larger distances; by default none.
+        k1: Number of nearest neighbours of an image, itself included; all images if there are fewer.
+        k2: Number of nearest images, itself included, whose encodings are averaged.
+        eps: Largest distance to store; by default all below 1.
         budget_mb: Memory for temporary arrays on top of the descriptors and the result, in MB.
 
     Returns:
-        ``[N, N]``, symmetric, the diagonal and other zeros stored, what is not stored is a distance of 1 (or, with
-        ``eps``, a larger one than that).
+        ``[N, N]``, symmetric; zeros, such as the diagonal, are stored. A distance that is not stored is 1, or, with
+        ``eps``, larger than ``eps``.
 
     Raises:
-        ValueError: If the descriptors are no ``[N, C]`` of finite numbers, an option is out of its range, or scipy is
-            not installed.
+        ValueError: If the descriptors are not finite numbers ``[N, C]``, an option is out of range, or scipy is not
+            installed.
     """
-    x = _checked(features)
+    x = _to_descriptors(features)
     for name, value in (("k1", k1), ("k2", k2)):
         if value < 1:
             raise ValueError(f"{name} must be 1 or more, got {value}")
@@ -53,7 +53,7 @@ def jaccard_distances(
     if not num:
         return csr((0, 0), dtype=np.float32)
     if num < k1:
-        _logger.warning(f"clustering of {num} images: k1 is {num} instead of {k1}; the distances say little")
+        _logger.warning(f"clustering of {num} images: k1 is {num} instead of {k1}; the distances are unreliable")
         k1 = num
     pairs = Similarities(x, x, "cosine")
     half = min(k1, round(k1 / 2) + 1)
@@ -71,13 +71,13 @@ def jaccard_distances(
 
 
 def _upper_half(v: Any, eps: float | None, budget_mb: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs ``i < j`` and their Jaccard distances, chunk by chunk."""
+    """Yield pairs ``i < j`` and their Jaccard distances, in chunks."""
     num = v.shape[0]
     places = sparse().csr_array((np.arange(v.nnz), v.indices, v.indptr), shape=v.shape).tocsc()
-    others = sparse().csc_array((v.data[places.data], places.indices, places.indptr), shape=v.shape)
+    columns_v = sparse().csc_array((v.data[places.data], places.indices, places.indptr), shape=v.shape)
     firsts = np.empty(v.nnz, dtype=np.int64)
-    firsts[places.data] = np.arange(1, v.nnz + 1)  # of each entry, those below it in its column
-    for start, _, terms in minima(v, others, firsts, num, budget_mb, most_rows=2**32 // num):
+    firsts[places.data] = np.arange(1, v.nnz + 1)  # for each entry, the place after it in its column
+    for start, _, terms in minima(v, columns_v, firsts, num, budget_mb, most_rows=2**32 // num):
         # summed by sorting integers: the pair in the upper half of the bits, the minimum in the lower one
         keys = terms.pairs.view(np.uint64) << np.uint64(32)
         keys |= terms.values.view(np.uint32)
@@ -104,18 +104,18 @@ def cluster_features(
 
     Args:
         features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
-        eps: Largest Jaccard distance of neighbours; published: 0.6 for Market-1501, 0.7 for MSMT17.
+        eps: Largest Jaccard distance between neighbours; published: 0.6 for Market-1501, 0.7 for MSMT17.
         min_samples: Neighbours, itself included, that make an image the core of a cluster.
-        k1: Nearest neighbours of an image, itself included; with fewer images all of them.
-        k2: Nearest images, itself included, whose encodings are averaged.
+        k1: Number of nearest neighbours of an image, itself included; all images if there are fewer.
+        k2: Number of nearest images, itself included, whose encodings are averaged.
         budget_mb: Memory for temporary arrays on top of the descriptors and the graph, in MB.
 
     Returns:
         Labels ``[N]``: -1 for outliers, clusters counted from 0 in the order of their first images.
 
     Raises:
-        ValueError: If the descriptors are no ``[N, C]`` of finite numbers, an option is out of its range, or
-            scikit-learn is not installed.
+        ValueError: If the descriptors are not finite numbers ``[N, C]``, an option is out of range, or scikit-learn is
+            not installed.
     """
     if min_samples < 1:
         raise ValueError(f"min_samples must be 1 or more, got {min_samples}")
@@ -124,14 +124,14 @@ def cluster_features(
     if not graph.shape[0]:
         return np.empty(0, dtype=np.int64)
     labels = dbscan(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph)
-    found, first = np.unique(labels[labels >= 0], return_index=True)
-    number = np.full(len(found) + 1, -1)  # the last, of the outliers
-    number[found[np.argsort(first)]] = np.arange(len(found))
-    return number[labels]
+    clusters, first_images = np.unique(labels[labels >= 0], return_index=True)
+    numbers = np.full(len(clusters) + 1, -1)  # the last entry stays -1: outliers index it
+    numbers[clusters[np.argsort(first_images)]] = np.arange(len(clusters))
+    return numbers[labels]
 
 
 def find_dbscan() -> Any:
-    """scikit-learn's class.
+    """Return the class ``DBSCAN`` of scikit-learn.
 
     Raises:
         ValueError: If scikit-learn is not installed.
@@ -143,7 +143,8 @@ def find_dbscan() -> Any:
     return DBSCAN
 
 
-def _checked(features: Tensor | ArrayLike) -> Tensor:
+def _to_descriptors(features: Tensor | ArrayLike) -> Tensor:
+    """Convert to float32 ``[N, C]``; refuse other shapes, and rows that are not finite."""
     x = torch.as_tensor(features).detach()
     if x.ndim != 2:
         raise ValueError(f"expected descriptors [N, C], got {tuple(x.shape)}")

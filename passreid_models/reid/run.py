@@ -1,7 +1,7 @@
-"""What the runs of re-ID have in common: the dataset, evaluation between epochs, and the best model so far.
+"""Base of the re-ID runs: dataset, evaluation between epochs, and the best model so far.
 
-RUN/export/   the model as it is now
-RUN/best/     the one of the highest mAP, where the run is evaluated
+RUN/export/   current model
+RUN/best/     model of the highest mAP, if the run is evaluated
 """
 
 import logging
@@ -24,20 +24,20 @@ _logger = logging.getLogger(__name__)
 
 
 class ReIDRun(Run):
-    """A run on a dataset of persons."""
+    """Run on a re-ID dataset, evaluated between epochs."""
 
     labelled = True
     epoch_figure = "mAP"
     erase: tuple[tuple[float, float], Any] = ((0.02, 1 / 3), RANDOM)
-    """Area of random erasing, and what is put there."""
+    """Area and fill of random erasing."""
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
         self.config = complete(self.config, checkpoint)
         config = self.config
         self.dataset = open_dataset(config.data, self.labelled).require("train")
-        self.evaluated = evaluation_data(config, self.dataset, self.labelled)
+        self.eval_dataset = evaluation_data(config, self.dataset, self.labelled)
         self.train_split = self.dataset.train
-        if self.labelled:  # junk is nobody
+        if self.labelled:  # junk has no identity
             self.train_split = self.train_split.take(np.flatnonzero(self.train_split.pids >= 0))
             if not len(self.train_split):
                 raise ValueError(f"data: all training images of {config.data} are junk (identity -1)")
@@ -52,26 +52,26 @@ class ReIDRun(Run):
         return trainer
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
-        """The trainer of the task."""
+        """Make the trainer of the task."""
         raise NotImplementedError
 
     def _read_best(self, step: int) -> float:
-        """mAP of the best model so far; what a resumed run makes again, or had from other data, does not count."""
+        """mAP of the best model so far; -1 if there is none up to this step on the same evaluation data."""
         file = self.folder.path / "best" / "config.json"
-        best = read_config(file.parent)["provenance"] if file.is_file() else {}
-        if self.evaluated is None or best.get("evaluated_on") != self.evaluated.fingerprint:
+        provenance = read_config(file.parent)["provenance"] if file.is_file() else {}
+        if self.eval_dataset is None or provenance.get("evaluated_on") != self.eval_dataset.fingerprint:
             return -1.0
-        return best["mAP"] if best["step"] <= step else -1.0
+        return provenance["mAP"] if provenance["step"] <= step else -1.0
 
     def load(self, batches: list[np.ndarray]) -> Generator[ImageBatch, None, None]:
-        """What is left of an epoch of these batches."""
+        """Load the remaining batches of the current epoch."""
         t = self.trainer
         start = t.epoch_starts[t.epoch]
         sampler = KeySampler(batches, start, t.step - start, t.rank, t.world_size)
         return load_epoch(self.images, sampler, t.device, pick_workers(self.config))
 
     def describe(self) -> list[str]:
-        """Lines that say what is trained on what."""
+        """Log lines that describe data, model and evaluation."""
         c, t = self.config, self.trainer
         size = "x".join(map(str, c.size))
         lines = [
@@ -80,10 +80,10 @@ class ReIDRun(Run):
         ]
         if junk := len(self.dataset.train) - len(self.train_split):
             lines.append(f"junk: {junk} training images with identity -1 are left out")
-        if self.evaluated is None and c.eval_epochs:
-            lines.append("evaluation: none, there are no queries and gallery; --eval-data names a dataset that has")
-        elif self.evaluated is self.dataset and self.dataset.is_one_set:
-            lines.append("evaluation: on the training images, no measure of the model; --eval-data names others")
+        if self.eval_dataset is None and c.eval_epochs:
+            lines.append("evaluation: none, there are no queries and gallery; name a dataset with both by --eval-data")
+        elif self.eval_dataset is self.dataset and self.dataset.is_one_set:
+            lines.append("evaluation: on the training images, no measure of the model; name other data by --eval-data")
         return lines
 
     def about(self) -> dict[str, Any]:
@@ -91,28 +91,28 @@ class ReIDRun(Run):
 
     def after_epoch(self) -> None:
         t, c = self.trainer, self.config
-        if self.evaluated is None or (t.epoch % c.eval_epochs and t.step < t.total_steps):
+        if self.eval_dataset is None or (t.epoch % c.eval_epochs and t.step < t.total_steps):
             return
         t.share_statistics()
         model, _ = self.exported()
         try:
-            scores = score(model, self.evaluated, t.device)  # shared by the processes
+            scores = score(model, self.eval_dataset, t.device)  # the processes share the images
         except (ValueError, OSError) as e:
             _logger.warning(f"evaluation: {e}")
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            self.export_to(self.folder.path / "best", **scores, evaluated_on=self.evaluated.fingerprint)
-        self.write(scores)  # last: it tells a resumed run that all this is done
-        if t.step == t.total_steps:  # the best was chosen on the test set, the last was not
-            self.say(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
+            self.export_to(self.folder.path / "best", **scores, evaluated_on=self.eval_dataset.fingerprint)
+        self.write(scores)  # last: a resumed run takes it as the end of the evaluation
+        if t.step == t.total_steps:  # the best model is chosen on the test set, the last is not
+            self.log(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
-    """The configuration with its model, size and fusion: those given, else the run's, else what ``init`` tells.
+    """Fill in model, size and fusion where they are not set: from the checkpoint of a resumed run, else from ``init``.
 
     Raises:
-        ValueError: If data or weights are not named, or the fusion needs parts that the model has not.
+        ValueError: If data or weights are not named, or the fusion needs parts and the model has none.
     """
     if not config.data:
         raise ValueError("data: expected a dataset, such as Market-1501/ or a folder for each identity")
@@ -132,13 +132,13 @@ def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
 
 
 def evaluation_data(config: Any, dataset: ReIDDataset, labelled: bool) -> ReIDDataset | None:
-    """What is evaluated on; None where there is nothing, or nothing is wanted.
+    """Return the dataset to evaluate on; None if ``eval_epochs`` is 0 or there are no queries and gallery.
 
-    Folders of a training set without labels may be anything, days or cameras: they are not evaluated by.
+    Folders of an unlabelled training set are not taken for identities here: they may be days or cameras.
 
     Raises:
         ValueError: If ``eval_data`` has no queries or no gallery.
-        OSError: If it is not there.
+        OSError: If ``eval_data`` does not exist.
     """
     if not config.eval_epochs:
         return None

@@ -1,7 +1,8 @@
-"""Which images make a batch: identities or clusters with several images each, as a function of seed and epoch.
+"""Batches of identities or clusters with several images each, as functions of seed and epoch.
 
-Every function gives the batches of one epoch, each an array of images ``[groups, images of a group]``; images of a
-group are of one identity or cluster. No state: a resumed run draws what it would have drawn.
+Every function returns the batches of one epoch, each an array of image indices ``[groups, images of a group]``; the
+images of a group share an identity or cluster. There is no state: a resumed run draws the batches of an uninterrupted
+one.
 """
 
 import numpy as np
@@ -9,24 +10,24 @@ import numpy as np
 __all__ = ["camera_batches", "count_identity_batches", "identity_batches", "shuffled_batches"]
 
 Batches = list[np.ndarray]
-IDENTITIES, CHUNKS, CLUSTERS, SHUFFLE = 11, 12, 13, 14  # what a seed is for; other than those of the pre-training
+IDENTITIES, CHUNKS, CLUSTERS, SHUFFLE = 11, 12, 13, 14  # purposes of a seed; pre-training has others
 
 
 def identity_batches(pids: np.ndarray, num_ids: int, num_images: int, seed: int, epoch: int) -> Batches:
-    """P identities with K images each (arXiv 1703.07737), the sampler of TransReID.
+    """Batches of P identities with K images each (arXiv 1703.07737), as drawn by TransReID's sampler.
 
-    The shuffled images of an identity are cut into chunks of K, the rest is dropped; identities with fewer than K are
-    drawn with replacement. Identities are drawn until fewer than P have chunks left.
+    The shuffled images of an identity are cut into chunks of K, and the rest is dropped; an identity with fewer than K
+    images has one chunk, drawn with replacement. The epoch ends when fewer than P identities have chunks left.
 
     Args:
         pids: Identities ``[N]``.
         num_ids: Identities in a batch, P.
-        num_images: Images of each, K.
-        seed: Of the run.
+        num_images: Images of each identity, K.
+        seed: Seed of the run.
         epoch: Number of the epoch.
 
     Returns:
-        Arrays ``[P, K]`` of image numbers.
+        Arrays ``[P, K]`` of image indices.
 
     Raises:
         ValueError: If there are fewer than P identities.
@@ -37,47 +38,47 @@ def identity_batches(pids: np.ndarray, num_ids: int, num_images: int, seed: int,
     for images in by_pid:
         order = rng.permutation(images) if len(images) >= num_images else rng.choice(images, num_images)
         chunks.append(order[: len(order) // num_images * num_images].reshape(-1, num_images))
-    taken = np.zeros(len(by_pid), dtype=np.int64)
+    next_chunk = np.zeros(len(by_pid), dtype=np.int64)
     batches = []
-    for chosen in _draw_identities(by_pid, num_ids, num_images, seed, epoch):
-        batches.append(np.stack([chunks[i][taken[i]] for i in chosen]))
-        taken[chosen] += 1
+    for identities in _draw_identities(by_pid, num_ids, num_images, seed, epoch):
+        batches.append(np.stack([chunks[i][next_chunk[i]] for i in identities]))
+        next_chunk[identities] += 1
     return batches
 
 
 def count_identity_batches(pids: np.ndarray, num_ids: int, num_images: int, seed: int, epochs: int) -> list[int]:
-    """Number of batches of each epoch: it depends on what is drawn."""
+    """Number of batches in each epoch, which depends on the draw."""
     by_pid = _images_of(pids)
     return [len(_draw_identities(by_pid, num_ids, num_images, seed, epoch)) for epoch in range(epochs)]
 
 
 def _draw_identities(by_pid: list[np.ndarray], num_ids: int, num_images: int, seed: int, epoch: int) -> Batches:
-    """Identities of each batch, as numbers into ``by_pid``."""
+    """Draw the identities of each batch, as indices of ``by_pid``."""
     if len(by_pid) < num_ids:
         raise ValueError(f"ids_per_batch: {num_ids} is more than the {len(by_pid)} identities of the training set")
     rng = np.random.default_rng((seed, epoch, IDENTITIES))
-    left = np.array([max(1, len(images) // num_images) for images in by_pid])  # chunks
+    chunks_left = np.array([max(1, len(images) // num_images) for images in by_pid])
     batches, available = [], np.arange(len(by_pid))
     while len(available) >= num_ids:
-        chosen = rng.choice(available, num_ids, replace=False)
-        batches.append(chosen)
-        left[chosen] -= 1
-        if not left[chosen].all():
-            available = np.flatnonzero(left)
+        identities = rng.choice(available, num_ids, replace=False)
+        batches.append(identities)
+        chunks_left[identities] -= 1
+        if not chunks_left[identities].all():
+            available = np.flatnonzero(chunks_left)
     return batches
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> Batches:
-    """Every image once, in random order, without the rest that fills no batch.
+    """Batches of every image once, in random order; a last batch that is not full is dropped.
 
     Args:
-        count: Images, N.
-        batch_size: Images of a batch, B.
-        seed: Of the run.
+        count: Number of images, N.
+        batch_size: Images in a batch, B.
+        seed: Seed of the run.
         epoch: Number of the epoch.
 
     Returns:
-        Arrays ``[B, 1]``.
+        Arrays ``[B, 1]`` of image indices.
 
     Raises:
         ValueError: If there are fewer images than a batch takes.
@@ -91,23 +92,23 @@ def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> Batc
 def camera_batches(
     labels: np.ndarray, camids: np.ndarray, num_clusters: int, num_images: int, steps: int, seed: int, epoch: int
 ) -> Batches:
-    """Clusters with an anchor each and images of the cluster from other cameras, the sampler of Cluster Contrast.
+    """Batches of clusters, each an anchor and images from other cameras, as drawn by Cluster Contrast's sampler.
 
-    The others are drawn with replacement where there are too few, and from the anchor's own camera where there is no
-    other, or no camera is known. Clusters come in random order, over and over; the rest of a round that fills no batch
-    is dropped. With fewer clusters than a batch takes, a batch has all of them.
+    The other images are drawn with replacement if there are too few, and from the anchor's own camera if the cluster
+    has no other one, or cameras are unknown. Clusters come in random order, round after round; the rest of a round that
+    fills no batch is dropped. With fewer clusters than ``num_clusters``, every batch has all of them.
 
     Args:
         labels: Clusters ``[N]``; -1 is an outlier, which is in no batch.
-        camids: Cameras ``[N]``; all alike where they are not known.
+        camids: Cameras ``[N]``; all equal if they are unknown.
         num_clusters: Clusters in a batch.
-        num_images: Images of each.
-        steps: Batches wanted.
-        seed: Of the run.
+        num_images: Images of each cluster.
+        steps: Number of batches.
+        seed: Seed of the run.
         epoch: Number of the epoch.
 
     Returns:
-        Arrays ``[clusters, num_images]`` of image numbers.
+        Arrays ``[clusters, num_images]`` of image indices.
 
     Raises:
         ValueError: If there is no cluster.
@@ -127,12 +128,13 @@ def camera_batches(
 
 
 def _group(images: np.ndarray, camids: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw an anchor and ``count - 1`` other images of a cluster."""
     anchor = rng.choice(images)
-    others = images[camids[images] != camids[anchor]]
-    if not len(others):
-        others = images[images != anchor] if len(images) > 1 else images
-    rest = rng.choice(others, count - 1, replace=len(others) < count - 1)
-    return np.concatenate([[anchor], rest])
+    candidates = images[camids[images] != camids[anchor]]
+    if not len(candidates):
+        candidates = images[images != anchor] if len(images) > 1 else images
+    others = rng.choice(candidates, count - 1, replace=len(candidates) < count - 1)
+    return np.concatenate([[anchor], others])
 
 
 def _images_of(labels: np.ndarray) -> Batches:

@@ -28,15 +28,15 @@ __all__ = ["finetune"]
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Fine-tune, from the first step or from the last checkpoint on, to ``out/export``; also under ``torchrun``.
+    """Fine-tune, from the first step or from the last checkpoint, to ``out/export``; also under ``torchrun``.
 
     Returns:
         The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``: the descriptor before the
-        neck, with neck and classifier in ``extras.safetensors``. ``out/best`` is that of the highest mAP.
+        neck, with neck and classifier in ``extras.safetensors``. ``out/best`` is the export of the highest mAP.
 
     Raises:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
-        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
@@ -60,13 +60,13 @@ class SupervisedTrainer(ReIDTrainer):
     ) -> None:
         """
         Args:
-            config: The run, with its ``model``.
-            num_images: Of the training set.
+            config: Configuration of the run, with its ``model``.
+            num_images: Number of training images.
             num_ids: Identities of the training set, K.
             epoch_steps: Steps of each epoch.
-            device: Of this process.
-            fingerprint: Of the list of images, for the check of a resumed run.
-            state: To continue from; ``config.init`` is not looked for then.
+            device: Device of this process.
+            fingerprint: Hash of the list of images, which a resumed run must share.
+            state: State to continue from; ``config.init`` is then not read.
 
         Raises:
             ValueError: If the identities of a batch cannot be shared by the processes, or ``state`` is of a run with
@@ -91,18 +91,18 @@ class SupervisedTrainer(ReIDTrainer):
         start, end = 0.01 * c.lr, 0.002 * c.lr
         return warmup_cosine_epochs(epoch, c.epochs, c.num_warmup_epochs, scale * c.lr, start, end)
 
-    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
         before, _, logits = (x.float() for x in output)
         loss_id = F.cross_entropy(logits, labels, label_smoothing=c.label_smoothing)
         figures = {"loss_id": loss_id, "accuracy": (logits.argmax(1) == labels).float().mean()}
-        loss, whole = c.id_weight * loss_id, c.id_weight * loss_id
-        if c.triplet_weight:  # of the identities of all processes, as if there were one
+        loss, logged_loss = c.id_weight * loss_id, c.id_weight * loss_id
+        if c.triplet_weight:  # over the images of all processes, as in a single one
             triplet = batch_hard_triplet(gather_rows(before), gather_rows(labels), c.margin)
             figures["loss_triplet"] = triplet
-            loss = loss + self.world_size * c.triplet_weight * triplet
-            whole = whole + c.triplet_weight * triplet
-        return loss, {"loss": whole, **figures}
+            loss = loss + self.world_size * c.triplet_weight * triplet  # DDP averages the gradients
+            logged_loss = logged_loss + c.triplet_weight * triplet
+        return loss, {"loss": logged_loss, **figures}
 
     def tensors(self) -> dict[str, Any]:
         return {
@@ -117,15 +117,15 @@ class SupervisedTrainer(ReIDTrainer):
 
 
 def freeze(backbone: PassVisionTransformer, num_blocks: int) -> None:
-    """Let patch embedding, tokens, positions and the first blocks stay as they are."""
-    stays = ("patch_embed.", "cls_token", "reg_token", "pos_embed", *(f"blocks.{i}." for i in range(num_blocks)))
+    """Freeze patch embedding, tokens, positions and the first ``num_blocks`` blocks."""
+    prefixes = ("patch_embed.", "cls_token", "reg_token", "pos_embed", *(f"blocks.{i}." for i in range(num_blocks)))
     for name, p in backbone.named_parameters():
-        if name.startswith(stays):
+        if name.startswith(prefixes):
             p.requires_grad_(False)
 
 
 class SupervisedRun(ReIDRun):
-    """Identities as classes."""
+    """Fine-tuning run: the classes are the identities."""
 
     program = "passreid finetune"
     trainer_class = SupervisedTrainer
@@ -133,7 +133,7 @@ class SupervisedRun(ReIDRun):
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> SupervisedTrainer:
         c, pids = self.config, self.train_split.pids
-        names, self.images.labels = np.unique(pids, return_inverse=True)  # pids as classes 0 .. K - 1
+        names, self.images.labels = np.unique(pids, return_inverse=True)  # classes 0 .. K - 1
         images_of_id = np.bincount(self.images.labels)
         if c.triplet_weight and images_of_id.max() < 2:
             raise ValueError(

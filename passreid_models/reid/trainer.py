@@ -1,4 +1,4 @@
-"""The training steps of re-ID: with identity labels, and with those of clusters.
+"""Training step of re-ID, with identities or clusters as labels.
 
 Shapes: B batch, C descriptor width, K identities or clusters.
 """
@@ -19,14 +19,14 @@ from passreid_models.training.warm_start import ready_to_train
 
 
 class ReIDTrainer(BaseTrainer):
-    """What both share: one network, SGD, and a step around ``compare``."""
+    """Base of the re-ID trainers: one network, SGD, and a step around ``compute_loss``."""
 
     network: nn.Module
     backbone: PassVisionTransformer
     optimizer: torch.optim.SGD
 
     def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **sgd: float) -> None:
-        """Bring the network to the device, and make its optimiser."""
+        """Move the network to the device and make its optimiser."""
         config = self.config
         ready_to_train(backbone, self.device, config.grad_checkpointing)
         self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
@@ -34,19 +34,19 @@ class ReIDTrainer(BaseTrainer):
         self.parallel = self.wrap(self.network)
 
     def share_statistics(self) -> None:
-        """Give all processes the BatchNorm statistics of the first: without SyncBN each has those of its images."""
+        """Give all processes the BatchNorm statistics of the first; without SyncBN each has those of its own images."""
         share_first(self.network.buffers())
 
     def lr(self, epoch: int, scale: float) -> float:
-        """Learning rate of an epoch; of biases with their factor."""
+        """Learning rate of an epoch; ``scale`` is 1 for weights, ``bias_lr`` for biases."""
         raise NotImplementedError
 
-    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss for the backward pass, and figures for the log, the first of which is the loss of all processes."""
+    def compute_loss(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss for the backward pass, and metrics to log as means over processes, ``loss`` among them."""
         raise NotImplementedError
 
     def after_step(self, output: Any, labels: Tensor) -> None:
-        """Move what is not a parameter."""
+        """Update the cluster memory, or whatever state has no gradient."""
 
     def training_step(self, batches: Sequence[ImageBatch]) -> dict[str, float]:
         (batch,) = batches
@@ -54,23 +54,23 @@ class ReIDTrainer(BaseTrainer):
         set_learning_rates(self.optimizer, lambda scale: self.lr(self.epoch, scale))
         with self.autocast():
             output = self.parallel(batch.images)
-        loss, figures = self.compare(output, batch.labels)
+        loss, figures = self.compute_loss(output, batch.labels)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         names = [*figures, "grad_norm"]
         values = torch.stack([*(v.detach().float() for v in figures.values()), grad_norm(self.network.parameters())])
-        found = dict(zip(names, all_reduce_mean(values).tolist(), strict=True))  # a GPU is waited for here, once a step
+        means = dict(zip(names, all_reduce_mean(values).tolist(), strict=True))  # the one wait for the GPU in a step
         scheduled = {"lr": self.lr(self.epoch, 1.0)}
-        if not self.is_finite(found["loss"], found["grad_norm"]):
-            self.leave_out(self.optimizer, "gradient" if math.isfinite(found["loss"]) else "loss")
+        if not self.is_finite(means["loss"], means["grad_norm"]):
+            self.skip_step(self.optimizer, "gradient" if math.isfinite(means["loss"]) else "loss")
             return {"loss": float("nan"), **scheduled}
-        self.move(self.optimizer)
+        self.step_optimizer(self.optimizer)
         self.after_step(output, batch.labels)
         self.step += 1
-        return {**found, **scheduled}
+        return {**means, **scheduled}
 
 
 def statistics_of(backbone: PassVisionTransformer) -> dict[str, Any]:
-    """Of the images that the weights expect; who begins with the checkpoint takes them along."""
+    """Mean, standard deviation and interpolation of the backbone's images, for runs that begin with a checkpoint."""
     cfg: dict[str, Any] = backbone.pretrained_cfg
     return {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "interpolation": cfg["interpolation"]}

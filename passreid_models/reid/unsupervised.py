@@ -1,4 +1,4 @@
-"""Re-ID without labels: cluster the descriptors, train against the clusters, and again (USL and UDA).
+"""Re-ID without labels: cluster the descriptors, train on the clusters, repeat (USL and UDA).
 
 cluster(ClusterConfig(data="my_crops/", init="pass_vit_small_patch16.lup", out="run"))
 cluster(ClusterConfig(data="my_crops/", init="...", source="Market-1501/", out="run"))     # domain adaptation
@@ -44,17 +44,17 @@ SHARED = ("init", "model", "fusion", "size", "device", "grad_checkpointing", "sy
 
 
 def cluster(config: ClusterConfig) -> Path:
-    """Train without labels, from the first step or from the last checkpoint on, to ``out/export``; also in torchrun.
+    """Train without labels, from the first step or from the last checkpoint, to ``out/export``; also in torchrun.
 
-    With a ``source``, ``init`` is fine-tuned on it first, in ``out/source``, and its backbone adapted.
+    With a ``source``, ``init`` is first fine-tuned on it, in ``out/source``; training goes on with that backbone.
 
     Returns:
         The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``: the descriptor after the neck.
-        ``out/best`` is that of the highest mAP, where labels are there to tell.
+        ``out/best`` is the export of the highest mAP, if there are labels to evaluate with.
 
     Raises:
         ValueError: If a setting does not fit the data, the machine, or the run to resume; if there are no clusters.
-        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
@@ -65,36 +65,36 @@ def cluster(config: ClusterConfig) -> Path:
 
 
 def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
-    """The configuration of the adaptation, when the fine-tuning on the source is done."""
+    """Fine-tune on the source, and return the configuration of the adaptation that follows."""
     source, started = _source_config(config), time.monotonic()
-    completed = complete(config)  # what is wrong with the target is told before hours on the source
+    completed = complete(config)  # errors in the target are reported now, not after hours on the source
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
-    check(config, len(dataset.train))
+    _check(config, len(dataset.train))
     RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
     try:
         export = finetune(source)
     except ValueError as e:
         raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
-    left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
-    return replace(config, init=str(export), source="", source_config="", max_minutes=left)
+    minutes_left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
+    return replace(config, init=str(export), source="", source_config="", max_minutes=minutes_left)
 
 
 def _source_config(config: ClusterConfig) -> FinetuneConfig:
-    """The fine-tuning on the source: what both share, then the file."""
+    """Configuration of the fine-tuning on the source: shared settings, then ``source_config``."""
     values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
     if config.source_config in PRESETS["finetune"]:
         values |= PRESETS["finetune"][config.source_config]
     elif config.source_config:
         try:
-            given = yaml.safe_load(Path(config.source_config).read_text())
+            settings = yaml.safe_load(Path(config.source_config).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
-            why = " ".join(str(e).split())
-            raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {why}") from None
-        if not isinstance(given, dict):
+            reason = " ".join(str(e).split())
+            raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {reason}") from None
+        if not isinstance(settings, dict):
             raise ValueError(f"source_config: {config.source_config} holds no settings")
-        values |= given
+        values |= settings
     values |= {"data": config.source, "out": str(Path(config.out) / "source"), "resume": "auto"}
     try:
         return FinetuneConfig.from_dict(values)
@@ -102,10 +102,11 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         raise ValueError(f"source_config: {e}") from None
 
 
-def check(config: ClusterConfig, num_images: int) -> None:
-    """
+def _check(config: ClusterConfig, num_images: int) -> None:
+    """Check that scikit-learn, the number of images and the number of processes allow the run.
+
     Raises:
-        ValueError: If so many images, this machine or the number of processes do not allow the run.
+        ValueError: If they do not.
     """
     find_dbscan()
     if num_images < 2:
@@ -115,7 +116,7 @@ def check(config: ClusterConfig, num_images: int) -> None:
 
 
 class DescriptorNetwork(nn.Module):
-    """The descriptor of a backbone with its neck, computed for the prefix tokens alone."""
+    """Descriptor of a backbone with its neck, computed from the prefix tokens only."""
 
     def __init__(self, backbone: PassVisionTransformer) -> None:
         super().__init__()
@@ -140,11 +141,11 @@ class ClusterTrainer(ReIDTrainer):
     ) -> None:
         """
         Args:
-            config: The run, with its ``model``.
-            num_images: Of the training set.
-            device: Of this process.
-            fingerprint: Of the list of images, for the check of a resumed run.
-            state: To continue from; ``config.init`` is not looked for then.
+            config: Configuration of the run, with its ``model``.
+            num_images: Number of training images.
+            device: Device of this process.
+            fingerprint: Hash of the list of images, which a resumed run must share.
+            state: State to continue from; ``config.init`` is then not read.
 
         Raises:
             ValueError: If ``state`` is of a run with other settings or data.
@@ -164,10 +165,10 @@ class ClusterTrainer(ReIDTrainer):
         return ClusterMemory(centroids, c.temp, c.memory_momentum, c.memory).to(self.device)
 
     def begin_epoch(self, labels: Tensor, features: Tensor) -> None:
-        """Take the clusters of an epoch.
+        """Set the clusters of an epoch, with the normalised mean descriptor of each as centroid.
 
         Args:
-            labels: int64 ``[N]``.
+            labels: Cluster of each training image, int64 ``[N]``; -1 is an outlier.
             features: L2-normalised descriptors ``[N, C]``.
         """
         self.labels = labels
@@ -178,9 +179,9 @@ class ClusterTrainer(ReIDTrainer):
     def lr(self, epoch: int, scale: float) -> float:
         return scale * self.config.lr * self.config.lr_gamma ** (epoch // self.config.lr_step)
 
-    def compare(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        known = labels >= 0  # where an image could not be read any more, the next one may be an outlier
-        loss = self.memory(output.float()[known], labels[known])
+    def compute_loss(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        in_cluster = labels >= 0  # an image that became unreadable is replaced by the next, maybe an outlier
+        loss = self.memory(output.float()[in_cluster], labels[in_cluster])
         return loss, {"loss": loss}
 
     def after_step(self, output: Any, labels: Tensor) -> None:
@@ -205,7 +206,7 @@ class ClusterTrainer(ReIDTrainer):
 
 
 class ClusterRun(ReIDRun):
-    """Clusters as classes, found anew in each epoch."""
+    """Clustering run: the classes are clusters, computed again in each epoch."""
 
     program = "passreid cluster"
     trainer_class = ClusterTrainer
@@ -215,7 +216,7 @@ class ClusterRun(ReIDRun):
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> ClusterTrainer:
         count = len(self.train_split)
-        check(self.config, count)
+        _check(self.config, count)
         return ClusterTrainer(self.config, count, device, self.dataset.train_fingerprint, checkpoint)
 
     def before_step(self) -> None:
@@ -240,39 +241,41 @@ class ClusterRun(ReIDRun):
             yield from self.load(batches)
 
     def _find_clusters(self) -> None:
-        """Clusters of the descriptors of all training images, for the epoch that begins."""
+        """Cluster the descriptors of all training images, for the epoch that begins."""
         c, t = self.config, self.trainer
         t.share_statistics()
         embed = Embedder(without_drop_path(t.backbone), t.device)
-        found = extract(embed, self.train_split.paths)
-        if self.is_main:  # all know of all
-            self.name_unreadable(found.errors.values())
-        self.check_unreadable(len(found.errors), len(self.train_split))
-        features = F.normalize(found.descriptors, dim=1)
-        readable = found.readable
+        extracted = extract(embed, self.train_split.paths)
+        if self.is_main:  # every process has the errors of all
+            self.name_unreadable(extracted.errors.values())
+        self.check_unreadable(len(extracted.errors), len(self.train_split))
+        features = F.normalize(extracted.descriptors, dim=1)
+        readable = extracted.readable
         x = features[torch.from_numpy(readable)].to(t.device)
         labels = np.full(len(features), -1, dtype=np.int64)
         labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2))
         count = int(labels.max(initial=-1)) + 1
         if count < max(2, t.world_size):
-            self._go_on_without(count, labels[readable])
+            self._keep_clusters(count, labels[readable])
         else:
             t.begin_epoch(torch.from_numpy(labels), features)
         figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
         self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 
-    def _go_on_without(self, count: int, labels: np.ndarray) -> None:
-        """The clusters of the last epoch stay where there are none to train with; without such, the run ends."""
+    def _keep_clusters(self, count: int, labels: np.ndarray) -> None:
+        """Keep the clusters of the epoch before, since too few were found; without any, end the run."""
         c, t = self.config, self.trainer
-        found = f"{count} cluster{'' if count == 1 else 's'}"
-        what = f"{found} of {len(labels)} images, {(labels < 0).mean():.0%} of them outliers"
-        if (labels < 0).mean() > 0.5:
-            way = f"a larger --eps (it is {c.eps:g}) or a smaller --min-samples ({c.min_samples}) leaves fewer out"
+        outliers, plural = (labels < 0).mean(), "" if count == 1 else "s"
+        clusters = f"{count} cluster{plural} of {len(labels)} images, {outliers:.0%} of them outliers"
+        if outliers > 0.5:
+            change = f"a larger --eps (it is {c.eps:g}) or a smaller --min-samples ({c.min_samples})"
+            advice = f"{change} gives fewer outliers"
         else:
-            way = f"a smaller --eps (it is {c.eps:g}) or --k1 ({c.k1}), below the images of a person, tells more apart"
+            change = f"a smaller --eps (it is {c.eps:g}) or --k1 ({c.k1}), below the number of images of a person,"
+            advice = f"{change} gives more clusters"
         if t.labels is None:
-            raise ValueError(f"eps: {what}: nothing can be learnt from that; {way}")
-        _logger.warning(f"epoch {t.epoch}: {what}; those of the epoch before stay ({way})")
+            raise ValueError(f"eps: {clusters}: too few clusters to train on; {advice}")
+        _logger.warning(f"epoch {t.epoch}: {clusters}: too few clusters, those of the epoch before are kept ({advice})")
 
     def announcement(self) -> list[str]:
         c, t = self.config, self.trainer
@@ -294,15 +297,15 @@ class ClusterRun(ReIDRun):
 
 
 def compare_with_labels(clusters: np.ndarray, pids: np.ndarray) -> dict[str, float]:
-    """How clusters agree with identities, of the images that have both; nothing where there are no identities.
+    """Agreement of clusters with identities, over the images that have both; empty if none has.
 
     Args:
-        clusters: int64 ``[N]``; -1 is an outlier.
-        pids: int64 ``[N]``; -1 is unknown.
+        clusters: Clusters, int64 ``[N]``; -1 is an outlier.
+        pids: Identities, int64 ``[N]``; -1 is unknown.
 
     Returns:
-        ``purity``, the share of images that are of the commonest identity of their cluster, and ``ari``, the adjusted
-        Rand index.
+        ``purity``, the share of images with the most common identity of their cluster, and ``ari``, the adjusted Rand
+        index.
     """
     from sklearn.metrics import adjusted_rand_score
     from sklearn.metrics.cluster import contingency_matrix

@@ -1,10 +1,10 @@
-"""What all trainers share.
+"""Training: the loop, the configuration and the run folder that all tasks share.
 
 config      base of the configurations; command: flags, YAML and presets
-run         the loop around a step: data, checkpoints, log, signals
-trainer     the state of a run and what a step needs; optim: parameter groups
-folder      checkpoints, log and export on the disk; log, plot: what they tell
-warm_start  the weights that a run begins with
+run         training loop: data, checkpoints, log, signals
+trainer     base of the trainers: state, precision, processes; optim: parameter groups
+folder      checkpoints, log and export on the disk; log: log lines; plot: curves
+warm_start  weights to begin with
 """
 
 from passreid_models.training.config import RunConfig

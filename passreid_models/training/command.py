@@ -15,13 +15,13 @@ Config = TypeVar("Config", bound=RunConfig)
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
-def run(program: str, function: Callable[[Any], Path], read: Callable[[], Any]) -> int:
-    """Read a configuration and train by it; what goes wrong is said in a sentence.
+def run(program: str, train: Callable[[Any], Path], parse: Callable[[], Any]) -> int:
+    """Parse the configuration and train; report user errors in one line.
 
     Args:
         program: Name for messages.
-        function: Trains, and returns the exported folder.
-        read: Makes the configuration.
+        train: Takes the configuration, and returns the exported folder.
+        parse: Returns the configuration.
 
     Returns:
         Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
@@ -34,7 +34,7 @@ def run(program: str, function: Callable[[Any], Path], read: Callable[[], Any]) 
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        folder = function(read())
+        folder = train(parse())
         if is_main:
             print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
         return 0
@@ -68,19 +68,19 @@ def read_config(
     expected: str,
     several: str = "",
 ) -> Config:
-    """The configuration from defaults, then the preset, then the YAML file, then the flags.
+    """Parse a command line: defaults, then the preset, then the YAML file, then the flags; the last value wins.
 
     Args:
         argv: Words of the command line; the one without dashes is ``data``.
-        config: The dataclass.
-        presets: Settings by name.
+        config: Configuration class.
+        presets: Settings by name of the preset.
         program: Name for messages and help.
-        description: What it does, for ``--help``.
-        expected: What to say when no data are named.
-        several: What to add when more than one are.
+        description: Purpose of the program, for ``--help``.
+        expected: Data that are expected, for the error when none are named.
+        several: Advice to add to the error when data are named more than once.
 
     Raises:
-        ValueError: If a value cannot be, or data are named twice or not at all.
+        ValueError: If a value is not valid, or data are named twice or not at all.
     """
     from jsonargparse import ArgumentParser
 
@@ -101,24 +101,24 @@ def read_config(
         group.add_class_arguments(config, as_group=False, skip={f.name for f in all_fields} - set(names))
     switches = {f.name for f in all_fields if f.type in (bool, "bool")}
     options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
-    given = dict(options)
-    if "--preset" not in given and Path(given.get("--config") or "").is_file():
-        given["--preset"] = _preset_in(Path(str(given["--config"])))
-    parser.set_defaults(dict(presets.get(given.get("--preset") or "", {})))
+    flags = dict(options)
+    if "--preset" not in flags and Path(flags.get("--config") or "").is_file():
+        flags["--preset"] = _preset_in(Path(str(flags["--config"])))
+    parser.set_defaults(dict(presets.get(flags.get("--preset") or "", {})))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
     except UnicodeDecodeError:
-        raise ValueError(f"config: {given['--config']} is no text file, expected YAML") from None
-    if len(named := [value for name, value in options if name == "--data"]) > 1:
-        raise ValueError(f"data: one is expected, got {', '.join(map(str, named))}{several}")
+        raise ValueError(f"config: {flags['--config']} is no text file, expected YAML") from None
+    if len(data := [value for name, value in options if name == "--data"]) > 1:
+        raise ValueError(f"data: one is expected, got {', '.join(map(str, data))}{several}")
     if not values["data"]:
         raise ValueError(f"data: expected {expected}")
     return config(**{f.name: values[f.name] for f in all_fields})
 
 
 def _preset_in(file: Path) -> str | None:
-    """The preset that a YAML file names; what is wrong with the file is said when all of it is parsed."""
+    """Return the preset that a YAML file names; errors in the file are left to the parser."""
     import yaml
 
     try:
@@ -130,7 +130,7 @@ def _preset_in(file: Path) -> str | None:
 
 
 def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
-    """``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` as jsonargparse's names and values."""
+    """Split ``DATA --batch-size=64 --size 256x128 --blur-radius 0.1 1 --compile`` into jsonargparse's options."""
     options: list[tuple[str, str | None]] = []
     words = list(argv)
     while words:

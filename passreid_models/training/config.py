@@ -1,4 +1,4 @@
-"""The base of all configurations: a frozen dataclass that checks its values, and goes to YAML and back."""
+"""Base of all configurations: a frozen dataclass that checks its values and converts to YAML and back."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,37 +18,40 @@ Ranges = Iterable[tuple[str, float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Settings that the runs of all tasks share; each task derives its own from it.
+    """Settings shared by the runs of all tasks; each task derives its own configuration.
 
-    A new option is a field, a line under "Args" and, where its type does not say all, a check. Its place in the class
-    says its topic, under which ``--help`` and the saved YAML file show it.
+    A new option is a field, a line under "Args" (its line in ``--help``) and, unless its type says all, a check. Its
+    place in the class decides the topic under which ``--help`` and the saved YAML file show it.
 
     Args:
         data: Training images.
-        out: Folder of the run.
-        resume: ``auto`` continues the run in ``out`` if there is one; or a checkpoint file; empty refuses to overwrite.
-        seed: Of weights, order, augmentation and stochastic depth.
+        out: Folder of the run: configuration, log, metrics, checkpoints and exported model.
+        resume: ``auto`` continues the run in ``out``, or begins one if there is none; a checkpoint file continues from
+            it; empty begins a new run, and refuses an ``out`` that holds one.
+        seed: Seed of initial weights, image order, augmentation and drop path.
         model: Registered architecture.
         init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint
             file.
-        size: Height and width of the images in pixels.
-        drop_path: Stochastic depth of the last block, growing linearly over the blocks.
+        size: Image height and width in pixels.
+        drop_path: Drop-path rate (stochastic depth) of the last block; it grows linearly from 0 at the first block.
         epochs: Passes over the data.
         lr: Peak learning rate.
-        weight_decay: Of the optimiser.
-        device: ``auto``, or a torch device.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; auto is bfloat16 where the device has it.
-        grad_checkpointing: Recompute activations, for less memory.
-        sync_bn: Synchronise BatchNorms over the processes of several GPUs.
-        workers: Loader processes of each training process; by default by the number of cores.
-        save_minutes: Longest time between two checkpoints.
+        weight_decay: Weight decay of the optimiser.
+        device: ``auto`` for the accelerator, if there is one, or a torch device.
+        dtype: Precision of the forward pass: ``auto``, ``float32``, ``bfloat16`` or ``float16``; ``auto`` is bfloat16
+            where the device supports it, else float16 on CUDA and float32 elsewhere.
+        grad_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        sync_bn: Synchronise BatchNorm statistics over the processes of several GPUs.
+        workers: Loader processes of each training process; 0 loads in the training process itself; by default its share
+            of the CPU cores minus one, at least 1 and at most 16.
+        save_minutes: Longest time between two checkpoints, in minutes.
         save_epochs: Epochs between two checkpoints.
-        keep: Checkpoints to keep.
+        keep: Number of checkpoints to keep; older ones are deleted.
         max_minutes: Save and stop after this many minutes; 0: no limit.
-        log_steps: Steps between two lines of the log.
-        max_unreadable: Largest share of unreadable images.
-        skip_nonfinite: Steps with a non-finite loss to leave out before the run stops.
-        tensorboard: Write TensorBoard files too.
+        log_steps: Steps between two log lines.
+        max_unreadable: Largest share of unreadable images in an epoch; the run stops above it.
+        skip_nonfinite: Number of steps with a non-finite loss or gradient to skip; the run stops at the next one.
+        tensorboard: Also write TensorBoard files.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (
@@ -70,7 +73,7 @@ class RunConfig:
         "data": "run", "model": "model", "epochs": "training", "device": "machine", "save_minutes": "checkpoints",
         "log_steps": "log",
     }  # fmt: skip
-    """The fields at which a topic begins, in the order of the fields."""
+    """First field of each topic, in the order of the fields."""
 
     data: str = ""
     out: str = "run"
@@ -100,9 +103,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: If a value cannot be; the message begins with the field's name.
+            ValueError: If a value is not valid; the message begins with the field's name.
         """
-        self.check_kinds()
+        self.check_types()
         self.check_choices({"model": ("", *ARCHITECTURES), "dtype": DTYPES})
         self.check_ranges(
             (
@@ -128,21 +131,22 @@ class RunConfig:
                     seen.add(name)
         return {title: names for title, names in topics.items() if names}
 
-    def check_kinds(self) -> None:
-        """
+    def check_types(self) -> None:
+        """Check each value against the annotation of its field.
+
         Raises:
             ValueError: If a value is not of its field's type; the message begins with the field's name.
         """
         for field in fields(self):
-            if not _is_kind(getattr(self, field.name), field.type):
-                kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-                raise wrong(field.name, getattr(self, field.name), kind)
+            if not _has_type(getattr(self, field.name), field.type):
+                expected = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+                raise wrong(field.name, getattr(self, field.name), expected)
 
     def check_choices(self, choices: Mapping[str, Sequence[str]]) -> None:
-        """Refuse a value that is none of its field's.
+        """Check that values are among the choices of their fields.
 
         Args:
-            choices: Values by the name of the field; an empty one is not named in the message.
+            choices: Allowed values by name of the field; an empty one is not listed in the message.
 
         Raises:
             ValueError: The message begins with the field's name.
@@ -152,10 +156,10 @@ class RunConfig:
                 raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
 
     def check_ranges(self, ranges: Ranges) -> None:
-        """Refuse what is out of range; None is in every range.
+        """Check that values are in range; None is in every range.
 
         Args:
-            ranges: Names of fields with a space between, the least and the most they may be.
+            ranges: Names of fields with a space between, smallest and largest value.
 
         Raises:
             ValueError: The message begins with the field's name.
@@ -164,30 +168,36 @@ class RunConfig:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not (low <= value <= high and value < math.inf):
-                    upto = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-                    raise wrong(name, value, upto)
+                    expected = f"between {low} and {high}" if high < math.inf else f"{low} or more"
+                    raise wrong(name, value, expected)
 
     def check_size(self, name: str, pixels: int = 16, why: str = "") -> None:
-        """
+        """Check that height and width are multiples of ``pixels``; None passes.
+
+        Args:
+            name: Name of the field.
+            pixels: Divisor.
+            why: Reason, for the end of the message.
+
         Raises:
-            ValueError: If a size is no multiple of so many pixels.
+            ValueError: The message begins with the field's name.
         """
         value = getattr(self, name)
         if value is not None and (min(value) < pixels or any(v % pixels for v in value)):
             raise wrong(name, value, f"(height, width) in multiples of {pixels}{why}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and checkpoints."""
+        """Convert to plain values by name, for YAML and checkpoints."""
         values = asdict(self)
         names = [name for topic in self.topics().values() for name in topic]
         return {k: list(map(_plain, v)) if isinstance(v := values[k], list | tuple) else v for k in names}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``; fields that are not given have their defaults.
+        """Make a configuration from the values of ``to_dict``; missing fields take their defaults.
 
         Raises:
-            ValueError: If there is no such field.
+            ValueError: If a name is no field.
         """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -200,41 +210,41 @@ class RunConfig:
             temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from those of a saved run: (here, there).
+        """Return the fields that affect the weights and differ from a saved run's, as (value here, saved value).
 
-        A field that the saved run does not know has its default there, which is how it was trained.
+        A field that the saved run does not have counts as its default, with which that run was trained.
         """
-        there = self.known(other).to_dict()
-        pairs = {k: (v, there[k]) for k, v in self.to_dict().items() if k not in self.FREE + self.NUMERICS}
-        return {k: (mine, theirs) for k, (mine, theirs) in pairs.items() if mine != theirs}
+        saved = self.known(other).to_dict()
+        checked = {k: v for k, v in self.to_dict().items() if k not in self.FREE + self.NUMERICS}
+        return {k: (v, saved[k]) for k, v in checked.items() if v != saved[k]}
 
     @classmethod
     def known(cls, values: Mapping[str, Any]) -> Self:
-        """``from_dict`` of the fields that there are, for runs of another version."""
+        """``from_dict`` that ignores names that are no fields, for runs of another version."""
         return cls.from_dict({f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def numerics(self) -> dict[str, Any]:
-        """Fields that a resumed run may change at the price of the last digits."""
+        """Values of the fields in ``NUMERICS``, by name."""
         return {name: getattr(self, name) for name in self.NUMERICS}
 
 
 def wrong(name: str, value: Any, expected: str) -> ValueError:
-    """The error of a field that has a value it cannot have."""
+    """Return the error of a field with an invalid value."""
     return ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def _is_kind(value: Any, kind: Any) -> bool:
-    """Whether a value is of the annotated kind; an int does for a float, a list for a tuple."""
-    if isinstance(kind, UnionType):
-        return any(_is_kind(value, k) for k in get_args(kind))
-    if origin := get_origin(kind):
-        kinds = get_args(kind)
-        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(kinds)):
+def _has_type(value: Any, annotation: Any) -> bool:
+    """Whether a value matches an annotation; an int passes for a float, a list for a tuple."""
+    if isinstance(annotation, UnionType):
+        return any(_has_type(value, member) for member in get_args(annotation))
+    if origin := get_origin(annotation):
+        items = get_args(annotation)
+        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(items)):
             return False
-        return all(map(_is_kind, value, kinds if origin is tuple else kinds * len(value)))
+        return all(map(_has_type, value, items if origin is tuple else items * len(value)))
     if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
 
 
 def _plain(value: Any) -> Any:
@@ -242,7 +252,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
-    """Of lists: a pair of numbers as a tuple, several pairs as a list of tuples."""
+    """Turn a list of numbers into a tuple, and a list of lists into a list of tuples."""
     if not isinstance(value, list | tuple):
         return value
     if any(isinstance(item, list) for item in value):

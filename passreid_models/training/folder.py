@@ -1,9 +1,9 @@
-"""The folder of a training run: its checkpoints, log and export.
+"""Folder of a training run: checkpoints, log and export.
 
-RUN/config.yaml                    takes the place of all flags: --config RUN/config.yaml
-RUN/log.txt, metrics.jsonl         for people, for programs
+RUN/config.yaml                    all settings; --config RUN/config.yaml replaces all flags
+RUN/log.txt, metrics.jsonl         log for people, metrics for programs
 RUN/checkpoints/step_000001000.pt  config, step, networks, optimizer, scaler; weights_only
-RUN/export/                        the model as it is now, for timm's local-dir:
+RUN/export/                        current model, for timm's local-dir:
 """
 
 import json
@@ -32,34 +32,34 @@ class RunFolder:
         self,
         path: str | Path,
         program: str = "passreid-train",
-        holds: Sequence[str] = ("student", "teacher", "optimizer", "centers"),
+        state_keys: Sequence[str] = ("student", "teacher", "optimizer", "centers"),
     ) -> None:
         """
         Args:
-            path: The folder.
-            program: Whose runs it takes.
-            holds: What their checkpoints hold, besides config and step.
+            path: Folder of the run.
+            program: Name of the program that trains, for messages.
+            state_keys: Entries of its checkpoints besides config and step.
         """
-        self.program, self.holds = program, holds
+        self.program, self.state_keys = program, state_keys
         self.path = Path(path)
         self.log_file, self.metrics_file = self.path / "log.txt", self.path / "metrics.jsonl"
         self.checkpoint_folder, self.export_folder = self.path / "checkpoints", self.path / "export"
         self._lock: FileLock | None = None
 
     def open(self) -> None:
-        """Make the folder, keep other processes out of it until ``close``, and remove what a kill left half written.
+        """Make the folder, lock it until ``close``, and remove files that a killed run left half written.
 
         Raises:
-            ValueError: If another process trains in it.
-            OSError: If it cannot be written to.
+            ValueError: If another process trains in the folder.
+            OSError: If the folder cannot be written to.
         """
         try:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / "run")
             self._lock.acquire(timeout=0)
-            for left in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
-                if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", left.name):
-                    shutil.rmtree(left, ignore_errors=True)
+            for path in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
+                if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", path.name):
+                    shutil.rmtree(path, ignore_errors=True)
         except Timeout:
             raise ValueError(f"{self.path}: another process trains in it") from None
         except OSError as e:
@@ -70,20 +70,20 @@ class RunFolder:
             self._lock.release()
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """Complete checkpoints, oldest first; half-written ones have other names."""
         return run_checkpoints(self.path)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, if any."""
+        """Newest checkpoint, if any."""
         return next(reversed(self.checkpoints()), None)
 
     def save(self, state: dict[str, Any], keep: int) -> Path:
-        """Write a checkpoint, then delete all but the newest ``keep`` up to it.
+        """Write a checkpoint, then delete all but the newest ``keep`` up to its step.
 
-        Later ones, of a run that went back, stay: the newest on the disk may be damaged.
+        Checkpoints of later steps do not count and stay: a run may have gone back because they are damaged.
 
         Raises:
-            OSError: If it cannot be written; those before stay as they are.
+            OSError: If the checkpoint cannot be written; earlier ones stay as they are.
         """
         path = self.checkpoint_folder / f"step_{state['step']:09d}.pt"
         last = self.latest()
@@ -91,11 +91,12 @@ class RunFolder:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
-            if tells_of_dead_worker(e):
+            if is_dead_worker(e):
                 raise
-            why = str(e).partition("\n")[0]
-            why = why if isinstance(e, OSError) else f"is the disk full? {why}"
-            raise OSError(f"{path} could not be written ({why}); the last whole checkpoint: {last or 'none'}") from None
+            reason = str(e).partition("\n")[0]
+            reason = reason if isinstance(e, OSError) else f"is the disk full? {reason}"
+            last_whole = f"the last whole checkpoint: {last or 'none'}"
+            raise OSError(f"{path} could not be written ({reason}); {last_whole}") from None
         for old in [p for p in self.checkpoints() if p <= path][:-keep]:
             old.unlink(missing_ok=True)
         return path
@@ -104,15 +105,15 @@ class RunFolder:
         """Read a checkpoint of a run.
 
         Raises:
-            CheckpointError: If it is of another make, or damaged.
+            CheckpointError: If the file is damaged, or no checkpoint of this program.
         """
         state = read_checkpoint(path)
-        if not isinstance(state, dict) or not {"config", "step", *self.holds} <= state.keys():
+        if not isinstance(state, dict) or not {"config", "step", *self.state_keys} <= state.keys():
             raise CheckpointError(f"{path} is no checkpoint of {self.program}: give it to --init instead of --resume")
         return state
 
     def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its path; a damaged one is passed over and named.
+        """Return path and content of the newest readable checkpoint; log damaged ones.
 
         Raises:
             CheckpointError: If there are checkpoints and none can be read.
@@ -129,30 +130,30 @@ class RunFolder:
         return None
 
     def find(self, resume: str) -> dict[str, Any] | None:
-        """The checkpoint to continue from.
+        """Return the checkpoint to continue from; None for a new run.
 
         Args:
             resume: ``auto`` for the newest, if any; a checkpoint file; or empty, for a new run.
 
         Raises:
-            ValueError: If a new run would have to overwrite one, or the folder holds another run than the file's.
+            ValueError: If a new run would overwrite the one in the folder, or the file belongs to another run.
             CheckpointError: If the checkpoint cannot be read.
         """
         if resume == "auto":
-            found = self.load_latest()
-            return found[1] if found else None
+            newest = self.load_latest()
+            return newest[1] if newest else None
         last = self.latest()
         if resume:
-            given = Path(resume)
-            if last and given.resolve() not in [p.resolve() for p in self.checkpoints()]:
-                raise ValueError(f"{self.path} holds another run than {given}: name another --out")
-            return self.load(given)
+            file = Path(resume)
+            if last and file.resolve() not in [p.resolve() for p in self.checkpoints()]:
+                raise ValueError(f"{self.path} holds another run than {file}: name another --out")
+            return self.load(file)
         if last:
             raise ValueError(f"{self.path} holds a run ({last.name}): --resume auto continues it, --out begins anew")
         return None
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run makes again, and set later checkpoints aside (``.later``)."""
+        """Drop the metrics of later steps and rename their checkpoints (``.later``): a resumed run repeats them."""
         for path in self.checkpoints():
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
@@ -162,12 +163,12 @@ class RunFolder:
                 temporary.write_text("".join(f"{x}\n" for x in lines))
 
     def has_metric(self, step: int, name: str) -> bool:
-        """Whether ``metrics.jsonl`` holds a figure of a step."""
+        """Whether ``metrics.jsonl`` holds this metric of this step."""
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
         return any(record["step"] == step and name in record for record in map(json.loads, lines))
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
-        """Append a line to ``metrics.jsonl``; what is not finite is null, since JSON has no word for it."""
+        """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
@@ -175,10 +176,10 @@ class RunFolder:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # cut short by a kill
+    except (ValueError, KeyError):  # a line that a kill cut short
         return float("inf")
 
 
-def tells_of_dead_worker(error: Exception) -> bool:
-    """Whether torch says that a loader process died: its signal handler raises that wherever the main thread is."""
+def is_dead_worker(error: Exception) -> bool:
+    """Whether an error reports a dead loader process: torch's signal handler raises it wherever the main thread is."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

@@ -1,4 +1,4 @@
-"""What a run says: lines for people, and means over the steps between two of them."""
+"""Logging: console and file handlers, and means between two log lines."""
 
 import logging
 import math
@@ -13,11 +13,11 @@ from tqdm import tqdm
 from passreid_models.runtime import world
 
 SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temp")
-_logger = logging.getLogger("passreid_models")  # every part of the package may have something to say
+_logger = logging.getLogger("passreid_models")  # parent of the loggers of all modules
 
 
 class Window:
-    """Means over the steps between two lines of the log."""
+    """Means over the steps between two log lines."""
 
     def __init__(self) -> None:
         self.start, self.waited = time.perf_counter(), 0.0
@@ -25,6 +25,7 @@ class Window:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Add the time spent inside to the time that training waits for data."""
         before = time.perf_counter()
         yield
         self.waited += time.perf_counter() - before
@@ -33,9 +34,9 @@ class Window:
         self.records.append(record)
 
     def summary(self, batch_size: int) -> dict[str, float]:
-        """Mean losses and gradient norm of the finite steps, the last scheduled values, speed."""
+        """Mean losses and gradient norm over finite values, last scheduled values, and speed."""
         seconds = time.perf_counter() - self.start
-        keys = {k: None for r in self.records for k in r}  # a step that was left out has fewer
+        keys = {k: None for r in self.records for k in r}  # a skipped step has fewer
         finite = {k: [r[k] for r in self.records if math.isfinite(r.get(k, math.nan))] for k in keys}
         means = {k: sum(v) / len(v) for k, v in finite.items() if v}
         return {
@@ -48,17 +49,17 @@ class Window:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Log lines to the terminal, past the progress bar, and to a file."""
+    """Log to the terminal, above the progress bar, and to a file; all but the first process log marked records only."""
     handlers: list[logging.Handler] = [_Terminal(), _LateFile(path, delay=True)]
     if world()[0]:
         for handler in handlers:
             handler.addFilter(lambda record: getattr(record, "every_process", False))
-    form = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     level, propagate = _logger.level, _logger.propagate
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
     for handler in handlers:
-        handler.setFormatter(form)
+        handler.setFormatter(formatter)
         _logger.addHandler(handler)
     try:
         yield
@@ -78,11 +79,11 @@ class _Terminal(logging.Handler):
 
 
 class _LateFile(logging.FileHandler):
-    """A log file that begins when the run folder is there: a refused run leaves no trace."""
+    """Log file that is written once the run folder exists: a refused run leaves no trace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if Path(self.baseFilename).parent.is_dir():
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is told by who writes the checkpoint."""
+        """Ignore a full disk: writing the next checkpoint reports it."""

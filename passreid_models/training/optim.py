@@ -1,4 +1,4 @@
-"""Parameter groups: how each takes learning rate and weight decay."""
+"""Parameter groups, with factors of the learning rate and the weight decay."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,17 +10,17 @@ from passreid_models.pass_vit import PassVisionTransformer
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give each group its share of the learning rate and the weight decay."""
+    """Set learning rate and weight decay of each group, multiplied by the group's factors."""
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = lr * group["lr_scale"], weight_decay * group["wd_scale"]
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: Callable[[float], float]) -> None:
-    """Give each group of ``make_sgd`` its learning rate.
+    """Set the learning rate of each group of ``make_sgd``.
 
     Args:
-        optimizer: Of ``make_sgd``.
-        lr: The schedule's value for weights (1) and for biases (their factor), which may do more than scale.
+        optimizer: Optimiser made by ``make_sgd``.
+        lr: Learning rate as a function of the factor of biases, 1 for weights; it need not be proportional.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr(group["bias_scale"])
@@ -36,16 +36,16 @@ def make_sgd(
 ) -> torch.optim.SGD:
     """SGD for a fine-tuned backbone, with factors for ``set_learning_rates``; no parameter is exempt from decay.
 
-    A folded token (token + position) moves as far as the two did in the official optimisation: twice the learning rate,
-    half the weight decay.
+    A folded token (token + position) gets twice the learning rate and half the weight decay: it then moves as far as
+    token and position together in the official optimisation.
 
     Args:
-        network: Holds the backbone; its parameters that need gradients are taken.
-        backbone: The PASS model in it.
-        momentum: Of SGD.
-        weight_decay: Of all parameters.
-        bias_lr: Factor for biases.
-        layer_decay: Factor from each block to the one before it; what is behind the blocks has 1.
+        network: Network that holds the backbone; all its trainable parameters are optimised.
+        backbone: PASS model in ``network``.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of all parameters.
+        bias_lr: Factor of the learning rate of biases.
+        layer_decay: Factor of the learning rate from each block to the one before it; layers after the blocks have 1.
     """
     depth = {id(p): 0 for p in network.parameters()}
     layers = group_with_matcher(backbone.named_parameters(), backbone.group_matcher(), reverse=True)
@@ -67,5 +67,5 @@ def make_sgd(
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm of all gradients together."""
+    """L2 norm of all gradients together."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,4 +1,4 @@
-"""The curves of a training run."""
+"""Curves of a training run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     """
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
-        raise FileNotFoundError(f"{metrics} is not there: {run} is no run of passreid-train, or has not logged yet")
+        raise FileNotFoundError(f"{metrics} is not there: {run} is no training run, or has not logged yet")
     records = [r for line in metrics.read_text().splitlines() if "epoch" in (r := _read(line))]
     if not records:
         raise ValueError(f"{metrics} holds no steps yet")
@@ -43,15 +43,15 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     if not picture.suffix:
         raise ValueError(f"{picture}: name a picture file such as curves.png")
     names = list(dict.fromkeys(key for r in records for key in r))
-    found = {title: [key for p in patterns for key in matching(names, p)] for title, patterns in PANELS.items()}
-    panels = {title: keys for title, keys in found.items() if keys}
+    curves = {title: [key for p in patterns for key in matching(names, p)] for title, patterns in PANELS.items()}
+    panels = {title: keys for title, keys in curves.items() if keys}
     rows = math.ceil(len(panels) / COLUMNS)
     figure = new_figure(12, 4 * rows)
     for position, (title, keys) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, COLUMNS, position)
         for key in keys:
             x, values = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
-            y = [math.nan if v is None else v for v in values]  # null was not finite: a gap in the curve
+            y = [math.nan if v is None else v for v in values]  # null (not finite) is a gap in the curve
             largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
             axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
         axes.set_title(title, fontsize=10)
@@ -63,7 +63,7 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
 
 
 def _read(line: str) -> dict[str, float]:
-    """A record; none where a kill, or a run that is just writing, left half a line."""
+    """Parse a line; empty if it is incomplete, after a kill or while a run is writing it."""
     try:
         return json.loads(line)
     except ValueError:

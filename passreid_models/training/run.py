@@ -1,7 +1,6 @@
-"""What goes on around the step of any trainer: data, checkpoints, logs, signals, processes.
+"""Training loop of all tasks: data, checkpoints, log, signals, processes.
 
-A task derives from ``Run``, says how its trainer, its batches and its export are made, and hands the class to
-``run_in_folder``.
+A task derives a class from ``Run`` that makes its trainer, batches and export, and passes it to ``run_in_folder``.
 """
 
 import errno
@@ -29,17 +28,17 @@ from passreid_models.data.loader import SIGNALS
 from passreid_models.device import process_group
 from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
 from passreid_models.training.config import RunConfig
-from passreid_models.training.folder import RunFolder, tells_of_dead_worker
+from passreid_models.training.folder import RunFolder, is_dead_worker
 from passreid_models.training.log import Window, log_to
 from passreid_models.training.trainer import BaseTrainer, NonFiniteLossError
 from passreid_models.training.warm_start import provenance_of
 
 _logger = logging.getLogger(__name__)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # said by a write, without the file's name
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write without the file's name
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """Raised when a run stops before its end, after its state is saved; ``signum`` is the signal, if there was one."""
 
     def __init__(self, message: str, signum: int | None = None) -> None:
         super().__init__(message)
@@ -47,18 +46,18 @@ class Stopped(Exception):
 
 
 class Run:
-    """The loop around the step: data, checkpoints, logs, signals.
+    """Training loop around the step of a trainer: data, checkpoints, log, signals.
 
-    What a task gives: ``prepare``, ``batches``, ``announcement``, ``exported``, ``about`` and, where it has something
-    to do then, ``after_epoch``.
+    A task implements ``prepare``, ``batches``, ``announcement``, ``exported`` and ``about``, and may override
+    ``before_step`` and ``after_epoch``.
     """
 
     program: ClassVar[str] = "passreid-train"
     trainer_class: ClassVar[type[BaseTrainer]]
     shown: ClassVar[tuple[str, ...]] = ("loss", "lr", "images_per_s", "wait_share")
-    """Figures of a line of the log."""
+    """Metrics in a log line."""
     epoch_figure: ClassVar[str]
-    """What ``after_epoch`` writes last: a resumed run whose epoch ended without it looks at the networks again."""
+    """Metric that ``after_epoch`` writes last: a resumed run whose last epoch lacks it calls ``after_epoch`` again."""
 
     config: Any
     trainer: Any
@@ -77,14 +76,14 @@ class Run:
             self.folder.open()
             self.folder.forget_after(self.trainer.step)
             self.config.save(self.folder.path / "config.yaml")
-        all_reduce_mean(torch.zeros(1, device=device))  # the others have a folder for their log from here on
+        all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
         self.unreadable: set[str] = set()
         self.unreadable_now, self.counted_epoch = 0, -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
         self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
 
-    # ---- What a task gives
+    # ---- Implemented by a task
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> BaseTrainer:
         """Open the data and make the trainer."""
@@ -95,24 +94,24 @@ class Run:
         raise NotImplementedError
 
     def announcement(self) -> list[str]:
-        """Lines that say what is trained on what."""
+        """Log lines that describe data, model and training."""
         raise NotImplementedError
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
-        """The model that ``out/export`` holds, and tensors that go beside it."""
+        """Model for ``out/export``, and tensors to store beside it."""
         raise NotImplementedError
 
     def about(self) -> dict[str, Any]:
-        """The task's entries of the provenance."""
+        """Entries of the provenance that only the task can give."""
         raise NotImplementedError
 
     def before_step(self) -> None:
-        """Prepare what the next batches depend on."""
+        """Prepare what the next batches depend on, such as clusters."""
 
     def after_epoch(self) -> None:
-        """Look at the networks after an epoch; the state has been saved."""
+        """Evaluate the networks after an epoch; the state is already saved."""
 
-    # ---- What is the same for all
+    # ---- Common to all tasks
 
     def _check_same_step(self) -> None:
         if self.trainer.world_size == 1:
@@ -127,7 +126,7 @@ class Run:
             )
 
     def close(self) -> None:
-        """Let other processes train in the folder, though a traceback may keep this object alive."""
+        """Unlock the folder, without waiting for this object to be freed: a traceback may keep it alive."""
         self.folder.close()
 
     def train(self) -> Path:
@@ -137,15 +136,15 @@ class Run:
             The exported folder.
         """
         config, trainer = self.config, self.trainer
-        was_looked_at = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
-        if trainer.step and trainer.begins_epoch and not on_first(was_looked_at):  # a kill came between
+        is_evaluated = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
+        if trainer.step and trainer.begins_epoch and not on_first(is_evaluated):  # killed before the evaluation ended
             self.after_epoch()
         for line in self.announcement():
-            self.say(line)
+            self.log(line)
         if config.init:
-            self.say(f"weights: {config.init}")
+            self.log(f"weights: {config.init}")
         if trainer.step:
-            self.say(f"resumed at step {trainer.step} of {trainer.total_steps}")
+            self.log(f"resumed at step {trainer.step} of {trainer.total_steps}")
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
             self._export()
         batches = closing(self.batches())
@@ -168,29 +167,29 @@ class Run:
                 bar.update()
                 if trainer.step % config.log_steps == 0 or ends_epoch:
                     self.write({**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})})
-                    window = None  # the next begins with its first step
+                    window = None  # the next one begins with a step: neither saving nor evaluating counts
                 stop = self._agree_to_stop(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
-                if stop or is_last or (is_good and self._due()):
+                if stop or is_last or (is_good and self._checkpoint_is_due()):
                     self._save()
                 if ends_epoch:
-                    self.after_epoch()  # after saving: it may fail
+                    self.after_epoch()  # after saving, since it may fail
                 if stop and trainer.step < trainer.total_steps:
                     raise Stopped(
                         f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
                         received[0] if received else None,
                     )
-        all_reduce_mean(torch.zeros(1, device=trainer.device))  # the export is there for all processes from here on
-        self.say(f"done: {self.folder.export_folder}")
+        all_reduce_mean(torch.zeros(1, device=trainer.device))  # from here on all processes find the export
+        self.log(f"done: {self.folder.export_folder}")
         return self.folder.export_folder
 
-    def say(self, line: str) -> None:
-        """A line of the log, by the first process."""
+    def log(self, line: str) -> None:
+        """Write a log line, in the first process."""
         if self.is_main:
             _logger.info(line)
 
     def write(self, figures: Mapping[str, float]) -> None:
-        """A line of ``metrics.jsonl``, of the log and of TensorBoard, by the first process."""
+        """Write metrics to ``metrics.jsonl``, the log and TensorBoard, in the first process."""
         if not self.is_main:
             return
         t = self.trainer
@@ -204,48 +203,49 @@ class Run:
             self.board.flush()
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
-        """Name unreadable images, and stop when they are too many in an epoch."""
+        """Log unreadable images, and stop the run when an epoch has too many."""
         if self.trainer.epoch != self.counted_epoch:
             self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
-        found = [m for batch in batches for m in batch.unreadable]
-        self.unreadable_now += len(found)
-        self.name_unreadable(found)
+        messages = [message for batch in batches for message in batch.unreadable]
+        self.unreadable_now += len(messages)
+        self.name_unreadable(messages)
         self.check_unreadable(self.unreadable_now, self.trainer.num_images / self.trainer.world_size)
 
     def name_unreadable(self, messages: Iterable[str]) -> None:
-        """Name each unreadable image once."""
+        """Log each unreadable image once."""
         for message in messages:
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 _logger.warning(f"left out: {message}", extra={"every_process": True})
 
-    def check_unreadable(self, count: int, of: float) -> None:
-        """
+    def check_unreadable(self, count: int, total: float) -> None:
+        """Stop the run when too many images are unreadable.
+
         Raises:
-            ValueError: If too many images cannot be read.
+            ValueError: If ``count`` is more than the share ``max_unreadable`` of ``total``.
         """
-        if count > self.config.max_unreadable * of:
+        if count > self.config.max_unreadable * total:
             raise ValueError(
-                f"max_unreadable: {count} of {of:.0f} images cannot be read, more than "
+                f"max_unreadable: {count} of {total:.0f} images cannot be read, more than "
                 f"{self.config.max_unreadable:.2%}; {self.folder.log_file} names them"
             )
 
     def _agree_to_stop(self, received: list[int]) -> bool:
-        """Whether any process was asked to stop, or the time is up."""
+        """Whether any process received a signal or exceeded ``max_minutes``."""
         late = self.config.max_minutes and time.monotonic() - self.started > 60 * self.config.max_minutes
-        wanted = bool(received or late)
+        stop = bool(received or late)
         if self.trainer.world_size == 1:  # a tensor would make every step wait for the GPU once more
-            return wanted
-        return bool(all_reduce_mean(torch.tensor(float(wanted), device=self.trainer.device)))
+            return stop
+        return bool(all_reduce_mean(torch.tensor(float(stop), device=self.trainer.device)))
 
-    def _due(self) -> bool:
+    def _checkpoint_is_due(self) -> bool:
         t, c = self.trainer, self.config
         if t.epoch // c.save_epochs > self.saved_epoch // c.save_epochs:
             return True
         return time.monotonic() - self.saved_at > 60 * c.save_minutes
 
     def _save(self) -> None:
-        """Checkpoint and export, by the first process."""
+        """Write checkpoint and export, in the first process."""
         if self.is_main:
             self.folder.save({**self.trainer.state(), "origin": self.origin}, self.config.keep)
         self._export()
@@ -255,14 +255,14 @@ class Run:
         self.export_to(self.folder.export_folder)
 
     def export_to(self, folder: Path, **more: Any) -> None:
-        """Write the model, by the first process, whole or not at all.
+        """Write the model to a folder, in the first process, whole or not at all.
 
         Args:
-            folder: An older one gives way.
+            folder: Folder to write; an older one is replaced.
             **more: Further entries of the provenance.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the folder cannot be written.
         """
         if not self.is_main:
             return
@@ -276,7 +276,7 @@ class Run:
     def _provenance(self) -> dict[str, Any]:
         from passreid_models import __version__
 
-        config = {k: v for k, v in self.config.to_dict().items() if k not in self.config.FREE}  # no names of folders
+        config = {k: v for k, v in self.config.to_dict().items() if k not in self.config.FREE}  # no paths
         return {
             **self.about(),
             "data_fingerprint": self.trainer.fingerprint,
@@ -291,18 +291,18 @@ class Run:
 
 
 def run_in_folder(task: type[Run], config: RunConfig) -> Path:
-    """Train from the first step or from the last checkpoint on, to ``out/export``; also under ``torchrun``.
+    """Train, from the first step or from the last checkpoint, to ``out/export``; also under ``torchrun``.
 
     Args:
-        task: What is trained.
-        config: Its configuration.
+        task: Class of the run.
+        config: Configuration of the run.
 
     Returns:
         The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``.
 
     Raises:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
-        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
@@ -311,15 +311,15 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
         with process_group(config.device) as device, log, closing(task(config, device)) as run:
             try:
                 return run.train()
-            except Exception as e:  # for who reads the log; the caller tells the terminal
+            except Exception as e:  # to the log file; on the terminal the caller reports it
                 _logger.error(f"{type(e).__name__}: {e}", extra={"file_only": True, "every_process": True})
                 raise
     except OSError as e:
-        if e.filename or e.errno not in FULL:
+        if e.filename or e.errno not in DISK_FULL:
             raise
         raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
     except RuntimeError as e:
-        if not tells_of_dead_worker(e):
+        if not is_dead_worker(e):
             raise
         raise ChildProcessError(
             f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
@@ -329,27 +329,27 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Signals received, in order; a second SIGINT interrupts at once."""
+    """List of the signals received, in order; a second SIGINT interrupts at once."""
     received: list[int] = []
 
-    def note(signum: int, frame: Any) -> None:
+    def receive(signum: int, frame: Any) -> None:
         if signum == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(signum)
-        again = "; Ctrl-C again stops without" if signum == signal.SIGINT else ""
-        os.write(2, f"\nsaving after this step{again}\n".encode())  # print may be in the middle of a line
+        advice = "; Ctrl-C again stops without saving" if signum == signal.SIGINT else ""
+        os.write(2, f"\nsaving after this step{advice}\n".encode())  # print may be in the middle of a line
 
-    in_main = threading.current_thread() is threading.main_thread()  # Python leaves signals to that one
-    old = {s: signal.signal(s, note) for s in SIGNALS if in_main}
+    in_main = threading.current_thread() is threading.main_thread()  # only this one may set handlers
+    previous = {s: signal.signal(s, receive) for s in SIGNALS if in_main}
     try:
         yield received
     finally:
-        for s, handler in old.items():
+        for s, handler in previous.items():
             signal.signal(s, handler)
 
 
 def pick_workers(config: RunConfig) -> int:
-    """Loader processes of a training process: all cores but one, shared by those of this machine, 16 at most."""
+    """Loader processes of a training process: by default its share of the cores minus one, at least 1, at most 16."""
     if config.workers is not None:
         return config.workers
     return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))

@@ -1,6 +1,6 @@
-"""What the trainers of all tasks have in common: counting steps, precision, processes, and the state of a run.
+"""Base of the trainers of all tasks: step counter, precision, processes, and the state of a run.
 
-A trainer holds the networks and moves them in ``training_step``; ``training.loop.Run`` is what goes on around it.
+A trainer holds the networks and updates them in ``training_step``; ``training.run.Run`` is the loop around it.
 """
 
 import logging
@@ -28,12 +28,12 @@ class NonFiniteLossError(ArithmeticError):
 class BaseTrainer:
     """Base of the trainers.
 
-    A subclass makes its networks and optimiser in ``__init__``, ends it with ``wrap``, and gives ``training_step``,
-    ``tensors`` and ``load_tensors``.
+    A subclass makes its networks and optimiser in ``__init__``, passes the trained network through ``wrap``, and
+    implements ``training_step``, ``tensors`` and ``load_tensors``.
     """
 
     state_keys: tuple[str, ...] = ()
-    """What a checkpoint of this task holds beside the bookkeeping, for ``RunFolder``."""
+    """Entries of this task's checkpoints besides those of ``state``, for ``RunFolder``."""
 
     def __init__(
         self,
@@ -46,12 +46,12 @@ class BaseTrainer:
     ) -> None:
         """
         Args:
-            config: The run.
-            num_images: Images of the data.
-            epoch_steps: Steps of an epoch, or of each.
+            config: Configuration of the run.
+            num_images: Number of training images.
+            epoch_steps: Steps of every epoch, or a list with those of each.
             epochs: Number of epochs.
-            device: Of this process.
-            fingerprint: Of the list of images, for the check of a resumed run.
+            device: Device of this process.
+            fingerprint: Hash of the list of images, which a resumed run must share.
         """
         self.config: Any = config
         self.device, self.fingerprint, self.num_images = device, fingerprint, num_images
@@ -65,20 +65,20 @@ class BaseTrainer:
         self.dtype = pick_dtype(config.dtype, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.indicators: dict[str, float] = {}
-        """What is logged at the end of an epoch besides the means."""
+        """Metrics logged at the end of an epoch besides the means."""
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done; the number of the one that the next step belongs to."""
+        """Number of finished epochs: the epoch of the next step, counted from 0."""
         return self.epoch_at(self.step)
 
     def epoch_at(self, step: int) -> int:
-        """The epoch that a step belongs to."""
+        """Epoch of a step, counted from 0."""
         return bisect_right(self.epoch_starts, step) - 1
 
     @property
     def epochs_done(self) -> float:
-        """Epochs that are done, with the part of the current one."""
+        """Finished epochs, including the finished fraction of the current one."""
         epoch = self.epoch
         if epoch == len(self.epoch_starts) - 1:
             return float(epoch)
@@ -87,6 +87,7 @@ class BaseTrainer:
 
     @property
     def begins_epoch(self) -> bool:
+        """Whether the next step is the first of its epoch."""
         return self.epoch_starts[self.epoch] == self.step
 
     @property
@@ -95,10 +96,10 @@ class BaseTrainer:
         return self.epoch_at(self.step + 1) > self.epoch
 
     def training_step(self, batches: Sequence[Any]) -> dict[str, float]:
-        """One step on the micro-batches of this process; ``step`` counts it.
+        """Train one step on the micro-batches of this process, and add 1 to ``step``.
 
         Returns:
-            What is logged: losses, the schedules' values, the gradient norm.
+            Values for the log: losses, scheduled values, gradient norm.
 
         Raises:
             NonFiniteLossError: After more than ``skip_nonfinite`` steps with a loss that is NaN or infinite.
@@ -106,21 +107,21 @@ class BaseTrainer:
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Any]:
-        """Networks, optimiser and whatever else of the task a resumed run needs, by ``state_keys``."""
+        """State of networks, optimiser and anything else that a resumed run needs, by ``state_keys``."""
         raise NotImplementedError
 
     def load_tensors(self, state: dict[str, Any]) -> None:
-        """Take ``tensors`` back."""
+        """Restore what ``tensors`` returned."""
         raise NotImplementedError
 
     def synchronized(self, network: Any) -> Any:
-        """The network with BatchNorms of all processes; as it is on CPUs, for which torch has none."""
+        """Convert BatchNorms to SyncBatchNorm; in a single process, or on a CPU (torch has none there), do nothing."""
         if self.config.sync_bn and self.world_size > 1 and self.device.type == "cuda":
             return nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network for the forward pass: itself, or DDP around it where there are several processes."""
+        """Return the network for the forward pass: itself, or DDP around it if there are several processes."""
         if self.world_size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -129,26 +130,26 @@ class BaseTrainer:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def move(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser's step, on gradients that are not scaled any more."""
+    def step_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step the optimiser on gradients that are already unscaled, and clear them."""
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
 
     def is_finite(self, loss: float, norm: float) -> bool:
-        """Whether a step may count; with float16 an infinite gradient is for the scaler to see to."""
+        """Whether loss and gradient norm are finite; with float16 the scaler handles an infinite norm."""
         return math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
 
-    def leave_out(self, optimizer: torch.optim.Optimizer, what: str, where: str = "") -> None:
-        """Make nothing of a step whose loss or gradient is not finite, or stop.
+    def skip_step(self, optimizer: torch.optim.Optimizer, what: str, where: str = "") -> None:
+        """Skip a step whose loss or gradient is not finite; raise after too many.
 
         Args:
-            optimizer: Whose gradients are dropped.
-            what: ``loss`` or ``gradient``.
-            where: In which term, in brackets.
+            optimizer: Optimiser whose gradients are cleared.
+            what: ``loss`` or ``gradient``, for the message.
+            where: Term that is not finite, in brackets, for the message.
 
         Raises:
-            NonFiniteLossError: After more than ``skip_nonfinite`` of them.
+            NonFiniteLossError: After more than ``skip_nonfinite`` skipped steps.
         """
         optimizer.zero_grad()
         if self.scaler.is_enabled():
@@ -162,7 +163,7 @@ class BaseTrainer:
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs, for ``torch.load(weights_only=True)``."""
+        """State that a resumed run needs, readable by ``torch.load(weights_only=True)``."""
         return {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -179,34 +180,34 @@ class BaseTrainer:
         """Continue from ``state``.
 
         Raises:
-            ValueError: If it is of a run with other settings or data, naming them.
+            ValueError: If ``state`` is of a run with other settings or data; the message names them.
         """
         config = self.config
         if changed := config.changed(state["config"]):
-            what = "; ".join(f"{k}: {here!r}, in the run {there!r}" for k, (here, there) in changed.items())
-            raise ValueError(f"the run to resume has other settings ({what}): give those, or another --out")
+            settings = "; ".join(f"{k}: {value!r}, in the run {saved!r}" for k, (value, saved) in changed.items())
+            raise ValueError(f"the run to resume has other settings ({settings}): give those, or another --out")
         if (state["num_images"], state["fingerprint"]) != (self.num_images, self.fingerprint):
             raise ValueError(
                 f"the run to resume has {state['num_images']} images, and {config.data} now holds "
-                f"{self.num_images}, or others: begin a new run with --init"
+                f"{self.num_images}, not the same ones: begin a new run with --init"
             )
-        # dtype as it was picked, which auto does not tell
-        mine = {**config.numerics(), "processes": self.world_size, "dtype": str(self.dtype)}
+        # the dtype that auto picked, not "auto"
+        numerics = {**config.numerics(), "processes": self.world_size, "dtype": str(self.dtype)}
         saved = type(config).known(state["config"]).numerics()
         saved |= {"processes": state["world_size"], "dtype": state["dtype"]}
-        if differing := [f"{mine[k]} {k} instead of {saved[k]}" for k in mine if mine[k] != saved[k]]:
+        if differing := [f"{v} {k} instead of {saved[k]}" for k, v in numerics.items() if v != saved[k]]:
             _logger.warning(
-                f"resumed with {', '.join(differing)}: the same images a step, but the last digits and the stochastic "
-                "depth differ"
+                f"resumed with {', '.join(differing)}: batches are the same, but results agree up to rounding only, "
+                "and drop-path masks differ"
             )
         self.step, self.skipped = state["step"], state["skipped"]
         self.load_tensors(state)
-        if state["scaler"]:  # else of a run in another dtype
+        if state["scaler"]:  # empty unless the saved run was in float16
             self.scaler.load_state_dict(state["scaler"])
 
 
 def sync_gradients(network: nn.Module, last: bool) -> AbstractContextManager:
-    """Only the last micro-batch of a step reduces the gradients over the processes."""
+    """Reduce gradients over the processes after the last micro-batch of a step only."""
     if last or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()

@@ -1,4 +1,4 @@
-"""Training images of re-ID: what the transform gives, and that it is a function of the key."""
+"""Training images of re-ID: the transform, and that it is a function of seed, step and place in the batch."""
 
 from pathlib import Path
 
@@ -29,14 +29,14 @@ def images(paths: list[Path], transform: TrainTransform = USUAL, seed: int = 0) 
 
 
 def test_an_image_is_resized_bicubic_and_normalised_by_a_half(paths):
-    found, label, unreadable = images(paths, PLAIN)[0, 0, 1]
+    pixels, label, unreadable = images(paths, PLAIN)[0, 0, 1]
     with Image.open(paths[1]) as image:
         expected = np.asarray(image.resize((32, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1
-    torch.testing.assert_close(found, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-6)
     assert (label, unreadable) == (8, [])
 
 
-def test_what_is_drawn_is_a_function_of_seed_step_and_place_alone(paths):
+def test_augmentation_is_a_function_of_seed_step_and_place_alone(paths):
     x = images(paths)
     first = x[3, 5, 0][0]
     assert torch.equal(first, x[3, 5, 0][0])
@@ -45,7 +45,7 @@ def test_what_is_drawn_is_a_function_of_seed_step_and_place_alone(paths):
         assert not torch.equal(first, other[0])
 
 
-def test_the_generator_of_the_caller_is_left_alone(paths):
+def test_the_generator_of_the_caller_is_unchanged(paths):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -61,7 +61,7 @@ def test_the_padding_is_black_and_the_crop_random(paths):
     assert max(black) > 0.2
 
 
-def test_erasing_puts_noise_or_the_given_colour(paths):
+def test_erasing_fills_with_noise_or_a_colour(paths):
     whole = images(paths, PLAIN)[0, 0, 0][0]
     for value in ("random", (0.485, 0.456, 0.406)):
         erased = images(paths, TrainTransform((64, 32), 0, 0, 1, (0.1, 0.3), value))[0, 0, 0][0]
@@ -76,9 +76,9 @@ def test_erasing_puts_noise_or_the_given_colour(paths):
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_with_its_own_label(paths):
-    found, label, unreadable = images(paths, PLAIN)[0, 0, 4]
+    pixels, label, unreadable = images(paths, PLAIN)[0, 0, 4]
     assert label == 7
-    assert torch.equal(found, images(paths, PLAIN)[0, 0, 0][0])
+    assert torch.equal(pixels, images(paths, PLAIN)[0, 0, 0][0])
     assert len(unreadable) == 1
     assert "broken.jpg" in unreadable[0]
     with pytest.raises(ImageError, match=r"1 images in a row cannot be read; the first: .*broken\.jpg"):
@@ -86,7 +86,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_with_its_own_label(paths):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_gives_the_batches_of_its_sampler(paths, workers):
+def test_an_epoch_has_the_batches_of_its_sampler(paths, workers):
     batches = [np.array([[0, 1], [2, 3]]), np.array([[3, 2], [1, 4]])]
     loaded = list(load_epoch(images(paths), KeySampler(batches, 20), torch.device("cpu"), workers))
     assert [b.labels.tolist() for b in loaded] == [[7, 8, 9, 10], [10, 9, 8, 7]]

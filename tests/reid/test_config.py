@@ -1,4 +1,4 @@
-"""FinetuneConfig and ClusterConfig: the published values, the options by name, what is refused, the way from flags."""
+"""FinetuneConfig and ClusterConfig: published values, defaults from init, flags and YAML, refused values."""
 
 from dataclasses import replace
 from typing import Any
@@ -51,16 +51,16 @@ def test_the_defaults_of_clustering_are_the_published_recipe():
 
 
 def assert_published(c: Any) -> None:
-    """Of the LUPerson weights: fusion and size."""
+    """Check model, fusion and size against those published for the LUPerson weights."""
     for init in ("pass_vit_small_patch16.lup", "random"):
-        whole = complete(replace(c, data="market/", init=init))
-        assert (whole.model, whole.fusion, whole.size) == ("pass_vit_small_patch16", "cat", (256, 128))
+        completed = complete(replace(c, data="market/", init=init))
+        assert (completed.model, completed.fusion, completed.size) == ("pass_vit_small_patch16", "cat", (256, 128))
 
 
-# ---- What init tells
+# ---- Defaults from init
 
 
-def test_model_size_and_fusion_are_those_of_the_weights_unless_given(config, tmp_path):
+def test_model_size_and_fusion_default_to_those_of_the_weights(config, tmp_path):
     model = timm.create_model("test_pass_vit", img_size=(96, 32), global_pool="mean")
     save_pretrained(model, tmp_path / "run" / "export")
     for init in (tmp_path / "run", tmp_path / "run" / "export"):
@@ -72,14 +72,14 @@ def test_model_size_and_fusion_are_those_of_the_weights_unless_given(config, tmp
     assert (tag.model, tag.size, tag.fusion) == ("pass_vit_base_patch16", (384, 128), "cat")
 
 
-def test_a_model_without_parts_has_the_fusion_that_it_can(config):
+def test_a_model_without_parts_has_token_fusion_only(config):
     c = config(data="market/", init="random", model="transreid_vit_small_patch16")
     assert complete(c).fusion == "token"
     with pytest.raises(ValueError, match="fusion: expected token, since transreid_vit_small_patch16 has no parts"):
         complete(replace(c, fusion="cat"))
 
 
-def test_a_folder_of_another_make_is_refused_by_name(config, tmp_path):
+def test_a_folder_of_another_package_is_refused_by_name(config, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match=r"init: .*config\.json is not that of a model of this package"):
         complete(config(data="market/", init=str(tmp_path)))
@@ -91,7 +91,7 @@ def test_a_folder_of_another_make_is_refused_by_name(config, tmp_path):
 # ---- Flags and YAML
 
 
-def test_flags_presets_and_files_name_the_same_fields(config, tmp_path):
+def test_flags_presets_and_files_set_the_same_fields(config, tmp_path):
     plain = parse(config, "crops/", "--init", "lup", "--size", "384x128", "--grad-checkpointing")
     assert plain == config(data="crops/", init="lup", size=(384, 128), grad_checkpointing=True)
     plain.save(tmp_path / "run.yaml")
@@ -103,15 +103,15 @@ def test_flags_presets_and_files_name_the_same_fields(config, tmp_path):
 
 
 @pytest.mark.parametrize("preset", [(kind, name) for kind, names in PRESETS.items() for name in names])
-def test_presets_can_be(preset):
+def test_presets_are_valid(preset):
     kind, name = preset
     config = FinetuneConfig if kind == "finetune" else ClusterConfig
-    found = parse(config, "crops/", "--preset", name)
-    assert {k: getattr(found, k) for k in PRESETS[kind][name]} == PRESETS[kind][name]
+    parsed = parse(config, "crops/", "--preset", name)
+    assert {k: getattr(parsed, k) for k in PRESETS[kind][name]} == PRESETS[kind][name]
 
 
 @pytest.mark.parametrize("command", ["finetune", "cluster"])
-def test_the_commands_tell_a_mistake_in_a_sentence(command, capsys, tmp_path):
+def test_the_commands_report_a_mistake_in_one_line(command, capsys, tmp_path):
     out = f"--out={tmp_path}/run"
     assert cli.main([command, out]) == 2
     assert capsys.readouterr().err.startswith(f"passreid {command}: data: expected ")
@@ -141,7 +141,7 @@ def test_the_commands_tell_a_mistake_in_a_sentence(command, capsys, tmp_path):
         ({"log_steps": 0}, "log_steps: expected 1 or more"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(config, options, message):
+def test_an_invalid_value_is_refused_by_name(config, options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         config(**options)
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_is_refused_by_name(config, options, message):
         ({"margin": -0.1}, "margin: expected 0 or more"),
     ],
 )
-def test_what_cannot_be_in_fine_tuning_is_refused_by_name(options, message):
+def test_an_invalid_value_of_fine_tuning_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         FinetuneConfig(**options)
 
@@ -175,12 +175,12 @@ def test_what_cannot_be_in_fine_tuning_is_refused_by_name(options, message):
         ({"source_config": "x.yaml"}, "source_config: expected a source"),
     ],
 )
-def test_what_cannot_be_in_clustering_is_refused_by_name(options, message):
+def test_an_invalid_value_of_clustering_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         ClusterConfig(**options)
 
 
-def test_only_options_that_do_not_touch_the_weights_are_free_when_resumed(config):
+def test_a_resumed_run_may_change_only_options_that_do_not_affect_the_weights(config):
     here = config(data="a/")
     free = {"data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
             "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard"}  # fmt: skip

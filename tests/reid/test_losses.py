@@ -1,4 +1,4 @@
-"""Triplet loss and cluster memory: the official values, cases worked out by hand, and what must hold for any batch."""
+"""Triplet loss and cluster memory: official values, cases worked out by hand, and properties of any batch."""
 
 import pytest
 import torch
@@ -73,39 +73,39 @@ def test_a_batch_of_one_identity_is_refused():
 def test_loss_gradient_and_memory_are_the_official_ones(memory):
     mode, golden = memory
     inputs = golden["inputs"].clone().requires_grad_()
-    found = ClusterMemory(golden["memory_before"], temp=0.05, momentum=0.2, mode=mode)
-    loss = found(inputs, golden["targets"])
+    cluster_memory = ClusterMemory(golden["memory_before"], temp=0.05, momentum=0.2, mode=mode)
+    loss = cluster_memory(inputs, golden["targets"])
     loss.backward()
-    found.update(inputs, golden["targets"])
+    cluster_memory.update(inputs, golden["targets"])
     torch.testing.assert_close(loss, golden["loss"], rtol=1e-6, atol=0)
     torch.testing.assert_close(inputs.grad, golden["grad_inputs"], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(found.centroids, golden["memory_after"], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(cluster_memory.centroids, golden["memory_after"], rtol=1e-5, atol=1e-7)
 
 
-def test_the_given_centroids_and_those_of_other_clusters_stay_as_they_are(memory):
+def test_an_update_changes_neither_its_input_nor_other_clusters(memory):
     mode, golden = memory
     before = golden["memory_before"].clone()
-    found = ClusterMemory(golden["memory_before"], mode=mode)
-    found.update(golden["inputs"], golden["targets"])
-    others = [k for k in range(len(before)) if k not in golden["targets"]]
-    assert others
-    assert torch.equal(found.centroids[others], before[others])
+    cluster_memory = ClusterMemory(golden["memory_before"], mode=mode)
+    cluster_memory.update(golden["inputs"], golden["targets"])
+    untouched = [k for k in range(len(before)) if k not in golden["targets"]]
+    assert untouched
+    assert torch.equal(cluster_memory.centroids[untouched], before[untouched])
     assert torch.equal(golden["memory_before"], before)
 
 
-def test_hard_takes_the_sample_that_is_least_like_its_cluster():
-    found = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.5)
-    found.update(torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(found.centroids, torch.tensor([[0.5, 0.5]]) / 0.5**0.5)
+def test_hard_takes_the_least_similar_sample_of_a_cluster():
+    cluster_memory = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.5)
+    cluster_memory.update(torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(cluster_memory.centroids, torch.tensor([[0.5, 0.5]]) / 0.5**0.5)
 
 
 def test_mean_takes_every_sample_in_turn():
-    found = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.0, mode="mean")
-    found.update(torch.tensor([[0.0, 2.0], [3.0, 0.0], [4.0, 3.0]]), torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(found.centroids, torch.tensor([[0.8, 0.6]]))  # with no momentum the last alone
+    cluster_memory = ClusterMemory(torch.tensor([[1.0, 0.0]]), momentum=0.0, mode="mean")
+    cluster_memory.update(torch.tensor([[0.0, 2.0], [3.0, 0.0], [4.0, 3.0]]), torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(cluster_memory.centroids, torch.tensor([[0.8, 0.6]]))  # with no momentum the last alone
 
 
-def test_the_length_of_features_does_not_count(memory):
+def test_the_length_of_features_does_not_matter(memory):
     mode, golden = memory
     long, usual = (ClusterMemory(golden["memory_before"], mode=mode) for _ in range(2))
     inputs, scales = golden["inputs"], torch.linspace(0.1, 9, 12)[:, None]

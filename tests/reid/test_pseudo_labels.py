@@ -1,4 +1,4 @@
-"""Pseudo-labels: the official values, the dense reading of the method, and what must hold at the edges."""
+"""Pseudo-labels: official values, a dense implementation of the method, and edge cases."""
 
 import logging
 import sys
@@ -20,11 +20,11 @@ def golden() -> dict[str, Tensor]:
 
 
 def dense(graph) -> np.ndarray:
-    """Distances with those that are not stored, which are 1."""
+    """Dense distances; those that are not stored are 1."""
     graph = graph.tocoo()
-    found = np.ones(graph.shape, dtype=np.float32)
-    found[graph.row, graph.col] = graph.data
-    return found
+    distances = np.ones(graph.shape, dtype=np.float32)
+    distances[graph.row, graph.col] = graph.data
+    return distances
 
 
 def persons(seed: int, count: int, width: int = 12, noise: float = 0.7) -> Tensor:
@@ -36,7 +36,7 @@ def persons(seed: int, count: int, width: int = 12, noise: float = 0.7) -> Tenso
 
 
 def corners(seed: int, count: int) -> Tensor:
-    """Descriptors of +-1, few enough to be alike often: products are exact, and ties are everywhere."""
+    """Descriptors of +-1 in 16 variants, so that products are exact and ties frequent."""
     x = torch.from_numpy(np.random.default_rng(seed).choice([-1.0, 1.0], (count, 4))).float()
     return torch.cat([x, x, x, x], dim=1)  # of length 4
 
@@ -51,20 +51,20 @@ def same_groups(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def test_distances_are_those_of_the_official_code(golden):
-    found = dense(jaccard_distances(golden["features"]))
-    assert np.abs(found - golden["jaccard_distance"].numpy()).max() < 1e-5
+    distances = dense(jaccard_distances(golden["features"]))
+    assert np.abs(distances - golden["jaccard_distance"].numpy()).max() < 1e-5
 
 
 def test_labels_are_those_of_the_official_code(golden):
     assert same_groups(cluster_features(golden["features"]), golden["dbscan_labels_eps0.6"].numpy())
 
 
-def test_the_plain_reading_of_the_benchmark_is_the_official_one(golden):
-    found = plain.plain_jaccard(golden["features"].numpy(), 30, 6)
-    assert np.abs(found - golden["jaccard_distance"].numpy()).max() < 1e-5
+def test_the_dense_implementation_of_the_benchmark_is_the_official_one(golden):
+    distances = plain.plain_jaccard(golden["features"].numpy(), 30, 6)
+    assert np.abs(distances - golden["jaccard_distance"].numpy()).max() < 1e-5
 
 
-# ---- Against the dense reading
+# ---- Against the dense implementation
 
 
 @pytest.mark.parametrize(("count", "k1", "k2"), [(100, 30, 6), (60, 10, 1), (60, 5, 9), (40, 2, 3), (30, 1, 1)])
@@ -72,17 +72,17 @@ def test_the_plain_reading_of_the_benchmark_is_the_official_one(golden):
 @pytest.mark.parametrize("seed", range(3))
 def test_sparse_distances_are_the_dense_ones(seed, make, count, k1, k2):
     x = make(seed, count)
-    found = jaccard_distances(x, k1, k2)
-    assert np.abs(dense(found) - plain.plain_jaccard(x.numpy(), k1, k2)).max() < 1e-5
+    graph = jaccard_distances(x, k1, k2)
+    assert np.abs(dense(graph) - plain.plain_jaccard(x.numpy(), k1, k2)).max() < 1e-5
 
 
 @pytest.mark.parametrize("count", [2, 3, 17, 29])
-def test_fewer_images_than_neighbours_take_all_and_say_so(count, caplog):
+def test_with_fewer_images_than_neighbours_all_are_taken_with_a_warning(count, caplog):
     x = persons(0, count)
     with caplog.at_level(logging.WARNING):
-        found = jaccard_distances(x)
+        graph = jaccard_distances(x)
     assert f"clustering of {count} images: k1 is {count} instead of 30" in caplog.text
-    assert np.abs(dense(found) - plain.plain_jaccard(x.numpy(), count, 6)).max() < 1e-5
+    assert np.abs(dense(graph) - plain.plain_jaccard(x.numpy(), count, 6)).max() < 1e-5
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.9])
@@ -100,7 +100,7 @@ def test_labels_are_those_of_dbscan_on_the_dense_distances(seed, noise):
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.4, 0.8])
-def test_a_limit_leaves_out_the_larger_distances_and_no_others(golden, eps):
+def test_eps_leaves_out_the_larger_distances_and_no_others(golden, eps):
     whole, limited = (jaccard_distances(golden["features"], eps=e).tocoo() for e in (None, eps))
     kept = whole.data <= eps
     assert 240 <= kept.sum() < whole.nnz
@@ -110,9 +110,9 @@ def test_a_limit_leaves_out_the_larger_distances_and_no_others(golden, eps):
 
 
 def test_the_graph_is_symmetric_with_a_stored_zero_for_each_image_itself(golden):
-    found = jaccard_distances(golden["features"])
-    assert (found != found.T).nnz == 0
-    coo = found.tocoo()
+    graph = jaccard_distances(golden["features"])
+    assert (graph != graph.T).nnz == 0
+    coo = graph.tocoo()
     diagonal = coo.row == coo.col
     assert diagonal.sum() == 240
     assert (coo.data[diagonal] == 0).all()
@@ -126,7 +126,7 @@ def test_distances_do_not_depend_on_the_budget(budget_mb):
     assert np.abs(dense(whole) - dense(parts)).max() < 1e-6
 
 
-def test_lengths_and_types_of_descriptors_do_not_count(golden):
+def test_lengths_and_types_of_descriptors_do_not_matter(golden):
     x = golden["features"]
     scaled = x * torch.linspace(0.1, 5, len(x))[:, None]
     expected = dense(jaccard_distances(x))
@@ -134,11 +134,11 @@ def test_lengths_and_types_of_descriptors_do_not_count(golden):
         assert np.abs(dense(jaccard_distances(features)) - expected).max() < 1e-5
 
 
-def test_the_order_of_images_does_not_count():
+def test_the_order_of_images_does_not_matter():
     x = persons(4, 160)
     order = torch.randperm(160, generator=torch.Generator().manual_seed(0)).numpy()
-    found, permuted = dense(jaccard_distances(x)), dense(jaccard_distances(x[order]))
-    assert np.abs(permuted - found[np.ix_(order, order)]).max() < 1e-5
+    distances, permuted = dense(jaccard_distances(x)), dense(jaccard_distances(x[order]))
+    assert np.abs(permuted - distances[np.ix_(order, order)]).max() < 1e-5
 
 
 def test_clusters_count_from_0_in_the_order_of_their_first_images():
@@ -168,7 +168,7 @@ def test_too_few_images_for_a_cluster_are_outliers(count, labels):
     assert jaccard_distances(persons(0, 3)[:count]).shape == (count, count)
 
 
-def test_images_that_nothing_resembles_are_all_outliers():
+def test_images_without_similar_ones_are_all_outliers():
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
     assert set(cluster_features(x, eps=0.05, k1=5, k2=1).tolist()) == {-1}
 
@@ -192,7 +192,7 @@ def test_options_out_of_range_are_refused_by_name(options, message):
         cluster_features(persons(0, 40), **options)
 
 
-def test_descriptors_of_another_shape_are_refused_with_it():
+def test_descriptors_of_another_shape_are_refused_with_their_shape():
     with pytest.raises(ValueError, match=r"expected descriptors \[N, C\], got \(2, 3, 4\)"):
         cluster_features(torch.zeros(2, 3, 4))
 

@@ -1,4 +1,4 @@
-"""Batches of identities and clusters: what is in them, and that they are functions of seed and epoch."""
+"""Batches of identities and clusters: their images, and that they are functions of seed and epoch."""
 
 import numpy as np
 import pytest
@@ -26,16 +26,16 @@ def as_lists(batches: list[np.ndarray]) -> list:
 # ---- Identities
 
 
-def test_a_batch_has_so_many_images_of_so_many_identities():
+def test_a_batch_has_k_images_of_each_of_p_identities():
     for batch in identities():
         assert batch.shape == (3, 4)
-        of = PIDS[batch]
-        assert (of == of[:, :1]).all()
-        assert len(set(of[:, 0])) == 3
+        pids = PIDS[batch]
+        assert (pids == pids[:, :1]).all()
+        assert len(set(pids[:, 0])) == 3
 
 
 @pytest.mark.parametrize("epoch", range(5))
-def test_an_image_comes_once_unless_its_identity_has_too_few(epoch):
+def test_an_image_is_drawn_once_unless_its_identity_has_too_few(epoch):
     images, counts = np.unique(np.concatenate([b.ravel() for b in identities(epoch)]), return_counts=True)
     enough = np.bincount(PIDS)[PIDS[images]] >= 4
     assert (counts[enough] == 1).all()
@@ -45,12 +45,12 @@ def test_an_image_comes_once_unless_its_identity_has_too_few(epoch):
 @pytest.mark.parametrize("epoch", range(5))
 def test_an_epoch_ends_when_too_few_identities_have_chunks_left(epoch):
     chunks = np.maximum(np.bincount(PIDS) // 4, 1)
-    drawn = np.bincount(np.concatenate([PIDS[b[:, 0]] for b in identities(epoch)]), minlength=7)
-    assert (drawn <= chunks).all()
-    assert (drawn < chunks).sum() < 3
+    counts = np.bincount(np.concatenate([PIDS[b[:, 0]] for b in identities(epoch)]), minlength=7)
+    assert (counts <= chunks).all()
+    assert (counts < chunks).sum() < 3
 
 
-def test_epochs_and_seeds_differ_and_are_the_same_when_drawn_again():
+def test_epochs_and_seeds_differ_and_repeat():
     assert as_lists(identities()) == as_lists(identities())
     assert as_lists(identities()) != as_lists(identities(epoch=1))
     assert as_lists(identities()) != as_lists(identities(seed=1))
@@ -65,8 +65,8 @@ def test_the_count_of_batches_is_known_without_drawing_the_images():
 def test_labels_may_come_in_any_order():
     order = RNG.permutation(len(PIDS))
     for batch in identity_batches(PIDS[order], 3, 4, 0, 0):
-        of = PIDS[order][batch]
-        assert (of == of[:, :1]).all()
+        pids = PIDS[order][batch]
+        assert (pids == pids[:, :1]).all()
 
 
 def test_too_few_identities_are_refused():
@@ -77,7 +77,7 @@ def test_too_few_identities_are_refused():
 # ---- Without regard to identities
 
 
-def test_shuffled_batches_hold_each_image_once_but_the_rest():
+def test_shuffled_batches_hold_each_image_once_and_drop_the_rest():
     batches = shuffled_batches(23, 5, seed=1, epoch=2)
     assert [b.shape for b in batches] == [(5, 1)] * 4
     assert len(set(np.concatenate(batches).ravel())) == 20
@@ -99,26 +99,26 @@ def clusters(steps: int = 6, num: int = 2, images: int = 4, epoch: int = 0, came
 def test_there_are_as_many_batches_as_steps_and_outliers_are_in_none():
     batches = clusters(steps=7)
     assert [b.shape for b in batches] == [(2, 4)] * 7
-    of = LABELS[np.stack(batches)]  # [steps, clusters, images]
-    assert (of == of[:, :, :1]).all()
-    assert (of >= 0).all()
-    assert (of[:, 0, 0] != of[:, 1, 0]).all()
+    labels = LABELS[np.stack(batches)]  # [steps, clusters, images]
+    assert (labels == labels[:, :, :1]).all()
+    assert (labels >= 0).all()
+    assert (labels[:, 0, 0] != labels[:, 1, 0]).all()
 
 
-def test_the_others_are_of_other_cameras_than_the_anchor_where_there_are_some():
-    seen = set()
+def test_images_are_of_other_cameras_than_the_anchor_if_the_cluster_has_some():
+    clusters_seen = set()
     for batch in clusters(steps=60):
         for group in batch:
             cluster, cameras = LABELS[group[0]], CAMERAS[group]
-            seen.add(int(cluster))
+            clusters_seen.add(int(cluster))
             if cluster == 1:  # one camera: others of it, but not the anchor
                 assert (group[1:] != group[0]).all()
             else:
                 assert (cameras[1:] != cameras[0]).all()
-    assert seen == {0, 1, 2, 3}
+    assert clusters_seen == {0, 1, 2, 3}
 
 
-def test_images_come_twice_only_where_there_are_too_few():
+def test_an_image_is_repeated_only_if_there_are_too_few():
     for batch in clusters(steps=40):
         for group in batch:
             others = (CAMERAS[LABELS[group[0]] == LABELS] != CAMERAS[group[0]]).sum()
@@ -126,7 +126,7 @@ def test_images_come_twice_only_where_there_are_too_few():
                 assert len(set(group)) == 4
 
 
-def test_without_cameras_any_other_image_of_the_cluster_does():
+def test_without_cameras_images_are_any_others_of_the_cluster():
     unknown = np.full(len(LABELS), -1)
     groups = [g for b in clusters(steps=40, cameras=unknown) for g in b]
     assert all((g[1:] != g[0]).all() for g in groups)
@@ -134,13 +134,13 @@ def test_without_cameras_any_other_image_of_the_cluster_does():
     assert mixed  # images of one camera meet
 
 
-def test_every_cluster_comes_once_before_one_comes_again():
+def test_every_cluster_is_drawn_once_before_one_is_drawn_again():
     firsts = [LABELS[b[:, 0]] for b in clusters(steps=8)]
     for a, b in zip(firsts[::2], firsts[1::2], strict=True):
         assert sorted([*a, *b]) == [0, 1, 2, 3]
 
 
-def test_with_fewer_clusters_than_a_batch_takes_all_are_in_each():
+def test_with_fewer_clusters_than_a_batch_takes_every_batch_has_all():
     assert all(sorted(LABELS[b[:, 0]]) == [0, 1, 2, 3] for b in clusters(num=9))
 
 
@@ -149,7 +149,7 @@ def test_a_cluster_of_one_image_repeats_it():
     assert batch.tolist() == [[0, 0, 0]]
 
 
-def test_clusters_are_drawn_by_the_epoch():
+def test_batches_of_clusters_are_a_function_of_the_epoch():
     assert as_lists(clusters()) == as_lists(clusters()) != as_lists(clusters(epoch=1))
 
 

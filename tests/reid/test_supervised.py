@@ -1,4 +1,4 @@
-"""Fine-tuning with labels: what a run leaves, that it goes on where it was, and what is said to a user's mistakes."""
+"""Fine-tuning with labels: output of a run, resuming, the training step, processes, and a user's mistakes."""
 
 import json
 import math
@@ -24,17 +24,12 @@ from passreid_models.reid.samplers import identity_batches
 from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune
 from passreid_models.runtime import gather_rows
 from passreid_models.training.trainer import NonFiniteLossError
-from tests.tiny_reid import assert_same, finetune_config, numbers, steps, write_persons
+from tests.tiny_reid import assert_same, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = SupervisedTrainer.state_keys
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_persons(tmp_path_factory.mktemp("persons") / "market")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def whole(data, tmp_path_factory) -> Path:
     return out
 
 
-# ---- What a run leaves
+# ---- Output of a run
 
 
 def test_the_export_is_the_descriptor_before_the_neck_and_holds_neck_and_classifier(whole):
@@ -81,7 +76,7 @@ def test_the_best_export_is_the_epoch_of_the_highest_map(whole, data):
     assert score(model, open_dataset(data), CPU) == {k: best[k] for k in ("mAP", "rank1")}
 
 
-def test_the_log_has_the_losses_the_rate_and_the_accuracy_of_every_step(whole):
+def test_metrics_have_losses_learning_rate_and_accuracy_of_every_step(whole):
     records = [r for r in metrics(whole) if "loss" in r]
     assert [r["step"] for r in records] == list(range(1, len(steps(whole)) + 1))
     for r in records:
@@ -99,32 +94,32 @@ def test_training_on_a_few_images_lowers_the_loss(data, tmp_path):
     assert not (out / "best").exists()
 
 
-# ---- Going on
+# ---- Resuming
 
 
 @pytest.mark.parametrize("at", [1, 5, -1])
-def test_a_run_goes_on_bit_for_bit_from_any_step(whole, data, tmp_path, at):
+def test_a_run_resumes_bit_for_bit_from_any_step(whole, data, tmp_path, at):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(steps(whole)[at], tmp_path / "run" / "checkpoints")
     finetune(finetune_config(data, tmp_path / "run", resume="auto"))
     expected = numbers(whole, KEYS)
-    if at == -1:  # the best model of before is not there to be found
-        found = numbers(tmp_path / "run", KEYS)
+    if at == -1:  # the best model of an earlier epoch is not in the copy
+        resumed = numbers(tmp_path / "run", KEYS)
         expected = {k: v for k, v in expected.items() if not k.startswith("/best")}
-        assert_same({k: v for k, v in found.items() if not k.startswith("/best")}, expected)
+        assert_same({k: v for k, v in resumed.items() if not k.startswith("/best")}, expected)
         assert [r["step"] for r in metrics(tmp_path / "run") if "mAP" in r] == [len(steps(whole))]
     else:
         assert_same(numbers(tmp_path / "run", KEYS), expected)
 
 
-def test_a_finished_run_is_left_as_it_is(whole, data):
+def test_resuming_a_finished_run_changes_nothing(whole, data):
     before, lines = numbers(whole, KEYS), metrics(whole)
     finetune(finetune_config(data, whole, resume="auto", save_minutes=0, keep=99))
     assert_same(numbers(whole, KEYS), before)
     assert metrics(whole) == lines
 
 
-def test_a_run_with_other_settings_or_data_is_not_continued(whole, data, tmp_path):
+def test_a_run_with_other_settings_or_data_is_not_resumed(whole, data, tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(lr: 0\.5, in the run 0\.01\)"):
         finetune(finetune_config(data, whole, resume="auto", lr=0.5))
     with pytest.raises(ValueError, match="holds a run"):
@@ -135,7 +130,7 @@ def test_a_run_with_other_settings_or_data_is_not_continued(whole, data, tmp_pat
         finetune(finetune_config(other, whole, resume="auto"))
 
 
-def test_the_export_of_a_run_is_where_another_can_begin(whole, data, tmp_path):
+def test_another_run_can_begin_with_the_export_of_a_run(whole, data, tmp_path):
     finetune(finetune_config(data, tmp_path / "run", init=str(whole), model="", epochs=1, lr=0, save_minutes=0, keep=9))
     first = torch.load(steps(tmp_path / "run")[0], weights_only=True)["model"]
     last = torch.load(steps(whole)[-1], weights_only=True)["model"]
@@ -144,7 +139,7 @@ def test_the_export_of_a_run_is_where_another_can_begin(whole, data, tmp_path):
     assert not torch.equal(first["classifier.weight"], last["classifier.weight"])
 
 
-def test_an_evaluation_that_a_kill_cut_short_is_made_again(whole, data, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, monkeypatch):
     cut = shutil.copytree(whole, tmp_path / "run")
     for checkpoint in steps(cut)[1:]:
         checkpoint.unlink()
@@ -197,11 +192,11 @@ def test_frozen_blocks_do_not_move_and_the_others_do(data, tmp_path):
 
 def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_path):
     single = shutil.copytree(data, tmp_path / "single")
-    seen = set()
+    pids = set()
     for path in sorted((single / "bounding_box_train").iterdir()):
-        if path.name[:4] in seen:
+        if path.name[:4] in pids:
             path.unlink()
-        seen.add(path.name[:4])
+        pids.add(path.name[:4])
     with pytest.raises(ValueError, match=r"triplet_weight: every identity .* has one image.*--triplet-weight 0"):
         finetune(finetune_config(single, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
@@ -212,17 +207,17 @@ def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_pa
     assert record["loss"] == record["loss_id"]
 
 
-def test_label_smoothing_and_the_weights_of_the_losses_are_heeded(data, tmp_path):
-    found = {}
+def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_path):
+    records = {}
     for name, options in {"plain": {}, "heavy": {"id_weight": 2.0, "triplet_weight": 3.0}}.items():
         finetune(finetune_config(data, tmp_path / name, epochs=1, eval_epochs=0, **options))
-        found[name] = next(r for r in metrics(tmp_path / name) if "loss" in r)
-    assert found["heavy"]["loss_id"] == found["plain"]["loss_id"]
-    heavy = found["heavy"]
+        records[name] = next(r for r in metrics(tmp_path / name) if "loss" in r)
+    assert records["heavy"]["loss_id"] == records["plain"]["loss_id"]
+    heavy = records["heavy"]
     assert heavy["loss"] == pytest.approx(2 * heavy["loss_id"] + 3 * heavy["loss_triplet"], rel=1e-5)
     trainer = make_trainer(FinetuneConfig(**{**vars(finetune_config(data, tmp_path)), "label_smoothing": 0.3}))
     logits, features, labels = torch.randn(4, 6), torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
-    _, figures = trainer.compare((features, features, logits), labels)
+    _, figures = trainer.compute_loss((features, features, logits), labels)
     assert torch.equal(figures["loss_id"], F.cross_entropy(logits, labels, label_smoothing=0.3))
 
 
@@ -230,7 +225,7 @@ def make_trainer(config: FinetuneConfig) -> SupervisedTrainer:
     return SupervisedTrainer(config, 36, 6, [4] * config.epochs, CPU)
 
 
-def test_junk_is_not_trained_on_and_that_is_said(data, tmp_path):
+def test_junk_is_not_trained_on_and_the_log_says_so(data, tmp_path):
     lines = ["path,pid,camid,split"]
     for folder, split in (("bounding_box_train", "train"), ("query", "query"), ("bounding_box_test", "gallery")):
         for i, path in enumerate(sorted((data / folder).iterdir())):
@@ -247,7 +242,7 @@ def test_junk_is_not_trained_on_and_that_is_said(data, tmp_path):
         finetune(finetune_config(tmp_path / "junk.csv", tmp_path / "other"))
 
 
-def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):
+def test_the_log_names_an_evaluation_on_the_training_images(data, tmp_path):
     for path in (data / "bounding_box_train").iterdir():
         (tmp_path / "tree" / path.name[:4]).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "tree" / path.name[:4])
@@ -255,7 +250,7 @@ def test_an_evaluation_on_the_training_images_is_called_that(data, tmp_path):
     assert "on the training images, no measure of the model" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_step_that_is_not_finite_is_left_out_or_stops_the_run(data, tmp_path):
+def test_a_step_that_is_not_finite_is_skipped_or_stops_the_run(data, tmp_path):
     bad = ImageBatch(torch.full((4, 3, 64, 32), torch.nan), torch.tensor([0, 0, 1, 1]), [])
     with pytest.raises(NonFiniteLossError, match="the loss of step 1 is not finite"):
         make_trainer(finetune_config(data, tmp_path)).training_step([bad])
@@ -271,7 +266,7 @@ def test_a_step_that_is_not_finite_is_left_out_or_stops_the_run(data, tmp_path):
 
 
 def _write_gradients(data: str, out: str) -> int:
-    """The gradients of the triplet loss in the first step, of this process's share and averaged by DDP."""
+    """Write the gradients of the triplet loss in the first step, from this process's share and averaged by DDP."""
     config = finetune_config(data, Path(out), id_weight=0.0, sync_bn=False, drop_path=0.0)
     with process_group("cpu"):
         train = open_dataset(data).train
@@ -281,12 +276,12 @@ def _write_gradients(data: str, out: str) -> int:
         images = TrainImages(train.paths, labels, TrainTransform((64, 32)), 0)
         sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
         (batch,) = load_epoch(images, sampler, CPU, 0)
-        trainer.backbone.fc_norm.eval()  # its statistics would be of a share
-        loss, figures = trainer.compare(trainer.parallel(batch.images), batch.labels)
+        trainer.backbone.fc_norm.eval()  # in training, its statistics would be those of a share
+        loss, figures = trainer.compute_loss(trainer.parallel(batch.images), batch.labels)
         loss.backward()
         rows = gather_rows(batch.labels)
-        found = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        torch.save({"grads": found, "loss": figures["loss"].detach(), "labels": rows}, f"{out}_{trainer.rank}.pt")
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        torch.save({"grads": gradients, "loss": figures["loss"].detach(), "labels": rows}, f"{out}_{trainer.rank}.pt")
     return 0
 
 
@@ -343,13 +338,13 @@ def _refuse(config: FinetuneConfig) -> None:
         ({"eval_data": "nowhere"}, "nowhere: no such file or folder"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(data, tmp_path, options, message):
+def test_a_mistake_is_reported_before_anything_is_written(data, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         finetune(finetune_config(options.pop("data", data), tmp_path / "run", **options))
     assert files(tmp_path) == set()
 
 
-def test_data_without_queries_train_and_say_that_nothing_is_evaluated(data, tmp_path):
+def test_data_without_queries_train_and_the_log_reports_no_evaluation(data, tmp_path):
     train = shutil.copytree(data, tmp_path / "market")
     for folder in ("query", "bounding_box_test"):
         for path in (train / folder).iterdir():

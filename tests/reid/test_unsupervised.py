@@ -1,4 +1,4 @@
-"""Training without labels: clusters and what is done without them, going on, domain adaptation, mistakes."""
+"""Training without labels: output of a run, resuming, too few clusters, domain adaptation, processes, mistakes."""
 
 import json
 import shutil
@@ -21,17 +21,12 @@ from passreid_models.reid.config import ClusterConfig
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterTrainer, cluster, compare_with_labels
 from passreid_models.training.warm_start import load_backbone
-from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps, write_persons
+from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = ClusterTrainer.state_keys
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_persons(tmp_path_factory.mktemp("persons") / "market")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def state_of(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-# ---- What a run leaves
+# ---- Output of a run
 
 
 def test_the_export_is_the_descriptor_after_the_neck(whole, data):
@@ -100,46 +95,46 @@ def test_the_memory_begins_with_the_normalised_means_of_the_clusters(data, tmp_p
     torch.testing.assert_close(trainer.memory.centroids, F.normalize(expected, dim=1))
 
 
-def test_the_rate_falls_by_steps_of_epochs(data, tmp_path):
+def test_the_learning_rate_falls_every_lr_step_epochs(data, tmp_path):
     trainer = ClusterTrainer(cluster_config(data, tmp_path, epochs=5, lr=1.0, lr_step=2, lr_gamma=0.1), 5, CPU)
     assert [trainer.lr(e, 1.0) for e in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
 
 
-def test_the_checkpoint_takes_its_statistics_along(whole):
+def test_the_checkpoint_holds_its_image_statistics(whole):
     model = load_backbone("test_pass_vit", str(steps(whole)[-1]), img_size=(64, 32), neck="")
     cfg = model.pretrained_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
 
 
-# ---- Going on
+# ---- Resuming
 
 
 @pytest.mark.parametrize("at", [0, 2, 3])  # within an epoch, at its end, at the beginning of the next
-def test_a_run_goes_on_bit_for_bit_from_any_step(whole, data, tmp_path, at):
+def test_a_run_resumes_bit_for_bit_from_any_step(whole, data, tmp_path, at):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(steps(whole)[at], tmp_path / "run" / "checkpoints")
     cluster(cluster_config(data, tmp_path / "run", resume="auto"))
-    expected, found = numbers(whole, KEYS), numbers(tmp_path / "run", KEYS)
-    if at == 3:  # after the evaluation of epoch 1, whose model may be the best and is not here
-        expected, found = ({k: v for k, v in x.items() if not k.startswith("/best")} for x in (expected, found))
-    assert_same(found, expected)
+    expected, resumed = numbers(whole, KEYS), numbers(tmp_path / "run", KEYS)
+    if at == 3:  # the best model may be that of epoch 1, which is not in the copy
+        expected, resumed = ({k: v for k, v in x.items() if not k.startswith("/best")} for x in (expected, resumed))
+    assert_same(resumed, expected)
 
 
-# ---- Clusters and none
+# ---- Too few clusters, no labels, unreadable images
 
 
-def test_all_outliers_end_the_first_epoch_with_a_way_on(data, tmp_path):
+def test_all_outliers_end_the_first_epoch_with_advice(data, tmp_path):
     with pytest.raises(ValueError, match=r"eps: 0 clusters of 36 images, 100% .* a larger --eps \(it is 0\.01\)"):
         cluster(cluster_config(data, tmp_path / "run", eps=0.01, min_samples=9))
 
 
-def test_a_single_cluster_ends_the_first_epoch_with_a_way_on(data, tmp_path):
+def test_a_single_cluster_ends_the_first_epoch_with_advice(data, tmp_path):
     with pytest.raises(ValueError, match=r"eps: 1 cluster of 36 images, .* a smaller --eps \(it is 0\.999\) or --k1"):
         cluster(cluster_config(data, tmp_path / "run", eps=0.999, k1=36))
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_later_the_clusters_of_the_epoch_before_stay(data, tmp_path, monkeypatch, count):
+def test_in_later_epochs_the_clusters_of_the_epoch_before_are_kept(data, tmp_path, monkeypatch, count):
     real, calls = unsupervised.cluster_features, []
 
     def find(features, *args):
@@ -156,8 +151,9 @@ def test_later_the_clusters_of_the_epoch_before_stay(data, tmp_path, monkeypatch
     assert all(torch.equal(x, labels[0]) for x in labels)
 
 
-def test_fewer_images_than_k1_end_with_a_way_on(data, tmp_path):  # each is a neighbour of all
-    with pytest.raises(ValueError, match=r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the images of a person"):
+def test_fewer_images_than_k1_end_with_advice(data, tmp_path):  # each is a neighbour of all
+    message = r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the number of images of a person"
+    with pytest.raises(ValueError, match=message):
         cluster(cluster_config(data, tmp_path / "run", k1=500))
     assert "k1" in (tmp_path / "run" / "log.txt").read_text()
 
@@ -187,7 +183,7 @@ def test_an_unreadable_image_is_in_no_cluster(data, tmp_path):
         cluster(cluster_config(broken, tmp_path / "strict", epochs=1))
 
 
-def test_folders_are_not_evaluated_by_since_they_may_be_anything(data, tmp_path):
+def test_folders_of_unlabelled_images_are_no_identities_to_evaluate_on(data, tmp_path):
     for path in (data / "bounding_box_train").iterdir():
         camera = tmp_path / "crops" / path.name[5:7]
         camera.mkdir(parents=True, exist_ok=True)
@@ -199,10 +195,10 @@ def test_folders_are_not_evaluated_by_since_they_may_be_anything(data, tmp_path)
 
 def test_purity_and_ari_worked_out_by_hand():
     clusters, pids = np.array([0, 0, 0, 1, 1, -1, 1]), np.array([5, 5, 7, 7, 7, 7, -1])
-    found = compare_with_labels(clusters, pids)
-    assert found["purity"] == pytest.approx(4 / 5)  # 2 of 3, 2 of 2
+    agreement = compare_with_labels(clusters, pids)
+    assert agreement["purity"] == pytest.approx(4 / 5)  # 2 of 3, 2 of 2
     # pairs together in both 1 + 1, in clusters 3 + 1, in identities 1 + 3, of 10: (2 - 1.6) / (4 - 1.6)
-    assert found["ari"] == pytest.approx(0.4 / 2.4)
+    assert agreement["ari"] == pytest.approx(0.4 / 2.4)
     assert compare_with_labels(clusters, np.full(7, -1)) == {}
 
 
@@ -224,13 +220,13 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
     assert provenance["init_provenance"]["method"] == "supervised re-ID"
     assert "36 training images" in provenance["init_provenance"]["data"]
     saved = ClusterConfig.from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
-    assert (saved.source, saved.init) == ("", f"{tmp_path}/run/source/export")  # run again, it begins where this did
+    assert (saved.source, saved.init) == ("", f"{tmp_path}/run/source/export")  # it repeats the adaptation alone
     before = files(tmp_path / "run")
     cluster(ClusterConfig(**{**vars(config), "resume": "auto"}))
     assert files(tmp_path / "run") == before
 
 
-def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tmp_path):
+def test_invalid_settings_of_the_source_are_reported_before_training(data, tmp_path):
     (tmp_path / "source.yaml").write_text("epoch: 3\n")
     config = cluster_config(data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"))
     with pytest.raises(ValueError, match="epoch: no such field"):
@@ -259,14 +255,14 @@ def test_settings_of_the_source_that_cannot_be_are_told_before_training(data, tm
         ({"init": ""}, "init: expected weights to begin with"),
     ],
 )
-def test_what_is_wrong_with_the_target_is_told_before_the_source_is_trained_on(data, tmp_path, options, message):
+def test_errors_in_the_target_are_reported_before_training_on_the_source(data, tmp_path, options, message):
     config = cluster_config(options.pop("data", data), tmp_path / "run", source=str(data), **options)
     with pytest.raises((ValueError, OSError), match=message):
         cluster(config)
     assert files(tmp_path) == set()
 
 
-def test_another_run_in_the_folder_is_told_before_the_source_is_trained_on(whole, data):
+def test_another_run_in_the_folder_is_reported_before_training_on_the_source(whole, data):
     before = files(whole)
     with pytest.raises(ValueError, match="holds a run"):
         cluster(cluster_config(data, whole, source=str(data)))
@@ -299,7 +295,7 @@ def test_two_processes_have_the_same_clusters_and_memory(data, tmp_path):
 
 
 def _write_memory(out: str) -> int:
-    """The memory after a step on this process's share of eight images."""
+    """Write the memory after a step on this process's share of eight images."""
     with process_group("cpu"):
         trainer = ClusterTrainer(cluster_config("unused", Path(out)), 8, CPU)
         generator = torch.Generator().manual_seed(0)
@@ -312,7 +308,7 @@ def _write_memory(out: str) -> int:
     return 0
 
 
-def test_the_memory_moves_by_the_images_of_all_processes(tmp_path):
+def test_the_memory_is_updated_by_the_images_of_all_processes(tmp_path):
     _write_memory(str(tmp_path / "one"))
     children = world(_write_memory, str(tmp_path / "two"), folder=tmp_path / "printed")
     assert [child.wait() for child in children] == [0, 0], children[0].output
@@ -329,12 +325,12 @@ def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, mo
     assert files(tmp_path) == set()
 
 
-def test_an_outlier_in_place_of_an_image_that_cannot_be_read_any_more_does_not_count(data, tmp_path):
+def test_an_outlier_that_replaces_an_unreadable_image_is_ignored(data, tmp_path):
     trainer = ClusterTrainer(cluster_config(data, tmp_path), 4, CPU)
     features, outputs = torch.randn(2, 4, 128)
     trainer.begin_epoch(torch.tensor([0, 0, 1, 1]), features)
-    expected, _ = trainer.compare(outputs[:3], torch.tensor([0, 0, 1]))
-    loss, _ = trainer.compare(outputs, torch.tensor([0, 0, 1, -1]))
+    expected, _ = trainer.compute_loss(outputs[:3], torch.tensor([0, 0, 1]))
+    loss, _ = trainer.compute_loss(outputs, torch.tensor([0, 0, 1, -1]))
     assert torch.equal(loss, expected)
     trainer.after_step(outputs, torch.tensor([0, 0, -1, -1]))
     assert torch.equal(trainer.memory.centroids[1], torch.nn.functional.normalize(features[2:].mean(0), dim=0))
@@ -357,17 +353,17 @@ def test_two_processes_adapt_from_a_source_without_an_evaluation_between(data, t
         ({"data": "nowhere"}, "nowhere: no such file or folder"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_written(data, tmp_path, options, message):
+def test_a_mistake_is_reported_before_anything_is_written(data, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         cluster(cluster_config(options.pop("data", data), tmp_path / "run", **options))
     assert files(tmp_path) == set()
 
 
-def test_the_configuration_of_fine_tuning_is_what_both_share(data, tmp_path):
+def test_the_fine_tuning_on_the_source_has_the_shared_settings(data, tmp_path):
     config = cluster_config(data, tmp_path / "run", source="market/", seed=5, fusion="mean")
-    found = unsupervised._source_config(config)
-    assert (found.data, found.out, found.resume) == ("market/", f"{tmp_path}/run/source", "auto")
-    assert (found.seed, found.fusion, found.neck, found.size) == (5, "mean", "multi", (64, 32))
-    assert found.epochs == 120
+    source = unsupervised._source_config(config)
+    assert (source.data, source.out, source.resume) == ("market/", f"{tmp_path}/run/source", "auto")
+    assert (source.seed, source.fusion, source.neck, source.size) == (5, "mean", "multi", (64, 32))
+    assert source.epochs == 120
     assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
     assert finetune_config(data, tmp_path).epochs == 3

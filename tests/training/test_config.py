@@ -1,4 +1,4 @@
-"""The configurations of all tasks: the options by name and topic, each with a line of help, none declared twice."""
+"""Configurations of all tasks: options by name and topic, each with a line of help and declared once."""
 
 import inspect
 import re
@@ -97,14 +97,14 @@ def test_every_new_field_is_described_in_the_class_that_declares_it_and_in_its_o
     assert set(declared) - inherited <= set(documented(config))
 
 
-def test_fields_are_given_by_name_and_do_not_change(config):
+def test_fields_are_keyword_only_and_frozen(config):
     with pytest.raises(TypeError):
         config("crops/")
     with pytest.raises(AttributeError):
         config().epochs = 3
 
 
-def test_the_two_tasks_of_reid_declare_nothing_alike_but_their_defaults():
+def test_the_reid_tasks_declare_no_field_of_the_same_name():
     shared = {f.name for f in fields(ReIDConfig)}
     own = [{f.name for f in fields(config)} - shared for config in (FinetuneConfig, ClusterConfig)]
     assert own[0] & own[1] == set()

@@ -1,4 +1,4 @@
-"""RunFolder: checkpoints that are whole or not there, one process at a time, and a log without steps made twice."""
+"""RunFolder: checkpoints that are complete or absent, one process at a time, and metrics without repeated steps."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def state(step: int) -> dict[str, Any]:
 
 
 def names(run: RunFolder) -> list[str]:
-    """All that is in the folder of the checkpoints, hidden files too."""
+    """Files in the folder of the checkpoints, hidden ones too."""
     return sorted(p.name for p in run.checkpoint_folder.iterdir())
 
 
@@ -56,13 +56,13 @@ def damage(path: Path, how: str) -> None:
 def test_a_checkpoint_comes_back_as_it_was_saved(folder):
     path = folder.save(state(120), keep=2)
     assert path == folder.latest() == folder.checkpoint_folder / "step_000000120.pt"
-    found = folder.load(path)
+    loaded = folder.load(path)
     expected = state(120)
-    assert found.keys() == expected.keys()
-    assert found["config"] == expected["config"]
-    assert found["step"] == 120
-    assert torch.equal(found["student"]["w"], expected["student"]["w"])
-    assert torch.equal(found["optimizer"]["state"][0]["step"], torch.tensor(3.0))
+    assert loaded.keys() == expected.keys()
+    assert loaded["config"] == expected["config"]
+    assert loaded["step"] == 120
+    assert torch.equal(loaded["student"]["w"], expected["student"]["w"])
+    assert torch.equal(loaded["optimizer"]["state"][0]["step"], torch.tensor(3.0))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -82,7 +82,7 @@ def test_saving_the_same_step_again_replaces_it(folder):
     assert folder.load(folder.latest())["centers"].eq(1).all()
 
 
-def test_what_was_just_saved_is_never_deleted_though_a_later_one_is_there(folder):
+def test_a_checkpoint_just_saved_is_kept_although_a_later_one_exists(folder):
     for step in (1, 2, 3):
         folder.save(state(step), keep=3)
     damage(folder.latest(), "cut")  # so that the run goes on from step 2 or 1
@@ -93,7 +93,7 @@ def test_what_was_just_saved_is_never_deleted_though_a_later_one_is_there(folder
     assert names(folder) == ["step_000000004.pt"]
 
 
-def test_other_files_are_no_checkpoints(folder):
+def test_other_files_are_not_taken_for_checkpoints(folder):
     for name in ("step_1.pt.tmp", "step_x.pt", "best.pt", ".step_000000009.pt"):
         (folder.checkpoint_folder / name).write_bytes(b"")
     assert folder.checkpoints() == []
@@ -104,10 +104,10 @@ def test_other_files_are_no_checkpoints(folder):
 
 
 def test_a_loader_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(folder, monkeypatch):
-    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    message = "DataLoader worker (pid 7) is killed by signal: Killed. "
 
     def interrupted(*args):
-        raise RuntimeError(said)  # as torch's signal handler does, wherever the main thread is
+        raise RuntimeError(message)  # as torch's signal handler does, wherever the main thread is
 
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
@@ -115,7 +115,7 @@ def test_a_loader_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(f
     assert not folder.checkpoints()
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(folder):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays_whole(folder):
     last = folder.save(state(1), keep=1)
     large = {**state(2), "student": {"w": torch.zeros(1 << 20)}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(folder):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("enforce fail\nat line 1")])
-def test_errors_of_the_writer_are_one_sentence_with_the_last_whole_checkpoint(folder, monkeypatch, error):
+def test_errors_of_the_writer_are_one_line_with_the_last_whole_checkpoint(folder, monkeypatch, error):
     def fail(state: Any, path: Path) -> None:
         path.write_bytes(b"half of it")
         raise error
@@ -148,27 +148,27 @@ def test_errors_of_the_writer_are_one_sentence_with_the_last_whole_checkpoint(fo
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "other"])
-def test_a_damaged_newest_checkpoint_is_passed_over_and_named(folder, caplog, how):
+def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, caplog, how):
     for step in (1, 2, 3):
         folder.save(state(step), keep=3)
     damage(folder.latest(), how)
     with caplog.at_level(logging.WARNING):
-        path, found = folder.load_latest()
-    assert (path.name, found["step"]) == ("step_000000002.pt", 2)
-    assert torch.equal(found["student"]["w"], state(2)["student"]["w"])
+        path, loaded = folder.load_latest()
+    assert (path.name, loaded["step"]) == ("step_000000002.pt", 2)
+    assert torch.equal(loaded["student"]["w"], state(2)["student"]["w"])
     (message,) = caplog.messages
     assert message.startswith("passed over: ")
     assert "step_000000003.pt" in message
 
 
-def test_when_all_are_damaged_the_error_names_one_instead_of_beginning_anew(folder):
+def test_when_all_checkpoints_are_damaged_loading_raises_instead_of_starting_over(folder):
     for step in (1, 2):
         damage(folder.save(state(step), keep=2), "cut")
     with pytest.raises(CheckpointError, match=r"step_00000000\d.pt is cut short or damaged"):
         folder.load_latest()
 
 
-def test_a_folder_that_is_not_there_holds_no_checkpoint_and_is_not_made(tmp_path):
+def test_a_missing_folder_holds_no_checkpoint_and_is_not_made(tmp_path):
     run = RunFolder(tmp_path / "none")
     assert (run.checkpoints(), run.latest(), run.load_latest()) == ([], None, None)
     run.forget_after(3)
@@ -185,14 +185,14 @@ def test_a_folder_that_is_not_there_holds_no_checkpoint_and_is_not_made(tmp_path
     ],
     ids=["official", "backbone", "list", "without optimiser"],
 )
-def test_checkpoints_of_another_make_are_refused_with_what_to_do_with_them(folder, tmp_path, foreign):
+def test_checkpoints_of_other_programs_are_refused_with_advice(folder, tmp_path, foreign):
     path = tmp_path / "checkpoint.pth"
     torch.save(foreign, path)
     with pytest.raises(CheckpointError, match=r"checkpoint.pth is no checkpoint of passreid-train: give it to --init"):
         folder.load(path)
 
 
-def test_a_checkpoint_that_is_not_there_is_named(folder):
+def test_a_missing_checkpoint_is_named(folder):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none.pt"):
         folder.load(folder.path / "none.pt")
 
@@ -209,7 +209,7 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_closed(folder)
     second.close()
 
 
-def test_a_process_that_is_killed_leaves_the_folder_free(tmp_path):
+def test_a_killed_process_leaves_the_folder_unlocked(tmp_path):
     run = RunFolder(tmp_path)
     run.open()
     run.close()
@@ -227,14 +227,14 @@ def test_a_process_that_is_killed_leaves_the_folder_free(tmp_path):
     run.close()
 
 
-def test_a_folder_that_cannot_be_made_is_refused_with_what_to_do(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_with_advice(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(OSError, match=r"file.* cannot be written to \(.+\): name another folder with --out"):
             RunFolder(path).open()
 
 
-def test_closing_twice_or_before_opening_is_nothing(tmp_path):
+def test_closing_twice_or_before_opening_does_nothing(tmp_path):
     run = RunFolder(tmp_path)
     run.close()
     run.open()
@@ -245,20 +245,20 @@ def test_closing_twice_or_before_opening_is_nothing(tmp_path):
 # ---- Metrics
 
 
-def test_metrics_are_a_json_object_a_line(folder):
+def test_metrics_are_one_json_object_per_line(folder):
     for step in (10, 20):
         folder.add_metrics({"step": step, "loss": 1 / 3})
     lines = folder.metrics_file.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 10, "loss": 1 / 3}, {"step": 20, "loss": 1 / 3}]
 
 
-def test_a_metric_that_is_not_finite_is_null_since_json_has_no_word_for_it(folder):
+def test_a_metric_that_is_not_finite_is_null(folder):
     folder.add_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "kl": float("-inf"), "lr": 0.5})
     assert folder.metrics_file.read_text() == '{"step": 1, "loss": null, "grad_norm": null, "kl": null, "lr": 0.5}\n'
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (10, [10]), (15, [10]), (30, [10, 20, 30]), (99, [10, 20, 30])])
-def test_steps_that_will_be_made_again_are_dropped(folder, step, kept):
+def test_metrics_of_steps_that_will_be_repeated_are_dropped(folder, step, kept):
     for s in (10, 20, 30):
         folder.add_metrics({"step": s})
     folder.forget_after(step)
@@ -277,6 +277,6 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_begins_a_line(fold
     assert [line["step"] for line in lines] == [10, 20, 30]
 
 
-def test_without_metrics_there_is_nothing_to_forget(folder):
+def test_forgetting_without_metrics_makes_no_file(folder):
     folder.forget_after(10)
     assert not folder.metrics_file.exists()

@@ -1,4 +1,4 @@
-"""Runs and caches written by an older commit go on and load.
+"""Runs and caches written by an older commit resume and load.
 
 ``golden/runs_a3d87f0.tar.xz`` was written by commit a3d87f0, before modules were renamed: of each task a checkpoint
 after one step (weights rounded to 64ths and moments zeroed, so that the file is small), what that commit logged when it
@@ -16,7 +16,7 @@ from passreid_models.data import listing
 from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
 from tests import GOLDEN
 
-SAME_STEPS = 4  # compared; later ones are far from the start, and CPUs round differently
+SAME_STEPS = 4  # steps to compare; later ones drift apart, since CPUs round differently
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def rows(file: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("task", "command"), [("pretrain", "train"), ("finetune", "finetune"), ("cluster", "cluster")])
-def test_a_run_of_an_older_commit_resumes_where_that_commit_would_have(older, task, command):
+def test_a_run_of_an_older_commit_resumes_as_that_commit_did(older, task, command):
     assert cli.main([command, "--config", f"{task}/config.yaml", "--resume", "auto", "--max-minutes", "0"]) == 0
     resumed, expected = rows(older / task / "metrics.jsonl"), rows(older / task / "expected.jsonl")
     assert [row["step"] for row in resumed] == [row["step"] for row in expected]
@@ -45,7 +45,7 @@ def test_a_run_of_an_older_commit_resumes_where_that_commit_would_have(older, ta
     assert (older / task / "export" / "model.safetensors").is_file()
 
 
-def test_features_that_an_older_commit_cached_are_taken(older):
+def test_features_cached_by_an_older_commit_are_read(older):
     (file,) = (older / "features").iterdir()
     embed = Embedder("local-dir:export")
     cache = FeatureCache(
@@ -56,8 +56,8 @@ def test_features_that_an_older_commit_cached_are_taken(older):
     assert len(cache.load()) == 24  # queries and gallery
 
 
-def test_a_listing_that_an_older_commit_cached_is_read(older):
+def test_a_listing_cached_by_an_older_commit_is_read(older):
     (file,) = (older / "listings").iterdir()
-    found = listing._read(file)
-    assert found is not None
-    assert [found.names[i] for i in range(3)] == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]
+    images = listing._read(file)
+    assert images is not None
+    assert [images.names[i] for i in range(3)] == ["a/0.jpg", "a/1.jpg", "a/2.jpg"]

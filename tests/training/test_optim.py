@@ -1,4 +1,4 @@
-"""Parameter groups of the fine-tuning."""
+"""Parameter groups of fine-tuning: factors of learning rate and weight decay."""
 
 import pytest
 import timm
@@ -14,32 +14,32 @@ def model() -> ReIDModel:
 
 
 def scales(model: ReIDModel, **options: float) -> dict[str, tuple[float, float]]:
-    """(factor of the learning rate, of biases too, weight decay) of each parameter."""
+    """Factor of the learning rate, that of biases included, and weight decay of each parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = make_sgd(model, model.backbone, 0.9, 0.2, **options).param_groups
     return {names[id(p)]: (g["lr_scale"] * g["bias_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_all_that_is_trained_is_in_one_group_and_decays(model):
-    found = scales(model)
-    assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
+def test_every_trained_parameter_is_in_one_group_and_decays(model):
+    factors = scales(model)
+    assert set(factors) == {n for n, p in model.named_parameters() if p.requires_grad}
     folded = ("backbone.cls_token", "backbone.reg_token")
-    assert all(v == ((2.0, 0.1) if n in folded else (1.0, 0.2)) for n, v in found.items())
+    assert all(v == ((2.0, 0.1) if n in folded else (1.0, 0.2)) for n, v in factors.items())
 
 
-def test_biases_have_their_factor(model):
-    found = scales(model, bias_lr=3.0)
-    assert found["backbone.blocks.1.attn.qkv.bias"] == (3.0, 0.2)
-    assert found["backbone.blocks.1.attn.qkv.weight"] == found["classifier.weight"] == (1.0, 0.2)
+def test_biases_have_their_own_factor(model):
+    factors = scales(model, bias_lr=3.0)
+    assert factors["backbone.blocks.1.attn.qkv.bias"] == (3.0, 0.2)
+    assert factors["backbone.blocks.1.attn.qkv.weight"] == factors["classifier.weight"] == (1.0, 0.2)
 
 
 def test_layer_decay_falls_from_block_to_block(model):
-    found = {n: v[0] for n, v in scales(model, layer_decay=0.5).items()}
-    assert [found[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
-    assert found["backbone.norm.weight"] == 0.5  # as timm counts: with the last block
-    assert found["classifier.weight"] == found["backbone.fc_norm.bn.weight"] == 1
-    assert found["backbone.patch_embed.proj.weight"] == found["backbone.pos_embed"] == 0.0625
-    assert found["backbone.cls_token"] == 2 * 0.0625
+    factors = {n: v[0] for n, v in scales(model, layer_decay=0.5).items()}
+    assert [factors[f"backbone.blocks.{i}.mlp.fc1.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
+    assert factors["backbone.norm.weight"] == 0.5  # as timm counts: with the last block
+    assert factors["classifier.weight"] == factors["backbone.fc_norm.bn.weight"] == 1
+    assert factors["backbone.patch_embed.proj.weight"] == factors["backbone.pos_embed"] == 0.0625
+    assert factors["backbone.cls_token"] == 2 * 0.0625
 
 
 def test_a_folded_token_moves_as_far_as_token_and_position_together(model):
@@ -56,13 +56,13 @@ def test_a_folded_token_moves_as_far_as_token_and_position_together(model):
     torch.testing.assert_close(folded.data, pair[0].data + pair[1].data)
 
 
-def test_each_group_gets_the_rate_of_its_factor(model):
+def test_each_group_gets_the_learning_rate_of_its_factor(model):
     optimizer = make_sgd(model, model.backbone, 0.9, 0.1, bias_lr=2.0, layer_decay=0.5)
     set_learning_rates(optimizer, lambda bias: 1 + bias)  # a floor of 1, which only biases feel
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    assert (found["classifier.weight"], found["backbone.blocks.2.mlp.fc1.weight"]) == (2, 0.5 * 2)
-    assert (found["backbone.blocks.2.mlp.fc1.bias"], found["backbone.cls_token"]) == (0.5 * 3, 2 * 0.0625 * 2)
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert (rates["classifier.weight"], rates["backbone.blocks.2.mlp.fc1.weight"]) == (2, 0.5 * 2)
+    assert (rates["backbone.blocks.2.mlp.fc1.bias"], rates["backbone.cls_token"]) == (0.5 * 3, 2 * 0.0625 * 2)
 
 
 def test_the_norm_is_that_of_all_gradients():

@@ -1,4 +1,4 @@
-"""The curves of a run: what is drawn from which metrics, and what is said when there are none."""
+"""Curves of a run: which metrics are drawn, and the errors without metrics."""
 
 import json
 import math
@@ -15,18 +15,18 @@ from passreid_models.training.plot import PANELS, plot_run
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> dict[str, tuple[list[float], list[float]]]:
-    """Curves by label, as they are drawn; the picture itself, which takes a second, is not made."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+def curves(monkeypatch) -> dict[str, tuple[list[float], list[float]]]:
+    """Curves by label, recorded while they are drawn; the picture itself, which takes a second, is not made."""
+    recorded: dict[str, tuple[list[float], list[float]]] = {}
     plot = Axes.plot
 
     def spy(self: Axes, x: list[float], y: list[float], **options: object) -> object:
-        curves[str(options["label"])] = list(x), list(y)
+        recorded[str(options["label"])] = list(x), list(y)
         return plot(self, x, y, **options)
 
     monkeypatch.setattr(Axes, "plot", spy)
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
-    return curves
+    return recorded
 
 
 def record(step: int, parts: int = 3) -> dict[str, float]:
@@ -52,7 +52,7 @@ def test_the_picture_is_a_png_in_the_folder_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "begin"), [("a.pdf", b"%PDF"), ("b/a.svg", b"<?xml")])
-def test_the_name_of_the_picture_says_its_format(tmp_path, name, begin):
+def test_the_suffix_of_the_picture_decides_its_format(tmp_path, name, begin):
     picture = plot_run(write(tmp_path / "run", [record(1)]), tmp_path / name)
     assert picture == tmp_path / name
     assert picture.read_bytes().startswith(begin)
@@ -60,78 +60,78 @@ def test_the_name_of_the_picture_says_its_format(tmp_path, name, begin):
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3, 5])
-def test_a_curve_is_drawn_for_the_loss_of_every_kind_of_token(tmp_path, drawn, parts):
+def test_a_curve_is_drawn_for_the_loss_of_every_kind_of_token(tmp_path, curves, parts):
     plot_run(write(tmp_path, [record(1, parts), record(2, parts)]))
     expected = ["loss", "loss_cls", *(f"loss_part{k + 1}" for k in range(parts))]
-    assert [name for name in drawn if name.startswith("loss")] == expected
-    assert drawn["loss_cls"] == ([0.5, 1.0], [8.9, 8.8])
+    assert [name for name in curves if name.startswith("loss")] == expected
+    assert curves["loss_cls"] == ([0.5, 1.0], [8.9, 8.8])
 
 
-def test_every_metric_that_was_written_and_has_a_panel_is_drawn(tmp_path, drawn):
+def test_every_metric_that_was_written_and_has_a_panel_is_drawn(tmp_path, curves):
     names = {name for patterns in PANELS.values() for name in patterns if "*" not in name}
     plot_run(write(tmp_path, [{**record(s), **dict.fromkeys(names - set(record(s)), 0.5)} for s in (1, 2)]))
-    assert set(drawn) == names | {"loss_cls", "loss_part1", "loss_part2", "loss_part3"}
+    assert set(curves) == names | {"loss_cls", "loss_part1", "loss_part2", "loss_part3"}
 
 
-def test_schedules_are_drawn_as_shares_of_their_largest_value(tmp_path, drawn):
+def test_schedules_are_drawn_as_shares_of_their_largest_value(tmp_path, curves):
     plot_run(write(tmp_path, [record(1), record(2), record(4)]))
-    assert drawn["lr"][0] == [0.5, 1.0, 2.0]
-    assert drawn["lr"][1] == pytest.approx([0.25, 0.5, 1.0])
-    assert drawn["momentum"][1] == [1, 1, 1]
-    assert drawn["images_per_s"][1] == [20, 20, 20]
+    assert curves["lr"][0] == [0.5, 1.0, 2.0]
+    assert curves["lr"][1] == pytest.approx([0.25, 0.5, 1.0])
+    assert curves["momentum"][1] == [1, 1, 1]
+    assert curves["images_per_s"][1] == [20, 20, 20]
 
 
-def test_a_schedule_of_zeros_is_drawn_as_zeros(tmp_path, drawn):
+def test_a_schedule_of_zeros_is_drawn_as_zeros(tmp_path, curves):
     plot_run(write(tmp_path, [{**record(1), "lr": 0.0}]))
-    assert drawn["lr"] == ([0.5], [0.0])
+    assert curves["lr"] == ([0.5], [0.0])
 
 
-def test_metrics_that_are_in_some_lines_only_are_drawn_there(tmp_path, drawn):
+def test_metrics_in_some_lines_only_are_drawn_at_those_epochs(tmp_path, curves):
     last = {**record(4), "teacher_entropy": 5.5, "probe_mAP": 31.0}
     del last["loss"]  # no finite step
     plot_run(write(tmp_path, [record(1), record(2), last]))
-    assert drawn["teacher_entropy"] == ([2.0], [5.5])
-    assert drawn["probe_mAP"] == ([2.0], [31.0])
-    assert drawn["loss"][0] == [0.5, 1.0]
-    assert "kl" not in drawn
+    assert curves["teacher_entropy"] == ([2.0], [5.5])
+    assert curves["probe_mAP"] == ([2.0], [31.0])
+    assert curves["loss"][0] == [0.5, 1.0]
+    assert "kl" not in curves
 
 
-def test_null_is_a_gap_in_a_curve(tmp_path, drawn):
+def test_null_is_a_gap_in_a_curve(tmp_path, curves):
     records = [record(1), {**record(2), "loss": None, "lr": None}, {**record(4), "kl": None}]
     plot_run(write(tmp_path, records))
-    assert drawn["loss"][1] == pytest.approx([9.5, math.nan, 9.5], nan_ok=True)
-    assert drawn["lr"][1] == pytest.approx([0.25, math.nan, 1], nan_ok=True)
-    assert drawn["kl"][1] == pytest.approx([math.nan], nan_ok=True)
+    assert curves["loss"][1] == pytest.approx([9.5, math.nan, 9.5], nan_ok=True)
+    assert curves["lr"][1] == pytest.approx([0.25, math.nan, 1], nan_ok=True)
+    assert curves["kl"][1] == pytest.approx([math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("end", ['{"step": 3, "epo', "{", '{"step": 9, "loss": 1}\n', "\n"])
-def test_a_line_that_a_kill_cut_short_or_without_epoch_is_left_out(tmp_path, drawn, end):
+def test_a_line_that_a_kill_cut_short_or_without_epoch_is_left_out(tmp_path, curves, end):
     plot_run(write(tmp_path, [record(1), record(2)], end))
-    assert drawn["loss"] == ([0.5, 1.0], [9.5, 9.5])
+    assert curves["loss"] == ([0.5, 1.0], [9.5, 9.5])
 
 
-def test_a_folder_without_metrics_is_refused_with_what_it_should_be(tmp_path):
+def test_a_folder_without_metrics_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is not there: .* is no run of passreid-train"):
+        with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is not there: .* is no training run"):
             plot_run(folder)
 
 
 @pytest.mark.parametrize("end", ["", '{"st'])
-def test_metrics_without_a_step_are_said_to_have_none(tmp_path, end):
+def test_metrics_without_a_step_are_refused(tmp_path, end):
     with pytest.raises(ValueError, match=r"metrics.jsonl holds no steps yet"):
         plot_run(write(tmp_path, [], end))
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize(("name", "message"), [("curves", "name a picture file such as curves.png"), ("a.xyz", "xyz")])
-def test_a_picture_of_no_known_format_is_refused_and_leaves_nothing(tmp_path, name, message):
+def test_a_picture_of_unknown_format_is_refused_and_leaves_no_file(tmp_path, name, message):
     run = write(tmp_path, [record(1)])
     with pytest.raises(ValueError, match=message):
         plot_run(run, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r'plot: pip install "passreid-models\[viz\]"'):
         plot_run(write(tmp_path, [record(1)]))
