@@ -164,7 +164,7 @@ def test_embed_refuses_an_output_that_it_cannot_write_before_any_work(
         (["--model", "pass_vit_base_ics_patch16"], "pass_vit_base_ics_patch16 has no bundled weights"),
         (["--model", "local-dir:/no/such/folder"], "/no/such/folder"),
         (["--batch-size", "0"], "batch_size must be 1 or more, got 0"),
-        (["--device", "nonsense"], "device 'nonsense' cannot be used"),
+        (["--device", "nonsense"], "device: 'nonsense' is not there"),
     ],
 )
 def test_embed_refuses_wrong_options_in_one_sentence(options, reason, images, model_name, tmp_path, capsys):

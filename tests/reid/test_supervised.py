@@ -331,7 +331,7 @@ def _refuse(config: FinetuneConfig) -> None:
     [
         ({"data": ""}, "data: expected a dataset"),
         ({"init": ""}, "init: expected weights to begin with: .* random for none"),
-        ({"init": "nowhere/at/all"}, "init: expected weights of test_pass_vit: .* got 'nowhere/at/all'"),
+        ({"init": "nowhere/at/all"}, "init: unknown model 'nowhere/at/all'; known: "),
         ({"ids_per_batch": 7}, "ids_per_batch: 7 is more than the 6 identities"),
         ({"freeze_blocks": 9}, "freeze_blocks: 9 is more than the 3 blocks"),
         ({"triplet_weight": 0, "ids_per_batch": 30}, "a batch takes 60 images, and the training set has 36"),
