@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 
 
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int, warm_ups: int = 1) -> dict[str, list[float]]:
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each run, ``rounds`` times: A B, B A, A B, so that what the machine does besides meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(-warm_ups, rounds):
+    for i in range(-1, rounds):
         for name in list(runs) if i % 2 else reversed(runs):
             start = time.perf_counter()
             runs[name]()

@@ -26,19 +26,19 @@ def persons(pids: np.ndarray, camids: np.ndarray, width: int, seed: int, noise: 
     return found
 
 
-def market(queries: int, gallery: int, ids: int, cameras: int, width: int = 768) -> tuple:
+def market(queries: int, gallery: int, ids: int, cameras: int) -> tuple:
     """What ``evaluate`` takes, in the manner of Market-1501: a sixth of the gallery are distractors."""
     rng = np.random.default_rng(1)
     q_pids, g_pids = rng.integers(1, ids + 1, queries), rng.integers(1, ids + 1, gallery)
     g_pids[rng.random(gallery) < 1 / 6] = 0
     q_cams, g_cams = rng.integers(0, cameras, queries), rng.integers(0, cameras, gallery)
-    query, found = persons(q_pids, q_cams, width, 2, noise=2.4), persons(g_pids, g_cams, width, 3, noise=2.4)
+    query, found = persons(q_pids, q_cams, 768, 2, noise=2.4), persons(g_pids, g_cams, 768, 3, noise=2.4)
     return query, found, q_pids, g_pids, q_cams, g_cams
 
 
-def training_set(images: int, width: int = 256) -> Tensor:
+def training_set(images: int) -> Tensor:
     """Unlabelled images of persons with 17 images each; a tenth of the images resemble nobody."""
     rng = np.random.default_rng(1)
     pids = rng.integers(1, max(1, images // 17) + 1, images)
     pids[rng.random(images) < 0.1] = 0
-    return persons(pids, rng.integers(0, 6, images), width, 2, noise=1.2)
+    return persons(pids, rng.integers(0, 6, images), 256, 2, noise=1.2)

@@ -18,6 +18,7 @@ STONES = np.array([(0.36, 0.35, 0.33), (0.26, 0.25, 0.24), (0.42, 0.37, 0.3), (0
 LEAVES = np.array([(0.07, 0.14, 0.035), (0.05, 0.1, 0.04), (0.11, 0.15, 0.04), (0.15, 0.12, 0.04)])
 WOODS = np.array([(0.26, 0.16, 0.09), (0.18, 0.12, 0.08), (0.34, 0.25, 0.16), (0.2, 0.19, 0.17)])
 GLASS = (0.05, 0.06, 0.07)
+TONE = 0.14  # standard deviation of the log brightness that `shade` adds to a palette's colour
 
 
 @lru_cache
@@ -68,10 +69,10 @@ class Scene:
         self.add(quad(corner, (length * c, length * s, 0), (-width * s, width * c, 0), material))
 
 
-def shade(rng: np.random.Generator, palette: Array, spread: float = 0.14) -> Colour:
-    """A colour of the palette, somewhat lighter or darker and off."""
-    base, tone = palette[rng.integers(len(palette))], rng.normal(0, spread)
-    r, g, b = (min(max(float(v) * math.exp(tone + rng.normal(0, spread / 3)), 0.02), 0.8) for v in base)
+def shade(rng: np.random.Generator, palette: Array) -> Colour:
+    """A colour of the palette with a random change of brightness, and a third as much of each channel."""
+    base, tone = palette[rng.integers(len(palette))], rng.normal(0, TONE)
+    r, g, b = (min(max(float(v) * math.exp(tone + rng.normal(0, TONE / 3)), 0.02), 0.8) for v in base)
     return r, g, b
 
 

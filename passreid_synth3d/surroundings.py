@@ -175,7 +175,7 @@ def _room(scene: Scene, rng: np.random.Generator, height: float, floor: Material
     for _ in range(int(rng.integers(3, 7))):
         at = rng.uniform((-x + 2, -y + 2), (x - 2, y - 2))
         if min(distance_to(path, at) for path in scene.paths) > 1:
-            pillar(scene, rng, float(at[0]), float(at[1]), 0, height)
+            pillar(scene, rng, float(at[0]), float(at[1]), height)
 
 
 def _hall(scene: Scene, rng: np.random.Generator) -> None:

@@ -189,21 +189,21 @@ def crates(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: floa
         z += size[2]
 
 
-def pillar(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float, height: float = 4.0) -> None:
+def pillar(scene: Scene, rng: np.random.Generator, x: float, y: float, height: float) -> None:
     colour, width = shade(rng, STONES), float(rng.uniform(0.35, 0.6))
-    scene.block(x, y, (width, width, height), Material("plaster", colour, seed=seed_of(rng)), yaw)
+    scene.block(x, y, (width, width, height), Material("plaster", colour, seed=seed_of(rng)))
     foot = Material("stripes", shade(rng, ACCENTS), darker(colour), period=0.6, duty=float(rng.choice((0, 0.5))))
-    scene.add(box((x, y, 0.6), (width + 0.02, width + 0.02, float(rng.uniform(0.4, 1.2))), foot, yaw))
+    scene.add(box((x, y, 0.6), (width + 0.02, width + 0.02, float(rng.uniform(0.4, 1.2))), foot))
 
 
 THINGS: dict[str, Callable[[Scene, np.random.Generator, float, float, float], None]] = {
     "car": car, "tree": tree, "bush": bush, "hedge": hedge, "planter": planter, "bench": bench, "bin": bin_,
     "sign": sign, "bollard": bollard, "lamp": lamp, "railing": railing, "board": board, "machine": machine,
-    "crates": crates, "pillar": pillar,
+    "crates": crates,
 }  # fmt: skip
 
 
-def scatter(scene: Scene, rng: np.random.Generator, count: int, clear: float = 0.75, **weights: float) -> None:
+def scatter(scene: Scene, rng: np.random.Generator, count: int, clear: float, **weights: float) -> None:
     """Put up to `count` things about the area, off the paths' middles and off each other."""
     x0, y0, x1, y1 = scene.area
     for _ in range(count):
