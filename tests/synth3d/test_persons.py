@@ -12,8 +12,8 @@ from passreid_synth3d.fabrics import PATTERN_FAMILIES, Dice, dye, fabric
 from passreid_synth3d.light import Imaging
 from passreid_synth3d.mesh import PATTERNS, Material, Mesh, box, cylinder, ellipsoid, merge, quad
 from passreid_synth3d.pose import Gait, pose, turn
-from passreid_synth3d.prints import FAMILIES, printed
-from passreid_synth3d.sensor import developed
+from passreid_synth3d.prints import FAMILIES, print_mask
+from passreid_synth3d.sensor import develop
 from passreid_synth3d.wardrobe import Person, person
 
 CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, (95, 95))
@@ -99,11 +99,11 @@ def test_dark_dyes_are_more_common_when_asked_for():
 
 @pytest.mark.parametrize("patterns", FAMILIES)
 def test_prints_are_masks_with_a_figure_on_a_ground(patterns):
-    masks = [printed(seed, patterns, 48) for seed in range(40)]
+    masks = [print_mask(seed, patterns, 48) for seed in range(40)]
     assert all(m.shape == (48, 48) and m.min() >= 0 and m.max() <= 1 for m in masks)
     assert all(0.04 < m.mean() < 0.96 for m in masks)
     assert len({m.tobytes() for m in masks}) > 15
-    assert np.array_equal(masks[7], printed(7, patterns, 48))
+    assert np.array_equal(masks[7], print_mask(7, patterns, 48))
 
 
 # ---- Poses
@@ -198,13 +198,11 @@ def test_materials_name_patterns_that_the_kernel_knows():
 def test_the_sensor_gives_the_size_that_was_asked_for_and_is_a_function_of_its_random_numbers():
     radiance = np.random.default_rng(0).uniform(0, 1, (60, 25, 3))
     noisy = replace(CAMERA, noise=4.0, blur=0.5, sharpen=0.5, jpeg=(50, 90))
-    first, second = (developed(np.random.default_rng(1), radiance, noisy, (256, 128)) for _ in range(2))
+    first, second = (develop(np.random.default_rng(1), radiance, noisy, (256, 128)) for _ in range(2))
     assert first.size == (128, 256)
     assert first.mode == "RGB"
     assert (
-        first.tobytes()
-        == second.tobytes()
-        != developed(np.random.default_rng(2), radiance, noisy, (256, 128)).tobytes()
+        first.tobytes() == second.tobytes() != develop(np.random.default_rng(2), radiance, noisy, (256, 128)).tobytes()
     )
 
 
@@ -213,7 +211,7 @@ def test_exposure_white_balance_and_saturation_do_what_they_say():
     red = gray * (1.6, 0.8, 0.6)
 
     def mean(radiance: np.ndarray, **of: object) -> np.ndarray:
-        image = developed(np.random.default_rng(1), radiance, replace(CAMERA, **of), (64, 32))
+        image = develop(np.random.default_rng(1), radiance, replace(CAMERA, **of), (64, 32))
         return np.asarray(image, float).mean((0, 1))
 
     assert (mean(gray, exposure=2.0) > mean(gray) + 20).all()
