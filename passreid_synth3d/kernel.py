@@ -13,7 +13,7 @@ FAR = wp.constant(200.0)  # metres
 
 @wp.struct
 class Scene:
-    """Concatenated meshes: persons, surroundings in view (for rays from the eye), all surroundings (for rays to the sun)."""
+    """Meshes: persons, surroundings in view (for rays from the eye), all surroundings (for rays to the sun)."""
 
     ids: wp.array(dtype=wp.uint64)
     starts: wp.array(dtype=int)  # the first face of each mesh
