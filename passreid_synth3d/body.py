@@ -152,18 +152,18 @@ class Body:
     def _uv(self) -> Array:
         """Texture coordinates of each vertex as part of a torso, an arm and a leg, metres [3, V, 2]."""
         heads = self.model.template_bone_heads.numpy()
-        left = self.at.copy()
-        left[:, 0] = np.abs(left[:, 0])  # right limbs mirrored onto the left ones
+        mirrored = self.at.copy()
+        mirrored[:, 0] = np.abs(mirrored[:, 0])  # right limbs mirrored onto the left ones
         uv = [np.stack([np.arctan2(self.at[:, 0], -self.at[:, 1] - 0.02) * RADII[0], self.at[:, 2]], 1)]
         for radius, start, end in ((RADII[1], "upperarm01.L", "wrist.L"), (RADII[2], "upperleg01.L", "foot.L")):
             joint, axis = (heads[self.names.index(name)] for name in (start, end))
             axis = (axis - joint) / np.linalg.norm(axis - joint)
-            along = (left - joint) @ axis
-            out = left - joint - along[:, None] * axis
+            along = (mirrored - joint) @ axis
+            out = mirrored - joint - along[:, None] * axis
             if end == "wrist.L":
                 uv.append(np.stack([np.arctan2(out[:, 2], -out[:, 1]) * radius, along], 1))
             else:
-                uv.append(np.stack([np.arctan2(-out[:, 1], out[:, 0]) * radius, left[:, 2]], 1))
+                uv.append(np.stack([np.arctan2(-out[:, 1], out[:, 0]) * radius, mirrored[:, 2]], 1))
         return np.stack(uv)
 
     @property

@@ -41,7 +41,7 @@ class Solid:
         mesh: The triangles.
         at: Corners in coordinates of the standard body [F, 3, 3], for cloth and skin.
         logo: Mask [LOGO, LOGO] of the print on its clothes.
-        surfaces: Table of the mesh's materials; default: made from them.
+        surfaces: Table of the mesh's materials; by default computed.
     """
 
     def __init__(self, mesh: Mesh, at: Array | None = None, logo: Array | None = None, surfaces: Any = None) -> None:

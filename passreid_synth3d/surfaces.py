@@ -85,7 +85,7 @@ def noise(u: float, v: float, seed: float) -> float:
 
 @wp.func
 def is_present(m: Surface, region: int, uv: wp.vec2, at: wp.vec3) -> bool:
-    """Whether the surface exists at a point or is cut away there."""
+    """Whether the surface exists at a point, rather than being cut away."""
     if m.pattern == Pattern.FOLIAGE:
         return noise(uv[0] / m.period, uv[1] / m.period, m.seed) > m.duty - 0.6
     if m.pattern == Pattern.STRAP:
