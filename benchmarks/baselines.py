@@ -1,13 +1,13 @@
-"""mAP and Rank-1 of what has learnt nothing, on a labelled dataset: what trained weights must beat.
+"""mAP and Rank-1 of untrained descriptors on a labelled dataset: the scores that trained weights must beat.
 
-pixels     images pooled to 16x8
-colours    histograms of 512 colours in 8 bands of the middle, where the person is
-random     pass_vit_tiny_patch16 with random weights, mean of 3 seeds
-chance     noise
+pixels     the image, resized to 16x8 pixels
+colours    histograms of 512 colours in 8 horizontal bands of the image's middle, where the person is
+random     pass_vit_tiny_patch16 with random weights, the mean of 3 seeds
+chance     random descriptors
 
     python benchmarks/baselines.py DATA --size 256 128
 
-DATA is a dataset as of passreid eval. The last line is JSON: NAME_mAP, NAME_rank1, in percent.
+DATA is a dataset as in passreid eval. The keys of the JSON on the last line are NAME_mAP and NAME_rank1, in percent.
 """
 
 import argparse
@@ -24,13 +24,17 @@ from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.network import random_backbone
 
-MODEL, SIZE = "pass_vit_tiny_patch16", (128, 64)
+MODEL, SIZE, METRICS = "pass_vit_tiny_patch16", (128, 64), ("mAP", "rank1")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", default="synthetic:ids=20", help="default: 20 of the 2-D persons")
-    parser.add_argument("--size", type=int, nargs=2, default=SIZE, help="of the images of random weights, in pixels")
+    parser.add_argument(
+        "data", nargs="?", default="synthetic:ids=20", help="default: 20 of the 2-D generator's persons"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=SIZE, help="height and width of the images for random weights, in pixels"
+    )
     parser.add_argument("--quick", action="store_true", help="1 seed of random weights instead of 3")
     args = parser.parse_args()
     try:
@@ -38,20 +42,18 @@ def main() -> None:
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
     images = read_images(data)
-    found = {name: [scores] for name, scores in unlearnt(data, images).items()}
+    scores = {name: [pair] for name, pair in untrained_scores(data, images).items()}
     for seed in range(1 if args.quick else 3):
         embed = Embedder(random_model(seed, tuple(args.size)))
-        found.setdefault("random", []).append(score(data, *map(embed, images)))
-    means = {name: np.mean(scores, axis=0) for name, scores in found.items()}
+        scores.setdefault("random", []).append(score(data, *map(embed, images)))
+    means = {name: np.mean(pairs, axis=0) for name, pairs in scores.items()}
     rows = [(name, f"{m:.1f} / {r:.1f}") for name, (m, r) in means.items()]
-    figures = {
-        f"{name}_{what}": value for name, of in means.items() for what, value in zip(("mAP", "rank1"), of, strict=True)
-    }
+    figures = {f"{name}_{key}": value for name, pair in means.items() for key, value in zip(METRICS, pair, strict=True)}
     common.report(f"mAP / Rank-1, {data.name}: {args.data}", rows, figures)
 
 
 def read_images(data: ReIDDataset) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Queries and gallery."""
+    """Read the images of queries and gallery."""
     query, gallery = ([Image.open(path).convert("RGB") for path in split.paths] for split in (data.query, data.gallery))
     return query, gallery
 
@@ -59,19 +61,25 @@ def read_images(data: ReIDDataset) -> tuple[list[Image.Image], list[Image.Image]
 def score(data: ReIDDataset, query: Tensor, gallery: Tensor) -> tuple[float, float]:
     """mAP and Rank-1 in percent."""
     q, g = data.query, data.gallery
-    found = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
-    return 100 * found.mAP, 100 * found.rank1
+    metrics = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
+    return 100 * metrics.mAP, 100 * metrics.rank1
 
 
-def unlearnt(data: ReIDDataset, images: tuple[list[Image.Image], list[Image.Image]]) -> dict[str, tuple[float, float]]:
-    """Scores of descriptors without weights."""
+def untrained_scores(
+    data: ReIDDataset, images: tuple[list[Image.Image], list[Image.Image]]
+) -> dict[str, tuple[float, float]]:
+    """mAP and Rank-1 of descriptors without weights."""
     generator = torch.Generator().manual_seed(0)
-    describe = {"pixels": pooled, "colours": colours, "chance": lambda x: torch.randn(len(x), 64, generator=generator)}
-    return {name: score(data, *map(f, images)) for name, f in describe.items()}
+    descriptors = {
+        "pixels": pooled,
+        "colours": colours,
+        "chance": lambda x: torch.randn(len(x), 64, generator=generator),
+    }
+    return {name: score(data, *map(f, images)) for name, f in descriptors.items()}
 
 
 def random_model(seed: int, size: tuple[int, int]) -> torch.nn.Module:
-    """What pre-training begins with."""
+    """The backbone as pre-training initialises it."""
     torch.manual_seed(seed)
     return random_backbone(PretrainConfig(model=MODEL, size=size))
 

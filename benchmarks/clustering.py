@@ -1,11 +1,13 @@
-"""Jaccard distances and DBSCAN of 256 wide unit vectors, against the dense reading of the method.
+"""Seconds and peak memory of Jaccard distances and DBSCAN, against a dense implementation.
 
-s_N, gb_N      seconds and peak memory of ours for N images, with Python, torch and the descriptors
-time_ratio     seconds, ours over dense, at 12,936 images, the training set of Market-1501 (--quick: 2,000)
-memory_ratio   peak memory there above Python, torch and the descriptors, ours over dense
+    python benchmarks/clustering.py
 
-Each measured in a process of its own. The dense reading (``plain.plain_jaccard``) holds N x N matrices and loops in
-Python, as the usual code does.
+s_N, gb_N      our seconds and peak memory for N images, including Python, torch and the descriptors; null if not run
+time_ratio     our seconds over those of the dense one, for 12,936 images, as Market-1501 has (--quick: 2,000)
+memory_ratio   the same of the peak memory above Python, torch and the descriptors
+
+The descriptors are generated unit vectors of width 256, see ``descriptors.py``. Each measurement has a process of its
+own. The dense implementation (``plain.plain_jaccard``) holds N x N matrices and loops in Python, as common code does.
 """
 
 import argparse
@@ -47,32 +49,33 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.measure:
         x = descriptors.training_set(args.images)
-        METHODS[args.measure](descriptors.training_set(100))  # code and threads are there before
+        METHODS[args.measure](descriptors.training_set(100))  # loads code and starts threads before the measurement
 
-        def labelled() -> dict[str, float]:
+        def count_clusters() -> dict[str, float]:
             labels = METHODS[args.measure](x)
             return {"clusters": int(labels.max()) + 1, "outliers": int((labels < 0).sum())}
 
-        peak.report_peak(labelled)
+        peak.report_peak(count_clusters)
         return
 
-    sizes, at = (QUICK_SIZES, QUICK_DENSE) if args.quick else (SIZES, DENSE)
-    jobs = [("dense", at), *(("ours", n) for n in sizes)]
-    found = {
+    sizes, dense_size = (QUICK_SIZES, QUICK_DENSE) if args.quick else (SIZES, DENSE)
+    jobs = [("dense", dense_size), *(("ours", n) for n in sizes)]
+    results = {
         (name, n): peak.in_process(__file__, "--threads", args.threads, "--measure", name, "--images", n)
         for name, n in jobs
     }
     rows = []
-    for (name, n), one in found.items():
-        measured = f"{one['seconds']:.1f} s, {one['total'] / 1e9:.2f} GB, of which {one['extra'] / 1e9:.2f} in work"
-        rows.append((f"{name}, {n:,}", f"{measured}; {one['clusters']} clusters, {one['outliers']} outliers"))
+    for (name, n), result in results.items():
+        memory = f"{result['total'] / 1e9:.2f} GB, of which {result['extra'] / 1e9:.2f} for the work"
+        labels = f"{result['clusters']} clusters, {result['outliers']} outliers"
+        rows.append((f"{name}, {n:,}", f"{result['seconds']:.1f} s, {memory}; {labels}"))
     figures: dict[str, float | None] = {f"{key}_{n}": None for n in (2000, *SIZES) for key in ("s", "gb")}
     for n in sizes:
-        figures |= {f"s_{n}": found["ours", n]["seconds"], f"gb_{n}": found["ours", n]["total"] / 1e9}
-    figures["time_ratio"] = found["ours", at]["seconds"] / found["dense", at]["seconds"]
-    figures["memory_ratio"] = found["ours", at]["extra"] / found["dense", at]["extra"]
+        figures |= {f"s_{n}": results["ours", n]["seconds"], f"gb_{n}": results["ours", n]["total"] / 1e9}
+    figures["time_ratio"] = results["ours", dense_size]["seconds"] / results["dense", dense_size]["seconds"]
+    figures["memory_ratio"] = results["ours", dense_size]["extra"] / results["dense", dense_size]["extra"]
     rows += [(name, f"{figures[name]:.3f}") for name in ("time_ratio", "memory_ratio")]
-    common.report(f"Jaccard distances and DBSCAN, 256 wide; {common.machine()}", rows, figures)
+    common.report(f"Jaccard distances and DBSCAN, width 256; {common.machine()}", rows, figures)
 
 
 if __name__ == "__main__":

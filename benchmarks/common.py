@@ -1,19 +1,30 @@
-"""What the benchmarks share: runs in turn, medians, a table, and the figures as JSON on the last line."""
+"""Shared parts of the benchmarks: runs in turn, medians, generated images, other processes, and the report.
+
+Every benchmark prints a table for people and, as its last line, its figures as a JSON object.
+"""
 
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
+
+QUALITY = 92  # of JPEG files
+PASSREID = [sys.executable, "-m", "passreid_models.cli"]
 
 
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int, warm_ups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run, ``rounds`` times: A B, B A, A B, so that what the machine does besides meets all alike."""
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after a warm-up: A B, B A, A B, so that other load affects all runs alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(-warm_ups, rounds):
+    for i in range(-1, rounds):
         for name in list(runs) if i % 2 else reversed(runs):
             start = time.perf_counter()
             runs[name]()
@@ -23,7 +34,7 @@ def in_turn(runs: dict[str, Callable[[], object]], rounds: int, warm_ups: int = 
 
 
 def median_ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
-    """Median of the ratios of one round each."""
+    """Median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
@@ -32,7 +43,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16; a CPU that does not takes 100 times as long in it."""
+    """Whether the device computes in bfloat16; a CPU that only emulates it is 100 times slower."""
     from passreid_models.device import pick_dtype
 
     return pick_dtype("auto", device) == torch.bfloat16
@@ -50,8 +61,23 @@ def machine(device: torch.device | None = None) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads, load {load:.1f}, torch {torch.__version__}"
 
 
+def write_images(folder: Path, images: Iterable[Image.Image], suffix: str = ".jpg") -> list[Path]:
+    """Write images as numbered files and return their paths."""
+    paths = []
+    for i, image in enumerate(images):
+        paths.append(folder / f"{i:04d}{suffix}")
+        image.save(paths[-1], quality=QUALITY)  # PNG ignores the quality
+    return paths
+
+
+def last_json(command: list[str], **options: Any) -> Any:
+    """Run a command, with options of ``subprocess.run``, and parse the last line of its output as JSON."""
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 def report(title: str, rows: list[tuple[str, str]], figures: dict[str, float | None]) -> None:
-    """Print a table, and ``figures`` as JSON on the last line."""
+    """Print a table and, as the last line, the figures as JSON."""
     print(title)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -1,6 +1,8 @@
-"""Throughput of Embedder on JPEG files against the bare model on ready tensors of the same batches.
+"""Throughput of Embedder on JPEG files, against the bare model on prepared tensors of the same batches.
 
-vs_bare_model       images a second from files over those from tensors, the median of the rounds
+    python benchmarks/embed.py
+
+vs_bare_model       images per second from files over images per second from tensors, the median of the rounds
 """
 
 import argparse
@@ -17,14 +19,6 @@ from passreid_models import Embedder, SyntheticPersons
 BATCH = 64
 
 
-def write_images(folder: Path, count: int) -> list[Path]:
-    data = SyntheticPersons(-(-count // 8), images_per_id=8, cameras=4)
-    paths = [folder / f"{i:04d}.jpg" for i in range(count)]
-    for i, path in enumerate(paths):
-        data[i][0].save(path, quality=92)
-    return paths
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="128 images and 2 rounds instead of 1,000 and 3")
@@ -34,7 +28,8 @@ def main() -> None:
     embed = Embedder(timm.create_model("pass_vit_small_patch16"), device=device, batch_size=BATCH)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        paths = write_images(Path(folder), count)
+        persons = SyntheticPersons(-(-count // 8), images_per_id=8, cameras=4)
+        paths = common.write_images(Path(folder), (persons[i][0] for i in range(count)))
         images = torch.stack([image for batch in embed._batches(list(paths), False) for image in batch])
         batches = [batch.to(device) for batch in images.split(BATCH)]
 

@@ -1,7 +1,9 @@
-"""Throughput of pass_vit_small_patch16 against timm's vit_small_patch16_224 at 256x128, in turn in one process.
+"""Throughput of pass_vit_small_patch16 against timm's vit_small_patch16_224, both at 256x128 in one process.
 
-vs_timm_fp32, vs_timm_bf16      images a second of ours over timm's, the median of the rounds; vs_timm_bf16 is null
-                                where the device does not compute in bfloat16
+    python benchmarks/forward.py
+
+vs_timm_fp32, vs_timm_bf16      our images per second over timm's, the median of the rounds; vs_timm_bf16 is null
+                                if the device does not compute in bfloat16
 """
 
 import argparse
@@ -22,7 +24,7 @@ def main() -> None:
     parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
     args = parser.parse_args()
     device, rounds = common.pick_device(args.device), 2 if args.quick else 15
-    batches = 20 if device.type == "cuda" else 1  # of a round
+    batches = 20 if device.type == "cuda" else 1  # per round
 
     rows, figures = [], dict[str, float | None]()
     for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -1,14 +1,16 @@
-"""Pre-training of ViT-S on a CUDA device, batch 128, K = 65,536: ours in bfloat16 against the plain reading in float16.
+"""Pre-training step of ViT-S on a CUDA device: ours in bfloat16 against the plain implementation in float16.
 
-speedup                plain step time over ours, on views that are ready, in turn, the median of the rounds
-images_per_s           in those steps
-peak_gib               of memory, with parameters and optimiser
-loaded_images_per_s    with a loader
-wait_share             share of the time with a loader that the step waits for views
-plain_...              the same of the plain reading
+    python benchmarks/gpu_step.py
 
-The loader reads JPEG files of 256x128, with all cores but one; ours leaves the photometric part to the device, the
-plain reading does all of it in the loader. Figures are printed as they come. Without CUDA they are null.
+speedup                seconds of a plain step over ours, on prepared views, the median of the rounds
+images_per_s           images per second in those steps
+peak_gib               peak memory of a step, including parameters and optimiser
+loaded_images_per_s    images per second with a loader
+wait_share             share of the time with a loader in which the step waits for views
+plain_...              the same figures of the plain implementation (``plain.py``)
+
+Batch 128, K = 65,536. The loader reads JPEG files of 256x128 with all cores but one; ours runs the photometric part on
+the device, the plain implementation in the loader. Figures are printed as they are measured. Without CUDA all are null.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from passreid_models.pretrain.batches import StepSampler, ViewDataset, batches_o
 from passreid_models.pretrain.views import MultiCrop
 from passreid_models.synthetic import SyntheticPersons
 
-BATCH, IMAGES, QUALITY = 128, 1024, 92
+BATCH, IMAGES = 128, 1024
 FIGURES = ("images_per_s", "peak_gib", "loaded_images_per_s", "wait_share")
 
 
@@ -56,7 +58,7 @@ class PlainDataset(Dataset):
 
 
 def save_image(folder: Path, i: int) -> None:
-    SyntheticPersons(IMAGES, images_per_id=1)[i][0].save(folder / f"{i:05d}.jpg", quality=QUALITY)
+    SyntheticPersons(IMAGES, images_per_id=1)[i][0].save(folder / f"{i:05d}.jpg", quality=common.QUALITY)
 
 
 def write_images(folder: Path, processes: int) -> None:
@@ -65,8 +67,8 @@ def write_images(folder: Path, processes: int) -> None:
 
 
 def run_ours(ours: Ours, folder: Path, steps: int, workers: int) -> Iterator[Callable[[], object]]:
-    """Steps that have their views."""
-    del ours.trainer.photometric.batch  # the photometric part is back
+    """Yield steps as their views arrive."""
+    del ours.trainer.photometric.batch  # undoes the replacement in `Ours`
     crop = MultiCrop()
     dataset = ViewDataset(open_source(str(folder)), crop, crop, 0, 0)
     sampler = StepSampler(len(dataset.source), BATCH, steps, 0)
@@ -82,7 +84,7 @@ def run_plain(run: Plain, folder: Path, steps: int, workers: int) -> Iterator[Ca
 
 
 def with_loader(steps: Iterator[Callable[[], object]], warm_ups: int, device: torch.device) -> tuple[float, float]:
-    """Images a second, and the share of the time spent waiting for views, after the warm-ups."""
+    """Images per second and share of the time spent waiting for views, after the warm-ups."""
     waited, count, start = 0.0, -warm_ups, time.perf_counter()
     while True:
         if count == 0:
@@ -101,12 +103,12 @@ def with_loader(steps: Iterator[Callable[[], object]], warm_ups: int, device: to
 
 
 def with_peak(build: Callable[[], Callable[[], None]], device: torch.device) -> tuple[Callable[[], None], float]:
-    """What is built, and the GiB that it takes at most in a step, above what is there before it."""
+    """Build a step; return it and the peak GiB of its first calls above the memory allocated before."""
     gc.collect()
     before = torch.cuda.memory_allocated(device)
     run = build()
     torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(3):  # the optimiser makes its moments in the first
+    for _ in range(3):  # the first allocates the moments of the optimiser
         run()
     common.synchronize(device)
     return run, (torch.cuda.max_memory_allocated(device) - before) / 2**30
@@ -116,12 +118,12 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, floa
     rounds, steps, workers = 2 if quick else 7, 3 if quick else 10, max(1, (os.cpu_count() or 1) - 1)
     figures, views = null_figures(), random_views(BATCH, device)
 
-    def say(*names: str) -> None:
+    def show(*names: str) -> None:
         print(*(f"{name} {figures[name]:.2f}" for name in names), sep="  ", flush=True)
 
     ours, figures["peak_gib"] = with_peak(lambda: Ours("bfloat16", *views, compile=compiled), device)
     plain_run, figures["plain_peak_gib"] = with_peak(lambda: Plain(torch.float16, *views), device)
-    say("peak_gib", "plain_peak_gib")
+    show("peak_gib", "plain_peak_gib")
 
     def several(run: Callable[[], None]) -> None:
         for _ in range(steps):
@@ -132,16 +134,16 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, floa
     figures["speedup"] = common.median_ratio(*seconds.values())
     for prefix, times in seconds.items():
         figures[f"{prefix}images_per_s"] = steps * BATCH / statistics.median(times)
-    say("speedup", "images_per_s", "plain_images_per_s")
+    show("speedup", "images_per_s", "plain_images_per_s")
 
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), workers + 1)
-        measured = workers * (1 if quick else 4)  # a worker makes a batch, so that they come in bursts
+        measured = workers * (1 if quick else 4)  # each worker makes whole batches, so batches come in bursts
         for prefix, run, start in (("", ours, run_ours), ("plain_", plain_run, run_plain)):
-            loaded = start(run, Path(folder), workers + measured, workers)
-            images_per_s, wait_share = with_loader(loaded, workers, device)
+            loaded_steps = start(run, Path(folder), workers + measured, workers)
+            images_per_s, wait_share = with_loader(loaded_steps, workers, device)
             figures[f"{prefix}loaded_images_per_s"], figures[f"{prefix}wait_share"] = images_per_s, wait_share
-            say(f"{prefix}loaded_images_per_s", f"{prefix}wait_share")
+            show(f"{prefix}loaded_images_per_s", f"{prefix}wait_share")
     return figures
 
 

@@ -1,13 +1,15 @@
-"""What importing passreid_models costs over timm, and creating the bundled model after that.
+"""Seconds to import passreid_models, against timm alone, and to create the bundled model.
 
-extra_s     `import passreid_models` minus `import timm`, medians of fresh processes in turn
-create_s    `timm.create_model(BUNDLED, pretrained=True)` after the import, in a fresh process
+    python benchmarks/import_time.py
+
+extra_s     seconds of `import passreid_models` minus those of `import timm`, medians of new processes in turn
+create_s    seconds of `timm.create_model(BUNDLED, pretrained=True)` after the imports, in a new process; null if no
+            weights are bundled
 """
 
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +22,11 @@ TIMED = "import time; start = time.perf_counter(); {code}; print(time.perf_count
 
 
 def seconds(code: str, before: str = "pass") -> float:
-    """What ``code`` takes in a new process, without the start of the interpreter and without ``before``."""
+    """Seconds of ``code`` in a new process, without the start of the interpreter and without ``before``."""
     command = [sys.executable, "-c", f"{before}; {TIMED.format(code=code)}"]
-    # bytecode is kept, as that of an installed package is
+    # with cached bytecode, as for an installed package
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    output = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(output.splitlines()[-1])
+    return common.last_json(command, cwd=ROOT, env=env)
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     rounds = 2 if parser.parse_args().quick else 11
 
     timms, ours = [], []
-    seconds("import passreid_models")  # compiles what is not compiled
+    seconds("import passreid_models")  # writes missing bytecode
     for i in range(rounds):
         for name in ("timm", "passreid_models") if i % 2 else ("passreid_models", "timm"):
             (timms if name == "timm" else ours).append(seconds(f"import {name}"))

@@ -1,11 +1,15 @@
-"""kill -9 at random moments of a run, resume, and compare the end with an uninterrupted run's, bit for bit, on a CPU.
+"""Final state of a pre-training run after kills (kill -9) at random moments, against that of an uninterrupted run.
 
-kills           how often the run was killed
-identical       1 if student, teacher, optimiser, centres and the exported weights end as they do uninterrupted, else 0
-max_difference  the largest between any of their values
-lost_steps      the most steps that one kill cost, which are made again
+    python benchmarks/kill.py
 
-A small model that saves a checkpoint every second, with a loader process. The exit status is 1 unless identical.
+kills           number of kills
+identical       1 if student, teacher, optimiser, centres and exported weights are bit for bit those of the
+                uninterrupted run, else 0
+max_difference  largest difference between any of their values
+lost_steps      largest number of steps that had to be repeated after a kill
+
+On a CPU, with a small model that saves a checkpoint every second and a loader process. The exit status is 1 unless
+identical.
 """
 
 import argparse
@@ -40,26 +44,28 @@ def make_config(data: str, out: str, epochs: int) -> PretrainConfig:
 
 
 class Run:
-    """A run in processes of its own, one after another."""
+    """A run in processes of its own, one for each start."""
 
     def __init__(self, data: Path, out: Path, epochs: int) -> None:
         self.command = [sys.executable, __file__, "--train", str(data), str(out), str(epochs)]
         self.folder = RunFolder(out)
-        self.errors = out.with_suffix(".err")  # no pipe: a loader process may keep it open after its parent is killed
+        self.errors = out.with_suffix(
+            ".err"
+        )  # a file: a loader process may keep a pipe open after its parent is killed
 
     def start(self) -> None:
-        """Start or resume, and return when its imports are done."""
+        """Start or resume the run; return when its imports are done."""
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=errors)
         self.process.stdout.readline()
 
     def finish(self, seconds: float = 1200) -> None:
-        """Wait for its end, which must be a good one."""
+        """Wait until the run ends; exit if it failed."""
         if self.process.wait(seconds):
             raise SystemExit(f"the run failed:\n{self.errors.read_text()[-2000:]}")
 
     def kill(self, step: int, seconds: float) -> bool:
-        """Kill it so long after that step; False if it has ended before."""
+        """Kill the run ``seconds`` after ``step``; return False if it ended before."""
         while self.last_step() < step and self.process.poll() is None:
             time.sleep(0.01)
         try:
@@ -79,7 +85,7 @@ class Run:
         return int(last.stem.removeprefix("step_")) if last else 0
 
     def result(self) -> dict[str, Tensor]:
-        """All that the run ends with."""
+        """Tensors of the last checkpoint and of the exported weights."""
         _, state = self.folder.load_latest()
         names = ("step", "student", "teacher", "optimizer", "centers")
         exported = safetensors.torch.load_file(self.folder.export_folder / "model.safetensors")
@@ -96,18 +102,11 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.as_tensor(value)
 
 
-def write_images(folder: Path) -> None:
-    folder.mkdir()
-    persons = SyntheticPersons(IMAGES, images_per_id=1, size=SIZE)
-    for i in range(IMAGES):
-        persons[i][0].save(folder / f"{i:03d}.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 kills instead of 20, of a shorter run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", help="to write the runs to; default: the system's temporary one")
+    parser.add_argument("--quick", action="store_true", help="3 kills of a shorter run instead of 20")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--folder", help="where to write the runs; default: the system's temporary folder")
     parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
@@ -120,38 +119,40 @@ def main() -> None:
     total = epochs * (IMAGES // BATCH)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         data = Path(folder) / "images"
-        write_images(data)
-        whole, killed = (Run(data, Path(folder) / name, epochs) for name in ("whole", "killed"))
+        data.mkdir()
+        persons = SyntheticPersons(IMAGES, images_per_id=1, size=SIZE)
+        common.write_images(data, (persons[i][0] for i in range(IMAGES)), ".png")
+        uninterrupted, killed = (Run(data, Path(folder) / name, epochs) for name in ("whole", "killed"))
         start = time.perf_counter()
-        whole.start()
+        uninterrupted.start()
         ready = time.perf_counter()
-        whole.finish()
+        uninterrupted.finish()
         seconds = time.perf_counter() - ready
 
-        rng, made, lost = random.Random(args.seed), 0, 0
+        rng, num_kills, lost_steps = random.Random(args.seed), 0, 0
         for i in range(kills):
             killed.start()
-            at_start = rng.random() < 0.25  # while it reads its state, or before it has one
+            at_start = rng.random() < 0.25  # before the first step, or while it reads a checkpoint
             step = 0 if at_start else round(total * (i + rng.random()) / (kills + 1))
             if not killed.kill(step, rng.uniform(0, 2 if at_start else 0.5)):
                 break
-            made += 1
-            lost = max(lost, killed.last_step() - killed.saved_step())
+            num_kills += 1
+            lost_steps = max(lost_steps, killed.last_step() - killed.saved_step())
         killed.start()
         killed.finish()
 
-        expected, found = whole.result(), killed.result()
-        identical = expected.keys() == found.keys() and all(torch.equal(v, found[k]) for k, v in expected.items())
-        difference = max(float((v.double() - found[k].double()).abs().max()) for k, v in expected.items())
-        left = [p.name for p in killed.folder.path.rglob(".*") if p.is_dir()]
+        expected, actual = uninterrupted.result(), killed.result()
+        identical = expected.keys() == actual.keys() and all(torch.equal(v, actual[k]) for k, v in expected.items())
+        difference = max(float((v.double() - actual[k].double()).abs().max()) for k, v in expected.items())
+        leftovers = [p.name for p in killed.folder.path.rglob(".*") if p.is_dir()]
     figures = {
-        "kills": made, "identical": float(identical), "max_difference": difference, "lost_steps": lost
+        "kills": num_kills, "identical": float(identical), "max_difference": difference, "lost_steps": lost_steps
     }  # fmt: skip
     rows = [(name, f"{value:g}") for name, value in figures.items()]
     rows += [("steps", str(total)), ("uninterrupted", f"{seconds:.1f} s, {ready - start:.1f} s to import")]
-    rows += [("temporary folders left", str(len(left)))]
-    if made < kills:
-        rows.append(("the run ended before the kills did", f"{made} of {kills}"))
+    rows += [("temporary folders left", str(len(leftovers)))]
+    if num_kills < kills:
+        rows.append(("kills before the run ended", f"{num_kills} of {kills}"))
     common.report(f"kill -9 and resume; {common.machine(torch.device('cpu'))}", rows, figures)
     sys.exit(not identical)
 

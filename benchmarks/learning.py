@@ -1,22 +1,24 @@
-"""Does it learn? Retrieval of random weights, DINO and PASS after equal numbers of images, and what fine-tuning adds.
+"""mAP and Rank-1 of PASS against DINO and random weights after the same number of images, without and with fine-tuning.
 
-Prints the tables of docs/experiments.md; the last line is JSON: METHOD_mAP, METHOD_rank1 and the spread
-METHOD_mAP_std, in percent, the mean over the seeds; studio_METHOD_mAP and so on for studios. All are pre-trained in
-studios on the same drawn persons for the same number of images, fine-tuned on streets, and evaluated on 200 other
+    python benchmarks/learning.py --out RUNS --jobs 2       one run per core; a second call continues
+
+Prints the tables of docs/experiments.md. The keys of the JSON on the last line are METHOD_mAP and METHOD_rank1, the
+means over the seeds in percent, and METHOD_mAP_std, their standard deviation; studio_METHOD_... are the same in
+studios. All methods are pre-trained in studios on the same generated persons, fine-tuned on streets, and evaluated on
+200 other
 persons before other cameras, in patterns and prints that no training garment has (passreid synth draws them all).
 
     random, dino, pass          no training; one token and no parts; PASS with three parts
     dino_small                  DINO whose local views are as small as those of PASS
     pass_1, pass_5              PASS with one part and with five
     random_reid, dino_reid, pass_reid       fine-tuned with labels from random weights, DINO and PASS
-    dino_parts_reid             fine-tuned from DINO's weights and part tokens at random
+    dino_parts_reid             fine-tuned from DINO's weights with random part tokens
     pixels, colours, chance     without weights, see baselines.py
 
-DINO is the same trainer with --parts 0 and as many local views, of the whole image instead of its areas: their scale is
-relative to that. Five parts have five local views instead of three. The settings, examples/bundled.yaml, were chosen by
-looking at PASS. The spread is over seeds of training alone: the persons are the same.
-
-    python benchmarks/learning.py --out RUNS --jobs 2       a run a core; a second call continues
+DINO is the same trainer with --parts 0 and the same number of local views; these are of the whole image, to which their
+scale then refers, instead of its areas. Five parts have five local views instead of three. The settings,
+examples/bundled.yaml, were chosen for PASS. The standard deviation is over the seeds of training; the persons are the
+same.
 """
 
 import argparse
@@ -24,7 +26,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from baselines import MODEL, SIZE, random_model, read_images, score, unlearnt
+from baselines import MODEL, SIZE, random_model, read_images, score, untrained_scores
 from torch import Tensor
 
 import passreid_models  # noqa: F401  registers the models
@@ -50,26 +51,43 @@ SETTINGS, REID_SETTINGS = (
 )
 METHODS = {
     "dino": ["--parts", "0"],
-    "dino_small": ["--parts", "0", "--local-scale", "0.15", "0.4"],  # an area of PASS is half of the image
+    "dino_small": [
+        "--parts",
+        "0",
+        "--local-scale",
+        "0.15",
+        "0.4",
+    ],  # relative to the image: an area of PASS is half of it
     "pass": [],
     "pass_1": ["--parts", "1"],
     "pass_5": ["--parts", "5", "--local-views", "5"],
 }
-STARTS = {"random": "", "dino": "dino", "dino_parts": "dino", "pass": "pass"}  # of fine-tuning, and whence they come
+STARTS = {
+    "random": "",
+    "dino": "dino",
+    "dino_parts": "dino",
+    "pass": "pass",
+}  # initial weights of fine-tuning, and the method that makes them
 FUSIONS = ("CLS", "mean of parts", "cat", "mean")
-Found = dict[str, dict[str, list[tuple[float, float]]]]
+Scores = dict[str, dict[str, list[tuple[float, float]]]]  # (mAP, Rank-1) of each seed, by method and descriptor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of pre-training")
-    parser.add_argument("--ids", type=int, default=700, help="persons to train on, 10 images each")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to test the script; the scores mean nothing"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="pre-training methods"
+    )
+    parser.add_argument("--ids", type=int, default=700, help="persons for training, 10 images each")
     parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
     parser.add_argument("--reid-epochs", type=int, default=4, help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with a thread each if there are several")
-    parser.add_argument("--out", type=Path, help="keep data and runs here, and continue; default: a temporary folder")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, with one thread each if there are several")
+    parser.add_argument(
+        "--out", type=Path, help="folder for data and runs, which a second call continues; default: a temporary one"
+    )
     args = parser.parse_args()
     if args.quick:
         args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, 1
@@ -79,7 +97,7 @@ def main() -> None:
         starts = [start for start, method in STARTS.items() if method in ("", *methods)]
         try:
             write_training_and_test(out, args.ids, 10 if args.quick else 200, SIZE)
-        except (ValueError, OSError) as e:  # such as the persons of another --ids
+        except (ValueError, OSError) as e:  # such as a folder begun with another --ids
             raise SystemExit(str(e)) from None
         run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)
         if "dino_parts" in starts:
@@ -91,8 +109,8 @@ def main() -> None:
         figures: dict[str, float] = {}
         for place in PLACES:
             trained = [*methods, *(f"{start}_reid" for start in starts)]
-            found = measure(out, open_dataset(out / f"held-out-{place}"), trained, seeds)
-            figures |= table(found, place, "" if place == "street" else f"{place}_")
+            scores = measure(out, open_dataset(out / f"held-out-{place}"), trained, seeds)
+            figures |= table(scores, place, "" if place == "street" else f"{place}_")
         curve(out, methods, seeds, 10 * args.ids)
     print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
@@ -104,12 +122,12 @@ def pretraining(out: Path, method: str, seed: int, epochs: int) -> list[str]:
 
 
 def add_parts(out: Path, seed: int) -> None:
-    """Give DINO's weights part tokens, at random as PASS begins with them."""
+    """Add random part tokens, as PASS initialises them, to DINO's weights."""
     model = random_model(seed, SIZE)
     state = timm.create_model(f"local-dir:{out}/dino-{seed}/export", pretrained=True).state_dict()
-    unfilled = model.load_state_dict(state, strict=False)
-    assert not unfilled.unexpected_keys
-    assert unfilled.missing_keys == ["reg_token"]
+    mismatch = model.load_state_dict(state, strict=False)
+    assert not mismatch.unexpected_keys
+    assert mismatch.missing_keys == ["reg_token"]
     save_pretrained(model, out / f"dino_parts-{seed}" / "export", overwrite=True)
 
 
@@ -126,24 +144,23 @@ def common_options(out: Path, run: str, seed: int) -> list[str]:
 
 
 def run_all(commands: list[list[str]], jobs: int) -> None:
-    """Run commands of passreid, several at a time on a core each; what they print goes to a file beside their run."""
+    """Run passreid commands, ``jobs`` in parallel; their output goes to a log file beside each run."""
     environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})}
 
     def run(words: list[str]) -> None:
         print(f"passreid {shlex.join(words)}\n", end="", flush=True)
         log = Path(words[words.index("--out") + 1] + ".log")
         with log.open("a") as file:
-            command = [sys.executable, "-m", "passreid_models.cli", *words]
-            if subprocess.run(command, stdout=file, stderr=file, env=environment).returncode:
+            if subprocess.run([*common.PASSREID, *words], stdout=file, stderr=file, env=environment).returncode:
                 raise SystemExit(f"{log}: {log.read_text().splitlines()[-1]}")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, commands))
 
 
-def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: range) -> Found:
-    """(mAP, Rank-1) of each seed, by method and descriptor."""
-    found: Found = {}
+def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: range) -> Scores:
+    """Evaluate the methods, each seed and each descriptor."""
+    scores: Scores = {}
     images = read_images(data)
     for seed in seeds:
         models = {"random": random_model(seed, SIZE)}
@@ -153,32 +170,32 @@ def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: range) -> F
             embed = Embedder(model, fusion="parts" if model.num_parts else None)
             tokens = [embed(split).unflatten(1, (-1, model.embed_dim)) for split in images]  # [N, T, D]
             for name in FUSIONS if model.num_parts else FUSIONS[:1]:
-                scores = found.setdefault(method, {}).setdefault(name, [])
-                scores.append(score(data, *(fused(x, name) for x in tokens)))
-    return found | {name: {"": [scores]} for name, scores in unlearnt(data, images).items()}
+                pairs = scores.setdefault(method, {}).setdefault(name, [])
+                pairs.append(score(data, *(fuse(x, name) for x in tokens)))
+    return scores | {name: {"": [pair]} for name, pair in untrained_scores(data, images).items()}
 
 
-def fused(tokens: Tensor, name: str) -> Tensor:
+def fuse(tokens: Tensor, name: str) -> Tensor:
     g, m = tokens[:, 0], tokens[:, 1:].mean(1)
     return F.normalize({"CLS": g, "mean of parts": m, "cat": torch.cat([g, m], 1), "mean": g + m}[name], dim=1)
 
 
-def table(found: Found, place: str, prefix: str) -> dict[str, float]:
-    """Print mAP and Rank-1 on a place; returns the figures of each method's own descriptor."""
+def table(scores: Scores, place: str, prefix: str) -> dict[str, float]:
+    """Print mAP and Rank-1 in a place; return those of each method's descriptor: ``cat``, or CLS without parts."""
     columns = (*FUSIONS, "")
     print(f"\n| {place} | {' | '.join(FUSIONS)} | without weights |\n| --- |{' --- |' * len(columns)}")
     figures: dict[str, float] = {}
-    for method, of in found.items():
-        print(f"| {method} | {' | '.join(cell(of[name]) if name in of else '-' for name in columns)} |")
-        own = np.array(next(of[name] for name in ("cat", "CLS", "") if name in of))
-        figures[f"{prefix}{method}_mAP"], figures[f"{prefix}{method}_rank1"] = own.mean(0).tolist()
-        if len(own) > 1:
-            figures[f"{prefix}{method}_mAP_std"] = float(own[:, 0].std(ddof=1))
+    for method, row in scores.items():
+        print(f"| {method} | {' | '.join(cell(row[name]) if name in row else '-' for name in columns)} |")
+        pairs = np.array(next(row[name] for name in ("cat", "CLS", "") if name in row))
+        figures[f"{prefix}{method}_mAP"], figures[f"{prefix}{method}_rank1"] = pairs.mean(0).tolist()
+        if len(pairs) > 1:
+            figures[f"{prefix}{method}_mAP_std"] = float(pairs[:, 0].std(ddof=1))
     return figures
 
 
-def cell(scores: list[tuple[float, float]]) -> str:
-    m, r = np.array(scores).T
+def cell(pairs: list[tuple[float, float]]) -> str:
+    m, r = np.array(pairs).T
     return f"{spread(m)} / {r.mean():.1f}"
 
 
@@ -187,7 +204,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
-    """Print mAP in the studio, every image a query, after each epoch of pre-training."""
+    """Print mAP in studios, with every image as a query, after each epoch of pre-training."""
     print(f"\n| images seen | {' | '.join(methods)} |\n| --- |{' --- |' * len(methods)}")
     rows: dict[int, dict[str, list[float]]] = {}
     for method in methods:
@@ -195,8 +212,8 @@ def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
             for line in (out / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines():
                 if "probe_mAP" in (record := json.loads(line)):
                     rows.setdefault(round(record["epoch"]), {}).setdefault(method, []).append(record["probe_mAP"])
-    for epoch, of in rows.items():
-        print(f"| {epoch * images:,} | {' | '.join(spread(of[m]) for m in methods)} |")
+    for epoch, row in rows.items():
+        print(f"| {epoch * images:,} | {' | '.join(spread(row[m]) for m in methods)} |")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
-"""Peak memory and time of projection heads and loss, forward and backward, the chunked loss against the plain reading.
+"""Peak memory and time of projection heads and loss, forward and backward, against the plain implementation.
 
-peak_ratio      peak memory above inputs and parameters, ours over plain: each in a process of its own
-time_ratio      seconds, ours over plain, in turn in one process, the median of the rounds
+    python benchmarks/loss_memory.py
 
-Given: the 26 token outputs of the student (CLS of 11 views, each PART of 5) and the 8 of the teacher, 384 wide. On the
-CPU the peak is that of the resident pages, with every tensor of 1 MiB or more in a mapping of its own (glibc keeps it
-for later otherwise, and the figure is that of its habits). The times are with glibc as it is.
+peak_ratio      our peak memory above inputs and parameters over that of the plain one, each in a process of its own
+time_ratio      our seconds over those of the plain one, in turn in one process, the median of the rounds
+
+Ours is the chunked path of PASSLoss, which keeps no logits. The inputs are the 26 token outputs of the student (CLS of 11
+views, each PART of 5) and the 8 of the teacher, of width 384. ``peak.py`` tells how the memory is measured; the times
+are with glibc's own settings.
 """
 
 import argparse
-import ctypes
-import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import common
+import peak
 import plain
 import torch
 from torch import Tensor, nn
@@ -31,8 +29,6 @@ from passreid_models.pretrain.network import Projections
 
 DIM, PROTOTYPES, BATCH, TEACHER_TEMP = 384, 65536, 64, 0.04
 VIEWS = (11, 5, 5, 5)  # of the student, for CLS and each PART; the teacher has 2 of each
-MIB = 2**20
-OWN_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
 
 
 def tokens(views: tuple[int, ...], batch: int, device: torch.device, requires_grad: bool) -> list[Tensor]:
@@ -80,11 +76,11 @@ IMPLEMENTATIONS: dict[str, type[Ours] | type[Plain]] = {"ours": Ours, "plain": P
 
 
 def prepare(name: str, batch: int, prototypes: int, device: torch.device) -> Callable[[], float]:
-    """Parameters, inputs and one small pass, so that a run adds no code and no scratch space of its own."""
+    """Make parameters and inputs and run one small pass, so that code and scratch space exist before measuring."""
     torch.manual_seed(0)
     heads = IMPLEMENTATIONS[name](prototypes, device)
     for key, p in (*heads.student.named_parameters(), *heads.teacher.named_parameters()):
-        if not key.endswith("original0"):  # not the gains; the rest is the same in both
+        if not key.endswith("original0"):  # all but the gains, so that both implementations have the same weights
             nn.init.normal_(p, std=0.02)
     small = (tokens(VIEWS, 1, device, True), tokens((2,) * len(VIEWS), 1, device, False))
     student, teacher = tokens(VIEWS, batch, device, True), tokens((2,) * len(VIEWS), batch, device, False)
@@ -100,35 +96,6 @@ def prepare(name: str, batch: int, prototypes: int, device: torch.device) -> Cal
     return run
 
 
-def status(field: str) -> int:
-    """Bytes of a line of this process's /proc status."""
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
-
-
-def peak_of(run: Callable[[], float], device: torch.device) -> tuple[int, float]:
-    """Bytes that a run takes above what is there before it, and the loss."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        loss = run()
-        return torch.cuda.max_memory_allocated(device) - before, loss
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew, from here
-    before = status("VmRSS")
-    loss = run()
-    return status("VmHWM") - before, loss
-
-
-def in_process(name: str, args: argparse.Namespace, device: torch.device) -> tuple[int, float]:
-    command = [sys.executable, __file__, "--device", device.type, "--measure", name, "--threads", str(args.threads)]
-    command += ["--batch", str(args.batch), "--prototypes", str(args.prototypes)]
-    output = subprocess.run(
-        command, env=os.environ | OWN_MAPPINGS, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-    return tuple(json.loads(output.splitlines()[-1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1 round instead of 5")
@@ -141,14 +108,16 @@ def main() -> None:
     device, rounds = common.pick_device(args.device), 1 if args.quick else 5
     torch.set_num_threads(args.threads)
     if args.measure:
-        print(json.dumps(peak_of(prepare(args.measure, args.batch, args.prototypes, device), device)))
+        run = prepare(args.measure, args.batch, args.prototypes, device)
+        peak.report_peak(lambda: {"loss": run()}, device)
         return
 
-    available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / MIB
-    peaks = {name: in_process(name, args, device) for name in IMPLEMENTATIONS}
+    available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / peak.MIB
+    sizes = ["--device", device.type, "--threads", args.threads, "--batch", args.batch, "--prototypes", args.prototypes]
+    results = {name: peak.in_process(__file__, "--measure", name, *sizes) for name in IMPLEMENTATIONS}
     rows = [("memory available before, host", f"{available:.1f} GiB")]
-    rows += [(f"{name}, peak", f"{peak / MIB:.0f} MiB") for name, (peak, _) in peaks.items()]
-    rows += [(f"{name}, loss", f"{loss:.4f}") for name, (_, loss) in peaks.items()]
+    rows += [(f"{name}, peak", f"{result['extra'] / peak.MIB:.0f} MiB") for name, result in results.items()]
+    rows += [(f"{name}, loss", f"{result['loss']:.4f}") for name, result in results.items()]
 
     runs = {name: prepare(name, args.batch, args.prototypes, device) for name in IMPLEMENTATIONS}
 
@@ -159,12 +128,12 @@ def main() -> None:
     seconds = common.in_turn({name: partial(timed, run) for name, run in runs.items()}, rounds)
     rows += [(f"{name}, time", f"{statistics.median(times):.2f} s") for name, times in seconds.items()]
     figures = {
-        "peak_ratio": peaks["ours"][0] / peaks["plain"][0],
+        "peak_ratio": results["ours"]["extra"] / results["plain"]["extra"],
         "time_ratio": common.median_ratio(seconds["ours"], seconds["plain"]),
     }
     rows += [(name, f"{value:.3f}") for name, value in figures.items()]
-    sizes = f"batch {args.batch}, {args.prototypes:,} prototypes"
-    title = f"heads and loss, forward and backward, {sizes}, medians of {rounds} rounds; {common.machine(device)}"
+    title = f"heads and loss, forward and backward, batch {args.batch}, {args.prototypes:,} prototypes"
+    title = f"{title}, medians of {rounds} rounds; {common.machine(device)}"
     common.report(title, rows, figures)
 
 

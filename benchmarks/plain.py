@@ -1,11 +1,11 @@
-"""A plain reading of PASS (arXiv 2203.03931) and of its evaluation, the yardstick of the other benchmarks.
+"""A plain implementation of PASS (arXiv 2203.03931) and of its evaluation, which the other benchmarks compare with.
 
-What one writes first, from the paper: attention written out, a backbone call for the global views and one for each
-area, every pair of views a cross-entropy of its own, Python loops over the parameters, views by torchvision on PIL
-images. It is right (it gives the golden values), readable, and makes no effort to be quick.
+It is a direct, unoptimised transcription of the paper: attention written out, one backbone call for the global views
+and one for each area, a cross-entropy for every pair of views, Python loops over the parameters, views by torchvision
+on PIL images. It is correct: it gives the golden values of the tests.
 
 Shapes: B batch, V views, P parts, N patches, D width, K prototypes. Views are lists of ``[B, 3, H, W]``, the local ones
-area by area. At the end, in numpy and over full matrices: mAP and CMC, re-ranking, and Jaccard distances for
+area by area. The second half, in numpy on full matrices, is mAP and CMC, re-ranking, and Jaccard distances for
 clustering; Q queries, G gallery images, N of both.
 """
 
@@ -48,8 +48,8 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.p == 0 or not self.training:
             return x
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
-        return x * kept / (1 - self.p)
+        mask = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
+        return x * mask / (1 - self.p)
 
 
 class Block(nn.Module):
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """ViT with a CLS token and part tokens, each with a position of its own."""
+    """ViT with a CLS token and part tokens, each with its own position embedding."""
 
     def __init__(self, dim: int, depth: int, heads: int, size: tuple[int, int], parts: int, drop_path: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
         return positions.flatten(2).transpose(1, 2)
 
     def forward(self, x: Tensor, parts: Sequence[int]) -> Tensor:
-        """CLS and the outputs of the ``parts`` given: ``[B, 1 + len(parts), D]``."""
+        """Output tokens of CLS and of these ``parts``: ``[B, 1 + len(parts), D]``."""
         x = self.patch_embed(x)
         grid = (x.shape[2], x.shape[3])
         tokens = [self.cls_token + self.cls_pos] + [self.part_tokens[k] + self.part_pos[k] for k in parts]
@@ -119,7 +119,7 @@ class Head(nn.Module):
 
 
 class PlainNetwork(nn.Module):
-    """Backbone and a head per token kind (CLS, PART 1 .. P); ViT-S at the published sizes by default."""
+    """Backbone and one head per token kind (CLS, PART 1 .. P); by default ViT-S at the published sizes."""
 
     def __init__(
         self,
@@ -139,14 +139,14 @@ class PlainNetwork(nn.Module):
         self.heads = nn.ModuleList(Head(dim, hidden, bottleneck, prototypes) for _ in range(1 + parts))
 
     def forward(self, global_views: Sequence[Tensor], local_views: Sequence[Tensor] = ()) -> list[Sequence[Tensor]]:
-        """For each token kind the logits ``[B, K]`` of the views that carry it, the global ones first."""
+        """Logits ``[B, K]`` of each view, global ones first, for each token kind."""
         tokens = self.backbone(torch.cat(list(global_views)), range(self.parts))
         features = [[tokens[:, t]] for t in range(1 + self.parts)]
         if local_views:
             per_area = len(local_views) // self.parts
             for k in range(self.parts):
-                of_area = list(local_views[k * per_area : (k + 1) * per_area])
-                tokens = self.backbone(torch.cat(of_area), [k])
+                area_views = list(local_views[k * per_area : (k + 1) * per_area])
+                tokens = self.backbone(torch.cat(area_views), [k])
                 features[0].append(tokens[:, 0])
                 features[1 + k].append(tokens[:, 1])
         batch = global_views[0].shape[0]
@@ -180,7 +180,7 @@ def plain_loss(
 
 
 class PlainStep:
-    """A whole training step on ready views; returns the loss. ``dtype`` is autocast's, None for float32."""
+    """Training step on prepared views; returns the loss. ``dtype`` is autocast's, None for float32."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class PlainStep:
 
 
 class PlainViews:
-    """The 2 global views and the ``3 * per_area`` local views of a PIL image, as normalised tensors."""
+    """Make the 2 global and ``3 * per_area`` local views of a PIL image, as normalised tensors."""
 
     def __init__(self, size: tuple[int, int] = (256, 128), per_area: int = 3) -> None:
         half = (size[0] // 2, size[1] // 2)
@@ -295,7 +295,7 @@ def plain_evaluate(
     gallery_camids: np.ndarray,
     max_rank: int = 50,
 ) -> tuple[float, np.ndarray]:
-    """mAP and CMC by the Market-1501 protocol, as TransReID and its kin compute them."""
+    """mAP and CMC by the Market-1501 protocol, as TransReID and related code compute them."""
     distances = squared_distances(unit(query), unit(gallery))  # [Q, G]
     order = np.argsort(distances, axis=1)
     matches = (gallery_pids[order] == query_pids[:, None]).astype(np.int32)
@@ -303,14 +303,14 @@ def plain_evaluate(
     for q in range(len(query)):
         pids = gallery_pids[order[q]]
         same_camera = (pids == query_pids[q]) & (gallery_camids[order[q]] == query_camids[q])
-        kept = ~same_camera & (pids != -1)
-        hits = matches[q][kept]
+        valid = ~same_camera & (pids != -1)
+        hits = matches[q][valid]
         if not hits.any():
             continue
-        found = hits.cumsum()
-        precisions.append((found / np.arange(1, len(hits) + 1) * hits).sum() / hits.sum())
+        num_hits = hits.cumsum()
+        precisions.append((num_hits / np.arange(1, len(hits) + 1) * hits).sum() / hits.sum())
         curve = np.ones(max_rank)
-        curve[: len(found)] = found[:max_rank] > 0
+        curve[: len(num_hits)] = num_hits[:max_rank] > 0
         curves.append(curve)
     return float(np.mean(precisions)), np.mean(curves, axis=0).astype(np.float32)
 
@@ -322,8 +322,8 @@ def plain_rerank(query: np.ndarray, gallery: np.ndarray, k1: int, k2: int, lambd
     distances /= distances.max(axis=1, keepdims=True)  # [N, N]
     ranks = own_first(distances)
     v = encodings(ranks, k1 + 1, round(k1 / 2) + 1, k2, distances)
-    found = lambda_value * distances[: len(query)] + (1 - lambda_value) * jaccard(v, len(query))
-    return found[:, len(query) :]
+    blend = lambda_value * distances[: len(query)] + (1 - lambda_value) * jaccard(v, len(query))
+    return blend[:, len(query) :]
 
 
 def plain_jaccard(features: np.ndarray, k1: int, k2: int) -> np.ndarray:
@@ -344,7 +344,7 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def own_first(distances: np.ndarray, k: int | None = None) -> np.ndarray:
-    """The nearest of each image, itself first."""
+    """Indices of the ``k`` nearest of each image, itself first."""
     ranks = []
     for i, row in enumerate(distances):
         order = np.argsort(row, kind="stable")
@@ -353,7 +353,7 @@ def own_first(distances: np.ndarray, k: int | None = None) -> np.ndarray:
 
 
 def encodings(ranks: np.ndarray, k: int, half: int, k2: int, distances: np.ndarray) -> np.ndarray:
-    """Weights over the expanded sets of k-reciprocal neighbours ``[N, N]``, averaged over the nearest ``k2``."""
+    """Encodings ``[N, N]``: weights of the expanded k-reciprocal neighbours, averaged over the ``k2`` nearest."""
     v = np.zeros_like(distances)
     sets = [reciprocal(ranks, i, k) for i in range(len(ranks))]
     half_sets = [reciprocal(ranks, i, half) for i in range(len(ranks))]
@@ -379,12 +379,13 @@ def reciprocal(ranks: np.ndarray, i: int, k: int) -> np.ndarray:
 
 
 def jaccard(v: np.ndarray, count: int) -> np.ndarray:
-    """Jaccard distances ``[count, N]`` of the first encodings and all."""
-    found = np.empty((count, len(v)), dtype=v.dtype)
-    users = [np.flatnonzero(column) for column in v.T]  # of each column
+    """Jaccard distances ``[count, N]`` between the first ``count`` encodings and all."""
+    distances = np.empty((count, len(v)), dtype=v.dtype)
+    nonzero_rows = [np.flatnonzero(column) for column in v.T]  # of each column
     for i in range(count):
         sums = np.zeros(len(v), dtype=v.dtype)
         for j in np.flatnonzero(v[i]):
-            sums[users[j]] += np.minimum(v[i, j], v[users[j], j])
-        found[i] = 1 - sums / (2 - sums)
-    return found
+            rows = nonzero_rows[j]
+            sums[rows] += np.minimum(v[i, j], v[rows, j])
+        distances[i] = 1 - sums / (2 - sums)
+    return distances

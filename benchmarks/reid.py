@@ -1,19 +1,23 @@
-"""Does it work, end to end? mAP and Rank-1 of each way to train, on generated persons.
-
-Zero-shot (the bundled weights as they are), supervised, USL, and UDA from a second domain: another seed's persons under
-other cameras, in warm light and in other colours of clothes. 100 persons train and 100 others test, 12 images each
-under six cameras; the bundled weights saw 3-D persons of another generator. One documented command each, printed
-before it runs and free to be run by hand; the last model of a run counts, not the best. For UDA also the source model
-as it comes to the target, which is what adaptation has to beat.
+"""mAP and Rank-1 of each kind of training on generated persons, against the bundled weights without training.
 
     python benchmarks/reid.py --out RUNS        40 minutes on one core with bfloat16; a second call continues
+
+The keys of the JSON on the last line are NAME_mAP and NAME_rank1, in percent, of the last model of a run:
+
+    zero_shot       the bundled weights as they are, trained on 3-D persons of another generator
+    supervised      fine-tuned with labels
+    usl             adapted without labels
+    source_only     fine-tuned on a second domain, without adaptation: the baseline of uda
+    uda             fine-tuned on the second domain, then adapted without labels
+
+The second domain has other persons under other cameras, in warm light and other colours of clothes. 100 persons train
+and 100 others test, 12 images each under six cameras. Each run is one documented command, printed before it starts.
 """
 
 import argparse
 import json
 import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -25,8 +29,12 @@ DATA = "synthetic:ids={ids},images=12,cameras=6,seed={seed},size=128x64,place={p
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps: shows that it runs, not that it learns")
-    parser.add_argument("--out", type=Path, help="keep the runs here, and continue them; default: a temporary folder")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to test the script; the scores mean nothing"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the runs, which a second call continues; default: a temporary one"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         figures = measure(args.out or Path(temporary), args.quick)
@@ -35,7 +43,7 @@ def main() -> None:
 
 
 def measure(out: Path, quick: bool) -> dict[str, float]:
-    """mAP and Rank-1 of each way, in percent."""
+    """Train and evaluate; return mAP and Rank-1 of each model, in percent."""
     ids, folder = 40 if quick else 200, shlex.quote(str(out))
     target, source = (DATA.format(ids=ids, seed=seed, place=place) for seed, place in ((11, "studio"), (12, "summer")))
     options = f"--init synth_reid --model {MODEL} --size {SIZE} --preset laptop --resume auto"
@@ -61,7 +69,7 @@ def measure(out: Path, quick: bool) -> dict[str, float]:
 
 def passreid(words: str) -> None:
     print(f"passreid {words}", flush=True)
-    subprocess.run([sys.executable, "-m", "passreid_models.cli", *shlex.split(words)], check=True)
+    subprocess.run([*common.PASSREID, *shlex.split(words)], check=True)
 
 
 if __name__ == "__main__":

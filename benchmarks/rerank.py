@@ -1,9 +1,12 @@
-"""k-reciprocal re-ranking and its scores at the size of Market-1501, queries and gallery of 768 wide unit vectors.
+"""Seconds and peak memory of k-reciprocal re-ranking and its evaluation at the size of Market-1501.
 
-gb   peak memory, with Python, torch and the descriptors
-s    seconds, from descriptors to mAP and CMC of the re-ranked distances
+    python benchmarks/rerank.py
 
-Measured in a process of its own. The dense matrix of all images alone would take 2.1 GB, in the usual code four times.
+gb   peak memory, including Python, torch and the descriptors
+s    seconds from descriptors to mAP and CMC of the re-ranked distances
+
+The descriptors are generated unit vectors of width 768, see ``descriptors.py``. The measurement has a process of its
+own. For comparison: the dense distance matrix of all images takes 2.1 GB, and common code holds four of them.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from passreid_models.retrieval import evaluate, evaluate_distances, rerank
 MARKET, QUICK = (3368, 19732, 750, 6), (600, 3000, 150, 6)  # queries, gallery, identities, cameras
 
 
-def measured(data: tuple) -> dict[str, float]:
+def evaluate_reranked(data: tuple) -> dict[str, float]:
     return {"mAP": evaluate_distances(rerank(*data[:2]), *data[2:]).mAP}
 
 
@@ -32,17 +35,17 @@ def main() -> None:
     size = QUICK if args.quick else MARKET
     if args.measure:
         data = descriptors.market(*size)
-        measured(descriptors.market(8, 32, 4, 2))  # code and threads are there before
-        peak.report_peak(lambda: measured(data))
+        evaluate_reranked(descriptors.market(8, 32, 4, 2))  # loads code and starts threads before the measurement
+        peak.report_peak(lambda: evaluate_reranked(data))
         return
 
-    found = peak.in_process(__file__, "--measure", "--threads", args.threads, *(["--quick"] if args.quick else []))
+    result = peak.in_process(__file__, "--measure", "--threads", args.threads, *(["--quick"] if args.quick else []))
     rows = [
         ("mAP before", f"{evaluate(*descriptors.market(*size)).mAP:.4f}"),
-        ("mAP re-ranked", f"{found['mAP']:.4f}"),
-        ("peak above descriptors", f"{found['extra'] / 1e9:.2f} GB"),
+        ("mAP re-ranked", f"{result['mAP']:.4f}"),
+        ("peak above descriptors", f"{result['extra'] / 1e9:.2f} GB"),
     ]
-    figures = {"gb": found["total"] / 1e9, "s": found["seconds"]}
+    figures = {"gb": result["total"] / 1e9, "s": result["seconds"]}
     rows += [(name, f"{value:.2f}") for name, value in figures.items()]
     common.report(f"re-ranking, {size[0]:,} x {size[1]:,} x 768; {common.machine()}", rows, figures)
 

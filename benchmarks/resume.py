@@ -1,15 +1,16 @@
-"""Saving a run and going on from it: ViT-S, K = 65,536, on a CPU.
+"""Seconds to save a pre-training checkpoint and to resume from it: ViT-S, K = 65,536, on a CPU.
 
-save_s              to write a checkpoint, until it is on the disk
-size_mib            of the checkpoint
-resume_s            from the start of a new process to the end of its first step
-  start_s             of which: imports, networks, the checkpoint read into them
-  step_s              of which: the first views and the first step
+    python benchmarks/resume.py
+
+save_s              seconds to write a checkpoint, until it is on the disk
+size_mib            its size
+resume_s            seconds from the start of a new process to the end of its first step, the sum of
+  start_s             imports, building the networks and loading the checkpoint
+  step_s              the first views and the first step
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ SMALL = dict(model="test_pass_vit", size=(64, 32), num_prototypes=1024, hidden_d
 
 def make_config(folder: str, quick: bool) -> PretrainConfig:
     settings = SMALL if quick else {}
-    return PretrainConfig(  # the prototypes move at once, so that the first checkpoint is as large as all later ones
+    return PretrainConfig(  # prototypes are trained from the start, so that the first checkpoint has their moments, too
         data="synthetic:ids=8,images=4",
         out=folder,
         batch_size=4,
@@ -42,7 +43,7 @@ def make_config(folder: str, quick: bool) -> PretrainConfig:
 
 
 def first_batch(trainer: PretrainTrainer) -> ViewBatch:
-    """The views that the trainer's next step is about, from its own loader."""
+    """Views of the trainer's next step, from a loader like the trainer's own."""
     config = trainer.config
     crop = config.crop(config.epochs)
     dataset = ViewDataset(open_source(config.data), crop, crop, 0, config.seed)
@@ -55,7 +56,7 @@ def make_trainer(config: PretrainConfig) -> PretrainTrainer:
 
 
 def resume(config: PretrainConfig) -> tuple[float, float]:
-    """In a process of its own: read the newest checkpoint and take one step; the times before it and after."""
+    """Load the newest checkpoint and run one step, in a new process; return the times before and after the step."""
     trainer = make_trainer(config)
     _, state = RunFolder(config.out).load_latest()
     trainer.load_state(state)
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="test_pass_vit with K = 1,024")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", help="to write the run to; default: the system's temporary one")
+    parser.add_argument("--folder", help="where to write the run; default: the system's temporary folder")
     parser.add_argument("--resume", metavar="RUN", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -83,7 +84,7 @@ def main() -> None:
 
 def measure(config: PretrainConfig, args: argparse.Namespace) -> tuple[list[tuple[str, str]], dict[str, float | None]]:
     trainer = make_trainer(config)
-    trainer.training_step([first_batch(trainer)])  # makes the moments of the optimiser
+    trainer.training_step([first_batch(trainer)])  # allocates the moments of the optimiser
     run = RunFolder(config.out)
     run.open()
     start = time.perf_counter()
@@ -95,8 +96,7 @@ def measure(config: PretrainConfig, args: argparse.Namespace) -> tuple[list[tupl
 
     command = [sys.executable, __file__, "--resume", config.out, "--threads", str(args.threads)]
     start_at = time.time()
-    output = subprocess.run(command + ["--quick"] * args.quick, check=True, stdout=subprocess.PIPE, text=True).stdout
-    ready_at, end_at = json.loads(output.splitlines()[-1])
+    ready_at, end_at = common.last_json(command + ["--quick"] * args.quick)
     figures = {
         "save_s": save_s, "size_mib": size_mib, "resume_s": end_at - start_at,
         "start_s": ready_at - start_at, "step_s": end_at - ready_at,

@@ -1,12 +1,14 @@
-"""mAP and CMC from descriptors, against a plain full-matrix evaluation in numpy.
+"""Seconds and peak memory of mAP and CMC from descriptors, against a plain full-matrix evaluation in numpy.
 
-speedup     seconds, plain over ours, at the size of Market-1501, in turn, the median of the rounds
-extra_mb    peak memory of ours above the descriptors there
-msmt17_s    seconds of ours at the size of MSMT17
-msmt17_gb   peak memory there, with Python, torch and the descriptors
+    python benchmarks/retrieval.py
 
-The plain one (``plain.plain_evaluate``) sorts every row of the distance matrix and goes through the queries in Python.
-Both get the same 768 wide unit vectors of generated persons, see ``descriptors.py``.
+speedup     seconds of the plain evaluation over ours, at the size of Market-1501, the median of the rounds
+extra_mb    our peak memory there above the descriptors, in MiB
+msmt17_s    our seconds at the size of MSMT17
+msmt17_gb   our peak memory there, including Python, torch and the descriptors
+
+The plain evaluation (``plain.plain_evaluate``) sorts every row of the distance matrix and loops over the queries in
+Python. Both get the same generated unit vectors of width 768, see ``descriptors.py``.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import statistics
 
 import common
 import descriptors
+import numpy as np
 import peak
 import plain
 import torch
@@ -22,6 +25,10 @@ from passreid_models.retrieval import evaluate
 
 MARKET, MSMT17 = (3368, 15913, 750, 6), (11659, 82161, 3060, 15)  # queries, gallery, identities, cameras
 QUICK_MARKET, QUICK_MSMT17 = (800, 4000, 200, 6), (1200, 8000, 300, 15)
+
+
+def as_arrays(data: tuple) -> list[np.ndarray]:
+    return [*(x.numpy() for x in data[:2]), *data[2:]]
 
 
 def main() -> None:
@@ -34,8 +41,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.measure:
         data = descriptors.market(*args.size)
-        evaluate(*descriptors.market(8, 16, 4, 2))  # code and threads are there before
-        arrays = [*(x.numpy() for x in data[:2]), *data[2:]]
+        evaluate(*descriptors.market(8, 16, 4, 2))  # loads code and starts threads before the measurement
+        arrays = as_arrays(data)
         runs = {"ours": lambda: evaluate(*data).mAP, "plain": lambda: plain.plain_evaluate(*arrays)[0]}
         peak.report_peak(lambda: {"mAP": runs[args.measure]()})
         return
@@ -48,14 +55,14 @@ def main() -> None:
     }
     large = peak.in_process(__file__, "--threads", args.threads, "--measure", "ours", "--size", *msmt17)
     data = descriptors.market(*market)
-    arrays = [*(x.numpy() for x in data[:2]), *data[2:]]
+    arrays = as_arrays(data)
     seconds = common.in_turn({"ours": lambda: evaluate(*data), "plain": lambda: plain.plain_evaluate(*arrays)}, rounds)
 
     rows = [(f"{name}, time", f"{statistics.median(times):.2f} s") for name, times in seconds.items()]
     rows += [
-        (f"{name}, peak above descriptors", f"{found['extra'] / peak.MIB:.0f} MiB") for name, found in peaks.items()
+        (f"{name}, peak above descriptors", f"{result['extra'] / peak.MIB:.0f} MiB") for name, result in peaks.items()
     ]
-    rows += [(f"{name}, mAP", f"{found['mAP']:.6f}") for name, found in peaks.items()]
+    rows += [(f"{name}, mAP", f"{result['mAP']:.6f}") for name, result in peaks.items()]
     rows += [("ours, MSMT17, mAP", f"{large['mAP']:.6f}")]
     figures = {
         "speedup": common.median_ratio(seconds["plain"], seconds["ours"]),

@@ -1,9 +1,11 @@
-"""A training step of ViT-S at the published sizes, K = 65,536, ours against the plain reading.
+"""Pre-training step of ViT-S at the published sizes on a CPU, against the plain implementation.
 
-speedup_fp32    plain float32 time over ours in float32, the median of the rounds
-speedup_bf16    plain float32 time over ours in bfloat16; null where the CPU does not compute in it
+    python benchmarks/step.py
 
-Forward, loss, backward, clipping, optimiser, teacher and centres, on views that are ready.
+speedup_fp32    seconds of the plain step in float32 over ours in float32, the median of the rounds
+speedup_bf16    seconds of the plain step in float32 over ours in bfloat16; null if the CPU does not compute in it
+
+K = 65,536. The step is forward, loss, backward, clipping, optimiser, teacher and centres, on prepared views.
 """
 
 import argparse
@@ -23,7 +25,7 @@ BATCH, SIZE, LOCAL_SIZE, PER_AREA = 4, (256, 128), (128, 64), 3
 
 
 class Ours:
-    """The trainer's own step, with the photometric part taken out."""
+    """The trainer's own step on prepared views, without the photometric part."""
 
     def __init__(self, dtype: str, global_views: Tensor, local_views: Tensor, **settings: Any) -> None:
         batch, device = global_views.shape[1], global_views.device

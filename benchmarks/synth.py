@@ -1,7 +1,10 @@
-"""Speed of passreid synth: 3-D persons of 10 images each at 256x128, before 8 cameras, by all cores.
+"""Throughput of passreid synth: 3-D persons at 256x128, 10 images each before 8 cameras, on all cores.
 
-images_per_s        from the first image to the last
-images_per_s_all    of the whole call, with the start of the processes; anny's model has to be cached
+    python benchmarks/synth.py
+
+images_per_s        images per second between the first image and the last
+images_per_s_all    images per second of the whole call, with the start of the processes; run it twice on a new machine,
+                    since the first call builds anny's model
 """
 
 import argparse

@@ -1,11 +1,14 @@
-"""Images a second and core for the 11 views of PASS, from JPEG bytes to a batch, ours against the plain reading.
+"""Throughput of the 11 views of PASS on one core, from JPEG bytes to a batch, against the plain implementation.
 
-worker_speedup_128x64, worker_speedup_256x128    what a core of the loader does when the photometric part runs on the
-                                                 device: decode, cut and resize to uint8, draw the parameters, collate
-cpu_speedup_128x64, cpu_speedup_256x128          every stage on the CPU, up to normalised float32 views
+    python benchmarks/views.py
 
-Over images of the size in the name; one thread; batches of 16; the median of the rounds. The plain reading does every
-stage in the worker, with torchvision on PIL images.
+worker_speedup_128x64, worker_speedup_256x128    our images per second over the plain ones, of a loader's worker when
+                                                 the photometric part runs on the device: decoding, cropping and
+                                                 resizing to uint8, drawing the parameters, collating
+cpu_speedup_128x64, cpu_speedup_256x128          the same with every stage on the CPU, up to normalised float32 views
+
+The size of the JPEG images is in the name; one thread, batches of 16, the median of the rounds. The plain
+implementation runs every stage in the worker, with torchvision on PIL images.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from passreid_models.pretrain.photometric import Photometric
 from passreid_models.pretrain.views import MultiCrop, Views
 from passreid_models.synthetic import SyntheticPersons
 
-BATCH, IMAGES, QUALITY = 16, 64, 92
+BATCH, IMAGES = 16, 64
 SOURCES = ((128, 64), (256, 128))
 
 
@@ -32,7 +35,7 @@ def jpegs(size: tuple[int, int], count: int) -> list[bytes]:
     persons, files = SyntheticPersons(count, images_per_id=1, size=size), []
     for i in range(count):
         file = io.BytesIO()
-        persons[i][0].save(file, "JPEG", quality=QUALITY)
+        persons[i][0].save(file, "JPEG", quality=common.QUALITY)
         files.append(file.getvalue())
     return files
 

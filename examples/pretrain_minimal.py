@@ -1,10 +1,10 @@
-"""PASS pre-training, the whole method in about 100 lines on the parts of the package (arXiv 2203.03931).
+"""PASS pre-training (arXiv 2203.03931) in about 100 lines, with the building blocks of the package.
 
     python examples/pretrain_minimal.py my_crops/ --out weights
 
-Views: two global crops of the whole image, three local crops of each of three overlapping areas. Tokens: CLS is
+Views: two global views of the whole image, three local views of each of three overlapping areas. Tokens: CLS is
 compared between all views, PART k between the global views and the local views of area k. The student learns by
-gradient, the teacher is its moving average. `passreid-train` does the same with more processes, resumption and logs.
+gradient descent, the teacher is its moving average. `passreid-train` does the same on several processes, and resumes.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from passreid_models.schedules import cosine, warmup_cosine
 from passreid_models.training.optim import set_hyperparameters
 
 
-class ViewsOf(Dataset):
-    """The views of an image, in uint8, and what the photometric part is to do to each."""
+class ViewDataset(Dataset):
+    """Views of each image in uint8, and the parameters of their photometric augmentation."""
 
     def __init__(self, data, size):
         self.source, self.crop = open_source(data), MultiCrop(size, (size[0] // 2, size[1] // 2))
@@ -43,7 +43,7 @@ class ViewsOf(Dataset):
 def main(args):
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = pick_dtype("auto", torch.device(device))  # bfloat16 where the device computes in it
+    dtype = pick_dtype("auto", torch.device(device))  # bfloat16 if the device computes in it
     student, teacher = (
         PASSNetwork(timm.create_model(args.model, img_size=args.size, drop_path_rate=rate), args.prototypes).to(device)
         for rate in (0.1, 0.0)
@@ -52,9 +52,9 @@ def main(args):
     teacher.requires_grad_(False)
     criterion = PASSLoss(args.prototypes, student.backbone.num_parts).to(device)
     photometric = Photometric().to(device)
-    optimizer = make_optimizer(student)  # AdamW; biases do not decay, tokens do
+    optimizer = make_optimizer(student)  # AdamW; no weight decay for biases, but for tokens
 
-    data = ViewsOf(args.data, args.size)
+    data = ViewDataset(args.data, args.size)
     loader = DataLoader(data, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
     total, step = args.epochs * len(loader), 0
     for epoch in range(args.epochs):
@@ -73,7 +73,7 @@ def main(args):
             loss.backward()
 
             clip_gradients(student, 3.0)
-            if epoch == 0:  # the last layers rest
+            if epoch == 0:  # the last layers are frozen in the first epoch
                 for head in student.heads:
                     head.last_layer.zero_grad()
             optimizer.step()
@@ -95,8 +95,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak, for a batch of 256")
-    parser.add_argument("--momentum", type=float, default=0.996, help="of the teacher, at the start")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
+    parser.add_argument("--momentum", type=float, default=0.996, help="initial momentum of the teacher")
     parser.add_argument("--teacher-temp", type=float, default=0.04)
     parser.add_argument("--workers", type=int, default=2)
     main(parser.parse_args())

@@ -1,18 +1,19 @@
-"""Make the bundled weights from nothing: draw 3-D persons, pre-train on them, fine-tune on them, evaluate, pack.
+"""Reproduce the bundled weights from scratch: draw 3-D persons, pre-train, fine-tune, evaluate, pack.
 
-    python examples/train_bundled.py tiny --work ~/bundled             # killed: run it again, it continues
-    python examples/train_bundled.py small --work ~/bundled --widen    # begins as the tiny there, twice as wide
+    python examples/train_bundled.py tiny --work ~/bundled             # after a kill, the same command continues
+    python examples/train_bundled.py small --work ~/bundled --widen    # starts from the tiny there, twice as wide
 
-The settings are those of bundled.yaml and bundled_reid.yaml beside this file; with --widen 2 epochs at half the rate,
-since the start has learnt. On a GPU give --settings a file of your own, with a larger batch_size and more epochs; it is
-taken as it is. Needs the extra [synth3d]. Without an installed package set PYTHONPATH=.
+The settings are those of bundled.yaml and bundled_reid.yaml beside this file; with --widen, 2 epochs at half the
+learning rate, since the start is trained already. On a GPU, give --settings a file of your own with a larger batch_size
+and more epochs; nothing is then changed in it. Needs the extra [synth3d]. If the package is not installed, set
+PYTHONPATH=.
 
-WORK/studio/, WORK/street/    what passreid synth draws to train on, before 96 cameras each
+WORK/studio/, WORK/street/    training data of passreid synth, before 96 cameras each
 WORK/held-out-studio/, ...    other persons before other cameras, in patterns and prints that no training garment has
-WORK/tiny/         the run of passreid-train, on the studio: what two views of an image share, and other images do not,
-                   is what self-distillation learns first, and on a street that is the background
-WORK/small-start.pt           with --widen: what small begins with
-WORK/tiny-reid/    the run of passreid finetune that begins with it, on the street: labels of drawn persons cost nothing
+WORK/tiny/         the run of passreid-train, in studios: self-distillation first learns what distinguishes an image
+                   from the others, which on a street is the background
+WORK/small-start.pt           with --widen: the initial weights of small
+WORK/tiny-reid/    the run of passreid finetune that starts from it, on streets: generated persons have labels for free
 WORK/pass_vit_tiny_patch16.synth/, .synth_reid/    float16 weights, config.json, figures.json, and the log of the run,
                    metrics.jsonl; with --split the weights are in pieces below 16 MiB, to be joined by:
                    cat model.safetensors.* > model.safetensors
@@ -53,19 +54,21 @@ TASKS = {
     "synth_reid": "self-supervised pre-training on generated 3-D persons, then fine-tuning with their labels",
 }
 PIECE = 15 * 2**20
-GOES_ON = "run it again, it continues"
+CONTINUES = "the same command continues"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("size", choices=("tiny", "small", "base"))
     parser.add_argument("--work", type=Path, required=True, help="folder for data and runs, outside the repository")
-    parser.add_argument("--ids", type=positive, default=1500, help="persons to train on, 10 images each")
-    parser.add_argument("--test-ids", type=positive, default=200, help="persons to evaluate on, 8 images each")
-    parser.add_argument("--widen", action="store_true", help="small begins as the tiny of WORK, each channel twice")
-    parser.add_argument("--settings", type=Path, help="of passreid-train, instead of bundled.yaml")
-    parser.add_argument("--reid-settings", type=Path, default=REID_SETTINGS, help="of finetune")
-    parser.add_argument("--split", action="store_true", help="weights in pieces below 16 MiB")
+    parser.add_argument("--ids", type=positive, default=1500, help="persons for training, 10 images each")
+    parser.add_argument("--test-ids", type=positive, default=200, help="persons for evaluation, 8 images each")
+    parser.add_argument(
+        "--widen", action="store_true", help="start small from the tiny in WORK, with every channel doubled"
+    )
+    parser.add_argument("--settings", type=Path, help="settings of passreid-train instead of bundled.yaml")
+    parser.add_argument("--reid-settings", type=Path, default=REID_SETTINGS, help="settings of passreid finetune")
+    parser.add_argument("--split", action="store_true", help="split the weights into pieces below 16 MiB")
     args = parser.parse_args(argv)
     if args.widen and args.size != "small":
         parser.error("--widen: only small is twice as wide as tiny")
@@ -74,7 +77,7 @@ def main(argv=None):
     except (ValueError, OSError, SafetensorError) as e:
         raise SystemExit(str(e)) from None
     except KeyboardInterrupt:
-        print(GOES_ON, file=sys.stderr)
+        print(CONTINUES, file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -98,7 +101,7 @@ def make(args):
     words = [work / "street", "--config", args.reid_settings, *common, "--out", tuned]
     words += ["--eval-data", work / "held-out-street", "--init", run / "export"]
     tuning = read_settings(words, FinetuneConfig, REID_PRESETS["finetune"], "passreid finetune")
-    if args.widen and RunFolder(run).latest() is None:  # else it has begun
+    if args.widen and RunFolder(run).latest() is None:  # else the run has its initial weights already
         if not (work / "pass_vit_tiny_patch16.synth" / "figures.json").exists():
             raise SystemExit(f"--widen: {work} holds no pass_vit_tiny_patch16.synth: make tiny there first, to its end")
         widen(work / "tiny", work / START)
@@ -110,38 +113,38 @@ def make(args):
 
 
 def read_settings(words, config, presets, program):
-    """The settings of a run, read as its command reads them."""
+    """Read the settings of a run as its command does."""
     return command.read_config([str(word) for word in words], config, presets, program, "", "data")
 
 
 def train_by(function, config, program):
-    """Train to the end; what stops it is said."""
+    """Train to the end; exit with the command's code if it fails or is interrupted."""
     if code := command.run(program, function, lambda: config):
         if code > 128:
-            print(GOES_ON, file=sys.stderr)
+            print(CONTINUES, file=sys.stderr)
         raise SystemExit(code)
 
 
 def widen(run, file):
-    """Write a start for a network of twice the width and heads that computes what the run's does (arXiv 1511.05641).
+    """Write initial weights of twice the width and heads that compute the same as the run's network (arXiv 1511.05641).
 
-    Every channel stands twice. A weight is shared out at random between the two copies of its input, since equal copies
+    Every channel is duplicated. Each weight is split at random between the two copies of its input, since equal copies
     would stay equal in training.
     """
-    found = RunFolder(run).load_latest()
-    if found is None:
+    latest = RunFolder(run).load_latest()
+    if latest is None:
         raise ValueError(f"--widen: {run} holds no run: make tiny in the same --work first, to its end")
-    saved, generator = found[1], torch.Generator().manual_seed(0)
-    wide = {name: twice(name, value, generator) for name, value in saved["teacher"].items()}
-    start = {"student": wide, "teacher": wide, "statistics": saved["statistics"], "provenance": provenance_of(str(run))}
+    state, generator = latest[1], torch.Generator().manual_seed(0)
+    wide = {name: double(name, value, generator) for name, value in state["teacher"].items()}
+    start = {"student": wide, "teacher": wide, "statistics": state["statistics"], "provenance": provenance_of(str(run))}
     with atomic_file(file) as temporary:
         torch.save(start, temporary)
 
 
-def twice(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
-    if name.startswith("heads."):  # of a projection head only the input grows
+def double(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    if name.startswith("heads."):  # only the input of a projection head is doubled
         return split(value, generator) if name.endswith("mlp.0.weight") else value
-    if ".qkv." in name:  # queries, keys and values, each of all heads
+    if ".qkv." in name:  # [3 x heads x head_dim, ...]: double the heads of queries, keys and values
         value = value.unflatten(0, (3, -1))
         value = torch.cat([value, value], dim=1).flatten(0, 1)
         return split(value, generator) if value.ndim == 2 else value
@@ -158,14 +161,14 @@ def split(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pack(args, run, name):
-    """Write a run's weights as they are bundled, and what they are worth on the persons that were held out."""
+    """Write a run's weights in the bundled form, with their scores on the held-out persons."""
     folder, export = args.work / name, run / "export"
     provenance = json.loads((export / "config.json").read_text())["provenance"]
-    first = provenance
-    while "init_provenance" in first:
-        first = first["init_provenance"]
-    if first["init"] == START:
-        first["init_provenance"] = torch.load(args.work / START, mmap=True)["provenance"]
+    origin = provenance
+    while "init_provenance" in origin:
+        origin = origin["init_provenance"]
+    if origin["init"] == START:
+        origin["init_provenance"] = torch.load(args.work / START, mmap=True)["provenance"]
     if is_packed(folder, provenance, args.split):
         print(f"{folder} is there")
         return
@@ -176,11 +179,10 @@ def pack(args, run, name):
             half = precision == "float16"
             save_pretrained(model, new, info={"provenance": provenance}, half=half, overwrite=True)
             for place in PLACES:
-                found = evaluate_model(args.work / f"held-out-{place}", str(new), cache=False).to_dict()
-                scores[place][precision] = {key: found[key] for key in ("mAP", "rank1")}
-                print(
-                    f"{name} as {precision}, {place}: mAP {found['mAP']:.2f}, Rank-1 {found['rank1']:.2f}", flush=True
-                )
+                metrics = evaluate_model(args.work / f"held-out-{place}", str(new), cache=False).to_dict()
+                scores[place][precision] = {key: metrics[key] for key in ("mAP", "rank1")}
+                mAP, rank1 = scores[place][precision].values()
+                print(f"{name} as {precision}, {place}: mAP {mAP:.2f}, Rank-1 {rank1:.2f}", flush=True)
         claim_tag(new / "config.json", name.partition(".")[2])
         (new / "figures.json").write_text(json.dumps(scores, indent=2) + "\n")
         shutil.copy(run / "metrics.jsonl", new)
@@ -193,7 +195,7 @@ def pack(args, run, name):
 
 
 def is_packed(folder, provenance, in_pieces):
-    """Whether the folder holds all of these weights already."""
+    """Whether the folder already holds the weights of this provenance, complete."""
     weights = "model.safetensors.00" if in_pieces else "model.safetensors"
     if not all((folder / name).exists() for name in (weights, "figures.json")):
         return False
@@ -201,7 +203,7 @@ def is_packed(folder, provenance, in_pieces):
 
 
 def claim_tag(file, tag):
-    """Say whose licence and tag the weights have: save_pretrained does not know that they become the bundled ones."""
+    """Write tag, licence and description to config.json; save_pretrained does not know that the weights are bundled."""
     config = json.loads(file.read_text())
     config["pretrained_cfg"].update(tag=tag, license="apache-2.0", description=TASKS[tag])
     file.write_text(json.dumps(config, indent=2) + "\n")

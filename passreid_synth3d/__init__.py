@@ -1,15 +1,15 @@
-"""Synthetic pedestrians in 3-D: persons with clothes, walking through places, as surveillance cameras see them.
+"""Synthetic pedestrians in 3-D: clothed persons who walk through places, as surveillance cameras see them.
 
-Needs the extra ``[synth3d]``: anny's parametric body and warp, which casts the rays on the CPU.
+Needs the extra ``[synth3d]``: anny, a parametric body model, and warp, which casts the rays on the CPU.
 
-    fabrics, prints, wardrobe    who someone is: phenotype, clothes, hair, bags, by (seed, pid)
-    body, pose                   anny's body; how it moves
-    layers, accessories, figure  clothes hung on the body; what is worn or carried; all of it as triangles
+    fabrics, prints, wardrobe    identities: phenotype, clothes, hair and bags, by (seed, pid)
+    body, pose                   anny's body model; its poses
+    layers, accessories, figure  clothes as layers on the body; bags, hats and buns; the dressed person as triangles
     scene, things, walls, surroundings, light, place
-                                 where a camera hangs and what it sees, by (seed, camid)
-    mesh, surfaces, kernel       triangles and materials; what surfaces look like; rays and light
-    render, sensor, picture      radiance; what the camera makes of it; one image, by (seed, pid, camid, k)
-    dataset, workers             a dataset in the layout of Market-1501, on all cores
+                                 cameras and their surroundings, by (seed, camid)
+    mesh, surfaces, kernel       triangles and materials; reflectance and cut-outs; ray casting and shading
+    render, sensor, picture      radiance; from radiance to a JPEG file; one image, by (seed, pid, camid, k)
+    dataset, workers             a dataset in the Market-1501 layout, drawn on all cores
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["draw", "write_market1501"]
 
 
-def __getattr__(name: str) -> Any:  # anny and warp are imported when an image is drawn
+def __getattr__(name: str) -> Any:  # so that anny and warp are imported only to draw an image
     if name == "draw":
         from passreid_synth3d.picture import draw
 

@@ -1,4 +1,4 @@
-"""What is worn or carried and is no cloth on the body: bags, cases, brims, buns. Rigid meshes that follow a bone."""
+"""Accessories: bags, cases, brims and buns, rigid meshes that follow a bone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,52 +13,53 @@ __all__ = ["Accessory", "accessories"]
 
 Add = Callable[..., None]
 METAL = Material(colour=(0.06, 0.06, 0.065), shine=0.2)
-LEFT_HAND = np.array((0.46, -0.235, 0.2))  # of the standard body, metres
+LEFT_HAND = np.array((0.46, -0.235, 0.2))  # its place on the standard body, metres
 
 
 @dataclass(frozen=True)
 class Accessory:
-    """A mesh in the coordinates of the unposed person, fixed to a bone.
+    """A mesh in the coordinates of the unposed person, attached to a bone.
 
-    How it follows: `fixed` turns with the bone; `hanging` stays upright below it; `standing` does so on the ground.
+    `follows` is `fixed` (turns with the bone), `hanging` (moves with the bone but stays upright) or `standing` (the
+    same, and stretched down to the ground).
     """
 
     mesh: Mesh
     bone: int
-    joint: Array  # [3], of the unposed person
+    joint: Array  # [3], the head of the bone in the unposed person
     follows: str = "fixed"
 
-    def placed(self, maps: Array, floor: float) -> Array:
-        """The points [V, 3] under the bones' maps from rest [J, 4, 4]."""
+    def posed_points(self, maps: Array, floor: float) -> Array:
+        """Points [V, 3] in a pose, given the bones' maps from rest [J, 4, 4] and the height of the ground."""
         matrix = maps[self.bone]
         if self.follows == "fixed":
             return (self.mesh.points @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32)
         points = self.mesh.points + (matrix[:3, :3] @ self.joint + matrix[:3, 3] - self.joint)
-        if self.follows == "standing":  # what is near the hand stays there, the rest is on the ground
+        if self.follows == "standing":  # the top stays in the hand, the lower part is stretched to the ground
             top, low = points[:, 2].max(), points[:, 2].min()
             down = np.clip((top - points[:, 2]) / (top - low), 0, 1)
             points[:, 2] += (floor - low) * np.minimum(1, 2.5 * down)
         return points.astype(np.float32)
 
 
-def accessories(who: Person, shape: Shape, b: Body, scale: float) -> list[Accessory]:
-    """What a person wears or carries; `scale` is his height by that of the standard body."""
+def accessories(who: Person, shape: Shape, body: Body, scale: float) -> list[Accessory]:
+    """Accessories of a person whose height is `scale` times that of the standard body."""
     rest = shape.bones[0, :, :3, 3].numpy()
-    standard = b.model.template_bone_heads.numpy()
-    found: list[Accessory] = []
+    standard = body.model.template_bone_heads.numpy()
+    worn: list[Accessory] = []
 
     def add(bone: str, *meshes: Mesh, follows: str = "fixed") -> None:
-        """Fix meshes, in coordinates of the standard body, to a bone of this person's."""
-        number, mesh = b.names.index(bone), merge(meshes)
+        """Attach meshes, given in coordinates of the standard body, to a bone of this person."""
+        number, mesh = body.names.index(bone), merge(meshes)
         mesh.points = (mesh.points - standard[number]) * scale + rest[number]
-        found.append(Accessory(mesh, number, rest[number], follows))
+        worn.append(Accessory(mesh, number, rest[number], follows))
 
     _on_the_head(who, add)
     if who.upper.kind == "hoodie" and not (who.hat and who.hat.kind == "hood") and not who.outer:
-        add("spine01", ellipsoid((0, b.back, 0.535), (0.12, 0.05, 0.075), _plain(who.upper.material), power=0.85))
+        add("spine01", ellipsoid((0, body.back, 0.535), (0.12, 0.05, 0.075), _plain(who.upper.material), power=0.85))
     if who.bag:
-        _bag(who, b, add)
-    return found
+        _bag(who, body, add)
+    return worn
 
 
 def _plain(cloth: Material) -> Material:
@@ -79,13 +80,13 @@ def _on_the_head(who: Person, add: Add) -> None:
         add("head", ellipsoid((0, -0.055, 0.79), (0.165, 0.19, 0.012), _plain(who.hat.material), rings=6, sides=16))
 
 
-def _bag(who: Person, b: Body, add: Add) -> None:
+def _bag(who: Person, body: Body, add: Add) -> None:
     assert who.bag is not None
     cover, size, side = who.bag.material, who.bag.loose, who.side
     hand = f"finger3-1.{'L' if side > 0 else 'R'}"
     x, y, z = LEFT_HAND * (side, 1, 1)
     if who.bag.kind == "backpack":
-        back = b.back - 0.01 + (0.02 if who.outer else 0.0) + 0.5 * who.upper.loose
+        back = body.back - 0.01 + (0.02 if who.outer else 0.0) + 0.5 * who.upper.loose
         height, depth = 0.34 + 0.14 * size, 0.13 + 0.07 * size
         middle = 0.52 - height / 2
         pocket = ellipsoid((0, back + depth * 0.95, middle - 0.2 * height), (0.1, 0.04, height * 0.22),

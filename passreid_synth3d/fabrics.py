@@ -1,4 +1,4 @@
-"""Dyes and fabrics, and the dice that choose among them."""
+"""Dyes and fabrics, drawn from a random stream."""
 
 import colorsys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ PATTERN_FAMILIES = {
     "train": dict(stripes=4, bars=1, checks=3, gradient=1, blocks=3),
     "held-out": dict(dots=2, zigzag=2, argyle=2, camouflage=2),
 }
-# Linear reflectances of the dyes that streets are full of, with how common they are; every garment varies its own.
+# Linear reflectances of common dyes, and their frequency; `dye` varies the colour for each garment.
 _DYES = np.array([
     (0.018, 0.018, 0.021, 16), (0.06, 0.062, 0.068, 9), (0.2, 0.2, 0.21, 8), (0.42, 0.42, 0.43, 4),  # black to silver
     (0.72, 0.71, 0.69, 10),  # white
@@ -30,7 +30,7 @@ _DYES = np.array([
 
 
 class Dice:
-    """Choices from the random stream of a key."""
+    """Random choices from the stream of a key."""
 
     def __init__(self, *key: int) -> None:
         self.rng = stream(*key)
@@ -39,7 +39,7 @@ class Dice:
         return self.rng.uniform(low, high)
 
     def around(self, mean: float, spread: float, low: float, high: float) -> float:
-        """Normally distributed, within bounds."""
+        """A normally distributed number, clipped to bounds."""
         return float(np.clip(self.rng.normal(mean, spread), low, high))
 
     def chance(self, p: float) -> bool:
@@ -50,35 +50,35 @@ class Dice:
 
 
 def dye(dice: Dice, unlike: Colour | None = None, dark: float = 1.0) -> Colour:
-    """A colour of cloth, visibly `unlike` another; dark ones are `dark` times as common."""
+    """A colour of cloth, visibly different from `unlike`; dark colours are `dark` times as common as usual."""
     weights = _DYES[:, 3] * np.where(_DYES[:, :3].mean(1) < 0.15, dark, 1.0)
     for _ in range(8):
         base = _DYES[dice.rng.choice(len(_DYES), p=weights / weights.sum()), :3]
         hue, light, vivid = colorsys.rgb_to_hls(*base)
         hue += dice.rng.normal(0, 0.012)
         light, vivid = light * np.exp(dice.rng.normal(0, 0.22)), vivid * np.exp(dice.rng.normal(0, 0.15))
-        found = colorsys.hls_to_rgb(hue % 1, min(light, 0.8), min(vivid, 1.0))
-        if unlike is None or abs(np.cbrt(found) - np.cbrt(unlike)).sum() > 0.35:
+        rgb = colorsys.hls_to_rgb(hue % 1, min(light, 0.8), min(vivid, 1.0))
+        if unlike is None or abs(np.cbrt(rgb) - np.cbrt(unlike)).sum() > 0.35:
             break
-    return float(found[0]), float(found[1]), float(found[2])
+    return float(rgb[0]), float(rgb[1]), float(rgb[2])
 
 
 def near(dice: Dice, colours: Sequence[Colour], spread: float = 0.12) -> Colour:
-    """One of some colours, varied."""
+    """One of the colours, slightly varied."""
     base = np.asarray(colours[int(dice.rng.integers(len(colours)))])
     r, g, b = base * np.exp(dice.rng.normal(0, spread) + dice.rng.normal(0, spread / 3, 3))
     return float(r), float(g), float(b)
 
 
 def fabric(dice: Dice, patterns: str, plain: float, dark: float = 1.0, **cut: Any) -> Material:
-    """A cloth of one dye, or with a pattern of up to three, and small folds.
+    """A cloth of one dye or with a pattern of two or three dyes, with small folds.
 
     Args:
-        dice: Chooses.
-        patterns: The families of patterns, a key of `PATTERN_FAMILIES`.
-        plain: The probability of one dye.
-        dark: How much more common dark dyes are.
-        **cut: Where the cloth ends, as fields of `Material`.
+        dice: The random stream.
+        patterns: The family of patterns, a key of `PATTERN_FAMILIES`.
+        plain: Probability of a cloth of one dye.
+        dark: Factor on the frequency of dark dyes.
+        **cut: The outline of the cloth, and other fields of `Material`.
     """
     colour = dye(dice, dark=dark)
     second = dye(dice, unlike=colour)

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # ruff: noqa: UP018, RUF046
-"""Rays and light, for warp. The code of its kernels is Python in looks only."""
+"""Ray casting and shading, as warp kernels: warp compiles them, so they are restricted Python."""
 
 import warp as wp
 
-from passreid_synth3d.surfaces import Pattern, Region, Surface, kept, noise, tint
+from passreid_synth3d.surfaces import Pattern, Region, Surface, is_present, noise, tint
 
 __all__ = ["Light", "Scene", "View", "face_normals", "picture"]
 
@@ -13,7 +13,7 @@ FAR = wp.constant(200.0)  # metres
 
 @wp.struct
 class Scene:
-    """Meshes, one after the other: of the last two, rays from the eye meet the one and rays to the sun the other."""
+    """Meshes: persons, surroundings in view (for rays from the eye), all surroundings (for rays to the sun)."""
 
     ids: wp.array(dtype=wp.uint64)
     starts: wp.array(dtype=int)  # the first face of each mesh
@@ -32,11 +32,11 @@ class Scene:
 class Light:
     sun: wp.vec3  # direction to it
     sunlight: wp.vec3
-    sky: wp.vec3  # light from above
-    ground: wp.vec3  # and from below
-    horizon: wp.vec3  # what a ray sees that meets nothing, low
-    zenith: wp.vec3  # and high
-    shadow: float  # share of the sunlight that shadows take
+    sky: wp.vec3  # ambient light from above
+    ground: wp.vec3  # ambient light from below
+    horizon: wp.vec3  # radiance of the sky at the horizon
+    zenith: wp.vec3  # radiance of the sky above
+    shadow: float  # share of the sunlight that is missing in a shadow
 
 
 @wp.struct
@@ -45,14 +45,14 @@ class View:
     right: wp.vec3
     down: wp.vec3
     forward: wp.vec3
-    left: float  # the crop, in units of the focal length
+    left: float  # left and top edge of the crop, in units of the focal length
     top: float
     step: float  # of a pixel
 
 
 @wp.struct
 class Hit:
-    found: int
+    valid: int  # 1, or 0 for the sky
     distance: float
     material: int
     region: int
@@ -63,9 +63,9 @@ class Hit:
 
 @wp.func
 def cast(scene: Scene, origin: wp.vec3, direction: wp.vec3) -> Hit:
-    """The first surface that is there along a ray from the eye."""
+    """First surface along a ray from the eye that is not cut away there."""
     best = Hit()
-    best.found = 0
+    best.valid = 0
     best.material = -1
     best.distance = FAR
     for i in range(scene.ids.shape[0] - 1):
@@ -81,8 +81,8 @@ def cast(scene: Scene, origin: wp.vec3, direction: wp.vec3) -> Hit:
             w = 1.0 - q.u - q.v
             uv = scene.uvs[a] * q.u + scene.uvs[a + 1] * q.v + scene.uvs[a + 2] * w
             at = scene.ats[a] * q.u + scene.ats[a + 1] * q.v + scene.ats[a + 2] * w
-            if kept(scene.surfaces[scene.materials[face]], region, uv, at):
-                best.found = 1
+            if is_present(scene.surfaces[scene.materials[face]], region, uv, at):
+                best.valid = 1
                 best.distance = begin
                 best.material = scene.materials[face]
                 best.region = region
@@ -105,8 +105,8 @@ def cast(scene: Scene, origin: wp.vec3, direction: wp.vec3) -> Hit:
 
 
 @wp.func
-def shaded(scene: Scene, origin: wp.vec3, sun: wp.vec3) -> bool:
-    """Whether something stands between a point and the sun."""
+def in_shadow(scene: Scene, origin: wp.vec3, sun: wp.vec3) -> bool:
+    """Whether a surface lies between a point and the sun."""
     for i in range(scene.ids.shape[0]):
         if i == scene.ids.shape[0] - 2:
             continue
@@ -124,18 +124,18 @@ def shaded(scene: Scene, origin: wp.vec3, sun: wp.vec3) -> bool:
             w = 1.0 - q.u - q.v
             uv = scene.uvs[a] * q.u + scene.uvs[a + 1] * q.v + scene.uvs[a + 2] * w
             at = scene.ats[a] * q.u + scene.ats[a + 1] * q.v + scene.ats[a + 2] * w
-            if kept(m, scene.regions[face], uv, at):
+            if is_present(m, scene.regions[face], uv, at):
                 return True
             begin += 1.0e-4
     return False
 
 
 @wp.func
-def lit(scene: Scene, light: Light, hit: Hit, place: wp.vec3, direction: wp.vec3, sunny: float) -> wp.vec3:
-    """Radiance of a surface that gets the share `sunny` of the sunlight."""
+def reflected(scene: Scene, light: Light, hit: Hit, place: wp.vec3, direction: wp.vec3, sunny: float) -> wp.vec3:
+    """Radiance of a surface that receives the share `sunny` of the sunlight."""
     m = scene.surfaces[hit.material]
     n = hit.normal
-    if m.bump > 0.0:  # folds and wrinkles belong to the cloth, so they move with the body
+    if m.bump > 0.0:  # folds depend on uv, so they move with the cloth
         a = noise(hit.uv[0] / 0.045, hit.uv[1] / 0.12, m.seed)
         b = noise(hit.uv[0] / 0.05 + 9.1, hit.uv[1] / 0.1, m.seed + 5.0)
         n = wp.normalize(n + m.bump * wp.vec3(a, b, a - b))
@@ -156,7 +156,7 @@ def lit(scene: Scene, light: Light, hit: Hit, place: wp.vec3, direction: wp.vec3
 
 @wp.kernel
 def picture(scene: Scene, view: View, light: Light, image: wp.array2d(dtype=wp.vec3)):
-    """Radiance of each pixel, the mean of two rays, or of four where those two differ."""
+    """Radiance of each pixel: the mean of two rays, or of four if the first two differ."""
     row, column = wp.tid()
     total = wp.vec3(0.0, 0.0, 0.0)
     first = wp.vec3(0.0, 0.0, 0.0)
@@ -174,16 +174,16 @@ def picture(scene: Scene, view: View, light: Light, image: wp.array2d(dtype=wp.v
         hit = cast(scene, view.eye, direction)
         same = hit.material == material
         colour = wp.vec3(0.0, 0.0, 0.0)
-        if hit.found == 0:
+        if hit.valid == 0:
             a = wp.clamp(3.0 * direction[2], 0.0, 1.0)
             colour = light.horizon * (1.0 - a) + light.zenith * a
         else:
             place = view.eye + direction * hit.distance
-            if light.shadow > 0.0 and (s % 2 == 0 or not same):  # a pair of rays to one surface shares its shadow
+            if light.shadow > 0.0 and (s % 2 == 0 or not same):  # a pair of rays to one material shares its shadow
                 sunny = 1.0
-                if wp.dot(hit.normal, light.sun) > -0.2 and shaded(scene, place + hit.normal * 0.012, light.sun):
+                if wp.dot(hit.normal, light.sun) > -0.2 and in_shadow(scene, place + hit.normal * 0.012, light.sun):
                     sunny = 1.0 - light.shadow
-            colour = lit(scene, light, hit, place, direction, sunny)
+            colour = reflected(scene, light, hit, place, direction, sunny)
         material = hit.material
         total += colour
         count += 1
@@ -196,7 +196,7 @@ def picture(scene: Scene, view: View, light: Light, image: wp.array2d(dtype=wp.v
 
 @wp.kernel
 def face_normals(points: wp.array(dtype=wp.vec3), corners: wp.array(dtype=int), normals: wp.array(dtype=wp.vec3)):
-    """Add each face's normal, as long as its area is large, to its corners."""
+    """Add each face's normal, weighted by its area, to the normals of its corners."""
     f = wp.tid()
     a = corners[3 * f]
     b = corners[3 * f + 1]

@@ -1,4 +1,4 @@
-"""Skin, clothes and hair as layers: faces of the base mesh, moved out along the normal and cut by their material."""
+"""Layers of skin, clothes and hair: faces of the base mesh, moved out along the normals and cut by their material."""
 
 from dataclasses import dataclass, replace
 
@@ -9,25 +9,25 @@ from passreid_synth3d.body import Body
 from passreid_synth3d.mesh import REGIONS, Array, Material
 from passreid_synth3d.wardrobe import Garment, Person
 
-__all__ = ["Layer", "dressed"]
+__all__ = ["Layer", "dress"]
 
 TORSO, ARM, LEG, HEAD, FOOT, HAND = (REGIONS.index(r) for r in ("torso", "arm", "leg", "head", "foot", "hand"))
 EYE = Material(colour=(0.12, 0.1, 0.09), shine=0.2)
-CROTCH = -0.03  # how low the torso of the suit goes; what hangs lower is of the skirt
+CROTCH = -0.03  # lower end of the suit's torso; longer coats continue on the faces of the skirt
 Faces = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Faces [F, 3] of the base mesh, and how far out its vertices are moved [V], metres."""
+    """Faces [F, 3] of the base mesh, and the distance [V] by which its vertices are moved out, metres."""
 
     faces: Faces
     out: Array
     material: Material
 
 
-def dressed(who: Person, body: Body, rest: Array, normals: Array) -> list[Layer]:
-    """The layers of a person whose unposed vertices and their normals are [V, 3], from the skin outwards."""
+def dress(who: Person, body: Body, rest: Array, normals: Array) -> list[Layer]:
+    """Layers of a person from the skin outwards, given the unposed vertices and normals [V, 3]."""
     return _Dresser(who, body, rest, normals).layers
 
 
@@ -46,9 +46,9 @@ class _Dresser:
         if who.outer:
             surface = self.outer(who.outer, surface, thickness)
         if who.bag and who.bag.kind in ("backpack", "crossbody"):
-            which = 0.0 if who.bag.kind == "backpack" else float(who.side)
+            strap = 0.0 if who.bag.kind == "backpack" else float(who.side)
             self.layers.append(
-                Layer(self.trunk, surface + 0.005, Material("strap", who.bag.material.colour, seed=which))
+                Layer(self.trunk, surface + 0.005, Material("strap", who.bag.material.colour, seed=strap))
             )
         self.head()
 
@@ -59,19 +59,19 @@ class _Dresser:
         return faces[(self.height[faces] > height).any(1)]
 
     def draped(self, out: Array, least: Array | float, rounds: int) -> Array:
-        """Of a cloth that hangs over hollows instead of following the skin: smoothed, but at least `least` out."""
+        """Distances [V] of a cloth that spans hollows of the body: `out` smoothed, but at least `least`."""
         smooth = self.body.smoothed(self.rest + self.normals * out[:, None], rounds)
         return np.maximum(least, ((smooth - self.rest) * self.normals).sum(1))
 
     def hanging(self, top: Garment, base: float) -> Array:
-        """Of a top: looser towards its hem and the ends of its sleeves."""
+        """Distances [V] of a top, larger towards its hem and the ends of its sleeves."""
         down = np.clip((0.5 - self.height) / 0.45, 0, 1)
         along = np.clip(self.body.along_arm / max(top.material.sleeve, 0.1), 0, 1)
         on_arm = np.isin(self.body.region, (ARM, HAND))
         return base + top.loose * np.where(on_arm, 0.25 + 0.5 * along, 0.3 + 0.7 * down)
 
     def bare(self) -> Faces:
-        """The skin that clothes leave open, and a little more."""
+        """Faces of the skin that clothes leave open, and a margin under their edges."""
         low, high, along = self.body.skin_reach.T
         torso, head, hand, arm, leg = self.body.skin_touches[:, [TORSO, HEAD, HAND, ARM, LEG]].T
         upper, hem = self.who.upper.material, self.who.lower.material.hem
@@ -103,7 +103,7 @@ class _Dresser:
             self.layers.append(Layer(limbs, self.draped(out, 0.005, 4), lower.material))
 
     def upper(self) -> tuple[Array, float]:
-        """Adds the top; returns its surface [V] and about how thick it is, metres."""
+        """Add the top; return its distances [V] and its approximate thickness, metres."""
         top = self.who.upper
         surface = self.draped(self.hanging(top, 0.011), 0.011, int(300 * top.loose))
         self.add_top(top, surface)
@@ -124,7 +124,7 @@ class _Dresser:
     def head(self) -> None:
         at, skin, hat, hair = self.body.at, self.body.faces["body"], self.who.hat, self.who.hair
         outside = (self.body.region == HEAD) & self.body.outer_head
-        scalp = outside & ((np.abs(at[:, 0]) < 0.083) | (self.height > 0.775)) & (self.height > 0.6)  # not the ears
+        scalp = outside & ((np.abs(at[:, 0]) < 0.083) | (self.height > 0.775)) & (self.height > 0.6)  # without the ears
         if hair:
             rise = 0.35 + 0.65 * np.clip((self.height - 0.7) / 0.1, 0, 1) if hair.kind != "afro" else self.flat(1.0)
             out, cut = (

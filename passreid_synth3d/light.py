@@ -1,4 +1,4 @@
-"""The light of a place and what its camera makes of it."""
+"""Light and imaging parameters of a camera."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Sunlight:
-    """Light as the kernel's `Light` holds it: direction to it, radiances, share of the sun that shadows take."""
+    """Direction to the sun, radiances and shadow strength, field by field those of the kernel's `Light`."""
 
     sun: Triple
     sunlight: Triple
@@ -28,10 +28,10 @@ class Sunlight:
 
 @dataclass(frozen=True)
 class Imaging:
-    """How a camera turns radiance into a file.
+    """Parameters of a camera that turns radiance into a JPEG file.
 
-    `exposure` and `gains` scale radiance (1 becomes white); `gamma` and `contrast` (around the middle) act on what is
-    displayed; `noise` is in grey levels of 255, `blur` (a Gaussian's sigma) in pixels, `jpeg` a range of qualities.
+    `exposure` and `gains` scale radiance (1 becomes white); `gamma` and `contrast` (around mid-gray) act on display
+    values; `noise` is in grey levels of 255, `blur` (a Gaussian's sigma) in pixels, `jpeg` a range of qualities.
     """
 
     exposure: float
@@ -46,10 +46,10 @@ class Imaging:
 
 
 def light_of(rng: np.random.Generator, indoor: bool) -> Sunlight:
-    """Sun, clouds, evening or lamps; ground that reflects 0.4 has a radiance of 0.3 to 0.9."""
+    """Random sun, clouds, evening or lamps; the radiance of ground of reflectance 0.4 is then 0.3 to 0.9."""
     kind = "lamps" if indoor else pick(rng, sunny=5, overcast=4, evening=1.5)
-    up = {"sunny": (20, 65), "overcast": (40, 80), "evening": (9, 20), "lamps": (35, 75)}[kind]
-    elevation, azimuth = math.radians(rng.uniform(*up)), rng.uniform(0, 2 * math.pi)
+    degrees = {"sunny": (20, 65), "overcast": (40, 80), "evening": (9, 20), "lamps": (35, 75)}[kind]
+    elevation, azimuth = math.radians(rng.uniform(*degrees)), rng.uniform(0, 2 * math.pi)
     sun = (math.cos(elevation) * math.cos(azimuth), math.cos(elevation) * math.sin(azimuth), math.sin(elevation))
     tone = np.exp(rng.normal(0, 0.03, 3))
     beam, sky, ground, low, high, shadow = {
@@ -58,10 +58,10 @@ def light_of(rng: np.random.Generator, indoor: bool) -> Sunlight:
         "evening": ((1.0, 0.78, 0.55), (0.55, 0.55, 0.62), (0.26, 0.24, 0.22), (0.9, 0.8, 0.6), (0.4, 0.45, 0.6), 0.8),
         "lamps": ((0.6, 0.59, 0.56), (0.85, 0.84, 0.8), (0.36, 0.35, 0.33), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.0),
     }[kind]
-    weak = rng.uniform(0.8, 1.15)
+    strength = rng.uniform(0.8, 1.15)
     return Sunlight(
         sun=sun,
-        sunlight=_triple(np.array(beam) * tone * weak),
+        sunlight=_triple(np.array(beam) * tone * strength),
         sky=_triple(np.array(sky) * tone),
         ground=_triple(np.array(ground) * tone),
         horizon=_triple(np.array(low) * tone),
@@ -71,7 +71,7 @@ def light_of(rng: np.random.Generator, indoor: bool) -> Sunlight:
 
 
 def studio_light(rng: np.random.Generator) -> tuple[Sunlight, Imaging]:
-    """Soft light from a side, before gray, and a camera that changes nothing: alike for all but for the side."""
+    """Soft light from a random side and gray surroundings, and a neutral camera; only the side differs by camera."""
     azimuth = rng.uniform(0, 2 * math.pi)
     sun = (0.6 * math.cos(azimuth), 0.6 * math.sin(azimuth), 0.8)
     gray = (0.3, 0.3, 0.3)
@@ -80,9 +80,9 @@ def studio_light(rng: np.random.Generator) -> tuple[Sunlight, Imaging]:
 
 
 def imaging_of(rng: np.random.Generator, light: Sunlight, lit: float) -> Imaging:
-    """What a camera of a place does, where people are `lit` by that share of the sun.
+    """Random imaging of a camera, exposed for people who receive the share `lit` of the sunlight.
 
-    Casts are mild: with strong ones, histograms of colours see the camera and nothing else.
+    Colour casts are mild: strong ones would dominate colour histograms.
     """
     on_people = 0.6 * np.mean(light.sky) + 0.4 * np.mean(light.ground) + 0.5 * lit * np.mean(light.sunlight)
     return Imaging(

@@ -1,4 +1,4 @@
-"""Triangle meshes with materials: what garments, bags, walls and cars are made of."""
+"""Triangle meshes with materials, for garments, bags, walls and cars."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +15,12 @@ __all__ = [
 Array = NDArray[np.floating]
 Colour = tuple[float, float, float]  # linear reflectance, 0 to 1
 
-# The kernel knows patterns and regions by their place in these lists. Some patterns use fields of `Material` as theirs:
-#   gradient, blocks   seed: the height where they begin; period: how far they go
-#   skin               second: lips; third: hair; duty: how thick a beard is
-#   sole               period, duty: heights of the sole and of the toe cap, in the colours second and third
-#   strap              seed: 0 two straps of a backpack, else across the body from that side
+# The kernel numbers patterns and regions by their index in these lists. Some patterns give fields of `Material` a
+# meaning of their own:
+#   gradient, blocks   seed: height of the lower end; period: extent
+#   skin               second: lips; third: hair; duty: density of the beard
+#   sole               period, duty: heights of the sole and of the toe cap, whose colours are second and third
+#   strap              seed: 0 for the two straps of a backpack, 1 or -1 for one across the body from that side
 PATTERNS = (
     "plain", "stripes", "bars", "checks", "gradient", "blocks", "dots", "zigzag", "argyle", "camouflage", "denim",
     "side", "skin", "hair", "sole", "bricks", "tiles", "planks", "windows", "grass", "foliage", "plaster", "asphalt",
@@ -30,11 +31,11 @@ REGIONS = ("thing", "torso", "arm", "leg", "head", "foot", "hand")
 
 @dataclass(frozen=True)
 class Material:
-    """What a surface looks like, and where it ends: cuts are in coordinates of the unposed standard body, metres.
+    """Appearance and outline of a surface; outlines are in coordinates of the unposed standard body, metres.
 
-    A torso is kept from `hem` up to its neckline, which is wider the lower `top` is (0.62 is the neck itself) and goes
-    down by `dip` in front, or to `top` where that is a waist (below 0.4), and where the distance to the middle in front
-    is more than `opening`; a sleeve to `sleeve` from the shoulder; a leg from `hem` up.
+    On the torso, cloth reaches from `hem` up to a waist at `top` (if below 0.4) or to a neckline, which is wider the
+    lower `top` is (0.62 is the neck itself) and `dip` deep in front; an open front leaves a gap of `opening` on either
+    side of the middle. A sleeve ends at `sleeve` from the shoulder; on a leg, cloth begins at `hem`.
     """
 
     pattern: str = "plain"
@@ -62,7 +63,7 @@ class Material:
 
 @dataclass
 class Mesh:
-    """Triangles: points [V, 3] in metres, z up; faces [F, 3]; uv [F, 3, 2] in metres; material and region of faces."""
+    """Triangles: points [V, 3] and uv [F, 3, 2] in metres, z up; faces [F, 3]; material and region of each face."""
 
     points: Array
     faces: NDArray[np.int32]
@@ -72,18 +73,18 @@ class Mesh:
     materials: list[Material] = field(default_factory=list)
 
     def placed(self, x: float, y: float, yaw: float) -> "Mesh":
-        """The mesh turned by `yaw` radians about the vertical and moved along the ground."""
+        """Copy of the mesh, rotated by `yaw` radians about the vertical and moved along the ground."""
         c, s = np.cos(yaw), np.sin(yaw)
         return replace(self, points=self.points @ np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)]) + (x, y, 0))
 
 
 def merge(meshes: Sequence[Mesh]) -> Mesh:
-    """One mesh of all; materials that are equal are kept once."""
+    """Concatenate meshes; equal materials are kept once."""
     materials: dict[Material, int] = {}
     columns, start = [], 0
     for mesh in meshes:
-        numbers = np.array([materials.setdefault(m, len(materials)) for m in mesh.materials], np.int32)
-        material = numbers[mesh.material] if len(mesh.material) else mesh.material
+        indices = np.array([materials.setdefault(m, len(materials)) for m in mesh.materials], np.int32)
+        material = indices[mesh.material] if len(mesh.material) else mesh.material
         columns.append((mesh.points, mesh.faces + start, mesh.uv, material, mesh.region))
         start += len(mesh.points)
     points, faces, uv, material, region = (np.concatenate(c) for c in zip(*columns, strict=True))
@@ -91,38 +92,38 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
 
 
 def triangulate(quads: NDArray[np.integer]) -> NDArray[np.integer]:
-    """[N, 4] corners, in turn, to [2 N, 3]."""
+    """Split quads [N, 4], corners in order, into triangles [2 N, 3]."""
     return np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
 
 
-def _of(points: Array, faces: NDArray[np.integer], uv: Array, material: Material) -> Mesh:
-    count = np.zeros(len(faces), np.int32)
-    return Mesh(np.asarray(points, float), faces.astype(np.int32), uv[faces], count, count.copy(), [material])
+def _mesh(points: Array, faces: NDArray[np.integer], uv: Array, material: Material) -> Mesh:
+    zeros = np.zeros(len(faces), np.int32)
+    return Mesh(np.asarray(points, float), faces.astype(np.int32), uv[faces], zeros, zeros.copy(), [material])
 
 
 def quad(corner: Sequence[float], along: Sequence[float], up: Sequence[float], material: Material) -> Mesh:
-    """A parallelogram; uv are metres along its two edges."""
+    """A parallelogram; its uv are metres along the two edges."""
     c, a, b = (np.asarray(v, float) for v in (corner, along, up))
     u, v = np.linalg.norm(a), np.linalg.norm(b)
     uv = np.array([(0, 0), (u, 0), (u, v), (0, v)])
-    return _of(np.array([c, c + a, c + a + b, c + b]), np.array([(0, 1, 2), (0, 2, 3)]), uv, material)
+    return _mesh(np.array([c, c + a, c + a + b, c + b]), np.array([(0, 1, 2), (0, 2, 3)]), uv, material)
 
 
 @lru_cache
 def _cube() -> Mesh:
-    """With edges of 1: a side along (y, z), along (x, z) and along (x, y), and those across from them."""
+    """The unit cube: two opposite sides along (y, z), then two along (x, z) and two along (x, y)."""
     edges, sides = np.eye(3), []
     for n in range(3):
-        a, b = (edges[i] for i in range(3) if i != n)  # of upright sides, b is the vertical
+        a, b = (edges[i] for i in range(3) if i != n)  # b is vertical on the upright sides
         sides += [quad((sign * edges[n] - a - b) / 2, a, b, Material()) for sign in (-1, 1)]
     return merge(sides)
 
 
 def box(centre: Sequence[float], size: Sequence[float], material: Material, yaw: float = 0.0) -> Mesh:
-    """A box around `centre` with edges of `size`, turned by `yaw` radians about the vertical."""
+    """A box around `centre` with edges of `size`, rotated by `yaw` radians about the vertical."""
     cube, (c, s) = _cube(), (np.cos(yaw), np.sin(yaw))
     points = cube.points * size @ np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)]) + centre
-    along = np.repeat([(1, 2), (0, 2), (0, 1)], 4, axis=0)  # the edges that u and v go along, of its 12 faces
+    along = np.repeat([(1, 2), (0, 2), (0, 1)], 4, axis=0)  # the axes of u and v on each of the 12 faces
     return replace(cube, points=points, uv=cube.uv * np.asarray(size, float)[along][:, None], materials=[material])
 
 
@@ -143,7 +144,7 @@ def cylinder(foot: Sequence[float], top: Sequence[float], radii: tuple[float, fl
     n = sides + 1
     wall = triangulate(np.stack([i, i + 1, n + i + 1, n + i], 1))
     cap = np.stack([n + i, n + i + 1, np.full(sides, 2 * n)], 1)
-    return _of(points, np.concatenate([wall, cap]), uv, material)
+    return _mesh(points, np.concatenate([wall, cap]), uv, material)
 
 
 def ellipsoid(centre: Sequence[float], radii: Sequence[float], material: Material, rings: int = 8, sides: int = 12,
@@ -156,4 +157,4 @@ def ellipsoid(centre: Sequence[float], radii: Sequence[float], material: Materia
     uv = np.stack([phi.ravel() * radii[0], -theta.ravel() * radii[2]], 1)
     r, s = np.meshgrid(np.arange(rings), np.arange(sides), indexing="ij")
     first, n = (r * (sides + 1) + s).ravel(), sides + 1
-    return _of(points, triangulate(np.stack([first, first + 1, first + n + 1, first + n], 1)), uv, material)
+    return _mesh(points, triangulate(np.stack([first, first + 1, first + n + 1, first + n], 1)), uv, material)

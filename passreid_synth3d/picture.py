@@ -1,4 +1,4 @@
-"""One image: who, where, in which light, in what box, and what the camera makes of it."""
+"""One image: the person posed in a place, the detector's box, the rendering and the sensor."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,16 +11,16 @@ from passreid_synth3d.fabrics import PATTERN_FAMILIES
 from passreid_synth3d.figure import Figure
 from passreid_synth3d.mesh import Array
 from passreid_synth3d.place import Place, clearance, place
-from passreid_synth3d.prints import printed
+from passreid_synth3d.prints import print_mask
 from passreid_synth3d.render import LOGO, Solid, Window, render
-from passreid_synth3d.sensor import developed
+from passreid_synth3d.sensor import develop
 from passreid_synth3d.wardrobe import person
 
 __all__ = ["draw"]
 
 PICTURE = 23  # the random stream
-NOBODY = 1 << 40  # pids from here on belong to no identity of a dataset
-PASSERS = 24  # who may walk into the image
+NOBODY = 1 << 40  # pids from here on are passers-by, in no dataset
+PASSERS = 24  # number of passers-by who may walk into an image
 
 
 def draw(
@@ -32,19 +32,19 @@ def draw(
     patterns: str = "train",
     where: str = "street",
 ) -> Image.Image:
-    """The k-th image of a person in a camera; the arguments alone determine the pixels.
+    """Draw the k-th image of a person in a camera; the arguments alone determine the pixels.
 
     Args:
-        seed: Of the world.
+        seed: Seed of the world.
         pid: The identity.
         camid: The camera.
-        k: Which of the images.
+        k: Index of the image.
         size: (height, width) in pixels.
-        patterns: The families of garment textures and prints, "train" or "held-out".
-        where: The kind of the place, "street" or "studio".
+        patterns: The family of garment patterns and prints, "train" or "held-out".
+        where: The kind of place, "street" or "studio".
 
     Raises:
-        ValueError: If a number is negative, or there are no such patterns or places.
+        ValueError: If a number is negative, or `patterns` or `where` is unknown.
     """
     if min(seed, pid, camid, k) < 0 or patterns not in PATTERN_FAMILIES:
         raise ValueError(
@@ -52,20 +52,20 @@ def draw(
             f"camid {camid}, k {k} and patterns {patterns!r}"
         )
     rng, scene = stream(seed, PICTURE, pid, camid, k), place(seed, camid, where)
-    shown = [_stand(rng, seed, pid, patterns, *scene.stand(rng))]
+    persons = [_stand(rng, seed, pid, patterns, *scene.stand(rng))]
     if rng.random() < 0.16:
-        x, y, heading = shown[0].spot
-        away = rng.uniform(-1, 1.2)
-        side = rng.choice((-1, 1)) * rng.uniform(0.35 if abs(away) > 0.5 else 0.6, 0.85)
-        aside = side * _flat(scene.right) + away * _flat(scene.forward)
-        x, y, heading = x + aside[0], y + aside[1], heading + rng.choice((0, np.pi)) + rng.normal(0, 0.3)
+        x, y, heading = persons[0].spot
+        behind = rng.uniform(-1, 1.2)
+        beside = rng.choice((-1, 1)) * rng.uniform(0.35 if abs(behind) > 0.5 else 0.6, 0.85)
+        offset = beside * _horizontal(scene.right) + behind * _horizontal(scene.forward)
+        x, y, heading = x + offset[0], y + offset[1], heading + rng.choice((0, np.pi)) + rng.normal(0, 0.3)
         passer = NOBODY + int(rng.integers(PASSERS))
         if clearance(np.array([(x, y)]), scene.solids)[0] > 0.3:
-            shown.append(_stand(rng, seed, passer, patterns, x, y, heading))
-    window = _box(rng, scene, shown[0].points, size[0])
-    feet = np.concatenate([s.feet for s in shown])
-    radiance = render([s.solid for s in shown], _surroundings(seed, camid, where), window, scene.light, feet)
-    return developed(rng, radiance, scene.imaging, size)
+            persons.append(_stand(rng, seed, passer, patterns, x, y, heading))
+    window = _box(rng, scene, persons[0].points, size[0])
+    feet = np.concatenate([s.feet for s in persons])
+    radiance = render([s.solid for s in persons], _surroundings(seed, camid, where), window, scene.light, feet)
+    return develop(rng, radiance, scene.imaging, size)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class _Standing:
 
 def _figure(seed: int, pid: int, patterns: str) -> tuple[Figure, Solid]:
     figure = Figure(person(seed, pid, patterns))
-    return figure, Solid(figure.mesh, figure.at, printed(figure.who.logo, patterns, LOGO))
+    return figure, Solid(figure.mesh, figure.at, print_mask(figure.who.logo, patterns, LOGO))
 
 
-_person, _passer = lru_cache(2)(_figure), lru_cache(PASSERS)(_figure)  # identities come one after the other
+_person, _passer = lru_cache(2)(_figure), lru_cache(PASSERS)(_figure)  # images are drawn identity by identity
 
 
 @lru_cache(256)
@@ -98,14 +98,14 @@ def _stand(
     return _Standing(solid, points, feet, (x, y, heading))
 
 
-def _flat(direction: Array) -> Array:
+def _horizontal(direction: Array) -> Array:
     return np.asarray(direction[:2] / np.linalg.norm(direction[:2]))
 
 
-def _box(rng: np.random.Generator, scene: Place, points: Array, most: int) -> Window:
-    """The window of a detector's box around a person: loose, shifted, now and then without feet or head.
+def _box(rng: np.random.Generator, scene: Place, points: Array, max_rows: int) -> Window:
+    """Window of a detector's box around a person: loose and shifted, in 10 % of the images without feet or head.
 
-    It has as many rows as the sensor sees there, at least 40 and at `most` so many.
+    It has as many rows as the box has pixels in the camera, at least 40 and at most `max_rows`.
     """
     ray = points - scene.eye
     depth = np.maximum(ray @ scene.forward, 0.3)
@@ -121,7 +121,7 @@ def _box(rng: np.random.Generator, scene: Place, points: Array, most: int) -> Wi
         top += tall * rng.uniform(0.04, 0.1)
     wide = max((right - left) * rng.uniform(1.02, 1.25), (bottom - top) * rng.uniform(0.36, 0.46))
     centre = (left + right) / 2 + wide * rng.normal(0, 0.04)
-    rows = int(np.clip(round((bottom - top) * scene.focal), 40, most))
+    rows = int(np.clip(round((bottom - top) * scene.focal), 40, max_rows))
     step = (bottom - top) / rows
     columns = max(12, round(wide / step))
     return Window(

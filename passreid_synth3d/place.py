@@ -1,4 +1,4 @@
-"""Places: what hangs before a surveillance camera, its light and its imaging, as functions of the seed and `camid`.
+"""Places: the surroundings, light, imaging and viewpoint of a surveillance camera, as functions of seed and `camid`.
 
 World coordinates are metres, z up, the ground at z = 0; a person with heading 0 walks towards -y, with pi/2 towards +x.
 """
@@ -23,21 +23,21 @@ PLACES = ("street", "studio")
 PLACE = 41  # random streams of this module are (seed, PLACE, camid, n) with n of:
 LAYOUT, LIGHT, IMAGING, AIM = range(1, 5)
 
-HEIGHTS = (40.0, 300.0)  # of a person's box, in pixels
-BODY = 1.8  # metres, with shoes and hair
-LEAN = 0.2  # of the upright in the image, which a wide lens turns at the margins
-ROOM = 0.42  # metres around a person's axis in which nothing stands
-HIDDEN = 0.2  # share of images where something hides a part of the person, if a camera has ENOUGH such spots
+HEIGHTS = (40.0, 300.0)  # of a person in the image, pixels
+BODY = 1.8  # height of a person with shoes and hair, metres
+LEAN = 0.2  # largest tilt of an upright person in the image, as a share of the height: wide lenses tilt at the margins
+ROOM = 0.42  # free radius around a person's axis, metres
+HIDDEN = 0.2  # share of images with a partly hidden person, if a camera has ENOUGH such spots
 ENOUGH = 8
-CANDIDATES = 600  # spots tried for each camera
+CANDIDATES = 600  # spots sampled for each camera
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A camera and what it sees.
+    """A camera and its surroundings.
 
     `focal` is in pixels, and `frame` the image's width and height; `clear` and `hidden` [N, 3] are spots
-    (x, y, heading) where the camera sees all of a person, and where something hides a part.
+    (x, y, heading) where a person is fully visible, and where a part is hidden.
     """
 
     kind: str
@@ -50,35 +50,35 @@ class Place:
     frame: tuple[float, float]
     light: Sunlight
     imaging: Imaging
-    solids: Array  # [S, 7]: x, y, half length, half width, yaw, bottom, top of what stands there
+    solids: Array  # [S, 7]: x, y, half length, half width, yaw, bottom, top of each solid
     clear: Array
     hidden: Array
 
     def project(self, points: Array) -> tuple[Array, Array]:
-        """Pixels [..., 2] from the middle of the image, right and down, and depths [...] of world points [..., 3]."""
+        """Pixels [..., 2], right and down from the middle of the image, and depths [...] of world points [..., 3]."""
         return _project(self.eye, self.right, self.down, self.forward, self.focal, points)
 
     def stand(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """Where a person is and walks to: x, y and heading."""
-        hide = rng.random() < HIDDEN * min(1, len(self.hidden) / ENOUGH)
-        spots = self.hidden if hide else self.clear
+        """Draw a person's position and direction of walking: x, y and heading."""
+        is_hidden = rng.random() < HIDDEN * min(1, len(self.hidden) / ENOUGH)
+        spots = self.hidden if is_hidden else self.clear
         x, y, heading = spots[rng.integers(len(spots))] + rng.normal(0, 1, 3).clip(-2, 2) * (0.02, 0.02, 0.08)
         return float(x), float(y), float(math.remainder(heading, 2 * math.pi))
 
 
 @lru_cache(256)
 def place(seed: int, camid: int, kind: str = "street") -> Place:
-    """The place of a camera, from the arguments alone.
+    """Build the place of a camera, from the arguments alone.
 
     Args:
-        seed: Of the world.
+        seed: Seed of the world.
         camid: The camera.
-        kind: `street`, for streets, squares, parks, halls and garages in their light; or `studio`, where all cameras
-            have gray surroundings and the same exposure, and viewpoints of their own.
+        kind: `street` (streets, squares, parks, halls and garages in their light) or `studio` (gray surroundings and
+            one exposure for all cameras, whose viewpoints differ).
 
     Raises:
-        ValueError: If `seed` or `camid` is negative, there is no such kind, or people are in view nowhere, which did
-            not happen yet.
+        ValueError: If `seed` or `camid` is negative, the kind is unknown, or the camera has no spot where a person is
+            fully visible (not met so far).
     """
     if seed < 0 or camid < 0:
         raise ValueError(f"the seed and camid of a place must not be negative, got seed {seed} and camid {camid}")
@@ -104,37 +104,38 @@ View = tuple[Array, Array, Array, Array, float, tuple[float, float]]  # as in `P
 
 
 def _viewpoint(rng: np.random.Generator, scene: Scene, solids: Array, azimuth: float) -> tuple[View, Array, Array]:
-    """Where the camera hangs, and the clear and hidden spots: the first view of enough people, else the best of 16.
+    """Choose a view, and its clear and hidden spots: the first of 16 with enough clear spots, else the best.
 
-    Cameras that follow each other begin from different sides, or a few of them would all see fronts.
+    The search starts at `azimuth`, which differs between successive cameras: a few cameras could otherwise all see
+    fronts.
     """
-    found = []
+    views = []
     for turn in range(16):
         view = _aim(rng, scene, azimuth + rng.uniform(-0.4, 0.4) + turn * 1.1)
-        found.append((view, *_spots(rng, scene, solids, view)))
-        if len(found[-1][1]) >= 0.15 * CANDIDATES:
+        views.append((view, *_spots(rng, scene, solids, view)))
+        if len(views[-1][1]) >= 0.15 * CANDIDATES:
             break
-    return max(found, key=lambda it: len(it[1]))
+    return max(views, key=lambda v: len(v[1]))
 
 
 def _aim(rng: np.random.Generator, scene: Scene, azimuth: float) -> View:
-    """A camera that looks along `azimuth` at a point near the middle of a path."""
+    """View of a camera that looks along `azimuth` at a point near the middle of a path."""
     path = scene.paths[rng.integers(len(scene.paths))]
     target = path.mean(0) + rng.uniform(-0.15, 0.15) * (path[1] - path[0])
-    away = rng.uniform(5, 11)
+    distance = rng.uniform(5, 11)
     x0, y0, x1, y1 = scene.bounds
-    eye = (target - away * np.array((math.cos(azimuth), math.sin(azimuth)))).clip((x0, y0), (x1, y1))
-    away = max(float(np.linalg.norm(target - eye)), 2.5)
-    height = min(rng.uniform(2.2, 5.0), scene.ceiling - 0.25, 1.7 + 0.45 * away)
+    eye = (target - distance * np.array((math.cos(azimuth), math.sin(azimuth)))).clip((x0, y0), (x1, y1))
+    distance = max(float(np.linalg.norm(target - eye)), 2.5)
+    height = min(rng.uniform(2.2, 5.0), scene.ceiling - 0.25, 1.7 + 0.45 * distance)
     azimuth = math.atan2(target[1] - eye[1], target[0] - eye[0])
-    pitch = math.atan2(height - 0.9, away) + rng.normal(0, 0.04)
+    pitch = math.atan2(height - 0.9, distance) + rng.normal(0, 0.04)
     forward = np.array((math.cos(pitch) * math.cos(azimuth), math.cos(pitch) * math.sin(azimuth), -math.sin(pitch)))
     right = np.array((math.sin(azimuth), -math.cos(azimuth), 0))
     down = np.cross(forward, right)
     roll = rng.normal(0, 0.02)
     right, down = math.cos(roll) * right + math.sin(roll) * down, math.cos(roll) * down - math.sin(roll) * right
-    pixels = float(np.clip(178 * math.exp(rng.normal(0, 0.25)), 100, 250))  # of a person at the target
-    focal = pixels * math.hypot(away, height - 0.9) / (1.75 * math.cos(pitch))
+    pixels = float(np.clip(178 * math.exp(rng.normal(0, 0.25)), 100, 250))  # height of a person at the target
+    focal = pixels * math.hypot(distance, height - 0.9) / (1.75 * math.cos(pitch))
     high = 2 * focal * math.tan(math.radians(rng.uniform(42, 56)) / 2)
     return np.array((*eye, height)), right, down, forward, focal, (high * float(rng.choice((4 / 3, 16 / 9))), high)
 
@@ -147,7 +148,7 @@ def _project(eye: Array, right: Array, down: Array, forward: Array, focal: float
 
 
 def _spots(rng: np.random.Generator, scene: Scene, solids: Array, view: View) -> tuple[Array, Array]:
-    """Free spots (x, y, heading) in view: clear ones, and those where 10 to 55 % of the person is hidden."""
+    """Sample free spots (x, y, heading) in view: clear ones, and those where 10 to 55 % of the person is hidden."""
     n = CANDIDATES
     paths = np.array(scene.paths)[rng.integers(len(scene.paths), size=n)]  # [n, 2, 2]
     along = paths[:, 1] - paths[:, 0]
@@ -165,10 +166,10 @@ def _spots(rng: np.random.Generator, scene: Scene, solids: Array, view: View) ->
     points = np.concatenate([at, 0 * at[:, :1]], 1)[:, None] + corners
     pixels, depth = _project(eye, right, down, forward, focal, points)
     high = np.ptp(pixels[..., 1], axis=1)
-    seen = (np.abs(pixels) < np.array(frame) / 2).all((1, 2)) & (depth > 2).all(1)
-    seen &= (high > HEIGHTS[0] + 2) & (high < HEIGHTS[1] - 10) & (clearance(at, solids) > ROOM)
-    seen &= np.abs(np.diff(pixels[..., 0].reshape(-1, 4, 2).mean(1))[:, 0]) < LEAN * high
-    at, way = at[seen], way[seen]
+    in_view = (np.abs(pixels) < np.array(frame) / 2).all((1, 2)) & (depth > 2).all(1)
+    in_view &= (high > HEIGHTS[0] + 2) & (high < HEIGHTS[1] - 10) & (clearance(at, solids) > ROOM)
+    in_view &= np.abs(np.diff(pixels[..., 0].reshape(-1, 4, 2).mean(1))[:, 0]) < LEAN * high
+    at, way = at[in_view], way[in_view]
 
     side = right[:2] / np.linalg.norm(right[:2])
     outline = np.array([(s, h) for h in (0.15, 0.6, 1.05, 1.45, 1.7) for s in (-0.2, 0, 0.2)])
@@ -183,7 +184,7 @@ def _spots(rng: np.random.Generator, scene: Scene, solids: Array, view: View) ->
 
 
 def clearance(at: Array, solids: Array) -> Array:
-    """Metres [N] from points [N, 2] to the nearest solid that a person would walk into, 0 within one."""
+    """Distance [N] of points [N, 2] to the nearest solid below a person's height, metres; 0 inside one."""
     low = solids[solids[:, 5] < BODY]
     d = at[:, None] - low[:, :2]  # [N, S, 2]
     c, s = np.cos(low[:, 4]), np.sin(low[:, 4])
@@ -193,11 +194,11 @@ def clearance(at: Array, solids: Array) -> Array:
 
 
 def visible(start: Array, end: Array, solids: Array) -> NDArray[np.bool_]:
-    """Whether [N] no solid is between points `start` and `end`, each [N, 3] or [3]."""
+    """Whether no solid lies between points `start` and `end`, each [N, 3] or [3]; returns [N]."""
     x, y, length, width, yaw, bottom, top = solids.astype(np.float32).T[..., None]  # [S, 1]
     a, b = (np.atleast_2d(v).astype(np.float32).T[:, None] for v in (start, end))  # [3, 1, N]
     c, s = np.cos(yaw), np.sin(yaw)
-    enter, leave = np.float32(0), np.float32(1)  # shares of the way
+    enter, leave = np.float32(0), np.float32(1)  # shares of the segment
     for u, v, low, high in (
         ((a[0] - x) * c + (a[1] - y) * s, (b[0] - x) * c + (b[1] - y) * s, -length, length),
         ((a[1] - y) * c - (a[0] - x) * s, (b[1] - y) * c - (b[0] - x) * s, -width, width),
@@ -210,9 +211,9 @@ def visible(start: Array, end: Array, solids: Array) -> NDArray[np.bool_]:
 
 
 def _lit(light: Sunlight, spots: Array, solids: Array) -> float:
-    """The share of spots where a chest is in the sun."""
+    """Mean share of the sunlight that reaches the chest of a person at the spots."""
     if not light.shadow or not len(spots):
         return 1.0
     chests = np.concatenate([spots[:40, :2], np.full((len(spots[:40]), 1), 1.2)], 1)
     shaded = 1 - visible(chests, chests + 40 * np.array(light.sun), solids).mean()
-    return max(1 - light.shadow * float(shaded), 0.3)  # else what is in the sun would be white
+    return max(1 - light.shadow * float(shaded), 0.3)  # limits the exposure, so that sunlit surfaces are not all white

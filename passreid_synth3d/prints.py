@@ -1,4 +1,4 @@
-"""What is printed on chests and backs: masks from shapes, rows of blocks, and letters."""
+"""Prints on chests and backs: masks of shapes, blocks and letters."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from passreid_models.synthetic.attributes import pick, stream
 from passreid_synth3d.mesh import Array
 
-__all__ = ["printed"]
+__all__ = ["print_mask"]
 
 PRINT = 22  # the random stream
 FAMILIES: dict[str, dict[str, float]] = {
@@ -15,14 +15,14 @@ FAMILIES: dict[str, dict[str, float]] = {
 }
 
 
-def printed(seed: int, patterns: str, side: int) -> Array:
-    """A mask [side, side], 0 to 1, from the arguments alone; prints of "held-out" are of kinds that "train" has not."""
+def print_mask(seed: int, patterns: str, side: int) -> Array:
+    """Print as a mask [side, side], 0 to 1, from the arguments alone; "train" and "held-out" share no kind of print."""
     rng = stream(PRINT, seed)
     kind = pick(rng, **FAMILIES[patterns])
     scale = 4 * side
     picture = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(picture)
-    if kind == "blocks":  # mirrored, as emblems are
+    if kind == "blocks":  # symmetric, as emblems are
         half = rng.random((6, 3)) < 0.55
         grid = Image.fromarray((np.concatenate([half, half[:, ::-1]], 1) * 255).astype(np.uint8))
         picture = grid.resize((scale, scale), Image.Resampling.NEAREST)

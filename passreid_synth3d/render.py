@@ -1,4 +1,4 @@
-"""Meshes, a view and a light to an image of linear radiance."""
+"""Rendering: from meshes, a window and a light to an image of linear radiance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ from passreid_synth3d.surfaces import table_of
 
 __all__ = ["LOGO", "Solid", "Window", "render"]
 
-LOGO = 48  # pixels
+LOGO = 48  # side of a print's mask, pixels
 WINDOW = ("eye", "right", "down", "forward", "left", "top", "step")
 LIGHT = tuple(field.name for field in fields(Sunlight))
 
@@ -35,13 +35,13 @@ class Window:
 
 
 class Solid:
-    """A mesh made ready for rays.
+    """A mesh prepared for ray casting.
 
     Args:
         mesh: The triangles.
-        at: The corners' places on the standard body [F, 3, 3], for cloth and skin.
-        logo: The mask [LOGO, LOGO] of what is printed on its clothes.
-        surfaces: The table of the mesh's materials, if there is one.
+        at: Corners in coordinates of the standard body [F, 3, 3], for cloth and skin.
+        logo: Mask [LOGO, LOGO] of the print on its clothes.
+        surfaces: Table of the mesh's materials; by default computed.
     """
 
     def __init__(self, mesh: Mesh, at: Array | None = None, logo: Array | None = None, surfaces: Any = None) -> None:
@@ -56,7 +56,7 @@ class Solid:
         self.warp = wp.Mesh(self.points, wp.array(self.corners, dtype=int, device="cpu"), bvh_leaf_size=2)
 
     def within(self, window: Window) -> "Solid":
-        """The faces that may be seen in a window, for fewer rays to meet the others' boxes."""
+        """Solid of the faces that may be visible in a window: rays from the eye then test fewer boxes."""
         ray = self.mesh.points - window.eye
         depth = ray @ window.forward
         near = np.maximum(depth, 1e-3)
@@ -65,35 +65,35 @@ class Solid:
         outside = np.stack([x < window.left, x > right, y < window.top, y > bottom]) & ~behind
         faces = self.mesh.faces
         hidden = outside[:, faces].all(2).any(0) | behind[faces].all(1)
-        seen = np.flatnonzero(~hidden)
+        shown = np.flatnonzero(~hidden)
         mesh = self.mesh
-        part = Mesh(mesh.points, faces[seen], mesh.uv[seen], mesh.material[seen], mesh.region[seen], mesh.materials)
-        return Solid(part, surfaces=self.surfaces) if len(seen) else self
+        part = Mesh(mesh.points, faces[shown], mesh.uv[shown], mesh.material[shown], mesh.region[shown], mesh.materials)
+        return Solid(part, surfaces=self.surfaces) if len(shown) else self
 
     def move(self, points: Array, normals: Array) -> None:
-        """Put the vertices elsewhere [V, 3]; their neighbourhoods should stay much the same."""
+        """Set vertices and normals [V, 3]; the BVH is refitted, not rebuilt, so neighbours should stay neighbours."""
         self.points.numpy()[:] = points
         self.normals = normals
         self.warp.refit()
 
 
 def render(persons: Sequence[Solid], surroundings: Solid, window: Window, light: Sunlight, feet: Array) -> Array:
-    """Radiance [rows, columns, 3] of persons among their surroundings.
+    """Render radiance [rows, columns, 3] of persons in their surroundings.
 
     Args:
-        persons: Those in the picture; near ones first are quicker.
-        surroundings: All else.
-        window: What of it is seen.
-        light: Of the place.
-        feet: Places [N, 3] where the ground is darker.
+        persons: The persons in the picture; nearest first is fastest.
+        surroundings: Everything else.
+        window: The part of the camera's view.
+        light: The light of the place.
+        feet: Positions [N, 3] around which the ground is darkened.
     """
     parts = [*persons, surroundings.within(window), surroundings]
-    scene, first = kernel.Scene(), np.cumsum([0, *(len(part.mesh.points) for part in parts)])
+    scene, offsets = kernel.Scene(), np.cumsum([0, *(len(part.mesh.points) for part in parts)])
     scene.ids = wp.array([part.warp.id for part in parts], dtype=wp.uint64, device="cpu")
     scene.starts = _numbers(np.cumsum([0, *(len(part.mesh.faces) for part in parts[:-1])]))
-    scene.corners = _numbers(np.concatenate([part.corners + f for part, f in zip(parts, first[:-1], strict=True)]))
-    kinds = np.cumsum([0, *(len(part.surfaces) for part in parts[:-1])])
-    scene.materials = _numbers(np.concatenate([p.mesh.material + k for p, k in zip(parts, kinds, strict=True)]))
+    scene.corners = _numbers(np.concatenate([part.corners + o for part, o in zip(parts, offsets[:-1], strict=True)]))
+    offsets = np.cumsum([0, *(len(part.surfaces) for part in parts[:-1])])
+    scene.materials = _numbers(np.concatenate([p.mesh.material + o for p, o in zip(parts, offsets, strict=True)]))
     scene.regions = _numbers(np.concatenate([part.mesh.region for part in parts]))
     scene.uvs = wp.array(np.concatenate([part.uv for part in parts]), dtype=wp.vec2, device="cpu")
     scene.ats = _vectors(np.concatenate([part.at for part in parts]))
@@ -112,7 +112,7 @@ def render(persons: Sequence[Solid], surroundings: Solid, window: Window, light:
 
 
 def _filled(struct: Any, values: Any, names: Sequence[str]) -> Any:
-    """A struct of warp's with these fields of a dataclass."""
+    """Copy the named fields of a dataclass to a warp struct."""
     for name in names:
         value = getattr(values, name)
         setattr(struct, name, float(value) if np.ndim(value) == 0 else wp.vec3(*map(float, value)))

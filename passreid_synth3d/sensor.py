@@ -1,4 +1,4 @@
-"""What a camera makes of the light that reaches it."""
+"""The sensor: from radiance to the stored JPEG crop."""
 
 import io
 
@@ -8,13 +8,13 @@ from PIL import Image, ImageFilter
 from passreid_synth3d.light import Imaging
 from passreid_synth3d.mesh import Array
 
-__all__ = ["developed"]
+__all__ = ["develop"]
 
 
-def developed(rng: np.random.Generator, radiance: Array, camera: Imaging, size: tuple[int, int]) -> Image.Image:
-    """The stored crop, of `size` (height, width), from radiance [rows, columns, 3] at the sensor's resolution.
+def develop(rng: np.random.Generator, radiance: Array, camera: Imaging, size: tuple[int, int]) -> Image.Image:
+    """Turn radiance [rows, columns, 3], at the sensor's resolution, into the stored crop of `size` (height, width).
 
-    Exposure, colours and tone, motion, noise, lens, sharpening and compression, then the resize.
+    In this order: exposure, colours, tone, motion blur, noise, lens blur, sharpening, JPEG compression, resize.
     """
     gains = np.asarray(camera.gains) * camera.exposure * np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.012, 3))
     light = radiance * gains
@@ -22,22 +22,22 @@ def developed(rng: np.random.Generator, radiance: Array, camera: Imaging, size: 
     light = gray[..., None] + camera.saturation * (light - gray[..., None])
     level: Array = np.clip(light, 0, None) ** (camera.gamma / 2.2)
     level = (level - 0.45) * camera.contrast + 0.45
-    level = np.where(level > 0.8, 0.8 + 0.2 * np.tanh((level - 0.8) / 0.2), level)  # a shoulder instead of clipping
-    if rng.random() < 0.15:  # motion
-        level = _swept(level, int(rng.integers(2, 2 + max(1, len(level) // 40))))
+    level = np.where(level > 0.8, 0.8 + 0.2 * np.tanh((level - 0.8) / 0.2), level)  # soft instead of hard clipping
+    if rng.random() < 0.15:  # motion blur
+        level = _motion_blur(level, int(rng.integers(2, 2 + max(1, len(level) // 40))))
     noisy = 255 * level + camera.noise * rng.uniform(0.6, 1.3) * rng.standard_normal(level.shape, np.float32)
     image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     if camera.blur > 0.25:
         image = image.filter(ImageFilter.GaussianBlur(camera.blur * rng.uniform(0.6, 1.4)))
     if camera.sharpen > 0:
         image = image.filter(ImageFilter.UnsharpMask(1.5, round(100 * camera.sharpen), 0))
-    held = io.BytesIO()
-    image.save(held, "JPEG", quality=int(rng.integers(camera.jpeg[0], camera.jpeg[1] + 1)))
-    image = Image.open(held)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(rng.integers(camera.jpeg[0], camera.jpeg[1] + 1)))
+    image = Image.open(file)
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
 
-def _swept(level: Array, length: int) -> Array:
-    """Blur along the rows."""
+def _motion_blur(level: Array, length: int) -> Array:
+    """Average each pixel with its `length` - 1 neighbours along the row."""
     padded = np.pad(level, ((0, 0), (length, 0), (0, 0)), mode="edge").cumsum(1)
     return np.asarray((padded[:, length:] - padded[:, :-length]) / length)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What surfaces look like and where they end, for the kernel. The code of warp's functions is Python in looks only."""
+"""Reflectance and cut-outs of surfaces, as warp functions: warp compiles them, so they are restricted Python."""
 
 from enum import IntEnum
 from typing import Any
@@ -9,16 +9,16 @@ import warp as wp
 
 from passreid_synth3d.mesh import PATTERNS, REGIONS, Material
 
-__all__ = ["Pattern", "Region", "Surface", "kept", "noise", "table_of", "tint"]
+__all__ = ["Pattern", "Region", "Surface", "is_present", "noise", "table_of", "tint"]
 
-wp.config.log_level = wp.LOG_ERROR  # no word of every kernel
+wp.config.log_level = wp.LOG_ERROR  # else warp logs each kernel that it loads
 Pattern = IntEnum("Pattern", [name.upper() for name in PATTERNS], start=0)
 Region = IntEnum("Region", [name.upper() for name in REGIONS], start=0)
 
 
 @wp.struct
 class Surface:
-    """A `Material` as the kernel holds it."""
+    """The warp struct of a `Material`, with the pattern as a number."""
 
     pattern: int
     logo: int
@@ -59,7 +59,7 @@ def fraction(x: float) -> float:
 
 @wp.func
 def lattice(x: int, y: int, seed: int) -> float:
-    """A number between -0.62 and 0.62 that looks random."""
+    """Pseudo-random number between -0.62 and 0.62, a hash of the arguments."""
     h = wp.uint32(x) * wp.uint32(374761393) + wp.uint32(y) * wp.uint32(668265263) + wp.uint32(seed) * wp.uint32(69069)
     h = (h ^ (h >> wp.uint32(13))) * wp.uint32(1274126177)
     h = (h ^ (h >> wp.uint32(16))) & wp.uint32(65535)
@@ -68,7 +68,7 @@ def lattice(x: int, y: int, seed: int) -> float:
 
 @wp.func
 def noise(u: float, v: float, seed: float) -> float:
-    """Smooth noise with features of size 1: three times as quick as warp's own."""
+    """Smooth value noise with features of size 1, three times as fast as warp's own noise."""
     x = wp.floor(u)
     y = wp.floor(v)
     i = int(x)
@@ -84,8 +84,8 @@ def noise(u: float, v: float, seed: float) -> float:
 
 
 @wp.func
-def kept(m: Surface, region: int, uv: wp.vec2, at: wp.vec3) -> bool:
-    """Whether the surface is there, or cut away."""
+def is_present(m: Surface, region: int, uv: wp.vec2, at: wp.vec3) -> bool:
+    """Whether the surface exists at a point, rather than being cut away."""
     if m.pattern == Pattern.FOLIAGE:
         return noise(uv[0] / m.period, uv[1] / m.period, m.seed) > m.duty - 0.6
     if m.pattern == Pattern.STRAP:
@@ -115,7 +115,7 @@ def kept(m: Surface, region: int, uv: wp.vec2, at: wp.vec3) -> bool:
     if region == Region.HEAD:
         if at[2] < m.hem + m.dip * at[1]:
             return False
-        # the face is open: an ellipse in front
+        # an ellipse in front leaves the face open
         if at[1] < -0.05:
             x = at[0] / 0.072
             z = (at[2] - m.top) / 0.105
@@ -126,7 +126,7 @@ def kept(m: Surface, region: int, uv: wp.vec2, at: wp.vec3) -> bool:
 
 @wp.func
 def tint(m: Surface, region: int, uv: wp.vec2, at: wp.vec3, logos: wp.array3d(dtype=float)) -> wp.vec3:
-    """Reflectance before light."""
+    """Reflectance of a surface at a point."""
     u = uv[0]
     v = uv[1]
     c = m.colour
@@ -190,7 +190,7 @@ def tint(m: Surface, region: int, uv: wp.vec2, at: wp.vec3, logos: wp.array3d(dt
             c = m.second
     elif k == Pattern.SKIN:
         if region == Region.HEAD:
-            # lips, brows and what grows on the chin: places on the standard head
+            # lips, brows and beard, by coordinates of the standard head
             x = wp.abs(at[0])
             if at[1] < -0.11:
                 if x < 0.024 and wp.abs(at[2] - 0.664) < 0.009:

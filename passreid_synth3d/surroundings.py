@@ -1,4 +1,4 @@
-"""Surroundings of a camera: streets, squares, parks, halls and garages, with the paths on which people walk."""
+"""Surroundings of a camera: streets, squares, parks, halls, garages and studios, with the paths that people walk on."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from passreid_synth3d.walls import BARE, INDOORS, INSIDE, OUTSIDE, PAINT, SHOPS,
 
 __all__ = ["KINDS", "surroundings"]
 
-KINDS: dict[str, float] = {"street": 33, "square": 25, "park": 12, "hall": 22, "garage": 8}  # and how common they are
+KINDS: dict[str, float] = {"street": 33, "square": 25, "park": 12, "hall": 22, "garage": 8}  # and their frequency
 FLOORS = np.array([(0.25, 0.25, 0.25), (0.32, 0.3, 0.28), (0.19, 0.19, 0.2), (0.33, 0.28, 0.23), (0.4, 0.39, 0.37)])
 ASPHALTS = np.array([(0.12, 0.12, 0.125), (0.17, 0.165, 0.16), (0.22, 0.215, 0.21)])
 
@@ -27,7 +27,7 @@ def paving(rng: np.random.Generator) -> Material:
 
 
 def litter(rng: np.random.Generator) -> Material:
-    """Leaves, papers or stains that lie here and there: the cut-outs of foliage."""
+    """Leaves, papers or stains on the ground, made by the cut-outs of foliage."""
     small = rng.random() < 0.5
     colours = [(0.26, 0.18, 0.08), (0.12, 0.1, 0.07), (0.15, 0.15, 0.15), (0.4, 0.39, 0.37)]
     colour = shade(rng, np.array(colours if small else colours[1:3]))
@@ -36,7 +36,7 @@ def litter(rng: np.random.Generator) -> Material:
 
 
 def patches(scene: Scene, rng: np.random.Generator, count: int) -> None:
-    """Repairs, manholes, leaves and other paving on the ground of the area."""
+    """Add repairs, manholes, litter and patches of other paving to the ground of the area."""
     x0, y0, x1, y1 = scene.area
     for _ in range(count):
         x, y = rng.uniform((x0, y0), (x1, y1))
@@ -175,11 +175,11 @@ def _room(scene: Scene, rng: np.random.Generator, height: float, floor: Material
     for _ in range(int(rng.integers(3, 7))):
         at = rng.uniform((-x + 2, -y + 2), (x - 2, y - 2))
         if min(distance_to(path, at) for path in scene.paths) > 1:
-            pillar(scene, rng, float(at[0]), float(at[1]), 0, height)
+            pillar(scene, rng, float(at[0]), float(at[1]), height)
 
 
 def _hall(scene: Scene, rng: np.random.Generator) -> None:
-    colour = darker(shade(rng, INDOORS), 0.75)  # light floors would be white
+    colour = darker(shade(rng, INDOORS), 0.75)  # light floors would be overexposed
     kind, joint = pick(rng, tiles=4, slabs=1, plaster=2), darker(colour, float(rng.choice((0.6, 0.85))))
     period = float(rng.choice((0.3, 0.6, 1.2)))
     floor = Material(kind, colour, joint, period=period, duty=0.03, shine=0.25, seed=seed_of(rng))
@@ -216,11 +216,11 @@ def _garage(scene: Scene, rng: np.random.Generator) -> None:
 
 
 def _studio(scene: Scene, rng: np.random.Generator) -> None:
-    """Gray ground, and nothing to see."""
+    """Gray ground and nothing else."""
     scene.area = scene.bounds = (-8, -8, 8, 8)
     scene.paths = _cross(rng, 5)
     scene.floor(60, 60, Material(colour=(0.3, 0.3, 0.3)))
-    scene.takes(0, 99, 1, 1, 0, 0, 1)  # far away
+    scene.occupy(0, 99, 1, 1, 0, 0, 1)  # one solid, far away: the list must not be empty
 
 
 LAYOUTS: dict[str, Callable[[Scene, np.random.Generator], None]] = {
@@ -229,7 +229,7 @@ LAYOUTS: dict[str, Callable[[Scene, np.random.Generator], None]] = {
 
 
 def surroundings(rng: np.random.Generator, kind: str) -> Scene:
-    """A scene of a kind in `KINDS`, or a studio, in metres, its ground at z = 0."""
+    """Build a random scene of a kind in `KINDS`, or a `studio`, in metres, with the ground at z = 0."""
     scene = Scene()
     LAYOUTS[kind](scene, rng)
     return scene

@@ -1,4 +1,4 @@
-"""Things that stand about: cars, trees, benches; each adds its mesh and what it takes up to a `Scene`."""
+"""Street furniture, cars and plants; each function adds a mesh and the space that it occupies to a `Scene`."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ PAINTS = np.array([
 
 
 def _prism(outline: list[tuple[float, float]], width: float, material: Material) -> Mesh:
-    """The solid under a line of (x, z) with growing x, `width` thick in y."""
+    """Solid below a line of points (x, z) with increasing x, `width` thick in y."""
     n = len(outline)
     x, z = np.array(outline).T
     low = np.full(n, z.min())
@@ -72,16 +72,17 @@ def car(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) 
             hub = (at, side * (wide / 2 + 0.02), 0.31)
             parts.append(cylinder(inner, hub, (0.17, 0.17), Material("plain", (0.3, 0.3, 0.31)), 6))
     scene.add(merge(parts).placed(x, y, yaw))
-    scene.takes(x, y, long, wide, yaw, 0, belt)
+    scene.occupy(x, y, long, wide, yaw, 0, belt)
     c, s = math.cos(yaw), math.sin(yaw)
-    scene.takes(x + (rear + front) / 2 * c, y + (rear + front) / 2 * s, front - rear - 0.4, wide - 0.2, yaw, belt, roof)
+    middle = (rear + front) / 2
+    scene.occupy(x + middle * c, y + middle * s, front - rear - 0.4, wide - 0.2, yaw, belt, roof)
 
 
 def tree(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float = 0.0) -> None:
     bark = Material("planks", shade(rng, WOODS), (0.08, 0.06, 0.05), period=0.07, seed=seed_of(rng))
     stem, crown, r = rng.uniform(2.3, 3.2), rng.uniform(1.1, 1.9), float(rng.uniform(0.09, 0.17))
     scene.add(cylinder((x, y, 0), (x, y, stem + crown), (r, 0.6 * r), bark, 7))
-    scene.takes(x, y, 2 * r, 2 * r, 0, 0, stem)
+    scene.occupy(x, y, 2 * r, 2 * r, 0, 0, stem)
     duty, colour = float(rng.uniform(0.5, 0.62)), shade(rng, LEAVES)
     blobs = []
     for k in range(4):
@@ -92,7 +93,7 @@ def tree(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float 
     scene.add(*blobs)
     points = np.concatenate([blob.points for blob in blobs])
     (x0, y0, z0), (x1, y1, z1) = points.min(0), points.max(0)
-    scene.takes((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, 0, z0, z1)
+    scene.occupy((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0, 0, z0, z1)
 
 
 def bush(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float = 0.0, bottom: float = 0.0,
@@ -102,7 +103,7 @@ def bush(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float 
         "foliage", shade(rng, LEAVES), period=0.16, duty=float(rng.uniform(0.15, 0.45)), seed=seed_of(rng)
     )
     scene.add(ellipsoid((x, y, bottom + 0.6 * r), (r, r, r), leaves, 5, 8))
-    scene.takes(x, y, 1.8 * r, 1.8 * r, 0, bottom, bottom + 1.4 * r)
+    scene.occupy(x, y, 1.8 * r, 1.8 * r, 0, bottom, bottom + 1.4 * r)
 
 
 def hedge(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float, length: float = 2.4,
@@ -123,7 +124,7 @@ def bench(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float
     parts = [box((0, 0, 0.44), (1.7, 0.45, 0.06), wood), box((0, 0.25, 0.7), (1.7, 0.05, 0.36), wood)]
     parts += [box((end, 0.03, 0.22), (0.07, 0.42, 0.44), metal) for end in (-0.7, 0.7)]
     scene.add(merge(parts).placed(x, y, yaw))
-    scene.takes(x, y, 1.7, 0.55, yaw, 0, 0.8)
+    scene.occupy(x, y, 1.7, 0.55, yaw, 0, 0.8)
 
 
 def bin_(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) -> None:
@@ -150,7 +151,7 @@ def sign(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float)
     scene.post(x, y, 2.9, 0.035, Material("plain", shade(rng, METALS)), 6)
     face = Material("poster", shade(rng, ACCENTS), shade(rng, ACCENTS), (0.6, 0.6, 0.6), period=0.3, seed=seed_of(rng))
     scene.add(box((x, y, 2.45), (0.55, 0.05, 0.7), face, yaw))
-    scene.takes(x, y, 0.55, 0.05, yaw, 2.1, 2.8)
+    scene.occupy(x, y, 0.55, 0.05, yaw, 2.1, 2.8)
 
 
 def railing(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) -> None:
@@ -160,7 +161,7 @@ def railing(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: flo
         scene.add(box((x + t * c, y + t * s, 0.5), (0.05, 0.05, 1.0), metal, yaw))
     for z, high in ((1.0, 0.06), (0.55, 0.04), (0.15, 0.04)):
         scene.add(box((x, y, z), (long, 0.05, high), metal, yaw))
-        scene.takes(x, y, long, 0.05, yaw, z - high, z)
+        scene.occupy(x, y, long, 0.05, yaw, z - high, z)
 
 
 def board(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float) -> None:
@@ -189,22 +190,22 @@ def crates(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: floa
         z += size[2]
 
 
-def pillar(scene: Scene, rng: np.random.Generator, x: float, y: float, yaw: float, height: float = 4.0) -> None:
+def pillar(scene: Scene, rng: np.random.Generator, x: float, y: float, height: float) -> None:
     colour, width = shade(rng, STONES), float(rng.uniform(0.35, 0.6))
-    scene.block(x, y, (width, width, height), Material("plaster", colour, seed=seed_of(rng)), yaw)
+    scene.block(x, y, (width, width, height), Material("plaster", colour, seed=seed_of(rng)))
     foot = Material("stripes", shade(rng, ACCENTS), darker(colour), period=0.6, duty=float(rng.choice((0, 0.5))))
-    scene.add(box((x, y, 0.6), (width + 0.02, width + 0.02, float(rng.uniform(0.4, 1.2))), foot, yaw))
+    scene.add(box((x, y, 0.6), (width + 0.02, width + 0.02, float(rng.uniform(0.4, 1.2))), foot))
 
 
 THINGS: dict[str, Callable[[Scene, np.random.Generator, float, float, float], None]] = {
     "car": car, "tree": tree, "bush": bush, "hedge": hedge, "planter": planter, "bench": bench, "bin": bin_,
     "sign": sign, "bollard": bollard, "lamp": lamp, "railing": railing, "board": board, "machine": machine,
-    "crates": crates, "pillar": pillar,
+    "crates": crates,
 }  # fmt: skip
 
 
-def scatter(scene: Scene, rng: np.random.Generator, count: int, clear: float = 0.75, **weights: float) -> None:
-    """Put up to `count` things about the area, off the paths' middles and off each other."""
+def scatter(scene: Scene, rng: np.random.Generator, count: int, clear: float, **weights: float) -> None:
+    """Add up to `count` random things in the area, apart from each other and `clear` metres from the paths' middles."""
     x0, y0, x1, y1 = scene.area
     for _ in range(count):
         name, turn = pick(rng, **weights), float(rng.choice((0, 0.5 * math.pi)) + rng.normal(0, 0.06))
@@ -219,7 +220,7 @@ def scatter(scene: Scene, rng: np.random.Generator, count: int, clear: float = 0
 
 
 def distance_to(path: Array, at: Array) -> float:
-    """From a point to a path's line segment."""
+    """Distance of a point to the line segment of a path, metres."""
     along = path[1] - path[0]
     t = np.clip((at - path[0]) @ along / (along @ along), 0, 1)
     return float(np.linalg.norm(at - path[0] - t * along))

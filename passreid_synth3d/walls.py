@@ -1,4 +1,4 @@
-"""Walls of unlike stretches, with doors, windows, shops and posters at the height of persons."""
+"""Walls of varied stretches, with doors, windows, shops and posters at the height of persons."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ BARE = dict(pipe=2, vent=1.5, door=1.5, poster=1, graffiti=1, shutter=1, none=3)
 
 
 def facing(rng: np.random.Generator, indoor: bool) -> Material:
-    """What a stretch of wall is made of."""
+    """Random material of a stretch of wall."""
     kind = pick(rng, plaster=4, bricks=0.7 if indoor else 3, tiles=2, planks=1, bars=1)
     colour, seed = shade(rng, BRICKS if kind == "bricks" else INDOORS if indoor else WALLS), seed_of(rng)
     if kind == "planks":
@@ -39,7 +39,7 @@ def facing(rng: np.random.Generator, indoor: bool) -> Material:
 
 
 def _detail(rng: np.random.Generator, name: str) -> tuple[Material, float, float, float, Material | None]:
-    """Something on a wall: what it is made of, its width, height and place above the ground, and its frame."""
+    """Random detail on a wall: its material, width, height, height above the ground, and the frame's material."""
     colour, other, seed = shade(rng, ACCENTS), shade(rng, ACCENTS), seed_of(rng)
     frame = Material("plain", shade(rng, METALS if rng.random() < 0.7 else ACCENTS))
     u = float(rng.uniform())
@@ -67,13 +67,13 @@ def _detail(rng: np.random.Generator, name: str) -> tuple[Material, float, float
 
 def wall(scene: Scene, rng: np.random.Generator, start: tuple[float, float], end: tuple[float, float], height: float,
          details: Mapping[str, float], indoor: bool = False) -> None:  # fmt: skip
-    """A wall of unlike stretches with doors, windows and posters on its left-hand side (seen from start to end)."""
+    """Add a wall of varied stretches, with details on its left-hand side (looking from start to end)."""
     a, b = np.array(start), np.array(end)
     length = float(np.linalg.norm(b - a))
     along = (b - a) / length
     normal = np.array((-along[1], along[0]))
     middle = (a + b) / 2 - 0.1 * normal
-    scene.takes(float(middle[0]), float(middle[1]), length, 0.3, math.atan2(along[1], along[0]), 0, height)
+    scene.occupy(float(middle[0]), float(middle[1]), length, 0.3, math.atan2(along[1], along[0]), 0, height)
 
     def panel(at: float, wide: float, low: float, high: float, material: Material, off: float) -> None:
         corner = (*(a + at * along + off * normal), low)
@@ -101,13 +101,13 @@ def wall(scene: Scene, rng: np.random.Generator, start: tuple[float, float], end
             if name == "none":
                 t += 1.0
                 continue
-            what, w, h, low, frame = _detail(rng, name)
+            surface, w, h, low, frame = _detail(rng, name)
             w = min(w, at + wide - t - 0.1)
             if frame is not None:
                 panel(t - 0.07, w + 0.14, max(low - 0.07, 0), h + (0.14 if low else 0.07), frame, 0.02)
-            panel(t, w, low, min(h, height - low - 0.1), what, 0.03)
+            panel(t, w, low, min(h, height - low - 0.1), surface, 0.03)
             if name == "shop":
-                above = Material("poster", what.second, PAINT, what.third, 0.3, seed=what.seed)
+                above = Material("poster", surface.second, PAINT, surface.third, 0.3, seed=surface.seed)
                 panel(t - 0.1, w + 0.2, 2.5, 0.5, above, 0.05)
             t += w + float(rng.uniform(0.25, 1.2))
         at += wide

@@ -1,4 +1,4 @@
-"""Who someone is: phenotype, clothes, hair and bags, as a function of (seed, pid)."""
+"""Identities: phenotype, clothes, hair and bags, as functions of (seed, pid)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ WHITE, BLACK = (0.72, 0.72, 0.7), (0.02, 0.02, 0.02)
 
 @dataclass(frozen=True)
 class Garment:
-    """Cloth of a cut, `kind`, that hangs `loose` metres from the body where it is widest; of bags, that is the size."""
+    """A garment of a `kind`, `loose` metres from the body where it is widest; for bags, `loose` is the size, 0 to 1."""
 
     kind: str
     material: Material
@@ -27,7 +27,7 @@ class Garment:
 
 @dataclass(frozen=True)
 class Person:
-    """What all images of a person share."""
+    """Attributes that all images of a person share."""
 
     phenotype: dict[str, float]
     skin: Material
@@ -39,21 +39,21 @@ class Person:
     hair: Garment | None
     hat: Garment | None
     bag: Garment | None
-    side: int  # of what one hand holds: 1 left, -1 right
+    side: int  # the hand that carries a bag: 1 left, -1 right
     gait: Gait
-    logo: int  # the seed of what is printed on chest or back
+    logo: int  # seed of the print on chest or back
 
 
 def person(seed: int, pid: int, patterns: str = "train") -> Person:
-    """The looks of an identity, from the arguments alone.
+    """Draw the appearance of an identity, from the arguments alone.
 
     Args:
-        seed: Of the world.
+        seed: Seed of the world.
         pid: The identity.
-        patterns: The families of garment textures, a key of `PATTERN_FAMILIES`.
+        patterns: The family of garment patterns, a key of `PATTERN_FAMILIES`.
     """
     dice = Dice(seed, PERSON, pid, list(PATTERN_FAMILIES).index(patterns))
-    woman, child, warm = dice.chance(0.5), dice.chance(0.05), dice.chance(0.42)  # warm: dressed for such weather
+    woman, child, warm = dice.chance(0.5), dice.chance(0.05), dice.chance(0.42)  # warm: dressed for warm weather
     phenotype = dict(
         gender=dice.around(0.9 if woman else 0.1, 0.1, 0, 1),
         age=dice.between(0.36, 0.5) if child else dice.between(0.6, 1.0),
@@ -96,21 +96,21 @@ def _upper(dice: Dice, warm: bool, patterns: str) -> Garment:
     cut |= dict(top=dice.between(0.56, 0.6), dip=dice.between(0.02, 0.09) if dice.chance(0.5) else 0.0)
     if kind == "tank":
         cut |= dict(sleeve=0.015, top=0.565, dip=dice.between(0.06, 0.1))
-    cloth = _printed(dice, fabric(dice, patterns, plain=0.52, **cut), 0.05 if kind == "shirt" else 0.35)
+    cloth = _with_print(dice, fabric(dice, patterns, plain=0.52, **cut), 0.05 if kind == "shirt" else 0.35)
     return Garment(kind, cloth, dice.between(0.008, 0.045 if kind == "hoodie" else 0.035))
 
 
-def _printed(dice: Dice, cloth: Material, likely: float) -> Material:
-    """Perhaps with a print on the chest, small on one side or large, or on the back."""
-    if not dice.chance(likely):
+def _with_print(dice: Dice, cloth: Material, probability: float) -> Material:
+    """Add, with the given probability, a small or large print to the chest or the back."""
+    if not dice.chance(probability):
         return cloth
-    where: dict[str, Any]
+    position: dict[str, Any]
     if dice.chance(0.5):
-        where = dict(logo_size=dice.between(0.05, 0.09), logo_x=0.07, logo_z=dice.between(0.36, 0.42))
+        position = dict(logo_size=dice.between(0.05, 0.09), logo_x=0.07, logo_z=dice.between(0.36, 0.42))
     else:
-        where = dict(logo_size=dice.between(0.16, 0.27), logo_x=0.0, logo_z=dice.between(0.28, 0.37))
+        position = dict(logo_size=dice.between(0.16, 0.27), logo_x=0.0, logo_z=dice.between(0.28, 0.37))
     side = 1.0 if dice.chance(0.25) else -1.0
-    return replace(cloth, logo=0, logo_side=side, logo_colour=dye(dice, unlike=cloth.colour), **where)
+    return replace(cloth, logo=0, logo_side=side, logo_colour=dye(dice, unlike=cloth.colour), **position)
 
 
 def _outer(dice: Dice, patterns: str) -> Garment:
@@ -119,7 +119,7 @@ def _outer(dice: Dice, patterns: str) -> Garment:
     opening = dice.between(0.03, 0.085) if dice.chance(0.55) else -1.0
     cut = dict(sleeve=0.0 if kind == "vest" else 0.465, hem=hem, top=dice.between(0.58, 0.62), opening=opening)
     cloth = fabric(dice, patterns, plain=0.75, dark=1.8, shine=0.12 if dice.chance(0.3) else 0.0, **cut)
-    return Garment(kind, _printed(dice, cloth, 0.15), dice.between(0.012, 0.05))
+    return Garment(kind, _with_print(dice, cloth, 0.15), dice.between(0.012, 0.05))
 
 
 def _lower(dice: Dice, woman: bool, warm: bool, patterns: str, upper: Garment) -> Garment:
@@ -152,10 +152,10 @@ def _lower(dice: Dice, woman: bool, warm: bool, patterns: str, upper: Garment) -
 
 def _shoes(dice: Dice, lower: str) -> Garment:
     kind = dice.kind(trainers=5, shoes=3, boots=0.3 if lower == "shorts" else 2)
-    tall = kind == "boots" and lower in ("leggings", "skirt", "dress")  # else they would be under the trousers
+    tall = kind == "boots" and lower in ("leggings", "skirt", "dress")  # under trousers a high shaft is not visible
     sole = WHITE if kind == "trainers" and dice.chance(0.7) else BLACK
     top = dice.between(-0.62, -0.45) if tall else (-0.62 if kind == "boots" else -0.66)
-    cap = -0.76 if dice.chance(0.4) else -9.0  # below which the toes have a third colour
+    cap = -0.76 if dice.chance(0.4) else -9.0  # height of the toe cap, which has the third colour
     height = dice.between(-0.812, -0.795)
     material = Material("sole", dye(dice, dark=1.5), sole, dye(dice), height, cap, shine=0.08, top=top)
     return Garment(kind, material, dice.between(0.006, 0.014))

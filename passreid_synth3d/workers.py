@@ -1,6 +1,7 @@
-"""Jobs in processes that end with the one that started them, at once: at Ctrl-C, after an error, and when it is killed.
+"""Jobs in worker processes that exit at once with their parent: at Ctrl-C, after an error, and when it is killed.
 
-Each process has one end of a pipe and nothing comes through it: when the other end closes, whatever closed it, it ends.
+Each worker holds one end of a pipe through which nothing is sent; it exits when the parent's end is closed, however the
+parent ended.
 """
 
 import multiprocessing
@@ -21,12 +22,12 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def run_here(work: Callable[[int], int], jobs: Sequence[int], done: Callable[[int], object]) -> None:
-    """Do jobs one by one in this process.
+    """Run jobs one after another in this process.
 
     Args:
-        work: Does one.
-        jobs: What it is given.
-        done: Told what it returns.
+        work: Runs one job.
+        jobs: Arguments of `work`, one per job.
+        done: Called with each result.
     """
     with one_thread():
         for job in jobs:
@@ -35,7 +36,7 @@ def run_here(work: Callable[[int], int], jobs: Sequence[int], done: Callable[[in
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """In here torch computes as in the processes: sums in another order could be other images."""
+    """Limit torch to one thread, as in the workers: another order of summation could change the images."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -47,57 +48,57 @@ def one_thread() -> Iterator[None]:
 def run_in_processes(
     work: Callable[[int], int], jobs: Sequence[int], workers: int, done: Callable[[int], object]
 ) -> None:
-    """Do jobs in processes of one thread each, in any order.
+    """Run jobs in processes of one thread each, in any order.
 
     Args:
-        work: Does one; it can be pickled.
-        jobs: What it is given; small, since a pool whose process dies can hang where its queue is full.
+        work: Runs one job; must be picklable.
+        jobs: Arguments of `work`, one per job; small, since a pool with a full queue can hang when a process dies.
         workers: Number of processes.
-        done: Told what it returns.
+        done: Called with each result.
 
     Raises:
         ChildProcessError: If a process dies.
     """
     context = multiprocessing.get_context("spawn")  # torch and warp do not survive a fork
-    end, other_end = context.Pipe(duplex=False)
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _begin, (end,))
+    worker_end, parent_end = context.Pipe(duplex=False)
+    unrelated = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, _initialise, (worker_end,))
     try:
-        with _inherited():
+        with _worker_environment():
             futures = [pool.submit(work, job) for job in jobs]
         for future in as_completed(futures):
             done(future.result())
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a process that draws died; what it wrote stays, and the same command goes on. If memory is short, use "
-            'fewer workers; a script has to call from under `if __name__ == "__main__":`'
+            "a process that draws died; its images stay, and the same command goes on. If memory is short, use fewer "
+            'workers; a script must make the call under `if __name__ == "__main__":`'
         ) from None
     except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # quicker than the pipe, which is not listened to while they import
+        for process in set(multiprocessing.active_children()) - unrelated:
+            process.terminate()  # faster than the pipe, which workers do not watch during their imports
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        other_end.close()
-        end.close()
+        parent_end.close()
+        worker_end.close()
 
 
-def _begin(end: Connection) -> None:
-    """What a new process does first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pipe tells
+def _initialise(end: Connection) -> None:
+    """Prepare a new worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pipe ends the worker instead
     torch.set_num_threads(1)
-    Thread(target=_end_with, args=(end,), daemon=True).start()
+    Thread(target=_exit_with_parent, args=(end,), daemon=True).start()
 
 
-def _end_with(end: Connection) -> None:
-    end.poll(None)
+def _exit_with_parent(end: Connection) -> None:
+    end.poll(None)  # returns when the parent's end is closed
     os._exit(1)
 
 
 @contextmanager
-def _inherited() -> Iterator[None]:
-    """Processes that start in here have one thread for each library, and do not hear Ctrl-C while they import."""
-    before = {name: os.environ.get(name) for name in THREADS}
+def _worker_environment() -> Iterator[None]:
+    """Environment for starting workers: one thread for each library, and SIGINT blocked during their imports."""
+    previous = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
@@ -105,7 +106,7 @@ def _inherited() -> Iterator[None]:
     finally:
         if mask is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:

@@ -1,4 +1,4 @@
-"""The examples do what they say: pre-training in about 100 lines makes weights that load."""
+"""The example scripts and two benchmarks, run end to end, and the settings of the bundled weights."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def test_the_minimal_example_trains_from_images_to_weights_that_load(tmp_path):
+def test_the_minimal_example_trains_weights_that_load(tmp_path):
     data = "synthetic:ids=4,images=4,cameras=2,size=128x64"
     options = "--model test_pass_vit --size 64 32 --epochs 3 --batch 4 --prototypes 32 --workers 0"
     command = [sys.executable, EXAMPLES / "pretrain_minimal.py", data, "--out", tmp_path / "out", *options.split()]
@@ -36,19 +36,21 @@ def test_the_minimal_example_trains_from_images_to_weights_that_load(tmp_path):
     start = timm.create_model("test_pass_vit").state_dict()  # the student's first backbone
     trained = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert len(passreid_models.load_report(trained).loaded) == len(start)
-    moved = [k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])]
-    assert len(moved) == len(start)
+    changed = [k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])]
+    assert len(changed) == len(start)
 
 
 def network(state, **dimensions):
     backbone = timm.create_model("test_pass_vit", **dimensions)
     heads = (TINY["num_prototypes"], TINY["hidden_dim"], TINY["bottleneck_dim"])
-    made = PASSNetwork(backbone, *heads)
-    made.load_state_dict(state)
-    return made.train()
+    model = PASSNetwork(backbone, *heads)
+    model.load_state_dict(state)
+    return model.train()
 
 
-def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_training(tmp_path, one_thread):
+def test_a_widened_network_computes_the_same_outputs_and_its_copied_channels_get_different_gradients(
+    tmp_path, one_thread
+):
     train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
     with pytest.raises(ValueError, match="holds no run"):
         train_bundled.widen(tmp_path / "none", tmp_path / "start.pt")
@@ -71,20 +73,20 @@ def test_a_widened_start_computes_what_the_run_did_and_its_copies_part_in_traini
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "settings", "changed"),
+    ("name", "config", "settings", "overrides"),
     [
         ("pass_vit_tiny_patch16.synth", PretrainConfig, "bundled.yaml", {}),
         ("pass_vit_small_patch16.synth", PretrainConfig, "bundled.yaml", "WIDENED"),
         ("pass_vit_tiny_patch16.synth_reid", FinetuneConfig, "bundled_reid.yaml", {}),
     ],
 )
-def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, settings, changed):
-    changed = changed and getattr(train_bundled, changed)
-    asked = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | changed).to_dict()
+def test_the_settings_are_those_of_the_bundled_weights(name, config, settings, overrides):
+    overrides = overrides and getattr(train_bundled, overrides)
+    expected = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | overrides).to_dict()
     folder = ROOT / "weights" / name
     trained = json.loads((folder / "config.json").read_text())["provenance"]["config"]
-    left_to_the_run = {"model", "fusion"}
-    differing = {k: (asked[k], v) for k, v in trained.items() if asked[k] != v and k not in left_to_the_run}
+    free = {"model", "fusion"}  # set by the run
+    differing = {k: (expected[k], v) for k, v in trained.items() if expected[k] != v and k not in free}
     assert not differing
 
 
@@ -101,14 +103,14 @@ def test_the_settings_are_those_of_the_weights_that_are_shipped(name, config, se
         (["tiny", "--reid-settings", "{yaml}"], "erasing: 0", "erasing"),
     ],
 )
-def test_bundling_says_what_is_wrong_before_it_draws(words, settings, message, tmp_path, capsys, monkeypatch):
+def test_bundling_reports_mistakes_before_it_draws(words, settings, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("passreid_synth3d.dataset.write_market1501", lambda *args, **more: pytest.fail("it draws"))
     work = tmp_path / "work"
     (tmp_path / "some.yaml").write_text(settings)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as error:
         train_bundled.main([*(word.format(yaml=tmp_path / "some.yaml") for word in words), "--work", str(work)])
-    assert stopped.value.code not in (None, 0)
-    assert message.format(work=work) in f"{stopped.value.code} {capsys.readouterr().err}"
+    assert error.value.code not in (None, 0)
+    assert message.format(work=work) in f"{error.value.code} {capsys.readouterr().err}"
 
 
 def bundle(work, *words):
@@ -117,7 +119,7 @@ def bundle(work, *words):
 
 
 @pytest.mark.slow
-def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path):
+def test_bundling_runs_from_drawing_to_packed_weights_that_load(tmp_path):
     heads = "num_prototypes: 64\nhidden_dim: 64\nbottleneck_dim: 16\n"
     (tmp_path / "pass.yaml").write_text(f"size: [128, 64]\nepochs: 1\nlocal_views: 3\nbatch_size: 16\n{heads}")
     (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\ntriplet_weight: 0\n")
@@ -141,7 +143,7 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
         (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert model.patch_embed.img_size == (256, 128)
-    assert config["provenance"]["init_provenance"]["images_seen"] == 32  # the chain goes back to the beginning
+    assert config["provenance"]["init_provenance"]["images_seen"] == 32  # the provenance goes back to the first run
 
     again = bundle(tmp_path / "work", "tiny", *words)
     assert again.returncode == 0, again.stderr
@@ -149,11 +151,11 @@ def test_the_bundled_weights_are_made_from_nothing_to_folders_that_load(tmp_path
     wide = bundle(tmp_path / "work", "small", "--widen", *words)
     assert wide.returncode == 0, wide.stderr
     config = json.loads((tmp_path / "work/pass_vit_small_patch16.synth_reid/config.json").read_text())
-    of_small = config["provenance"]["init_provenance"]
-    assert (of_small["init"], of_small["init_provenance"]["images_seen"]) == ("small-start.pt", 32)
+    pretraining = config["provenance"]["init_provenance"]
+    assert (pretraining["init"], pretraining["init_provenance"]["images_seen"]) == ("small-start.pt", 32)
 
 
-def test_what_has_learnt_nothing_is_measured_on_any_dataset(tmp_path):
+def test_the_baselines_are_measured_on_any_labelled_dataset(tmp_path):
     dark_red, black = Image.new("RGB", (64, 128), (128, 0, 0)), Image.new("RGB", (64, 128))
     x = colours([dark_red, black, black])
     torch.testing.assert_close(x @ x.T, torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
@@ -169,7 +171,7 @@ def test_what_has_learnt_nothing_is_measured_on_any_dataset(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_comparison_of_methods_runs_and_gives_the_figures_of_each(tmp_path):
+def test_the_comparison_of_methods_reports_figures_of_each_method(tmp_path):
     command = [sys.executable, BENCHMARKS / "learning.py", "--quick", "--jobs", "2", "--out", tmp_path / "a folder"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -177,6 +179,6 @@ def test_the_comparison_of_methods_runs_and_gives_the_figures_of_each(tmp_path):
     methods = ["random", "dino", "dino_small", "pass", "pass_1", "pass_5", "random_reid", "dino_reid", "pass_reid"]
     methods += ["dino_parts_reid", "pixels", "colours", "chance"]
     assert figures.keys() == {
-        f"{place}{method}_{what}" for place in ("", "studio_") for method in methods for what in ("mAP", "rank1")
+        f"{place}{method}_{metric}" for place in ("", "studio_") for method in methods for metric in ("mAP", "rank1")
     }
     assert figures["studio_colours_mAP"] > 2 * figures["studio_chance_mAP"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from passreid_models import cli
+from tests import ROOT
 from tests.tiny_reid import COMMON, FINETUNE
 from tests.tiny_runs import files
 
@@ -68,7 +69,7 @@ def test_eval_names_unreadable_images_and_ends_with_1(model, broken, capsys):
         ("nowhere", [], "nowhere: no such file or folder"),
         ("{data}", ["--model=resnet50"], "unknown model 'resnet50'"),
         ("{data}", ["--device=abacus"], "abacus"),
-        ("{data}/query", [], "no known layout"),
+        (str(ROOT / "examples"), [], "no known layout"),
     ],
 )
 def test_a_mistake_is_reported_in_one_line(data, model, capsys, folder, options, message):

@@ -1,4 +1,4 @@
-"""3-D persons on disk: their layout, going on after a stop, whose folder it is; drawn here by something cheap."""
+"""3-D persons on disk: the layout, resuming, refused folders and `passreid synth`; images are drawn by a cheap stub."""
 
 import json
 import os
@@ -32,40 +32,40 @@ SMALL = (32, 16)
 def cheap(
     seed: int, pid: int, camid: int, k: int, size: tuple[int, int], patterns: str, where: str = "street"
 ) -> Image.Image:
-    """Noise of its own for each image."""
+    """Noise, different for each image."""
     rng = np.random.default_rng([seed, pid, camid, k, patterns == "train", where == "street"])
     return Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def slow(*what: Any) -> Image.Image:
+def slow(*key: Any) -> Image.Image:
     time.sleep(0.02)
-    return cheap(*what)
+    return cheap(*key)
 
 
-def deadly(seed: int, pid: int, *what: Any) -> Image.Image:
+def deadly(seed: int, pid: int, *key: Any) -> Image.Image:
     if pid == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return cheap(seed, pid, *what)
+    return cheap(seed, pid, *key)
 
 
-def full_disk(seed: int, pid: int, *what: Any) -> Image.Image:
+def full_disk(seed: int, pid: int, *key: Any) -> Image.Image:
     if pid == 3:
         raise OSError("no space left")
-    return slow(seed, pid, *what)
+    return slow(seed, pid, *key)
 
 
-def threads(*what: Any) -> Image.Image:
-    """Another image when there are more threads, as sums in another order would give."""
-    return cheap(torch.get_num_threads(), *what[1:])
+def thread_dependent(*key: Any) -> Image.Image:
+    """An image that depends on the number of threads, as the order of a sum does."""
+    return cheap(torch.get_num_threads(), *key[1:])
 
 
 def write(root: Path, num_ids: int = 5, images_per_id: int = 6, **options: Any) -> Path:
-    small: dict[str, Any] = dict(cameras=3, size=SMALL, workers=0, progress=False, draw=cheap)
-    return write_market1501(root, num_ids, images_per_id, **{**small, **options})
+    defaults: dict[str, Any] = dict(cameras=3, size=SMALL, workers=0, progress=False, draw=cheap)
+    return write_market1501(root, num_ids, images_per_id, **{**defaults, **options})
 
 
 def content(root: Path) -> dict[str, bytes]:
-    """All files, and the folders with nothing; hidden ones too, but the lock."""
+    """Bytes of all files, hidden ones too, except the lock; folders as empty bytes."""
     paths = [p for p in root.rglob("*") if p.name != ".synth.lock"]
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
@@ -81,7 +81,7 @@ def marker(root: Path) -> dict[str, Any]:
 # ---- Layout
 
 
-def test_the_folder_reads_as_market1501_with_the_persons_cameras_and_splits_that_were_asked_for(tmp_path):
+def test_the_folder_reads_as_market1501_with_the_requested_persons_cameras_and_splits(tmp_path):
     data = open_dataset(write(tmp_path / "deep" / "market", train_ids=2, first_id=10))
     assert {name: sorted(set(split.pids.tolist())) for name, split in data.splits.items()} == {
         "train": [11, 12], "query": [13, 14, 15], "gallery": [13, 14, 15],
@@ -93,21 +93,21 @@ def test_the_folder_reads_as_market1501_with_the_persons_cameras_and_splits_that
     assert data.has_cameras
 
 
-def test_each_camera_of_an_identity_is_of_a_site_by_chance(tmp_path):
+def test_each_camera_of_an_identity_is_of_a_random_site(tmp_path):
     root = write(tmp_path / "market", 30, sites=4, quality=100, train_ids=15)
     names = [p.name for p in pictures(root)]
     sites = {(name[:4], name[5:7]): name[7:9] for name in names}
-    assert len(sites) == 30 * 3  # both images of a person and camera are of one place
+    assert len(sites) == 30 * 3  # both images of a person in a camera are of one site
     assert all((name[:4], name[5:7]) in sites and sites[name[:4], name[5:7]] == name[7:9] for name in names)
     assert Counter(sites.values()).keys() == {"s1", "s2", "s3", "s4"}
     assert max(Counter(sites.values()).values()) < 40  # of 90
     assert len({tuple(sites[f"{pid:04d}", f"c{c}"] for c in (1, 2, 3)) for pid in range(1, 31)}) > 15
     path = next(p for p in pictures(root) if "c3s2" in p.name and "000000_01" in p.name)
     with Image.open(path) as image:
-        found = np.asarray(image.convert("L"), float)
+        pixels = np.asarray(image.convert("L"), float)
     pid = int(path.name[:4]) - 1
     right, wrong = (np.asarray(cheap(0, pid, c, 0, SMALL, "train").convert("L"), float) for c in (1 * 3 + 2, 2))
-    assert np.abs(found - right).mean() < 3 < 20 < np.abs(found - wrong).mean()
+    assert np.abs(pixels - right).mean() < 3 < 20 < np.abs(pixels - wrong).mean()
     assert open_dataset(root).query.num_ids == 15
 
 
@@ -117,17 +117,17 @@ def test_the_files_have_the_names_of_the_two_dimensional_generator(tmp_path):
     assert [p.relative_to(three) for p in pictures(three)] == [p.relative_to(two) for p in pictures(two)]
 
 
-def test_half_of_the_identities_train_by_default_and_each_file_holds_who_its_name_says(tmp_path):
+def test_half_of_the_identities_train_by_default_and_each_file_shows_the_identity_of_its_name(tmp_path):
     root = write(tmp_path / "market", seed=7, patterns="held-out", quality=100)
     assert len({p.name[:4] for p in (root / "bounding_box_train").iterdir()}) == 2
     with Image.open(root / "bounding_box_test" / "0004_c2s1_000001_01.jpg") as image:
         assert image.size == SMALL[::-1]
-        found = np.asarray(image.convert("L"), float)
+        pixels = np.asarray(image.convert("L"), float)
     expected, another = (np.asarray(cheap(7, pid, 1, 1, SMALL, "held-out").convert("L"), float) for pid in (3, 4))
-    assert np.abs(found - expected).mean() < 3 < 20 < np.abs(found - another).mean()
+    assert np.abs(pixels - expected).mean() < 3 < 20 < np.abs(pixels - another).mean()
 
 
-def test_where_all_identities_train_there_are_no_other_folders_and_the_readers_take_it(tmp_path):
+def test_if_all_identities_train_there_are_no_test_folders_and_readers_accept_it(tmp_path):
     root = write(tmp_path / "market", images_per_id=3, train_ids=5)
     assert {p.name for p in root.iterdir()} == {"bounding_box_train", "synthetic3d.json", ".synth.lock"}
     data = open_dataset(root).require("train")
@@ -135,7 +135,7 @@ def test_where_all_identities_train_there_are_no_other_folders_and_the_readers_t
     assert len(open_source(str(root))) == len(find_images(root)) == 15
 
 
-def test_the_marker_holds_the_whole_recipe_and_that_all_is_there(tmp_path):
+def test_the_marker_holds_the_whole_recipe_and_that_the_folder_is_complete(tmp_path):
     assert marker(write(tmp_path / "market", 4, 5, seed=3, quality=80)) == {
         "num_ids": 4, "images_per_id": 5, "cameras": 3, "sites": 1, "seed": 3, "size": [32, 16], "train_ids": 2,
         "patterns": "train", "place": "street", "first_id": 0, "quality": 80, "generator": 1, "complete": True,
@@ -143,11 +143,13 @@ def test_the_marker_holds_the_whole_recipe_and_that_all_is_there(tmp_path):
     }  # fmt: skip
 
 
-def test_processes_write_the_same_folder_as_this_one_and_all_draw_with_one_thread(tmp_path):
+def test_workers_write_the_same_folder_as_one_process_and_all_draw_with_one_thread(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        pool, alone = (write(tmp_path / str(workers), seed=1, draw=threads, workers=workers) for workers in (2, 0))
+        pool, alone = (
+            write(tmp_path / str(workers), seed=1, draw=thread_dependent, workers=workers) for workers in (2, 0)
+        )
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -155,49 +157,49 @@ def test_processes_write_the_same_folder_as_this_one_and_all_draw_with_one_threa
     assert content(pool) == content(alone) == content(write(tmp_path / "one thread", seed=1))
 
 
-# ---- Going on
+# ---- Resuming
 
 
-def test_a_second_call_draws_what_is_missing_and_leaves_the_rest_as_it_is(tmp_path):
+def test_a_second_call_draws_the_missing_images_and_leaves_the_others_unchanged(tmp_path):
     root = write(tmp_path / "market")
     whole = content(root)
-    gone = pictures(root)[::7]
-    for file in gone:
+    missing = pictures(root)[::7]
+    for file in missing:
         file.unlink()
-    kept = {file: file.stat().st_ino for file in pictures(root)}
+    inodes = {file: file.stat().st_ino for file in pictures(root)}
     calls = []
-    write(root, draw=lambda *what: calls.append(what) or cheap(*what))
-    assert len(calls) == len(gone) == 5
-    assert {file: file.stat().st_ino for file in kept} == kept
+    write(root, draw=lambda *key: calls.append(key) or cheap(*key))
+    assert len(calls) == len(missing) == 5
+    assert {file: file.stat().st_ino for file in inodes} == inodes
     assert content(root) == whole
-    write(root, draw=None)  # nothing to draw: anny is not needed
+    write(root, draw=None)  # nothing to draw, so anny is not needed
     assert content(root) == whole
 
 
-def test_the_marker_says_that_images_are_missing_until_all_are_there(tmp_path):
-    seen = []
+def test_the_marker_says_incomplete_until_all_images_are_written(tmp_path):
+    flags = []
     root = tmp_path / "market"
-    write(root, draw=lambda *what: seen.append(marker(root)["complete"]) or cheap(*what))
-    assert (set(seen), marker(root)["complete"]) == ({False}, True)
+    write(root, draw=lambda *key: flags.append(marker(root)["complete"]) or cheap(*key))
+    assert (set(flags), marker(root)["complete"]) == ({False}, True)
     pictures(root)[0].unlink()
     with pytest.raises(OSError, match="no space left"):
-        write(root, draw=lambda *what: full_disk(0, 3))
+        write(root, draw=lambda *key: full_disk(0, 3))
     assert marker(root)["complete"] is False
 
 
-def test_a_folder_is_not_continued_with_another_version_of_what_draws_but_a_whole_one_is_left_in_peace(tmp_path):
+def test_an_incomplete_folder_is_not_continued_with_other_libraries_but_a_complete_one_is_accepted(tmp_path):
     root = write(tmp_path / "market")
-    told = marker(root)
-    told["libraries"]["anny"] = "0.0.1"
-    (root / "synthetic3d.json").write_text(json.dumps(told))
+    record = marker(root)
+    record["libraries"]["anny"] = "0.0.1"
+    (root / "synthetic3d.json").write_text(json.dumps(record))
     assert write(root) == root
-    gone = pictures(root)[0]
-    gone.unlink()
+    missing = pictures(root)[0]
+    missing.unlink()
     with pytest.raises(
         FileExistsError, match=r"begun with anny=0\.0\.1, warp-lang=.*, and anny=.* would draw other bodies"
     ):
         write(root)
-    assert not gone.exists()
+    assert not missing.exists()
 
 
 def run_slowly(root: Path) -> int:
@@ -213,36 +215,36 @@ def uninterrupted(tmp_path_factory) -> dict[str, bytes]:
     return content(write(tmp_path_factory.mktemp("whole") / "market", 12, 8))
 
 
-def wait_for(happened: Callable[[], bool]) -> bool:
+def wait_for(condition: Callable[[], bool]) -> bool:
     end = time.monotonic() + LIMIT
-    while not happened() and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.01)
-    return happened()
+    return condition()
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_no_process_and_goes_on_to_the_same_bytes(uninterrupted, tmp_path):
+def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(uninterrupted, tmp_path):
     root = tmp_path / "market"
     with Child(run_slowly, root, folder=tmp_path / "printed") as child:
         child.wait_until(lambda: len(pictures(root)) > 10)
-        os.kill(child.process.pid, signal.SIGKILL)  # it alone: its workers have to notice
+        os.kill(child.process.pid, signal.SIGKILL)  # the parent alone: its workers have to notice
         assert child.wait() == -signal.SIGKILL
         assert wait_for(lambda: not child.is_left())
     assert 10 < len(pictures(root)) < 96
     assert marker(root)["complete"] is False
     for folder, name in (("query", "0009_c1s1_000000_01.jpg"), ("", "synthetic3d.json")):  # killed while it wrote
-        left = root / folder / f".{name}.abc_d123" / "new"
-        left.mkdir(parents=True)
-        (left / name).write_bytes(b"half")
+        leftover = root / folder / f".{name}.abc_d123" / "new"
+        leftover.mkdir(parents=True)
+        (leftover / name).write_bytes(b"half")
     assert len(open_dataset(root).query) == len(list((root / "query").glob("0*.jpg")))
     write(root, 12, 8)
     assert content(root) == uninterrupted
 
 
 @pytest.mark.parametrize(
-    "images", [-1, pytest.param(10, marks=pytest.mark.slow)], ids=["while workers start", "in the midst"]
+    "images", [-1, pytest.param(10, marks=pytest.mark.slow)], ids=["while workers start", "while workers draw"]
 )
-def test_ctrl_c_ends_all_processes_at_once_without_noise_and_the_folder_goes_on(uninterrupted, tmp_path, images):
+def test_ctrl_c_ends_all_processes_at_once_and_silently_and_a_second_call_continues(uninterrupted, tmp_path, images):
     root = tmp_path / "market"
     with Child(run_slowly, root, folder=tmp_path / "printed") as child:
         child.wait_until(lambda: (root / "synthetic3d.json").exists() and len(pictures(root)) > images)
@@ -258,13 +260,13 @@ def test_ctrl_c_ends_all_processes_at_once_without_noise_and_the_folder_goes_on(
     assert content(root) == uninterrupted
 
 
-def test_the_death_of_a_process_is_told_in_a_sentence_and_the_folder_goes_on(tmp_path):
+def test_a_dead_worker_is_reported_in_one_sentence_and_a_second_call_continues(tmp_path):
     with pytest.raises(ChildProcessError, match=r"process that draws died.* the same command goes on"):
         write(tmp_path / "market", draw=deadly, workers=2)
     assert content(write(tmp_path / "market")) == content(write(tmp_path / "whole"))
 
 
-def test_an_error_in_a_process_stops_all_of_them_and_is_raised_as_it_is(tmp_path):
+def test_an_error_in_a_worker_stops_all_workers_and_is_raised_unchanged(tmp_path):
     root = tmp_path / "market"
     with pytest.raises(OSError, match="no space left"):
         write(root, 200, 6, draw=full_disk, workers=2)
@@ -274,11 +276,11 @@ def test_an_error_in_a_process_stops_all_of_them_and_is_raised_as_it_is(tmp_path
     assert len(pictures(root)) == count
 
 
-# ---- Whose folder it is
+# ---- Folders and arguments that are refused
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         (dict(seed=1), r"begun with seed=0, and now seed=1 is asked for"),
         (dict(num_ids=6), r"begun with num_ids=5, train_ids=2, and now num_ids=6, train_ids=3 is"),
@@ -289,10 +291,10 @@ def test_an_error_in_a_process_stops_all_of_them_and_is_raised_as_it_is(tmp_path
         (dict(quality=90, first_id=7), r"begun with first_id=0, quality=92, and now first_id=7, quality=90 is"),
     ],
 )
-def test_another_recipe_in_the_same_folder_is_refused_by_the_keys_that_differ(tmp_path, asked, message):
+def test_another_recipe_in_the_same_folder_is_refused_and_the_differing_keys_are_named(tmp_path, options, message):
     before = content(write(tmp_path / "market"))
     with pytest.raises(FileExistsError, match=message):
-        write(tmp_path / "market", **asked)
+        write(tmp_path / "market", **options)
     assert content(tmp_path / "market") == before
 
 
@@ -303,7 +305,7 @@ def test_images_of_an_older_generator_are_not_continued(tmp_path):
         write(root)
 
 
-def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused_and_left_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds thesis\.txt, which this command did not write"):
         write(tmp_path)
@@ -330,12 +332,12 @@ def test_a_damaged_marker_is_named(tmp_path):
 def test_two_calls_do_not_write_in_one_folder_at_once(tmp_path):
     root, refusals = tmp_path / "market", []
 
-    def draw(*what: Any) -> Image.Image:
+    def draw(*key: Any) -> Image.Image:
         if not refusals:
             with pytest.raises(ValueError, match="market: another process draws in it") as error:
                 write(root)
             refusals.append(error)
-        return cheap(*what)
+        return cheap(*key)
 
     write(root, draw=draw)
     assert len(refusals) == 1
@@ -367,7 +369,7 @@ def test_arguments_out_of_range_are_refused_before_anything_is_written(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-# ---- passreid synth: of a folder where all is there, so that nothing needs anny
+# ---- passreid synth, on a complete folder so that nothing needs anny
 
 OPTIONS = ["--ids=4", "--images=5", "--cameras=3", "--sites=1", "--seed=2", "--train-ids=1", "--size=32x16",
            "--patterns=held-out", "--place=studio", "--first-id=6"]  # fmt: skip
@@ -380,7 +382,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 def refused(capsys, *words: object) -> str:
-    """The one sentence with which a command is refused."""
+    """Run a command that must be refused; return its one line of stderr."""
     capsys.readouterr()
     assert cli.main(["synth", *map(str, words)]) == 2
     out, err = capsys.readouterr()
@@ -388,7 +390,7 @@ def refused(capsys, *words: object) -> str:
     return err
 
 
-def test_synth_says_what_is_in_the_folder(whole, capsys):
+def test_synth_reports_the_content_of_the_folder(whole, capsys):
     before = content(whole)
     assert cli.main(["synth", *OPTIONS, f"--out={whole}", "--workers=2"]) == 0
     assert capsys.readouterr().out == f"20 images of 4 3-D persons under 3 cameras -> {whole} (all were there)\n"
@@ -397,33 +399,33 @@ def test_synth_says_what_is_in_the_folder(whole, capsys):
 
 @pytest.mark.parametrize("word", ["--ids=5", "--images=6", "--cameras=2", "--sites=2", "--seed=3", "--train-ids=2",
                                   "--size=48x16", "--patterns=train", "--place=street", "--first-id=0"])  # fmt: skip
-def test_synth_hands_every_option_on(whole, word, capsys):
+def test_synth_passes_every_option_on(whole, word, capsys):
     option, value = word.split("=")
     key = {"--ids": "num_ids", "--images": "images_per_id"}.get(option, option[2:].replace("-", "_"))
     assert f"and now {key}={value} is asked for" in refused(capsys, *OPTIONS, f"--out={whole}", word)
 
 
-def test_synth_tells_how_quickly_it_drew_and_what_was_there(whole, tmp_path):
+def test_synth_reports_the_speed_and_how_many_images_were_there(whole, tmp_path):
     root = shutil.copytree(whole, tmp_path / "market")
     pictures(root)[0].unlink()
     options = dict(
         cameras=3, seed=2, train_ids=1, size=SMALL, patterns="held-out", place="studio", first_id=6, workers=0
     )
-    said = dataset.make_data(root, 4, 5, **options, draw=cheap)
-    assert said.startswith("20 images of 4 3-D persons under 3 cameras -> ")
-    assert said.endswith(" images/s, 19 were there)")
+    report = dataset.make_data(root, 4, 5, **options, draw=cheap)
+    assert report.startswith("20 images of 4 3-D persons under 3 cameras -> ")
+    assert report.endswith(" images/s, 19 were there)")
 
 
 @pytest.mark.parametrize(
     ("word", "message"), [("--cameras=1", "2 to 9 cameras"), ("--workers=-1", "workers must be"), ("--seed=-1", "seed")]
 )
-def test_synth_refuses_mistakes_in_a_sentence(tmp_path, capsys, word, message):
+def test_synth_reports_mistakes_in_one_line(tmp_path, capsys, word, message):
     assert message in refused(capsys, "--ids=4", "--images=12", f"--out={tmp_path / 'market'}", word)
     assert not list(tmp_path.iterdir())
 
 
-def test_synth_without_anny_says_what_to_install_and_makes_no_folder(tmp_path, capsys, monkeypatch):
+def test_synth_without_anny_says_what_to_install_and_creates_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "anny", None)
-    said = refused(capsys, "--ids=4", "--images=12", f"--out={tmp_path / 'market'}")
-    assert said == 'passreid: 3-D persons need anny: pip install "passreid-models[synth3d]"\n'
+    error = refused(capsys, "--ids=4", "--images=12", f"--out={tmp_path / 'market'}")
+    assert error == 'passreid: 3-D persons need anny: pip install "passreid-models[synth3d]"\n'
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Who the 3-D persons are, what they wear and how they move; nothing here needs anny or warp."""
+"""Identities, clothes, poses, meshes and the sensor of the 3-D persons; nothing here needs anny or warp."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from passreid_synth3d.fabrics import PATTERN_FAMILIES, Dice, dye, fabric
 from passreid_synth3d.light import Imaging
 from passreid_synth3d.mesh import PATTERNS, Material, Mesh, box, cylinder, ellipsoid, merge, quad
 from passreid_synth3d.pose import Gait, pose, turn
-from passreid_synth3d.prints import FAMILIES, printed
-from passreid_synth3d.sensor import developed
+from passreid_synth3d.prints import FAMILIES, print_mask
+from passreid_synth3d.sensor import develop
 from passreid_synth3d.wardrobe import Person, person
 
 CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, (95, 95))
@@ -24,7 +24,7 @@ def crowd(patterns: str = "train", count: int = 300) -> list[Person]:
     return [person(3, pid, patterns) for pid in range(count)]
 
 
-def cloths(who: Person) -> list[Material]:
+def garment_materials(who: Person) -> list[Material]:
     return [g.material for g in (who.upper, who.outer, who.lower, who.hat) if g]
 
 
@@ -41,11 +41,11 @@ def test_held_out_garments_have_patterns_and_prints_that_no_training_garment_has
     assert not families["train"] & families["held-out"]
     assert not set(FAMILIES["train"]) & set(FAMILIES["held-out"])
     for name, family in families.items():
-        worn = {cloth.pattern for who in crowd(name) for cloth in cloths(who)}
-        assert worn - {"plain", "denim", "side"} == family  # all of them are worn, and no other
+        worn = {cloth.pattern for who in crowd(name) for cloth in garment_materials(who)}
+        assert worn - {"plain", "denim", "side"} == family  # exactly these patterns occur
 
 
-def test_everybody_is_clothed():
+def test_every_person_is_clothed():
     for who in crowd():
         assert who.upper.material.hem < who.lower.material.top - 0.03 or who.lower.kind == "dress"  # they overlap
         assert who.lower.material.hem < -0.13
@@ -54,7 +54,7 @@ def test_everybody_is_clothed():
         assert who.shoes.material.pattern == "sole"
 
 
-def test_every_kind_of_garment_hair_hat_and_bag_is_worn_and_none_by_nearly_all():
+def test_every_kind_of_garment_hair_hat_and_bag_occurs_and_none_dominates():
     people = crowd(count=500)
     for part, kinds in {
         "upper": {"tshirt", "tank", "shirt", "sweater", "hoodie"},
@@ -65,22 +65,22 @@ def test_every_kind_of_garment_hair_hat_and_bag_is_worn_and_none_by_nearly_all()
         "hat": {"cap", "beanie", "sunhat", "hood"},
         "bag": {"backpack", "crossbody", "handbag", "case"},
     }.items():
-        found = Counter(g.kind for who in people if (g := getattr(who, part)))
-        assert set(found) == kinds
-        assert max(found.values()) < 0.6 * 500
+        counts = Counter(g.kind for who in people if (g := getattr(who, part)))
+        assert set(counts) == kinds
+        assert max(counts.values()) < 0.6 * 500
     assert any(who.outer and who.outer.material.opening > 0 for who in crowd())
     assert any(who.upper.material.logo >= 0 for who in crowd())
     assert {who.side for who in crowd()} == {-1, 1}
 
 
-def test_bodies_differ_and_stay_within_what_anny_takes():
+def test_phenotypes_differ_and_stay_in_the_range_of_anny():
     shapes = np.array([list(who.phenotype.values()) for who in crowd()])
     assert shapes.min() >= 0
     assert shapes.max() <= 1
     assert (shapes.std(0) > 0.03).all()
 
 
-def test_two_dyes_of_a_garment_can_be_told_apart_and_colours_are_reflectances():
+def test_two_dyes_of_a_garment_are_distinguishable_and_colours_are_reflectances():
     dice = Dice(1)
     for _ in range(200):
         first = dye(dice)
@@ -92,24 +92,24 @@ def test_two_dyes_of_a_garment_can_be_told_apart_and_colours_are_reflectances():
     assert fabric(dice, "train", plain=0.0, hem=0.3).hem == 0.3
 
 
-def test_dark_dyes_are_more_common_when_asked_for():
-    share = [np.mean([sum(dye(Dice(2, i), dark=dark)) < 0.3 for i in range(300)]) for dark in (0.2, 5.0)]
-    assert share[0] + 0.2 < share[1]
+def test_the_frequency_of_dark_dyes_follows_its_factor():
+    shares = [np.mean([sum(dye(Dice(2, i), dark=dark)) < 0.3 for i in range(300)]) for dark in (0.2, 5.0)]
+    assert shares[0] + 0.2 < shares[1]
 
 
 @pytest.mark.parametrize("patterns", FAMILIES)
-def test_prints_are_masks_with_a_figure_on_a_ground(patterns):
-    masks = [printed(seed, patterns, 48) for seed in range(40)]
+def test_prints_are_masks_with_a_shape_on_a_background(patterns):
+    masks = [print_mask(seed, patterns, 48) for seed in range(40)]
     assert all(m.shape == (48, 48) and m.min() >= 0 and m.max() <= 1 for m in masks)
     assert all(0.04 < m.mean() < 0.96 for m in masks)
     assert len({m.tobytes() for m in masks}) > 15
-    assert np.array_equal(masks[7], printed(7, patterns, 48))
+    assert np.array_equal(masks[7], print_mask(7, patterns, 48))
 
 
 # ---- Poses
 
 
-def test_turns_are_rotations_by_the_right_hand():
+def test_turns_are_right_handed_rotations():
     quarter = turn((0, 0, 1), np.pi / 2)
     assert np.allclose(quarter @ (1, 0, 0), (0, 1, 0), atol=1e-6)
     for turns in (pose(np.random.default_rng(i), GAIT) for i in range(20)):
@@ -118,9 +118,9 @@ def test_turns_are_rotations_by_the_right_hand():
             assert np.linalg.det(matrix) > 0
 
 
-def test_walkers_swing_their_legs_against_each_other_and_bend_their_knees_one_way():
+def test_walkers_swing_legs_and_arms_in_opposition_and_bend_knees_backwards_only():
     def ahead(matrix: np.ndarray) -> float:
-        return float(-(matrix @ (0, 0, -1))[1])  # how far in front the end of a hanging limb is
+        return float(-(matrix @ (0, 0, -1))[1])  # how far forward the end of a hanging limb points
 
     legs, arms = [], []
     for i in range(300):
@@ -128,17 +128,17 @@ def test_walkers_swing_their_legs_against_each_other_and_bend_their_knees_one_wa
         left, right = (ahead(turns[f"upperleg01.{side}"]) for side in "LR")
         legs.append(left - right)
         arms.append(ahead(turns["upperarm01.L"]) - ahead(turns["upperarm01.R"]))
-        assert all(ahead(turns[f"lowerleg01.{side}"]) < 0.01 for side in "LR")  # no knee bends forwards
+        assert all(ahead(turns[f"lowerleg01.{side}"]) < 0.01 for side in "LR")  # knees do not bend forwards
     assert abs(np.mean(legs)) < 0.1
     assert np.std(legs) > 0.2
     assert np.corrcoef(legs, arms)[0, 1] < -0.5  # though some arms are held
 
 
-def test_a_hand_that_holds_a_bag_hangs():
+def test_an_arm_that_carries_a_bag_hangs_straight():
     for side, name in ((1, "L"), (-1, "R")):
         elbows = [pose(np.random.default_rng(i), GAIT, "bag", side)[f"lowerarm01.{name}"] for i in range(30)]
         bends = [np.arccos(np.clip((np.trace(m) - 1) / 2, -1, 1)) for m in elbows]
-        assert min(bends) > 0.4  # it is straightened from the bend of rest
+        assert min(bends) > 0.4  # straightened from its bend at rest
 
 
 # ---- Meshes
@@ -154,7 +154,7 @@ def area(mesh: Mesh) -> float:
     return float(np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2)
 
 
-def test_solids_have_the_size_that_was_asked_for():
+def test_solids_have_the_requested_size():
     stone = Material("plaster")
     assert area(box((1, 2, 3), (1, 2, 4), stone, yaw=0.7)) == pytest.approx(2 * (2 + 4 + 8))
     assert np.allclose(box((1, 2, 3), (1, 2, 4), stone, yaw=0.7).points.mean(0), (1, 2, 3))
@@ -173,7 +173,7 @@ def test_uv_are_metres():
     assert np.ptp(tube.uv.reshape(-1, 2), axis=0) == pytest.approx((2 * np.pi * 0.1, 2.0))
 
 
-def test_merging_keeps_each_face_its_corners_and_its_material():
+def test_merging_keeps_corners_and_material_of_each_face():
     red, blue = Material(colour=(1.0, 0.0, 0.0)), Material(colour=(0.0, 0.0, 1.0))
     parts = [
         box((0, 0, 0), (1, 1, 1), red),
@@ -187,33 +187,31 @@ def test_merging_keeps_each_face_its_corners_and_its_material():
     assert [whole.materials[m].colour[2] for m in whole.material] == [float(4 < x < 7) for x in middle]
 
 
-def test_materials_name_patterns_that_the_kernel_knows():
-    named = {cloth.pattern for family in PATTERN_FAMILIES for who in crowd(family) for cloth in cloths(who)}
-    assert named | {"skin", "hair", "sole", "strap"} <= set(PATTERNS)
+def test_materials_use_only_patterns_of_the_kernel():
+    used = {cloth.pattern for family in PATTERN_FAMILIES for who in crowd(family) for cloth in garment_materials(who)}
+    assert used | {"skin", "hair", "sole", "strap"} <= set(PATTERNS)
 
 
-# ---- The camera
+# ---- The sensor
 
 
-def test_the_sensor_gives_the_size_that_was_asked_for_and_is_a_function_of_its_random_numbers():
+def test_the_sensor_gives_the_requested_size_and_is_a_function_of_its_random_generator():
     radiance = np.random.default_rng(0).uniform(0, 1, (60, 25, 3))
     noisy = replace(CAMERA, noise=4.0, blur=0.5, sharpen=0.5, jpeg=(50, 90))
-    first, second = (developed(np.random.default_rng(1), radiance, noisy, (256, 128)) for _ in range(2))
+    first, second = (develop(np.random.default_rng(1), radiance, noisy, (256, 128)) for _ in range(2))
     assert first.size == (128, 256)
     assert first.mode == "RGB"
     assert (
-        first.tobytes()
-        == second.tobytes()
-        != developed(np.random.default_rng(2), radiance, noisy, (256, 128)).tobytes()
+        first.tobytes() == second.tobytes() != develop(np.random.default_rng(2), radiance, noisy, (256, 128)).tobytes()
     )
 
 
-def test_exposure_white_balance_and_saturation_do_what_they_say():
+def test_exposure_white_balance_and_saturation_have_their_effect():
     gray = np.full((64, 32, 3), 0.2)
     red = gray * (1.6, 0.8, 0.6)
 
-    def mean(radiance: np.ndarray, **of: object) -> np.ndarray:
-        image = developed(np.random.default_rng(1), radiance, replace(CAMERA, **of), (64, 32))
+    def mean(radiance: np.ndarray, **settings: object) -> np.ndarray:
+        image = develop(np.random.default_rng(1), radiance, replace(CAMERA, **settings), (64, 32))
         return np.asarray(image, float).mean((0, 1))
 
     assert (mean(gray, exposure=2.0) > mean(gray) + 20).all()
@@ -223,7 +221,7 @@ def test_exposure_white_balance_and_saturation_do_what_they_say():
     assert mean(gray * 50).max() <= 255
 
 
-def test_the_package_and_the_readers_of_datasets_do_without_anny_and_warp():
+def test_the_package_and_the_dataset_readers_do_not_import_anny_or_warp():
     code = (
         "import sys; sys.modules['anny'] = sys.modules['warp'] = None;"  # importing them would fail
         "import passreid_synth3d, passreid_models.evaluation.evaluate, passreid_synth3d.dataset;"

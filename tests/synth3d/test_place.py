@@ -1,4 +1,4 @@
-"""Places of cameras: the same from the same numbers, and people stand in view where nothing else stands."""
+"""Places of cameras: deterministic, with people in view and clear of solids."""
 
 import math
 
@@ -14,7 +14,7 @@ SEED, CAMERAS, PEOPLE = 5, 12, 25
 
 
 def people(camid: int, count: int = PEOPLE) -> Array:
-    """[count, 3] of x, y, heading."""
+    """Spots (x, y, heading) of people in a camera [count, 3]."""
     rng = stream(SEED, 77, camid, 1)
     return np.array([place(SEED, camid).stand(rng) for _ in range(count)])
 
@@ -24,7 +24,7 @@ def at_height(spots: Array, z: float) -> Array:
 
 
 def meets(mesh: Mesh, start: Array, end: Array) -> np.ndarray:
-    """Whether [N] the segments from start to end, both [N, 3], go through a triangle (Moeller and Trumbore)."""
+    """Whether the segments from start to end, both [N, 3], cross a triangle [N] (Moeller and Trumbore)."""
     a, b, c = mesh.points[mesh.faces].swapaxes(0, 1)  # [F, 3]
     e1, e2 = b - a, c - a
     d = end - start
@@ -48,7 +48,7 @@ def alike(a: Place, b: Place) -> bool:
 # ---- Determinism
 
 
-def test_a_place_depends_on_its_arguments_alone():
+def test_a_place_depends_only_on_its_arguments():
     first = [place(SEED, camid) for camid in range(3)]
     stands = [people(camid, 5) for camid in range(3)]
     place.cache_clear()
@@ -60,7 +60,7 @@ def test_a_place_depends_on_its_arguments_alone():
         np.testing.assert_array_equal(people(camid, 5), stands[camid])
 
 
-def test_cameras_and_seeds_have_places_of_their_own():
+def test_places_differ_between_cameras_and_between_seeds():
     places = [place(seed, camid) for seed in (SEED, SEED + 1) for camid in range(4)]
     for i, a in enumerate(places):
         for b in places[:i]:
@@ -74,7 +74,7 @@ def test_cameras_and_seeds_have_places_of_their_own():
 
 
 @pytest.mark.parametrize("camid", range(CAMERAS))
-def test_all_of_a_person_is_in_the_frame_at_a_size_of_surveillance(camid):
+def test_a_person_is_fully_in_the_frame_at_the_size_of_surveillance(camid):
     scene, spots = place(SEED, camid), people(camid)
     ends, depths = zip(*(scene.project(at_height(spots, z)) for z in (0.0, 1.75)), strict=True)
     for pixels, depth in zip(ends, depths, strict=True):
@@ -83,11 +83,11 @@ def test_all_of_a_person_is_in_the_frame_at_a_size_of_surveillance(camid):
     tall = np.linalg.norm(ends[0] - ends[1], axis=1)
     assert (tall > HEIGHTS[0] - 8).all()
     assert (tall < HEIGHTS[1]).all()
-    assert (ends[1][:, 1] < ends[0][:, 1]).all()  # heads are up
+    assert (ends[1][:, 1] < ends[0][:, 1]).all()  # heads are above feet
 
 
 @pytest.mark.parametrize("camid", range(CAMERAS))
-def test_nothing_of_the_mesh_is_where_a_person_stands(camid):
+def test_the_mesh_does_not_intersect_persons(camid):
     scene, spots = place(SEED, camid), people(camid)
     for dx, dy in ((0, 0), *(0.25 * np.array((math.cos(a), math.sin(a))) for a in np.arange(0, 6.28, 0.8))):
         low, high = (at_height(spots + np.array((dx, dy, 0)), z) for z in (0.03, 1.75))
@@ -106,7 +106,7 @@ def test_people_stand_on_the_ground():
         assert meets(place(SEED, camid).mesh, at_height(spots, 0.03), at_height(spots, -0.01)).all()
 
 
-def test_some_people_are_partly_hidden_and_the_others_are_not():
+def test_some_people_are_partly_hidden_and_most_are_fully_visible():
     shares = []
     for camid in range(CAMERAS):
         scene, spots = place(SEED, camid), people(camid)
@@ -116,7 +116,7 @@ def test_some_people_are_partly_hidden_and_the_others_are_not():
         shares.append(np.mean([meets(scene.mesh, eyes, p) for p in points], 0))
     hidden = np.stack(shares)
     assert 0.04 < (hidden > 0.1).mean() < 0.25
-    assert (hidden > 0.7).mean() < 0.02  # nobody is looked for behind a wall
+    assert (hidden > 0.7).mean() < 0.02  # hardly anybody is mostly hidden
     assert (hidden < 0.05).mean() > 0.7
 
 
@@ -124,13 +124,13 @@ def test_some_people_are_partly_hidden_and_the_others_are_not():
 
 
 def yaws(camid: int) -> Array:
-    """Radians that a person is turned from facing the camera."""
+    """Angle of each person from facing the camera, radians."""
     spots = people(camid)
-    to = place(SEED, camid).eye[:2] - spots[:, :2]
-    return (spots[:, 2] - np.arctan2(to[:, 0], -to[:, 1])) % (2 * math.pi)
+    to_camera = place(SEED, camid).eye[:2] - spots[:, :2]
+    return (spots[:, 2] - np.arctan2(to_camera[:, 0], -to_camera[:, 1])) % (2 * math.pi)
 
 
-def test_a_camera_sees_several_sides_and_all_cameras_the_full_circle():
+def test_a_camera_sees_several_sides_of_people_and_all_cameras_together_every_side():
     octants = [np.floor(yaws(camid) / (math.pi / 4)).astype(int) for camid in range(CAMERAS)]
     assert min(len(set(o)) for o in octants) >= 3
     assert np.median([len(set(o)) for o in octants]) >= 6
@@ -139,16 +139,16 @@ def test_a_camera_sees_several_sides_and_all_cameras_the_full_circle():
 
 
 def test_heading_0_walks_towards_minus_y():
-    """So someone who walks to a camera far along -y shows his front: a yaw of 0."""
+    """A person who walks towards a camera far along -y shows the front: a yaw of 0."""
     scene, spots = place(SEED, 0), people(0)
     ahead = spots[:, :2] + np.stack([np.sin(spots[:, 2]), -np.cos(spots[:, 2])], 1)
     nearer = np.linalg.norm(ahead - scene.eye[:2], axis=1) < np.linalg.norm(spots[:, :2] - scene.eye[:2], axis=1)
     turned = np.abs(np.remainder(yaws(0) + math.pi, 2 * math.pi) - math.pi)
-    away = np.abs(turned - math.pi / 2) > 0.2  # sideways says nothing
+    away = np.abs(turned - math.pi / 2) > 0.2  # excludes those seen from the side
     np.testing.assert_array_equal(nearer[away], (turned < math.pi / 2)[away])
 
 
-def test_the_camera_axes_are_orthonormal_and_it_looks_down():
+def test_the_camera_axes_are_orthonormal_and_the_camera_looks_down():
     for camid in range(CAMERAS):
         scene = place(SEED, camid)
         axes = np.stack([scene.right, scene.down, scene.forward])
@@ -159,18 +159,18 @@ def test_the_camera_axes_are_orthonormal_and_it_looks_down():
         assert 1.9 < scene.eye[2] <= 5
 
 
-# ---- What is there
+# ---- Surroundings and light
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_surroundings_is_cheap_and_made_of_known_patterns(kind):
+def test_each_kind_of_surroundings_has_few_faces_and_only_known_patterns(kind):
     scene = surroundings(stream(SEED, 78, 1, 1), kind)
     assert sum(len(mesh.faces) for mesh in scene.meshes) < 4000
     assert {m.pattern for mesh in scene.meshes for m in mesh.materials} <= set(PATTERNS)
     assert all(0 < c < 1 for mesh in scene.meshes for m in mesh.materials for c in m.colour)
 
 
-def test_a_grey_ground_is_neither_black_nor_white():
+def test_gray_ground_is_neither_black_nor_white():
     for camid in range(CAMERAS):
         light, imaging = place(SEED, camid).light, place(SEED, camid).imaging
         assert math.hypot(*light.sun) == pytest.approx(1)
@@ -182,14 +182,14 @@ def test_a_grey_ground_is_neither_black_nor_white():
 # ---- Geometry by hand
 
 
-def test_visible_by_hand():
+def test_visible_agrees_with_hand_computed_cases():
     solids = np.array([(5, 0, 1, 0.5, 0, 0, 2), (0, 5, 1, 0.1, math.pi / 2, 1, 2)])
     start = np.array((0, 0, 1.5))
     ends = np.array([(10, 0, 1.5), (10, 2, 1.5), (10, 0, 9), (3, 0, 1.5), (0, 10, 1.5), (0, 10, 0), (1, 10, 1.5)])
     assert visible(start, ends, solids).tolist() == [False, True, True, True, False, True, True]
 
 
-def test_clearance_by_hand():
+def test_clearance_agrees_with_hand_computed_distances():
     solids = np.array([(0, 0, 2, 1, math.pi / 2, 0, 1), (9, 9, 1, 1, 0, 2.5, 4)])  # the second hangs overhead
     at = np.array([(0, 0), (3, 0), (0, 3), (4, 6), (9, 9)])
     np.testing.assert_allclose(clearance(at, solids), (0, 2, 1, 5, math.hypot(8, 7)))
@@ -204,7 +204,7 @@ def test_negative_numbers_are_refused_by_name(arguments):
         place(*arguments)
 
 
-def test_studios_are_alike_but_for_where_their_cameras_hang():
+def test_studios_differ_only_in_the_viewpoint_and_the_side_of_the_light():
     studios = [place(SEED, camid, "studio") for camid in range(8)]
     assert {s.kind for s in studios} == {"studio"}
     assert len({s.imaging for s in studios}) == 1

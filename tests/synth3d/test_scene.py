@@ -1,4 +1,4 @@
-"""3-D persons as they are rendered. Slow: anny builds its model once on a machine, in two to three minutes."""
+"""Rendered 3-D persons. Slow: anny builds its model once on a machine, in two to three minutes."""
 
 import subprocess
 import sys
@@ -16,29 +16,29 @@ from passreid_synth3d.wardrobe import Garment, person
 
 pytestmark = pytest.mark.slow
 
-PAINT = (1.0, 0.0, 1.0)  # what nobody wears
+PAINT = (1.0, 0.0, 1.0)  # a colour that nobody wears
 EVEN = dict(sun=(0, 0, 1), sunlight=(0, 0, 0), sky=(1, 1, 1), ground=(1, 1, 1), horizon=(0, 0, 0), zenith=(0, 0, 0))
 
 
 def portrait(figure, heading: float, seed: int, rows: int = 192) -> np.ndarray:
-    """Radiance [rows, rows / 2, 3] of a figure in an even light before black, seen from his height."""
+    """Radiance [rows, rows / 2, 3] of a figure in even light before black, from a horizontal viewpoint."""
     from passreid_synth3d.light import Sunlight
     from passreid_synth3d.render import Solid, Window, render
 
     points, normals, feet = figure.stand(np.random.default_rng(seed), (0.0, 0.0), heading)
     solid = Solid(figure.mesh, figure.at)
     solid.move(points, normals)
-    far, tall = 8.0, figure.height * 1.1
-    step = tall / far / rows
+    distance, tall = 8.0, figure.height * 1.1
+    step = tall / distance / rows
     window = Window(
-        np.array((0, -far, tall / 2)), np.array((1.0, 0, 0)), np.array((0, 0, -1.0)), np.array((0, 1.0, 0)),
+        np.array((0, -distance, tall / 2)), np.array((1.0, 0, 0)), np.array((0, 0, -1.0)), np.array((0, 1.0, 0)),
         -rows / 4 * step, -rows / 2 * step, step, rows, rows // 2,
     )  # fmt: skip
-    behind = Solid(quad((-50, 60, -50), (100, 0, 0), (0, 0, 100), Material(colour=(0.0, 0.0, 0.0))))
-    return render([solid], behind, window, Sunlight(**EVEN, shadow=0.0), feet)
+    background = Solid(quad((-50, 60, -50), (100, 0, 0), (0, 0, 100), Material(colour=(0.0, 0.0, 0.0))))
+    return render([solid], background, window, Sunlight(**EVEN, shadow=0.0), feet)
 
 
-def test_an_image_is_a_function_of_its_arguments_in_this_process_and_in_another():
+def test_an_image_is_a_function_of_its_arguments_in_any_process():
     from passreid_synth3d.picture import draw
 
     first = draw(5, 3, 1, 2, (128, 64))
@@ -55,7 +55,7 @@ def test_an_image_is_a_function_of_its_arguments_in_this_process_and_in_another(
     assert len({first.tobytes(), *(draw(*key, (128, 64)).tobytes() for key in changed)}) == 5
 
 
-def test_nobody_is_bare_or_hollow_from_the_neck_to_the_thighs_from_any_side():
+def test_no_person_shows_bare_skin_or_holes_between_neck_and_thighs_from_any_side():
     from passreid_synth3d.figure import Figure
 
     skin, bare, hollow = Material(colour=PAINT), [], []
@@ -63,18 +63,18 @@ def test_nobody_is_bare_or_hollow_from_the_neck_to_the_thighs_from_any_side():
         who = replace(person(1, pid), skin=skin, bag=None)
         image = portrait(Figure(who), pid * 0.9, pid)
         purple = (image[..., 0] > 0.5) & (image[..., 1] < 0.1) & (image[..., 2] > 0.5)
-        assert purple.any()  # a head and hands
+        assert purple.any()  # head and hands
         high = 0.6 if who.lower.kind in ("trousers", "jeans", "leggings") else 0.5
-        middle = (slice(int(192 * 0.3), int(192 * high)), slice(44, 52))  # hands and arms are aside, legs may be
+        middle = (slice(int(192 * 0.3), int(192 * high)), slice(44, 52))  # without hands and arms
         bare.append(purple[middle].mean())
         hollow.append((image[slice(int(192 * 0.3), int(192 * 0.5)), 46:50].max(-1) == 0).mean())
-    assert max(bare) < 0.4  # a hand may be before the hips
+    assert max(bare) < 0.4  # a hand may be in front of the hips
     assert np.median(bare) == 0
     assert max(hollow) < 0.2  # between the thighs
     assert np.median(hollow) == 0
 
 
-def test_somebody_without_a_garment_would_be_seen_so():
+def test_the_check_above_finds_a_missing_garment():
     from passreid_synth3d.figure import Figure
 
     who = next(w for w in (person(1, pid) for pid in range(99)) if w.lower.kind == "trousers" and not w.outer)
@@ -83,21 +83,21 @@ def test_somebody_without_a_garment_would_be_seen_so():
     assert (image[slice(int(192 * 0.42), int(192 * 0.55)), 44:52].max(-1) == 0).mean() > 0.2
 
 
-def test_images_of_held_out_patterns_show_persons_and_passers_by_of_those():
+def test_images_of_held_out_patterns_show_persons_and_passers_by_in_those():
     from passreid_synth3d import picture
 
     picture._passer.cache_clear()
-    for number in range(3, 40):  # until somebody has walked by
+    for number in range(3, 40):  # until an image has a passer-by
         picture.draw(9, number, 0, 0, (64, 32), "held-out")
         if picture._passer.cache_info().currsize:
             break
     assert picture._person(9, number, "held-out")[0].who == person(9, number, "held-out")
     passers = [picture._passer(9, picture.NOBODY + i, "held-out") for i in range(picture.PASSERS)]
-    assert picture._passer.cache_info().hits == 1  # of the one that walked by
+    assert picture._passer.cache_info().hits == 1  # the passer-by of that image
     assert len(passers) == picture.PASSERS
 
 
-def test_the_box_is_around_the_person_though_it_is_loose():
+def test_the_box_is_loose_but_contains_the_person():
     from passreid_synth3d.picture import _box
     from passreid_synth3d.place import place
 
@@ -119,24 +119,24 @@ def test_the_box_is_around_the_person_though_it_is_loose():
     assert 40 <= min(heights) < 100 < max(heights) <= 256
 
 
-def test_an_open_jacket_shows_what_is_under_it_in_front_and_a_closed_one_does_not():
+def test_an_open_jacket_shows_the_shirt_in_front_and_a_closed_one_does_not():
     from passreid_synth3d.figure import Figure
 
     base = next(w for w in (person(1, pid) for pid in range(99)) if w.outer and w.outer.kind == "jacket")
     shirt = Garment("tshirt", replace(base.upper.material, pattern="plain", colour=PAINT, logo=-1, bump=0.0, grain=0.0))
     jacket = Material(colour=(0.0, 1.0, 0.0), sleeve=0.46, hem=0.05, top=0.6)
 
-    def shown(opening: float, heading: float) -> int:
+    def visible_shirt(opening: float, heading: float) -> int:
         outer = Garment("jacket", replace(jacket, opening=opening), 0.02)
         image = portrait(Figure(replace(base, upper=shirt, outer=outer, bag=None)), heading, 0)
         return int(((image[..., 0] > 0.5) & (image[..., 2] > 0.5) & (image[..., 1] < 0.1)).sum())
 
-    front, back, closed = shown(0.06, 0.0), shown(0.06, np.pi), shown(-1.0, 0.0)
-    assert front > 2 * back + 150  # from behind, and of a closed one, the shirt's hem and collar
+    front, back, closed = visible_shirt(0.06, 0.0), visible_shirt(0.06, np.pi), visible_shirt(-1.0, 0.0)
+    assert front > 2 * back + 150  # from behind or closed, only hem and collar are visible
     assert front > 2 * closed + 150
 
 
-def test_colours_alone_find_persons_again_better_than_chance_and_worse_than_the_trained_model():
+def test_colour_histograms_retrieve_persons_better_than_chance_and_worse_than_the_trained_model():
     from passreid_synth3d.picture import draw
 
     persons, cameras = 24, 4
@@ -147,7 +147,7 @@ def test_colours_alone_find_persons_again_better_than_chance_and_worse_than_the_
     noise = torch.randn(colours.shape, generator=torch.Generator().manual_seed(0))
     trained = Embedder("pass_vit_tiny_patch16.synth_reid")(pictures)
     q, g = k == 0, k == 1
-    found, chance, learnt = (
+    colour_map, chance_map, trained_map = (
         100 * evaluate(x[q], x[g], pids[q], pids[g], camids[q], camids[g]).mAP for x in (colours, noise, trained)
     )
-    assert 1.5 * chance < found < 0.8 * learnt
+    assert 1.5 * chance_map < colour_map < 0.8 * trained_map
