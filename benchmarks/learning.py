@@ -5,8 +5,8 @@
 Prints the tables of docs/experiments.md. The keys of the JSON on the last line are METHOD_mAP and METHOD_rank1, the
 means over the seeds in percent, and METHOD_mAP_std, their standard deviation; studio_METHOD_... are the same in
 studios. All methods are pre-trained in studios on the same generated persons, fine-tuned on streets, and evaluated on
-200 other
-persons before other cameras, in patterns and prints that no training garment has (passreid synth draws them all).
+200 other persons before other cameras, in patterns and prints that no training garment has (passreid synth draws them
+all).
 
     random, dino, pass          no training; one token and no parts; PASS with three parts
     dino_small                  DINO whose local views are as small as those of PASS

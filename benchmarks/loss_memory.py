@@ -5,9 +5,9 @@
 peak_ratio      our peak memory above inputs and parameters over that of the plain one, each in a process of its own
 time_ratio      our seconds over those of the plain one, in turn in one process, the median of the rounds
 
-Ours is the chunked path of PASSLoss, which keeps no logits. The inputs are the 26 token outputs of the student (CLS of 11
-views, each PART of 5) and the 8 of the teacher, of width 384. ``peak.py`` tells how the memory is measured; the times
-are with glibc's own settings.
+Ours is the chunked path of PASSLoss, which keeps no logits. The inputs are the 26 token outputs of the student (CLS of
+11 views, each PART of 5) and the 8 of the teacher, of width 384. ``peak.py`` tells how the memory is measured; the
+times are with glibc's own settings.
 """
 
 import argparse
