@@ -195,7 +195,7 @@ class PassVisionTransformer(VisionTransformer):
         patch_h, patch_w = self.patch_embed.patch_size
         if x.shape[-2] % patch_h or x.shape[-1] % patch_w:
             raise ValueError(
-                f"views of {x.shape[-2]}x{x.shape[-1]} pixels are not divided by {patch_h}x{patch_w} patches"
+                f"views of {x.shape[-2]}x{x.shape[-1]} pixels are not divisible by {patch_h}x{patch_w} patches"
             )
         if part_index is not None and (self.reg_token is None or part_index.shape != (len(x),)):
             raise ValueError(

@@ -514,8 +514,8 @@ def test_views_send_gradients_only_to_the_parts_they_carry():
 @pytest.mark.parametrize(
     ("name", "size", "part_index", "message"),
     [
-        ("pass_vit_small_patch16", (40, 32), None, "40x32 pixels are not divided by 16x16"),
-        ("pass_vit_small_ics_patch16", (32, 24), None, "32x24 pixels are not divided by 16x16"),
+        ("pass_vit_small_patch16", (40, 32), None, "40x32 pixels are not divisible by 16x16"),
+        ("pass_vit_small_ics_patch16", (32, 24), None, "32x24 pixels are not divisible by 16x16"),
         ("pass_vit_small_patch16", (32, 16), [0], r"got shape \(1,\) for 2 views"),
         ("pass_vit_small_patch16", (32, 16), [[0], [1]], r"got shape \(2, 1\) for 2 views"),
         ("transreid_vit_small_patch16", (32, 16), [0, 0], "a model with 0 parts"),

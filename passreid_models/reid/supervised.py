@@ -74,7 +74,7 @@ class SupervisedTrainer(ReIDTrainer):
         """
         super().__init__(config, num_images, epoch_steps, config.epochs, device, fingerprint)
         if config.ids_per_batch % self.world_size:
-            raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divided by {self.world_size} processes")
+            raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divisible by {self.world_size} processes")
         torch.manual_seed(config.seed)
         backbone = make_backbone(config, "bilinear", state and state["model"])
         if config.freeze_blocks > len(backbone.blocks):

@@ -112,7 +112,7 @@ def _check(config: ClusterConfig, num_images: int) -> None:
     if num_images < 2:
         raise ValueError(f"data: {config.data} holds one image, and clusters need more")
     if config.clusters_per_batch % world()[1]:
-        raise ValueError(f"clusters_per_batch: {config.clusters_per_batch} is not divided by {world()[1]} processes")
+        raise ValueError(f"clusters_per_batch: {config.clusters_per_batch} is not divisible by {world()[1]} processes")
 
 
 class DescriptorNetwork(nn.Module):

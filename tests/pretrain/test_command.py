@@ -237,7 +237,7 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["second/"], "passreid-train: data: one is expected, got "),
         (["--batch-size=9"], "passreid-train: batch_size: 9 is more than the 8 images of "),
-        (["--batch-size=4", "--accumulate=3"], "passreid-train: batch_size: 4 is not divided by "),
+        (["--batch-size=4", "--accumulate=3"], "passreid-train: batch_size: 4 is not divisible by "),
         (["--init=nowhere"], "nowhere"),
         (["--resume=nowhere.pt"], "passreid-train: no checkpoint at nowhere.pt\n"),
         (["--device=cuda:99"], "passreid-train: device: 'cuda:99' is not there"),

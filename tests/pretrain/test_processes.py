@@ -130,7 +130,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, home):
         for child in children:
             stack.enter_context(child)
         assert [child.wait() for child in children] == [2, 2]
-    assert "batch_size: 3 is not divided by 2 processes" in one_sentence(children[0].output)
+    assert "batch_size: 3 is not divisible by 2 processes" in one_sentence(children[0].output)
     assert not (home / "uneven").exists()
 
 

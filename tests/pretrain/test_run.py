@@ -487,7 +487,7 @@ def test_a_file_in_the_way_of_the_run_is_a_clear_error_that_leaves_nothing(data,
     ("options", "message"),
     [
         ({"batch_size": 17}, "batch_size: 17 is more than the 16 images"),
-        ({"accumulate": 3}, "batch_size: 4 is not divided by"),
+        ({"accumulate": 3}, "batch_size: 4 is not divisible by"),
         ({"data": "nowhere"}, "nowhere: no such file or folder"),
         ({"resume": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
         ({"init": "nowhere"}, "nowhere"),

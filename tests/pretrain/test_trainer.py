@@ -420,7 +420,7 @@ def test_a_state_of_another_world_size_is_taken_with_a_warning(caplog):
 def test_batches_that_do_not_fit_the_data_or_the_micro_batches_are_refused():
     with pytest.raises(ValueError, match="batch_size: 16 is more than the 8 images of synthetic"):
         make(batch_size=16)
-    with pytest.raises(ValueError, match="batch_size: 4 is not divided by 1 processes x 3 micro-batches"):
+    with pytest.raises(ValueError, match="batch_size: 4 is not divisible by 1 processes x 3 micro-batches"):
         make(accumulate=3)
 
 

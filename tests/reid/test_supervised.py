@@ -312,7 +312,7 @@ def test_a_run_of_two_processes_evaluates_and_exports_once(data, tmp_path):
     assert len(scored) == 1
     model = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
     assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(scored[0]["mAP"], abs=1e-4)
-    with pytest.raises(ValueError, match="ids_per_batch: 3 is not divided by 2 processes"):
+    with pytest.raises(ValueError, match="ids_per_batch: 3 is not divisible by 2 processes"):
         _refuse(replace(config, ids_per_batch=3))
 
 

@@ -320,7 +320,7 @@ def test_the_memory_is_updated_by_the_images_of_all_processes(tmp_path):
 def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(unsupervised, "world", lambda: (0, 3))
     for options in ({}, {"source": str(data)}):
-        with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divided by 3 processes"):
+        with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divisible by 3 processes"):
             cluster(cluster_config(data, tmp_path / "run", **options))
     assert files(tmp_path) == set()
 
