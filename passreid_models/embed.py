@@ -56,7 +56,7 @@ class Embedder:
             dtype: Of weights and activations, such as ``torch.bfloat16``; descriptors are float32 always.
             batch_size: Images that go through the model at a time.
             fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
-            flip: Add the descriptor of the mirrored image.
+            flip: Average with the mirrored image's descriptor.
             workers: Threads that decode images; one per core, 8 at most, by default.
 
         Raises:

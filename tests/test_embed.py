@@ -148,7 +148,7 @@ def test_a_classifier_has_no_part_in_the_descriptor(embed, persons):
     assert torch.allclose(Embedder(model, device="cpu")(persons), embed(persons), atol=1e-6)
 
 
-def test_flip_adds_the_descriptor_and_the_parts_of_the_mirrored_image(embed, model, persons):
+def test_flip_averages_descriptor_and_parts_with_those_of_the_mirrored_image(embed, model, persons):
     flipping = Embedder(model, device="cpu", flip=True)
     x = seen(embed, persons)
     with torch.inference_mode():
