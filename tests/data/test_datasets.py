@@ -12,11 +12,6 @@ from passreid_models.synthetic import SyntheticPersons
 from tests.reid_data import MARKET, jpeg, write, write_csv, write_flat, write_msmt17
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
-
-
 def rows(dataset: ReIDDataset, split: Split) -> list[tuple[str, int, int]]:
     assert split.pids.dtype == split.camids.dtype == np.int64
     return [

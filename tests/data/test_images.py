@@ -21,11 +21,6 @@ from tests.reid_data import jpeg, make_model, write
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def embed() -> Embedder:
     return Embedder(make_model(), "cpu", workers=2)

@@ -29,12 +29,6 @@ for person, _, _ in SyntheticPersons(len(NAMES), 1, 1, size=(64, 32)):  # type: 
     JPEGS.append(file.getvalue())
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def write(root: Path, names: list[str] = NAMES, settled: bool = True) -> Path:
     """Images below ``root``, as if they had been there for an hour."""
     for name in names:

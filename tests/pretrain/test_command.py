@@ -26,13 +26,6 @@ def data(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "images", 8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PASSREID_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory, one_thread) -> Path:
     """A run of an epoch of two steps."""

@@ -199,8 +199,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_logs_the_figures_of_eval_for_every_kind_of_folder(tmp_path, monkeypatch, kind):
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+def test_the_probe_logs_the_figures_of_eval_for_every_kind_of_folder(tmp_path, kind):
     data, run = KINDS[kind](tmp_path / "data"), tmp_path / "run"
     train(tiny(write_images(tmp_path / "images", 4), run, epochs=1, probe=str(data)))
     evaluation = evaluate_model(data, str(run), device="cpu")
@@ -212,8 +211,7 @@ def test_the_probe_logs_the_figures_of_eval_for_every_kind_of_folder(tmp_path, m
     assert f" probe: {expected['dataset']['description']}\n" in (run / "log.txt").read_text()
 
 
-def test_the_generator_can_be_the_probe(tmp_path, monkeypatch):
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+def test_the_generator_can_be_the_probe(tmp_path):
     probe = "synthetic:ids=4,images=4,cameras=2,size=64x32"
     train(tiny(write_images(tmp_path / "images", 4), tmp_path / "run", epochs=1, probe=probe))
     assert any("probe_mAP" in row for row in metrics(tmp_path / "run"))
@@ -258,8 +256,7 @@ FOLDERS = ["anna/1.png", "anna/2.png", "bob/1.png", "bob/3.png", "carl/1.png"]
 
 
 @pytest.mark.parametrize("broken", [FOLDERS[4:], FOLDERS])
-def test_a_probe_with_unreadable_images_warns_and_never_ends_the_run(tmp_path, monkeypatch, broken):
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+def test_a_probe_with_unreadable_images_warns_and_never_ends_the_run(tmp_path, broken):
     labelled, run = write(tmp_path / "labelled", FOLDERS), tmp_path / "run"
     for name in broken:
         (labelled / name).write_bytes(b"no image")

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -38,27 +37,9 @@ from tests.tiny_runs import (
     steps_logged,
     tiny,
     world,
-    write_images,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("processes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(home) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PASSREID_CACHE", str(home / "cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(home) -> Path:
-    return write_images(home / "images")
 
 
 def without_key_biases(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:

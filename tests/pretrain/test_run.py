@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -50,23 +49,6 @@ from tests.tiny_runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(home) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PASSREID_CACHE", str(home / "cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(home) -> Path:
-    return write_images(home / "images")
 
 
 @pytest.fixture(scope="module")
