@@ -1,4 +1,4 @@
-"""The command line: arguments only, the work is in the rooms. Imports come late, so that ``--help`` is quick."""
+"""Command line: arguments only. Imports are local, so that ``--help`` is quick."""
 
 import argparse
 import sys
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
 
     Returns:
-        Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence.
+        Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence;
+        130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in RUNS:
@@ -116,41 +117,45 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
     evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     evaluate.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
-    evaluate.add_argument("--size", type=_size, metavar="HxW", help="of the images, when other than the weights'")
+    evaluate.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--device", help="default: the accelerator, if there is one")
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    evaluate.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking too")
-    evaluate.add_argument("--per-camera", action="store_true", help="scores for the queries of each camera too")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
+    evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="draw rankings, CMC, ROC and similarities")
-    evaluate.add_argument("--no-cache", action="store_true", help="compute all descriptors anew, and keep none")
+    evaluate.add_argument("--no-cache", action="store_true", help="neither read nor write cached descriptors")
     evaluate.set_defaults(run=_eval)
 
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
-    check = data.add_parser("check", help="count a dataset's images and name what is off")
-    check.add_argument("data", help="as of eval")
+    check = data.add_parser("check", help="count a dataset's images; list errors and remarks")
+    check.add_argument("data", help="as for eval")
     check.add_argument("--no-verify", action="store_true", help="do not open the images")
     check.add_argument("--json", type=Path, metavar="FILE", help="write counts and findings")
     check.set_defaults(run=_data_check)
 
-    synth = commands.add_parser("synth", help="write 3-D persons in the Market-1501 layout, or go on writing them")
+    synth = commands.add_parser("synth", help="write 3-D persons in the Market-1501 layout; resumable")
     synth.add_argument("--ids", type=int, required=True, metavar="N", help="persons")
     synth.add_argument(
-        "--images", type=int, required=True, metavar="M", help="images of each, over the cameras in turn"
+        "--images", type=int, required=True, metavar="M", help="images per person, by the cameras in turn"
     )
-    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, empty, or begun by this command")
-    synth.add_argument("--cameras", type=int, default=8, help="that see a person, 2 to 9 (default: %(default)s)")
-    synth.add_argument("--sites", type=int, default=1, help="groups of so many cameras (default: %(default)s)")
-    synth.add_argument("--seed", type=int, default=0, help="of persons, cameras and poses (default: %(default)s)")
-    synth.add_argument("--train-ids", type=int, metavar="N", help="persons that train, the others test (default: half)")
-    synth.add_argument("--size", type=_size, default=(256, 128), metavar="HxW", help="of the images (default: 256x128)")
+    synth.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder: new, empty, or begun by this command"
+    )
+    synth.add_argument("--cameras", type=int, default=8, help="cameras per person, 2 to 9 (default: %(default)s)")
+    synth.add_argument("--sites", type=int, default=1, help="groups of that many cameras (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
+    synth.add_argument("--train-ids", type=int, metavar="N", help="persons for training, of all (default: half)")
+    synth.add_argument("--size", type=_size, default=(256, 128), metavar="HxW", help="image size (default: 256x128)")
     synth.add_argument(
         "--patterns", choices=("train", "held-out"), default="train", help="textures of garments (default: %(default)s)"
     )
     synth.add_argument("--place", choices=("street", "studio"), default="street", help="surroundings (%(default)s)")
-    synth.add_argument("--workers", type=int, metavar="N", help="processes that draw (default: one a core)")
-    synth.add_argument("--first-id", type=int, default=0, help="for persons that no other folder holds (%(default)s)")
+    synth.add_argument("--workers", type=int, metavar="N", help="drawing processes (default: one per core)")
+    synth.add_argument(
+        "--first-id", type=int, default=0, help="first pid; for persons not in other folders (%(default)s)"
+    )
     synth.set_defaults(run=_synth)
 
     convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
@@ -158,15 +163,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", type=Path, help="output, new or empty")
     convert.add_argument("--model", help="registered name; by default the one that the tensors fit")
     convert.add_argument("--network", choices=("teacher", "student"), default="teacher")
-    convert.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="of the descriptor")
-    convert.add_argument("--neck", choices=("none", "single", "multi"), help="in the model; default by the layout")
+    convert.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="fusion of the descriptor")
+    convert.add_argument(
+        "--neck", choices=("none", "single", "multi"), help="neck of the model (default: by the layout)"
+    )
     convert.add_argument("--mean-std", choices=("imagenet", "0.5"), help="statistics of the training images")
-    convert.add_argument("--img-size", type=_size, metavar="HxW", help="when other than the file's")
-    convert.add_argument("--resize", choices=("auto", "bicubic", "bilinear"), default="auto", help="of the positions")
-    convert.add_argument("--num-heads", type=int, help="where the architecture is not a registered one")
+    convert.add_argument("--img-size", type=_size, metavar="HxW", help="image size instead of the file's")
+    convert.add_argument(
+        "--resize", choices=("auto", "bicubic", "bilinear"), default="auto", help="resampling of positions"
+    )
+    convert.add_argument("--num-heads", type=int, help="attention heads, if no registered model fits")
     convert.set_defaults(run=_convert)
 
-    # these read their own words: training/command.py
+    # these parse their own arguments: training/command.py
     commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
     commands.add_parser("finetune", help="train re-ID with identity labels")
     commands.add_parser("cluster", help="train re-ID without labels, or adapt a model to other cameras")
@@ -186,10 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     pull = weights.add_parser("pull", help="download, verify, convert and cache published weights")
     pull.add_argument("name", help="architecture.tag, or a tag that one architecture has")
     pull.add_argument("--from", dest="source", type=Path, metavar="FILE", help="the authors' file, downloaded by hand")
-    pull.add_argument("--force", action="store_true", help="again, though they are in the cache")
+    pull.add_argument("--force", action="store_true", help="even if they are in the cache")
     pull.set_defaults(run=_weights_pull)
-    verify = weights.add_parser("verify", help="hash bundled and cached weights again")
-    verify.add_argument("name", nargs="?", default="", help="only these")
+    verify = weights.add_parser("verify", help="check the SHA-256 of bundled and cached weights")
+    verify.add_argument("name", nargs="?", default="", help="only these weights")
     verify.set_defaults(run=_weights_verify)
     publish = weights.add_parser("publish", help="push a folder to the Hugging Face Hub")
     publish.add_argument("folder", type=Path)
@@ -253,7 +262,7 @@ def _eval(args: argparse.Namespace) -> int:
 
     from passreid_models.evaluation.evaluate import evaluate_model
 
-    found = evaluate_model(
+    evaluation = evaluate_model(
         args.data,
         args.model,
         size=args.size,
@@ -268,12 +277,12 @@ def _eval(args: argparse.Namespace) -> int:
         json_file=args.json,
         pictures=args.pictures,
     )
-    if found is None:  # the first process tells
+    if evaluation is None:  # the first process prints
         return 0
-    print(found)
-    for reason in found.unreadable:
+    print(evaluation)
+    for reason in evaluation.unreadable:
         print(f"passreid: left out: {reason}", file=sys.stderr)
-    return 1 if found.unreadable else 0
+    return 1 if evaluation.unreadable else 0
 
 
 def _data_check(args: argparse.Namespace) -> int:
@@ -293,7 +302,7 @@ def _data_check(args: argparse.Namespace) -> int:
 def _synth(args: argparse.Namespace) -> int:
     from passreid_synth3d.dataset import make_data
 
-    said = make_data(
+    summary = make_data(
         args.out,
         args.ids,
         args.images,
@@ -307,7 +316,7 @@ def _synth(args: argparse.Namespace) -> int:
         first_id=args.first_id,
         workers=args.workers,
     )
-    print(said)
+    print(summary)
     return 0
 
 

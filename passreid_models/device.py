@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of this process.
+    """Pick the device of this process, and check it.
 
     Args:
         device: A torch device; ``auto`` or None for CUDA, else MPS, else the CPU. ``cuda`` is this process's own GPU.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If the device is not available.
     """
     name = str(device or "auto")
     if name == "auto":
@@ -32,7 +32,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; ``auto`` is bfloat16 where the device computes in it, else float32."""
+    """Dtype of autocast; ``auto`` is bfloat16 if the device supports it, else float16 on CUDA and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -49,10 +49,10 @@ def _cpu_has_bf16() -> bool:
 
 @contextmanager
 def process_group(name: str | torch.device | None = None) -> Iterator[torch.device]:
-    """The device of this process; under torchrun, in a process group.
+    """Yield the device of this process; under torchrun, inside a process group.
 
     Args:
-        name: As of ``pick_device``.
+        name: Device, as ``pick_device`` takes it.
     """
     device = pick_device(name)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -61,7 +61,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the first clusters or saves
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait while the first clusters or saves
     try:
         yield device
     finally:

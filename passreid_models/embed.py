@@ -31,7 +31,7 @@ PREFETCH = 2  # batches that are decoded ahead of the model
 class Embedder:
     """Descriptors of person images by a PASS model.
 
-    Size, interpolation and statistics of the preprocessing come from the model's pretrained cfg alone.
+    Interpolation and statistics of the preprocessing come from the model's pretrained cfg, the size from the model.
 
     Example:
         >>> embed = Embedder("pass_vit_tiny_patch16")
@@ -52,16 +52,16 @@ class Embedder:
         Args:
             model: Name of a model with weights: an architecture, ``architecture.tag``, ``tag``, ``hf-hub:ORG/NAME``, an
                 exported folder, a run, or a checkpoint file; or a model, which is left as it is.
-            device: As of ``pick_device``; by default the accelerator, if there is one.
-            dtype: Of weights and activations, such as ``torch.bfloat16``; descriptors are float32 always.
-            batch_size: Images that go through the model at a time.
+            device: Device, as ``pick_device`` takes it; by default the accelerator, if there is one.
+            dtype: Dtype of weights and activations, such as ``torch.bfloat16``; descriptors are always float32.
+            batch_size: Images per batch.
             fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
             flip: Average with the mirrored image's descriptor.
             workers: Threads that decode images; one per core, 8 at most, by default.
 
         Raises:
-            ValueError: If ``batch_size`` is less than 1, the model is none of this package or gives no descriptors, or
-                the device is not there.
+            ValueError: If ``batch_size`` is less than 1, the model is not of this package or is unpooled, or the device
+                is not available.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
@@ -76,15 +76,15 @@ class Embedder:
             network.reset_classifier(0, fusion)
         if not network.global_pool:
             raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
-        from timm.data import create_transform, resolve_data_config  # takes torchvision along
+        from timm.data import create_transform, resolve_data_config  # imports torchvision
 
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.batch_size, self.flip = batch_size, flip
         self.workers = workers or min(8, num_cores())
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
-        # a model made with img_size= keeps the size of its cfg
+        # the cfg of a model made with img_size= has another size
         self.transform = create_transform(**resolve_data_config({"input_size": self.input_size}, model=self.model))
-        # the published unsupervised multi-neck feature is compared as it comes
+        # the published unsupervised multi-neck feature is compared unnormalised
         self.l2_normalize = self.model.neck != "multi"
 
     @property
@@ -106,7 +106,7 @@ class Embedder:
         errors: dict[int, str] | None = None,
         progress: bool = True,
     ) -> Any:
-        """Descriptors of images, in their order.
+        """Compute the descriptors of images, in the order given.
 
         Args:
             images: One image or many: paths; folders (their images, recursively, in the order of ``find_images``); PIL
@@ -114,13 +114,13 @@ class Embedder:
                 ``[3, H, W]`` or ``[B, 3, H, W]``, which are taken as preprocessed.
             parts: Return the part tokens too.
             bgr: Arrays have the channel order of OpenCV.
-            errors: Where given, an unreadable image gets a row of NaN and an entry ``{row: reason}`` here; otherwise it
+            errors: If given, an unreadable image gets a row of NaN and an entry ``{row: reason}`` here; otherwise it
                 raises.
-            progress: Show a bar, on a terminal, when the work takes more than a few seconds.
+            progress: Show a bar, on a terminal, if it takes more than a few seconds.
 
         Returns:
-            Descriptors, float32 ``[N, C]`` on the CPU, L2-normalised unless the weights say otherwise; with ``parts``
-            the pair of them and the L2-normalised parts ``[N, P, D]``.
+            Descriptors, float32 ``[N, C]`` on the CPU, L2-normalised except with a multi neck; with ``parts``
+            a pair of these and the L2-normalised parts ``[N, P, D]``.
 
         Raises:
             ImageError: If an image cannot be read and ``errors`` is None.
@@ -149,19 +149,19 @@ class Embedder:
         return (descriptors, part_tokens) if parts else descriptors
 
     def crops(self, frame: np.ndarray | Image.Image, boxes: Any, *, bgr: bool = False, parts: bool = False) -> Any:
-        """Descriptors of the persons in a video frame.
+        """Compute the descriptors of the persons in a video frame.
 
         Args:
             frame: ``[H, W, 3]`` uint8 or a PIL image.
-            boxes: ``[N, 4]`` x1, y1, x2, y2 in pixels; cut at the frame's border.
+            boxes: ``[N, 4]`` x1, y1, x2, y2 in pixels; clipped to the frame.
             bgr: The frame has the channel order of OpenCV.
             parts: Return the part tokens too.
 
         Returns:
-            As a call of the Embedder.
+            As for a call of the Embedder.
 
         Raises:
-            ValueError: If the boxes have another shape, or one has no pixel inside the frame.
+            ValueError: If the boxes are not ``[N, 4]``, or one has no pixel inside the frame.
         """
         image = open_image(frame, bgr)
         corners = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, dtype=float)
@@ -171,8 +171,8 @@ class Embedder:
         limits = np.array([image.width, image.height] * 2)
         with np.errstate(invalid="ignore"):
             pixels = np.nan_to_num(np.clip(np.round(corners), 0, limits)).astype(int)
-        no_box = np.isnan(corners).any(1)
-        empty = np.flatnonzero(no_box | (pixels[:, 0] >= pixels[:, 2]) | (pixels[:, 1] >= pixels[:, 3]))
+        has_nan = np.isnan(corners).any(1)
+        empty = np.flatnonzero(has_nan | (pixels[:, 0] >= pixels[:, 2]) | (pixels[:, 1] >= pixels[:, 3]))
         if len(empty):
             raise ValueError(
                 f"box {empty[0]} {corners[empty[0]].tolist()} has no pixel inside the frame of "
@@ -195,7 +195,7 @@ class Embedder:
         return descriptors.cpu(), F.normalize(parts.float(), dim=-1).cpu()
 
     def _flatten(self, images: Any) -> Iterator[Any]:
-        """Single images: folders become files, batched tensors rows."""
+        """Yield single images: the files of folders, the rows of batched tensors."""
         for image in images:
             if isinstance(image, str | os.PathLike) and os.path.isdir(image):
                 yield from find_images(image)
@@ -205,7 +205,7 @@ class Embedder:
                 yield image
 
     def _batches(self, items: list[Any], bgr: bool) -> Iterator[list[Tensor | ImageError]]:
-        """Preprocessed batches; those to come are decoded by threads while the model is at work."""
+        """Yield preprocessed batches; threads decode the next ones while the model works."""
         pending: deque[list[Future[Tensor | ImageError]]] = deque()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="passreid-decode")
         try:
@@ -228,7 +228,7 @@ class Embedder:
                     raise ValueError(f"float tensors are taken as preprocessed, {expected}; got {tuple(item.shape)}")
                 return item.float().cpu()
             return self.transform(open_image(item, bgr))
-        except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+        except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             return ImageError(f"{name}: {reason(e)}")
 
 
@@ -236,10 +236,10 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
     """Write descriptors with the names of their images; the suffix chooses the format.
 
     ``.safetensors``: tensors ``descriptors`` ``[N, C]`` and ``parts`` ``[N, P, D]``, ``names`` a JSON list in the
-    metadata. ``.npz``: the same as arrays. ``.csv``: a row an image, the name first, without parts.
+    metadata. ``.npz``: the same as arrays. ``.csv``: one row per image, the name first, without parts.
 
     Raises:
-        ValueError: If the suffix is none of these, parts are wanted as CSV, or there is not one name a descriptor.
+        ValueError: If the suffix is none of these, parts are given for a CSV file, or there is not one name per row.
     """
     path = Path(path)
     check_format(path, parts is not None)
@@ -263,7 +263,7 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
 
 
 def check_format(path: Path, parts: bool) -> None:
-    """Raise ValueError if ``save_features`` could not write ``path``: better before the work than after it."""
+    """Raise ValueError if ``save_features`` cannot write this format; called before the work begins."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: features are written as one of {', '.join(FORMATS)}")
     if parts and path.suffix == ".csv":

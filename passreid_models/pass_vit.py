@@ -1,4 +1,4 @@
-"""The [PART]-token ViT of PASS as timm models: the class, its conv stem, its necks and the timm entrypoints.
+"""The [PART]-token ViT of PASS as timm models: the class, its loading of weights, and the timm entrypoints.
 
 A PASS network is timm's ``VisionTransformer`` with a class token, P register tokens (the part tokens) and position
 embeddings on the patches alone. Tokens come out as ``[CLS, PART_1 .. PART_P, patches]``.
@@ -44,8 +44,8 @@ class PassVisionTransformer(VisionTransformer):
     """Vision Transformer with a class token and ``num_parts`` part tokens (PASS, arXiv 2203.03931).
 
     ``model(x)`` of images ``[B, 3, H, W]`` is the descriptor ``[B, head_hidden_size]`` (or the logits when
-    ``num_classes`` > 0). Positions of CLS and parts are folded into their tokens. ``model.origin`` is the ``Origin`` of
-    a registered model: what makes it again, whether its cfg is that of its weights, and the LoadReport.
+    ``num_classes`` > 0). Positions of CLS and parts are folded into their tokens. ``model.origin`` (``Origin``) of a
+    registered model is for ``save_pretrained`` and ``load_report``.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class PassVisionTransformer(VisionTransformer):
             num_parts: Number of part tokens, P; 0 gives a plain CLS-token ViT.
             global_pool: Fusion of the prefix tokens: ``cat``, ``mean``, ``parts``, ``token`` or ``''`` (all tokens,
                 unpooled); ``cat`` by default, ``token`` without parts.
-            neck: ``''``, ``single`` or ``multi``: the normalisation that the published USL and UDA features end with.
-                It has no part in an unpooled model.
+            neck: ``''``, ``single`` or ``multi``: the normalisation at the end of the published USL and UDA features;
+                an unpooled model does not use it.
             num_classes: Width of the classifier; 0 for descriptors.
-            weight_init: As in timm.
+            weight_init: Mode of initialisation, as in timm.
             **kwargs: Arguments of ``timm.models.vision_transformer.VisionTransformer``.
 
         Raises:
@@ -124,7 +124,7 @@ class PassVisionTransformer(VisionTransformer):
         """Replace the classifier and, optionally, the fusion.
 
         Raises:
-            ValueError: If a single neck would have to change its width.
+            ValueError: If the new fusion has another width than a single neck.
         """
         if global_pool is not None:
             _check_pool(global_pool, self.num_parts)
@@ -148,7 +148,7 @@ class PassVisionTransformer(VisionTransformer):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """As in timm; before 1.0.31 its own keeps the positions as they are when only the shape of the grid changes."""
+        """Set the input size as in timm; before 1.0.31 it keeps the positions if only the shape of the grid changes."""
         old, old_grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         grid = self.patch_embed.grid_size
@@ -157,7 +157,7 @@ class PassVisionTransformer(VisionTransformer):
             self.pos_embed = nn.Parameter(resampled, requires_grad=old.requires_grad)
 
     def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
-        """Descriptor of output tokens ``[B, T + N, D]``; with a multi neck, which fuses itself, the prefix tokens."""
+        """Descriptor of output tokens ``[B, T + N, D]``; the prefix tokens for a multi neck, which does the fusion."""
         pool_type = self.global_pool if pool_type is None else pool_type
         if pool_type == "":
             return x
@@ -176,7 +176,7 @@ class PassVisionTransformer(VisionTransformer):
         }
 
     def forward_views(self, x: Tensor, part_index: Tensor | None = None) -> Tensor:
-        """Prefix tokens of a batch of views of any size that the patches divide.
+        """Prefix tokens of a batch of views of any size that is divisible by the patch size.
 
         A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from; local
         views of all areas go through in one call. Positions are resampled to the views' grid, bicubic and antialiased,
@@ -190,7 +190,7 @@ class PassVisionTransformer(VisionTransformer):
             ``[B, 1 + P, D]`` for global views, ``[B, 2, D]`` (CLS, PART) for local ones.
 
         Raises:
-            ValueError: If the patches do not divide the views, or ``part_index`` does not fit the batch or the model.
+            ValueError: If the views are not divisible by the patch size, or ``part_index`` does not fit batch or model.
         """
         patch_h, patch_w = self.patch_embed.patch_size
         if x.shape[-2] % patch_h or x.shape[-1] % patch_w:
@@ -215,7 +215,7 @@ class PassVisionTransformer(VisionTransformer):
         tokens = torch.cat([*prefix, patches], dim=1)
         tokens = self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
         *blocks, last = self.blocks
-        if type(last) is Block:  # timm's plain block, of which it is known what it does
+        if type(last) is Block:  # not a subclass, which may compute something else
             last = partial(_prefix_block, last, sum(p.shape[1] for p in prefix))
         steps = [*blocks, last]
         if self.grad_checkpointing:
@@ -227,7 +227,7 @@ class PassVisionTransformer(VisionTransformer):
 
 
 def _prefix_block(block: Block, num_prefix: int, tokens: Tensor) -> Tensor:
-    """The last block for prefix tokens alone: after its attention nobody asks for the patches."""
+    """Last block, for prefix tokens only: after its attention the patch tokens are not needed."""
     tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
     prefix = tokens[:, :num_prefix]
     return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
@@ -275,7 +275,7 @@ def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
-    """One cfg a weight. The default (``*``) is the first bundled one, never a published one; else there is none."""
+    """One cfg for each weight; the first bundled one is the default (``*``), a published one never is."""
     cfgs = {}
     for architecture in ARCHITECTURES:
         entries = zoo.list_weights(architecture)
@@ -289,7 +289,7 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-GIVEN = "the given state dict"
+UNNAMED = "the given state dict"
 _NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
 
 
@@ -308,7 +308,7 @@ def _create_pass_vit(
     """
     arch = ARCHITECTURES[variant]
     if isinstance(pretrained_cfg, str):
-        zoo.get_weight(f"{variant}.{pretrained_cfg}")  # an unknown tag is refused with the known ones
+        zoo.get_weight(f"{variant}.{pretrained_cfg}")  # raises for an unknown tag
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     entry = zoo.find_weight(variant, cfg.tag or "")
     source = cfg.source
@@ -316,7 +316,7 @@ def _create_pass_vit(
     converted = None
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
-    file = cfg.file or cfg.hf_hub_id or GIVEN
+    file = cfg.file or cfg.hf_hub_id or UNNAMED
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -327,9 +327,9 @@ def _create_pass_vit(
     )
     if entry is not None and kwargs.get("num_parts") != 0:
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
-    is_given = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
-    if converted and is_given and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
-        model_args.update(published_descriptor(converted))  # there is no tag: the layout tells
+    is_untagged = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
+    if converted and is_untagged and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
+        model_args.update(published_descriptor(converted))  # as far as the layout shows it
     try:
         model = build_model_with_cfg(
             PassVisionTransformer,
@@ -344,9 +344,9 @@ def _create_pass_vit(
         )
     except CheckpointError as e:
         raise CheckpointError(f"{file}: {e}") from None
-    network = getattr(model, "model", model)  # of features_only, the model in the wrapper
+    network = getattr(model, "model", model)  # features_only wraps the model
     for m in (model, network):  # each has its own cfg
-        m.pretrained_cfg.pop("state_dict", None)  # it was only the way in
+        m.pretrained_cfg.pop("state_dict", None)  # needed for loading only
     if source:
         model.pretrained_cfg["source"] = source
     if pretrained:
@@ -362,11 +362,11 @@ def _create_pass_vit(
 def _read_weights(
     variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None
 ) -> tuple[Any, Converted | None]:
-    """The cfg with the weights in its ``state_dict``, and these as ``Converted``; None where reading is left to timm.
+    """The cfg with the weights in its ``state_dict``, and the weights as ``Converted``; None if timm is to read them.
 
     timm's own reader refuses the numpy scalars of the published files and does not compare hashes; that of 1.0.28
-    fails on a folder with two safetensors files, such as the extras beside the model. A given ``state_dict`` may be a
-    ``Converted`` already.
+    fails on a folder with two safetensors files, such as the extras beside the model. The ``state_dict`` of an overlay
+    may already be a ``Converted``.
     """
     if cfg.state_dict:
         converted = cfg.state_dict
@@ -374,11 +374,11 @@ def _read_weights(
             try:
                 converted = convert_state_dict(converted)
             except CheckpointError as e:
-                raise CheckpointError(f"{cfg.file or cfg.hf_hub_id or GIVEN}: {e}") from None
+                raise CheckpointError(f"{cfg.file or cfg.hf_hub_id or UNNAMED}: {e}") from None
         return replace(cfg, state_dict=converted.backbone), converted
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
-        if not file.is_file():  # a folder of another make
+        if not file.is_file():  # not a folder of this package
             return cfg, None
     elif cfg.source == "hf-hub":
         if cfg.hf_hub_filename:
@@ -391,16 +391,16 @@ def _read_weights(
     else:
         file = zoo.resolve(variant, cfg.tag or "")
         if pretrained_cfg is None:
-            _say_default(f"{variant}.{cfg.tag}")
+            _announce_default(f"{variant}.{cfg.tag}")
     converted = convert_file(file)
     return replace(cfg, source="", file=str(file), state_dict=converted.backbone), converted
 
 
 @cache
-def _say_default(name: str) -> None:
+def _announce_default(name: str) -> None:
     architecture, tag = name.split(".")
-    others = ", ".join(w.tag for w in zoo.list_weights(architecture) if w.tag != tag) or "none"
-    _logger.warning(f"{architecture}: loading the bundled {name}, trained on synthetic persons; other tags: {others}")
+    tags = ", ".join(w.tag for w in zoo.list_weights(architecture) if w.tag != tag) or "none"
+    _logger.warning(f"{architecture}: loading the bundled {name}, trained on synthetic persons; other tags: {tags}")
 
 
 @register_model

@@ -122,7 +122,7 @@ def test_list_models_shows_the_tags_of_the_manifest():
 
 
 @pytest.mark.parametrize("weight", list_weights(), ids=lambda w: w.name)
-def test_a_tag_brings_its_preprocessing_fusion_and_neck(weight):
+def test_a_tag_sets_preprocessing_fusion_and_neck(weight):
     cfg = timm.get_pretrained_cfg(weight.name)
     model = create(weight.name)
     assert (cfg.mean, cfg.std) == STATISTICS[weight.mean_std]
@@ -161,7 +161,7 @@ def test_untagged_pretrained_loads_the_first_bundled_weights(name):
         assert torch.equal(a, b), key
 
 
-def test_a_named_tag_that_cannot_be_had_is_an_error_and_never_another_tag(tmp_path, monkeypatch):
+def test_a_named_tag_that_is_not_available_is_an_error_and_never_another_tag(tmp_path, monkeypatch):
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("PASSREID_HUB_NAMESPACE", raising=False)
@@ -285,7 +285,7 @@ def test_a_model_pooled_again_has_its_neck_again(neck):
     assert_close(model(x), expected)
 
 
-def test_reset_classifier_refuses_what_a_single_neck_cannot_do():
+def test_reset_classifier_refuses_a_fusion_of_another_width_than_the_single_neck():
     model = create(neck="single")
     with pytest.raises(ValueError, match="width 128; global_pool='mean' gives 64"):
         model.reset_classifier(0, global_pool="mean")
@@ -768,9 +768,9 @@ def test_necks_are_batch_norms_with_an_untrained_bias():
 
 def test_the_bundled_default_is_announced_once_with_the_other_tags(caplog):
     tags = [w.tag for w in list_weights("pass_vit_small_patch16")]
-    pass_vit._say_default.cache_clear()
+    pass_vit._announce_default.cache_clear()
     for _ in range(2):
-        pass_vit._say_default(f"pass_vit_small_patch16.{tags[0]}")
+        pass_vit._announce_default(f"pass_vit_small_patch16.{tags[0]}")
     (record,) = caplog.records
     assert tags[0] in record.message
     assert all(tag in record.message for tag in tags[1:])

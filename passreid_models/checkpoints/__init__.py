@@ -1,12 +1,12 @@
-"""Weights: files read, converted, loaded into a model, found, kept and published.
+"""Weights: read, convert, load into a model, find and publish.
 
-read        a checkpoint file to flat tensors, without running code from it
+read        checkpoint file to flat tensors, without running code from it
 convert     any published layout to timm's keys
-load        the converted tensors into a model, every one accounted for
-local_dir   the folder that ``local-dir:`` and the Hub use
-zoo         which weights exist, and where a tag's file comes from
-names       the model that a name, a folder, a run or a file stands for
-publish     a folder to the Hugging Face Hub
+load        converted tensors into a model, with a report of every tensor
+local_dir   exported folders, for ``local-dir:`` and the Hub
+zoo         manifest of the known weights, and the search for a tag's file
+names       model of a name, a folder, a run or a file
+publish     exported folder to the Hugging Face Hub
 """
 
 from passreid_models.checkpoints.convert import Converted, convert_state_dict

@@ -1,10 +1,10 @@
-"""Checkpoints in every published layout, converted to the keys of the timm models.
+"""Conversion of checkpoints in every published layout to timm's keys.
 
     file --read.py--> flat tensors --convert.py--> Converted --load.py--> state dict of one model + LoadReport
 
 Layouts: PASS and TransReID-SSL pre-training files, converted backbones, supervised ``transformer_120.pth``,
-cluster-contrast ``*.pth.tar``, the conv-stem ("ICS") variants of each, and this package's own files. All functions are
-pure: they return new dictionaries and leave their arguments as they are.
+cluster-contrast ``*.pth.tar``, the conv-stem ("ICS") variants of each, and this package's own files. Public functions
+are pure: they return new dictionaries and leave their arguments unchanged.
 """
 
 import re
@@ -22,16 +22,16 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint in timm's keys, before it meets a model."""
+    """A checkpoint under timm's keys, not yet fitted to a model."""
 
     backbone: StateDict
     neck: StateDict  # BatchNorm over the fused vector (single) or over all tokens, T * D wide (multi)
     classifier: StateDict
-    architecture: Architecture  # num_heads and img_size are conventions: tensors do not tell them
+    architecture: Architecture  # num_heads and img_size by convention: tensors do not show them
     layout: str
     task: str  # "" | pretrain | supervised | unsupervised
     neck_kind: str  # "" | single | multi
-    fusion: str  # "" where the tensors do not tell
+    fusion: str  # "" if the tensors do not show it
     folded: dict[str, list[str]]
     ignored: dict[str, str]
 
@@ -47,11 +47,11 @@ _IGNORED = {
 
 
 def convert_file(path: str | Path, network: str = "teacher") -> Converted:
-    """Read a checkpoint file and convert it: ``convert_state_dict`` with the file's name in its errors.
+    """Read a checkpoint file and convert it; errors name the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it cannot be read or is no checkpoint of this family.
+        CheckpointError: If it cannot be read or is not a checkpoint of this family.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -63,15 +63,14 @@ def convert_file(path: str | Path, network: str = "teacher") -> Converted:
 def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     """Convert a checkpoint of any published layout to timm's keys.
 
-    Token and position of CLS and of each part are added up (exact for features); the positions of the patches stay on
-    the grid of the file.
+    The positions of CLS and parts are added to their tokens (exact for features); patch positions keep the file's grid.
 
     Args:
         checkpoint: A checkpoint object or a flat state dict.
-        network: ``teacher`` or ``student``, where the file holds both.
+        network: ``teacher`` or ``student``, if the file holds both.
 
     Raises:
-        CheckpointError: If it is no checkpoint of this family, or holds NaN or infinite values.
+        CheckpointError: If it is not a checkpoint of this family, or holds NaN or infinite values.
     """
     tensors, wrapping = unwrap_checkpoint(checkpoint, network)
     source = {_WRAPPERS.sub("", k): v for k, v in tensors.items()}
@@ -89,8 +88,8 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
             parts.setdefault(int(part[1]), []).append(key)
         elif key == "cls_pos":
             pass
-        elif why := next((why for pattern, why in _IGNORED.items() if re.match(pattern, key)), None):
-            ignored[key] = why
+        elif reason := next((reason for pattern, reason in _IGNORED.items() if re.match(pattern, key)), None):
+            ignored[key] = reason
         elif key.startswith("bottleneck"):
             bottlenecks[key] = value
         elif key == "classifier.weight":
@@ -108,8 +107,8 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
         folded["cls_token"] = ["cls_token", "cls_pos"]
     if parts:
         names = [name for k in sorted(parts) for name in (f"part_token{k}", f"part{k}_pos")]
-        if lost := [name for name in ("cls_pos", *names) if name not in source]:
-            raise CheckpointError(f"part tokens without their counterpart: {', '.join(lost)} missing")
+        if missing := [name for name in ("cls_pos", *names) if name not in source]:
+            raise CheckpointError(f"part tokens without their counterpart: {', '.join(missing)} missing")
         pairs = [source[a].float() + source[b].float() for a, b in zip(names[::2], names[1::2], strict=True)]
         backbone["reg_token"] = torch.cat(pairs, dim=1)
         folded["reg_token"] = names
@@ -141,11 +140,11 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
 
 def _check_is_vit(source: StateDict) -> None:
     stem = "patch_embed.proj.conv.0.weight" if "patch_embed.proj.conv.0.weight" in source else "patch_embed.proj.weight"
-    lost = [key for key in ("blocks.0.attn.qkv.weight", "cls_token", stem) if key not in source]
-    if not lost:
+    missing = [key for key in ("blocks.0.attn.qkv.weight", "cls_token", stem) if key not in source]
+    if not missing:
         return
-    what = "a ResNet" if "layer1.0.conv1.weight" in source else "no vision transformer of this family"
-    raise CheckpointError(f"this is {what}: it has {', '.join(list(source)[:3])}, but no {', '.join(lost)}")
+    network = "a ResNet" if "layer1.0.conv1.weight" in source else "no vision transformer of this family"
+    raise CheckpointError(f"this is {network}: it has {', '.join(list(source)[:3])}, but no {', '.join(missing)}")
 
 
 def _rename_stem(key: str) -> str:
@@ -160,7 +159,7 @@ def _rename_stem(key: str) -> str:
 
 
 def _read_architecture(backbone: StateDict) -> Architecture:
-    """Dimensions that the tensors show; renames the projection of a conv stem in passing."""
+    """Read the dimensions off the tensors, and rename the projection of a conv stem in ``backbone``."""
     conv_stem = "patch_embed.proj.conv.0.weight" in backbone
     if conv_stem and "patch_embed.proj.weight" in backbone:
         for name in ("weight", "bias"):
@@ -174,7 +173,7 @@ def _read_architecture(backbone: StateDict) -> Architecture:
 
 
 def _convert_necks(bottlenecks: StateDict, num_parts: int, ignored: dict[str, str]) -> tuple[StateDict, str]:
-    """BatchNorms of the tokens as one BatchNorm over all of them, in the form of the model's neck."""
+    """Merge the BatchNorms of the tokens into one, under the keys of the model's neck; return it and its kind."""
     names = sorted({k.split(".")[0] for k in bottlenecks})  # bottleneck, bottleneck_1.. or bottleneck_pt1..
     if not names:
         return {}, ""
@@ -191,7 +190,7 @@ def _convert_necks(bottlenecks: StateDict, num_parts: int, ignored: dict[str, st
 
 
 def published_descriptor(converted: Converted) -> dict[str, str]:
-    """Fusion (``global_pool``) and neck of the descriptor that the layout was published with, as far as it tells.
+    """Fusion (``global_pool``) and neck of the published descriptor, as far as the layout shows them.
 
     Unsupervised features are taken after the neck, supervised ones before it.
     """
@@ -202,7 +201,7 @@ def published_descriptor(converted: Converted) -> dict[str, str]:
 
 
 def guess_grid(num_patches: int) -> Grid | None:
-    """Grid of a person image with that many patches: twice or three times as high as wide; else None."""
+    """Grid of a person image with this many patches, two or three times as high as wide; None if there is none."""
     for ratio in (2, 3):
         width = round((num_patches / ratio) ** 0.5)
         if width and ratio * width * width == num_patches:

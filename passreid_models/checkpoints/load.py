@@ -1,4 +1,4 @@
-"""A converted checkpoint fitted to a model: positions resized, every tensor accounted for, nothing loaded in part."""
+"""Fitting of a converted checkpoint to a model: resizes positions, reports every tensor, never loads only a part."""
 
 import logging
 from collections.abc import Mapping
@@ -20,26 +20,26 @@ RESIZE_METHODS = ("auto", "bicubic", "bilinear")
 
 @dataclass
 class LoadReport:
-    """The fate of each tensor of a checkpoint, key by key; ``print(report)`` shows a table."""
+    """Report of a load: what became of each tensor of the checkpoint; ``print(report)`` shows a table."""
 
     source: str = ""
     layout: str = ""
     loaded: list[str] = field(default_factory=list)
-    folded: dict[str, list[str]] = field(default_factory=dict)  # target -> the tensors that were added up
+    folded: dict[str, list[str]] = field(default_factory=dict)  # key of the model -> keys of the file, added up
     resized: dict[str, str] = field(default_factory=dict)
-    extras: dict[str, str] = field(default_factory=dict)  # known, but no part of this model: necks, classifier
+    extras: dict[str, str] = field(default_factory=dict)  # known, but not part of this model: necks, classifier
     ignored: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     mismatched: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain lists and dictionaries, for JSON."""
+        """Return plain lists and dictionaries, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoadReport":
-        """The inverse of ``to_dict``."""
+        """Inverse of ``to_dict``."""
         return cls(**{f.name: data[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:
@@ -49,18 +49,18 @@ class LoadReport:
             rows += [(name, k, v) for k, v in _collapse(getattr(self, name)).items()]
         rows += [("missing", k, "") for k in self.missing] + [("note", n, "") for n in self.notes]
         width = max(len(key) for _, key, _ in rows if len(key) < 48)
-        lines = [f"{action:<11}{key:<{width}}  {why}".rstrip() for action, key, why in rows]
+        lines = [f"{action:<11}{key:<{width}}  {reason}".rstrip() for action, key, reason in rows]
         return "\n".join([f"{self.source or 'checkpoint'}: {self.layout}", *lines])
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a model was made, for ``save_pretrained`` and ``load_report``: ``model.origin`` of a PASS model.
+    """Origin of a model, for ``save_pretrained`` and ``load_report``: ``model.origin`` of a PASS model.
 
     Args:
-        model_args: Arguments of ``timm.create_model`` that make the same model again, besides those of its tag.
-        has_own_cfg: Tag and licence of ``model.pretrained_cfg`` are those of the weights.
-        load_report: Of the last pretrained load; None without one.
+        model_args: Arguments of ``timm.create_model`` for the same model, besides those of its tag.
+        has_own_cfg: Whether tag and licence of ``model.pretrained_cfg`` are those of the weights.
+        load_report: Report of the last pretrained load; None without one.
     """
 
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -69,11 +69,11 @@ class Origin:
 
 
 def _collapse(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Keys of the same reason and first name become one row: ``head.* (28)``."""
+    """Merge keys with the same reason and first name into one row, such as ``head.* (28)``."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for key, why in reasons.items():
-        groups.setdefault((key.split(".")[0], why), []).append(key)
-    return {keys[0] if len(keys) == 1 else f"{stem}.* ({len(keys)})": why for (stem, why), keys in groups.items()}
+    for key, reason in reasons.items():
+        groups.setdefault((key.split(".")[0], reason), []).append(key)
+    return {keys[0] if len(keys) == 1 else f"{stem}.* ({len(keys)})": reason for (stem, reason), keys in groups.items()}
 
 
 def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, method: str = "auto") -> tuple[Tensor, str]:
@@ -81,8 +81,8 @@ def resize_pos_embed(pos_embed: Tensor, old: Grid, new: Grid, method: str = "aut
 
     Args:
         pos_embed: Positions of the patches alone.
-        old: Rows and columns of the given grid.
-        new: Rows and columns of the wanted grid.
+        old: Rows and columns of the present grid.
+        new: Rows and columns of the new grid.
         method: ``bicubic`` (antialiased), ``bilinear`` (as in the published 384x128 fine-tuning), or ``auto``:
             bilinear from 16x8 to 24x8, bicubic elsewhere.
 
@@ -108,61 +108,61 @@ def fit_to_model(
     resize: str = "auto",
     free: tuple[str, ...] = (),
 ) -> tuple[StateDict, LoadReport]:
-    """Choose and resize the tensors that a model takes, and account for all others.
+    """Select and resize the tensors of a model, and report all others.
 
     Args:
         converted: The checkpoint.
         expected: State dict of the model, for its keys and shapes.
         grid: Patch grid of the model, rows and columns.
-        declared: Patch grid that the checkpoint's config states; guessed from the number of patches when it does
-            not fit.
+        declared: Patch grid that the checkpoint's config states; guessed from the number of patches if it does
+            not match.
         resize: See ``resize_pos_embed``.
-        free: Beginnings of keys that may be missing or differ: a new classifier, an input conv of other channels.
+        free: Prefixes of keys that may be missing or of another shape: new classifier, input conv of other channels.
 
     Raises:
         CheckpointError: If a tensor is missing or has another shape, naming the keys and the architecture that fits.
     """
     report = LoadReport(layout=converted.layout, folded=dict(converted.folded), ignored=dict(converted.ignored))
-    given = dict(converted.backbone)
+    tensors = dict(converted.backbone)
     if "head." in free:  # timm discards the classifier of other classes
-        for key in [k for k in given if k.startswith("head.")]:
-            del given[key]
+        for key in [k for k in tensors if k.startswith("head.")]:
+            del tensors[key]
             report.extras[key] = "classifier of other classes"
     if any(k.startswith("fc_norm.") for k in expected):
-        given.update(converted.neck)
+        tensors.update(converted.neck)
     else:
         report.extras.update(dict.fromkeys(converted.neck, f"{converted.neck_kind} neck, not held by this model"))
     report.extras.update(dict.fromkeys(converted.classifier, "identity classifier of the training set"))
-    if "pos_embed" in given and given["cls_token"].shape == expected["cls_token"].shape:
-        count = given["pos_embed"].shape[1]
+    if "pos_embed" in tensors and tensors["cls_token"].shape == expected["cls_token"].shape:
+        count = tensors["pos_embed"].shape[1]
         old = declared if declared and declared[0] * declared[1] == count else guess_grid(count)
         if old is None:
             side = isqrt(count)
             is_square = count - side * side in (0, 1)  # 1: with CLS
             square = f" (a ViT for {side * 16}x{side * 16} images)" if is_square else ""
-            wanted = f"; declared is {declared[0]}x{declared[1]}" if declared else ""
-            raise CheckpointError(f"pos_embed has {count} positions{square}, no grid of person images{wanted}")
-        given["pos_embed"], method = resize_pos_embed(given["pos_embed"], old, grid, resize)
+            config_grid = f"; the config declares {declared[0]}x{declared[1]}" if declared else ""
+            raise CheckpointError(f"pos_embed has {count} positions{square}, no grid of person images{config_grid}")
+        tensors["pos_embed"], method = resize_pos_embed(tensors["pos_embed"], old, grid, resize)
         if method:
             report.resized["pos_embed"] = f"{old[0]}x{old[1]} -> {grid[0]}x{grid[1]}, {method}"
 
-    chosen = {}
+    state = {}
     for key, tensor in expected.items():
-        if key not in given:
+        if key not in tensors:
             if not key.startswith(free):
                 report.missing.append(key)
-        elif given[key].shape != tensor.shape and not key.startswith(free):
-            report.mismatched[key] = f"{_shape(given[key])} in the file, {_shape(tensor)} in the model"
+        elif tensors[key].shape != tensor.shape and not key.startswith(free):
+            report.mismatched[key] = f"{_shape(tensors[key])} in the file, {_shape(tensor)} in the model"
         else:
-            chosen[key] = given[key]
-    unexpected = [k for k in given if k not in expected]
+            state[key] = tensors[key]
+    unexpected = [k for k in tensors if k not in expected]
     for key in [k for k in unexpected if k.startswith(("head.", "fc_norm."))]:
         unexpected.remove(key)
         report.extras[key] = "classifier or neck, not held by this model"
-    report.loaded = list(chosen)
+    report.loaded = list(state)
     if report.missing or report.mismatched or unexpected:
         raise CheckpointError(_explain(report, unexpected, converted, expected))
-    return chosen, report
+    return state, report
 
 
 def _shape(tensor: Tensor) -> str:
@@ -170,28 +170,28 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _explain(report: LoadReport, unexpected: list[str], converted: Converted, expected: Mapping[str, Tensor]) -> str:
-    def few(keys: list[str]) -> str:
+    def shorten(keys: list[str]) -> str:
         return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
     problems = []
     if report.missing:
-        problems.append(f"missing {few(report.missing)}")
+        problems.append(f"missing {shorten(report.missing)}")
     if report.mismatched:
-        problems.append("mismatched " + few([f"{k} ({v})" for k, v in report.mismatched.items()]))
+        problems.append("mismatched " + shorten([f"{k} ({v})" for k, v in report.mismatched.items()]))
     if unexpected:
-        problems.append(f"without a place in the model: {few(unexpected)}")
-    given = converted.architecture
+        problems.append(f"without a place in the model: {shorten(unexpected)}")
+    arch = converted.architecture
     width, parts = expected["cls_token"].shape[-1], expected["reg_token"].shape[1] if "reg_token" in expected else 0
-    described = f"the file is {given.embed_dim} wide and {given.depth} deep, with {given.num_parts} part tokens"
-    described += " and a conv stem" if given.conv_stem else ""
-    same = (given.embed_dim, given.num_parts) == (width, parts) and len(report.missing) + len(unexpected) == 0
-    name = architecture_name(given)
-    advice = f": use {name}" if name and not same else ""
+    dimensions = f"the file is {arch.embed_dim} wide and {arch.depth} deep, with {arch.num_parts} part tokens"
+    dimensions += " and a conv stem" if arch.conv_stem else ""
+    fits = (arch.embed_dim, arch.num_parts) == (width, parts) and not report.missing and not unexpected
+    name = architecture_name(arch)
+    advice = f": use {name}" if name and not fits else ""
     if report.missing and all(k.startswith("fc_norm.") for k in report.missing):
         advice = ": the file has no such neck, use neck=''"
-    elif given.embed_dim == width and given.num_parts not in (0, parts) and not given.conv_stem:
-        advice = f": use {name} with num_parts={given.num_parts}" if name else f": use num_parts={given.num_parts}"
-    return f"the checkpoint does not fit the model: {'; '.join(problems)}; {described}{advice}"
+    elif arch.embed_dim == width and arch.num_parts not in (0, parts) and not arch.conv_stem:
+        advice = f": use {name} with num_parts={arch.num_parts}" if name else f": use num_parts={arch.num_parts}"
+    return f"the checkpoint does not fit the model: {'; '.join(problems)}; {dimensions}{advice}"
 
 
 def pretrained_filter_fn(
@@ -201,17 +201,17 @@ def pretrained_filter_fn(
     keep: tuple[str, ...] = (),
     converted: Converted | None = None,
 ) -> StateDict:
-    """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; keeps the LoadReport.
+    """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; stores the LoadReport.
 
-    Mean, std and interpolation of a raw official file are written to ``model.pretrained_cfg``, since they belong to the
-    weights, but for those named in ``keep``; where the layout does not tell them, a warning says so.
+    Mean, std and interpolation of a raw official file belong to its weights, so they are written to
+    ``model.pretrained_cfg``, except those named in ``keep``. If the layout does not show them, a warning is logged.
 
     Args:
         state_dict: A checkpoint object or a flat state dict.
         model: A ``PassVisionTransformer`` with its ``pretrained_cfg``.
         resize: See ``resize_pos_embed``.
-        keep: Entries of the pretrained cfg that stay.
-        converted: The checkpoint, where it is converted already; ``state_dict`` is not looked at then.
+        keep: Entries of the pretrained cfg to leave as they are.
+        converted: The converted checkpoint, if there is one; ``state_dict`` is then ignored.
 
     Raises:
         CheckpointError: If the checkpoint does not fit.
@@ -226,32 +226,32 @@ def pretrained_filter_fn(
         free += ("head.",)
     if network.in_chans != cfg["input_size"][0]:
         free += (cfg["first_conv"] + ".weight",)
-    chosen, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
-    if "head.weight" in model.state_dict() and "head.weight" not in chosen:
+    state, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
+    if "head.weight" in model.state_dict() and "head.weight" not in state:
         report.notes.append("head: a new classifier, initialised at random")
-    if converted.task:  # a raw official file: what it was trained with is known
+    if converted.task:  # a raw official file: its layout shows how it was trained
         mean, std = IMAGENET if converted.task == "pretrain" else HALF
         interpolation = "bilinear" if converted.task == "supervised" else "bicubic"
-        known = {"mean": mean, "std": std, "interpolation": interpolation}
-        cfg.update({k: v for k, v in known.items() if k not in keep})
+        preprocessing = {"mean": mean, "std": std, "interpolation": interpolation}
+        cfg.update({k: v for k, v in preprocessing.items() if k not in keep})
         if "mean" not in keep:
             report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout.partition(',')[0]}")
     elif converted.folded and "mean" not in keep:  # a raw official backbone, pre-trained or fine-tuned
         _logger.warning(
-            f"the file does not tell its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
+            f"the file does not state its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
             "(pretrained_cfg_overlay=dict(mean=..., std=...) sets them)"
         )
     network.origin = replace(network.origin, load_report=report)
-    return chosen
+    return state
 
 
 def load_report(model: nn.Module) -> LoadReport:
-    """The report of the last pretrained load of ``model``, key by key.
+    """Return the report of the last pretrained load of ``model``.
 
     Raises:
         ValueError: If the model was made without pretrained weights.
     """
-    origin = getattr(getattr(model, "model", model), "origin", Origin())  # of features_only, the model in the wrapper
+    origin = getattr(getattr(model, "model", model), "origin", Origin())  # features_only wraps the model
     if origin.load_report is None:
         raise ValueError("this model was made without pretrained weights: there is no load to report")
     return origin.load_report

@@ -1,4 +1,4 @@
-"""The folder layout that ``local-dir:`` and the Hub use, written from a model or from an official checkpoint.
+"""Exported folders, for ``local-dir:`` and the Hub, written from a model or from an official checkpoint.
 
 FOLDER/model.safetensors    the state dict of the timm model
 FOLDER/config.json          timm's config; beside it fusion, neck, l2_normalize and the provenance
@@ -33,18 +33,18 @@ def save_pretrained(
     half: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write ``model`` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` gives it back.
+    """Write ``model`` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it again.
 
     Args:
         model: A registered model, not a ``features_only`` wrapper.
-        folder: Is written whole or not at all.
+        folder: Output; written whole or not at all.
         extras: Tensors for ``extras.safetensors``.
         info: Further top-level entries of ``config.json``.
         half: Store floating-point tensors as float16.
         overwrite: Replace an older folder.
 
     Raises:
-        FileExistsError: If the folder is there, not empty, and not to be overwritten.
+        FileExistsError: If the folder exists and is not empty, without ``overwrite``.
     """
     folder = Path(folder)
     if not overwrite:
@@ -74,7 +74,7 @@ def save_pretrained(
         )
         config = json.loads((new / "config.json").read_text())
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
-        if not m.origin.has_own_cfg:  # weights of another make than the tag's: claim nothing for them
+        if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
             config["pretrained_cfg"].pop("tag", None)
             config["pretrained_cfg"].pop("description", None)
@@ -100,27 +100,27 @@ def convert_checkpoint(
 ) -> LoadReport:
     """Convert an official checkpoint to a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
-    What is None is read off the tensors, or set by the convention of the layout.
+    An argument that is None is read off the tensors, or follows the convention of the layout.
 
     Args:
         source: A checkpoint in any published layout.
         folder: Output; must not exist or be empty.
-        name: Registered model, with a tag or without.
-        network: ``teacher`` or ``student``, where the file holds both.
+        name: Registered model, with or without a tag.
+        network: ``teacher`` or ``student``, if the file holds both.
         fusion: Fusion of the descriptor (``global_pool``).
         neck: ``single`` or ``multi`` to put the file's neck into the model, ``''`` to leave it in the extras; by
             default unsupervised models keep it (their feature is taken after it) and supervised ones do not.
         mean_std: ``imagenet`` or ``0.5``.
         interpolation: PIL resampling of test images.
-        img_size: Height and width in pixels, when they shall differ from the file's.
+        img_size: Height and width in pixels, if they differ from the file's.
         pos_embed_resize: See ``load.resize_pos_embed``.
-        num_heads: Attention heads; tensors do not show them. Needed when the width is no multiple of 64.
+        num_heads: Attention heads; tensors do not show them. Needed if the width is not a multiple of 64.
 
     Returns:
-        The fate of each tensor.
+        Report of what became of each tensor.
 
     Raises:
-        CheckpointError: If the file cannot be read or is no checkpoint of this family.
+        CheckpointError: If the file cannot be read or is not a checkpoint of this family.
         FileExistsError: If the folder is not empty.
         ValueError: If an argument has an unknown value.
     """
@@ -134,11 +134,11 @@ def convert_checkpoint(
     if fusion is None:
         fusion = converted.fusion or "cat"
         if not converted.fusion and converted.task == "unsupervised":
-            notes.append("fusion: the tensors do not tell, 'cat' assumed")
+            notes.append("fusion: the tensors do not show it, 'cat' assumed")
     if mean_std is None:
         mean_std = "0.5" if converted.task in ("supervised", "unsupervised") else "imagenet"
         if not converted.task:
-            notes.append("mean/std: the tensors do not tell, ImageNet's assumed")
+            notes.append("mean/std: the tensors do not show them, ImageNet's assumed")
     return write_converted(
         converted,
         folder,
@@ -175,26 +175,26 @@ def write_converted(
     Args:
         converted: The checkpoint.
         folder: Output; must not exist or be empty.
-        name: Registered model; with a tag, whose licence and description then go with the weights.
+        name: Registered model; with a tag, the weights get the tag's licence and description.
         source: File of the checkpoint.
-        source_sha256: Its hash.
-        fusion: As of ``convert_checkpoint``, and so are the next three.
-        neck: Likewise.
-        mean_std: Likewise.
-        interpolation: Likewise.
-        network: Which one of the file it is.
-        notes: For the report.
+        source_sha256: SHA-256 of that file.
+        fusion: Fusion of the descriptor (``global_pool``).
+        neck: Neck of the model; ``''`` for none.
+        mean_std: ``imagenet`` or ``0.5``.
+        interpolation: PIL resampling of test images.
+        network: Network of the file that was converted, ``teacher`` or ``student``.
+        notes: Notes to add to the report.
         **model_args: Further arguments of ``timm.create_model``.
 
     Returns:
-        The fate of each tensor.
+        Report of what became of each tensor.
 
     Raises:
         CheckpointError: If the tensors do not fit the model.
     """
     mean, std = STATISTICS[mean_std]
     size = converted.architecture.img_size
-    is_tag = "." in name  # named by who knows that the file is the tag's
+    is_tag = "." in name  # the caller has checked that the file is the tag's
     cfg: dict[str, Any] = {} if is_tag else {"tag": None, "url": None, "license": "other", "description": None}
     cfg |= {"mean": mean, "std": std, "interpolation": interpolation, "input_size": (3, *size), "file": str(source)}
     model_args = {**model_args, "img_size": model_args.get("img_size") or size}
@@ -225,7 +225,7 @@ def write_converted(
 def model_of(
     architecture: Architecture, name: str | None, num_heads: int | None, source: Path
 ) -> tuple[str, dict[str, Any]]:
-    """Registered model for the tensors, and what must be overridden: all dimensions, when none fits as it is."""
+    """Registered model for the tensors, and the arguments to override: all dimensions if no model fits as it is."""
     width, overrides = architecture.embed_dim, {} if num_heads is None else {"num_heads": num_heads}
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise ValueError(f"{source} is {width} wide, which cannot be split over {num_heads} heads")
@@ -233,8 +233,8 @@ def model_of(
         if name.split(".")[0] not in ARCHITECTURES:
             raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
         return name, overrides
-    if known := architecture_name(architecture):
-        return known, overrides
+    if registered := architecture_name(architecture):
+        return registered, overrides
     if num_heads is None and width % 64:
         raise ValueError(f"{source} is {width} wide, which no registered model is: give the number of heads")
     kind = (architecture.num_parts > 0, architecture.conv_stem)
@@ -249,15 +249,15 @@ def _check_free(folder: Path) -> None:
 
 
 def exported_folder(path: Path) -> Path | None:
-    """The folder of ``save_pretrained`` at ``path``: itself, or the export of a run."""
+    """Exported folder at ``path``: the path itself, or the export of a run; None if there is neither."""
     return next((p for p in (path, path / "export") if (p / "config.json").is_file()), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` that ``save_pretrained`` wrote to a folder.
+    """Read the ``config.json`` of an exported folder.
 
     Raises:
-        ValueError: If it is no JSON, or of another make.
+        ValueError: If it is not JSON, or not of a model of this package.
     """
     file = folder / "config.json"
     try:
@@ -266,5 +266,5 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     keys = {"architecture", "pretrained_cfg"}
     if not isinstance(config, dict) or not keys <= config.keys() or config["architecture"] not in ARCHITECTURES:
-        raise ValueError(f"{file} is not that of a model of this package")
+        raise ValueError(f"{file} is not the config of a model of this package")
     return config

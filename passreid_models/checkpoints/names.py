@@ -1,10 +1,10 @@
-"""Names of models with weights: the one place that says which model a name is, for ``--model`` and ``--init`` alike.
+"""Names of models with weights, resolved in one place for ``--model`` and ``--init``.
 
 pass_vit_tiny_patch16               an architecture, with its bundled weights
 pass_vit_small_patch16.lup          an architecture and a tag
 synth_reid                          a tag that one architecture has
 hf-hub:org/name, local-dir:FOLDER   a Hub repository, an exported folder
-runs/mine, runs/mine/export         a run (its export, before there is one its newest checkpoint), an exported folder
+runs/mine, runs/mine/export         a run (its export, else its newest checkpoint), an exported folder
 runs/mine/checkpoints/step_...pt    a checkpoint of a run
 transformer_120.pth                 a checkpoint in any published layout
 """
@@ -33,11 +33,11 @@ class NamedModel:
     """A model with weights, before they are loaded.
 
     Args:
-        name: Of ``timm.create_model``; empty for a checkpoint file.
+        name: Name for ``timm.create_model``; empty for a checkpoint file.
         architecture: Registered architecture; empty for a checkpoint file.
-        settings: Size and fusion of the descriptor, as far as they are known.
-        provenance: Of an exported model: where its weights come from.
-        file: A checkpoint file.
+        settings: Size and fusion of the descriptor, as far as known.
+        provenance: Provenance of an exported model.
+        file: Checkpoint file, or None.
     """
 
     name: str = ""
@@ -47,15 +47,15 @@ class NamedModel:
     file: Path | None = None
 
     def create(self, architecture: str = "", **model_args: Any) -> nn.Module:
-        """The model with its weights.
+        """Create the model with its weights.
 
         Args:
-            architecture: Of a checkpoint file; by default the one that its run or its tensors name.
-            **model_args: Arguments of ``timm.create_model``; None leaves the weights' own.
+            architecture: Registered architecture for a checkpoint file; by default that of its run or of its tensors.
+            **model_args: Arguments of ``timm.create_model``; None keeps the weights' own.
 
         Raises:
             CheckpointError: If the weights cannot be read or do not fit.
-            FileNotFoundError: If they cannot be had.
+            FileNotFoundError: If the weights are not available.
         """
         if self.file is None:
             return timm.create_model(self.name, pretrained=True, **model_args)
@@ -66,13 +66,16 @@ class NamedModel:
             raise CheckpointError(f"{self.file}: {e}") from None
         run = checkpoint if isinstance(checkpoint, dict) and {"config", "step"} <= checkpoint.keys() else {}
         if not architecture:
-            architecture, own = _of_run(run["config"], converted) if run else _of_tensors(converted, self.file)
-            model_args = {**own, **{k: v for k, v in model_args.items() if v is not None}}
+            if run:
+                architecture, own_args = _model_of_run(run["config"], converted)
+            else:
+                architecture, own_args = _model_of_tensors(converted, self.file)
+            model_args = {**own_args, **{k: v for k, v in model_args.items() if v is not None}}
         cfg = {**run.get("statistics", {}), "state_dict": converted, "file": str(self.file)}
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=cfg, **model_args)
 
 
-def _of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[str, Any]]:
+def _model_of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[str, Any]]:
     """Architecture and arguments of the model that a run exports."""
     args: dict[str, Any] = {"img_size": tuple(config["size"]), "num_parts": converted.architecture.num_parts}
     if fusion := config.get("fusion"):
@@ -82,20 +85,20 @@ def _of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[
     return config["model"], args
 
 
-def _of_tensors(converted: Converted, file: Path) -> tuple[str, dict[str, Any]]:
+def _model_of_tensors(converted: Converted, file: Path) -> tuple[str, dict[str, Any]]:
     name, args = model_of(converted.architecture, None, None, file)
     return name, {"img_size": converted.architecture.img_size, **args}
 
 
 def find_model(name: str, architecture: str = "") -> NamedModel:
-    """The model that a name stands for; a registered name comes before a file of that name, a file before a bare tag.
+    """Find the model of a name; registered names come before files of that name, and files before bare tags.
 
     Args:
-        name: As listed at the top of this file.
-        architecture: Decides for a tag that several have; else a bare tag has to tell.
+        name: Name in one of the forms at the top of this file.
+        architecture: Architecture of a bare tag, needed if several have it.
 
     Raises:
-        ValueError: If there is none, or several; the message lists them.
+        ValueError: If no model has this name, or several have it; the message lists the choices.
         FileNotFoundError: If the Hub does not have the repository.
     """
     scheme, _, rest = name.partition(":")
@@ -124,10 +127,10 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
         return _tagged(weight.name, weight.architecture, weight)
     tag = name.rpartition(".")[2]
     close = difflib.get_close_matches(tag, tags, n=len(tags))
-    near = [t for t in tags if t in close or (tag and t.startswith(tag))]
-    listed = f"tags such as {', '.join(near)}" if near else "their tags"
+    similar = [t for t in tags if t in close or (tag and t.startswith(tag))]
+    examples = f"tags such as {', '.join(similar)}" if similar else "their tags"
     raise ValueError(
-        f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {listed} (`passreid weights list` has all), a "
+        f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {examples} (`passreid weights list` has all), a "
         "folder with config.json, a run, or a checkpoint file"
     )
 
@@ -145,6 +148,6 @@ def _exported(name: str, folder: Path) -> NamedModel:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first: what was being written when a process died has another name."""
+    """Complete checkpoints of a run, oldest first; half-written ones have other names."""
     files = (run / "checkpoints").glob("step_*.pt") if (run / "checkpoints").is_dir() else ()
     return sorted(path for path in files if re.fullmatch(r"step_\d+\.pt", path.name))

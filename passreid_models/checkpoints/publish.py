@@ -1,4 +1,4 @@
-"""A ``local-dir:`` folder on the Hugging Face Hub: the model card, and the push."""
+"""Publishing of an exported folder on the Hugging Face Hub, with a model card."""
 
 import json
 import re
@@ -21,7 +21,7 @@ CITATION = """@inproceedings{zhu2022pass,
 
 
 def model_card(config: dict[str, Any], repo_id: str) -> str:
-    """Text of a repository's README.md by the Hub's and timm's conventions, from the folder's ``config.json``."""
+    """Model card (README.md) by the conventions of the Hub and of timm, from the folder's ``config.json``."""
     from huggingface_hub import ModelCardData
 
     cfg = config["pretrained_cfg"]
@@ -88,7 +88,7 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 
 
 def _dataset_ids(data: str) -> list[str]:
-    """Names in a description, in the form that the Hub's metadata take: ``LUPerson (4.18M images), MSMT17``."""
+    """Dataset names of a description such as ``LUPerson (4.18M images), MSMT17``, in the form of the Hub's metadata."""
     return ["-".join(name.split()) for name in re.sub(r"\(.*?\)", "", data).split(",")]
 
 
@@ -105,18 +105,18 @@ def publish(
     A README.md in the folder is used as it is; otherwise one is written.
 
     Args:
-        folder: Holds ``model.safetensors`` and ``config.json``.
-        repo_id: ``org/name``; made if it is not there.
+        folder: Folder with ``model.safetensors`` and ``config.json``.
+        repo_id: ``org/name``; created if it does not exist.
         private: Visibility of a new repository.
         revision: Branch to push to.
-        dry_run: Say what would be pushed, and do not ask the Hub.
+        dry_run: Return what would be pushed, without contacting the Hub.
 
     Returns:
         Address of the commit (empty after a dry run), and the files with their sizes in bytes.
 
     Raises:
         FileNotFoundError: If the folder lacks a file.
-        ValueError: If a file is damaged or the repository's name has another form.
+        ValueError: If a file is damaged, or ``repo_id`` is not ``org/name``.
         WeightsUnavailableError: If the Hub refuses.
     """
     folder = Path(folder)
@@ -125,7 +125,7 @@ def publish(
             raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
-    read_checkpoint(folder / "model.safetensors")  # a damaged file stays here
+    read_checkpoint(folder / "model.safetensors")  # raises for a damaged file
     try:
         config = json.loads((folder / "config.json").read_text())
         card = model_card(config, repo_id)
@@ -150,7 +150,7 @@ def publish(
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {config['architecture']}"
             )
-        except Exception as e:  # the client's HTTP library is its own affair, and so are its exceptions
+        except Exception as e:  # which exceptions depends on the client's HTTP library
             status = getattr(getattr(e, "response", None), "status_code", None)
             advice = "; is HF_TOKEN set, and allowed to write?" if status in (401, 403) else ""
             raise WeightsUnavailableError(f"the Hub refused {repo_id}: {short_error(e)}{advice}") from None

@@ -1,4 +1,4 @@
-"""Checkpoint files to flat tensors, without running any code from them."""
+"""Reading of checkpoint files as flat tensors, without running code from them."""
 
 import argparse
 import pickle
@@ -20,13 +20,13 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Read a safetensors file or a pickled PyTorch checkpoint, without running any code from it.
+    """Read a safetensors file or a pickled PyTorch checkpoint, without running code from it.
 
-    Besides tensors, ``argparse.Namespace`` and numpy scalars are let in: the published files hold both.
+    Besides tensors, ``argparse.Namespace`` and numpy scalars are allowed: the published files hold both.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is no checkpoint, is cut short, or wants to run code.
+        CheckpointError: If it is not a checkpoint, is cut short, or would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | Path) -> Any:
                 "with the default protocol of torch.save, or as safetensors"
             ) from None
         raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
-    except Exception as e:  # the unpickler trips over anything in a file that is no pickle
+    except Exception as e:  # the unpickler raises anything on a file that is not a pickle
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
         what = "is cut short or damaged: download it again" if is_zip else "is not a PyTorch checkpoint"
@@ -67,14 +67,14 @@ def _safe_globals() -> list[Any]:
 
 
 def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateDict, str]:
-    """Flat tensors of one network of a checkpoint object, and what kind of wrapping they came in.
+    """Flat tensors of one network of a checkpoint object, and a description of their wrapping.
 
     Args:
-        checkpoint: What ``read_checkpoint`` returned.
-        network: ``teacher`` or ``student``, where the file holds both.
+        checkpoint: Object from ``read_checkpoint``.
+        network: ``teacher`` or ``student``, if the file holds both.
 
     Raises:
-        CheckpointError: If there are no named tensors, or the wanted network is not there.
+        CheckpointError: If there are no named tensors, or ``network`` is not in the file.
     """
     if network not in ("teacher", "student"):
         raise ValueError(f"network must be 'teacher' or 'student', got {network!r}")

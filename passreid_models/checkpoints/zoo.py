@@ -1,6 +1,6 @@
-"""Which weights exist and where they come from: the manifest, and the search for a tag's file.
+"""Known weights (the manifest), and the search for the file of a tag.
 
-A tag is looked for in this order: bundled file, local cache, Hugging Face Hub, the authors' Google Drive.
+A tag is searched in this order: bundled file, local cache, Hugging Face Hub, the authors' Google Drive.
 
     $PASSREID_CACHE (default: passreid/ beside the Hub's cache)
         pass_vit_small_patch16.lup.json             the record: folder, SHA-256 of source and result, date
@@ -27,7 +27,7 @@ __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "p
 
 
 class WeightsUnavailableError(FileNotFoundError):
-    """Weights that are known but cannot be had now; the message says what to do."""
+    """Known weights that are not available now; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,23 @@ class Weight:
 
     @property
     def model_neck(self) -> str:
-        """The neck that the model holds: none where the descriptor is taken before it."""
+        """Neck of the model; none if the descriptor is taken before it."""
         return self.neck if self.feature == "after neck" else ""
 
     @property
     def bundled_file(self) -> Path | None:
-        """The file that this package carries, or None."""
+        """Bundled file, or None."""
         return weights_dir() / self.name / "model.safetensors" if self.source.get("bundled") else None
 
     @property
     def url(self) -> str | None:
-        """Where the authors published the file."""
+        """Address of the file that the authors published, or None."""
         drive_id = self.source.get("drive_id")
         return f"https://drive.google.com/file/d/{drive_id}/view" if drive_id else None
 
     @property
     def hub_id(self) -> str | None:
-        """Repository on the Hub: the manifest's, else of this name under ``PASSREID_HUB_NAMESPACE``."""
+        """Repository on the Hub: that of the manifest, else the one of this name under ``PASSREID_HUB_NAMESPACE``."""
         namespace = os.environ.get("PASSREID_HUB_NAMESPACE")
         return self.source.get("hub_id") or (f"{namespace}/{self.name}" if namespace else None)
 
@@ -102,19 +102,19 @@ def list_weights(architecture: str = "") -> list[Weight]:
 
 
 def find_weight(architecture: str, tag: str) -> Weight | None:
-    """The manifest's row of a tag, or None."""
+    """Row of a tag in the manifest, or None."""
     return _manifest().get(f"{architecture}.{tag}")
 
 
 def get_weight(name: str, architecture: str = "") -> Weight:
-    """The manifest's row of ``architecture.tag``, or of a tag alone.
+    """Row of ``architecture.tag``, or of a tag alone, in the manifest.
 
     Args:
         name: ``architecture.tag``, or ``tag``.
-        architecture: Whose the tag is; needed where several have it.
+        architecture: Architecture of the tag, needed if several have it.
 
     Raises:
-        ValueError: If there is none, or a tag alone is not enough; the message lists those that there are.
+        ValueError: If there is no such row, or several have the tag; the message lists the choices.
     """
     if name in _manifest():
         return _manifest()[name]
@@ -136,12 +136,12 @@ def get_weight(name: str, architecture: str = "") -> Weight:
 
 
 def resolve(architecture: str, tag: str) -> Path:
-    """The safetensors file of a tag: bundled, cached, from the Hub, or from the authors' Drive, in this order.
+    """Find or fetch the safetensors file of a tag: bundled, cached, from the Hub or the authors' Drive, in this order.
 
     Raises:
         ValueError: If there are no such weights, or the architecture has no default (an empty tag).
-        WeightsUnavailableError: If no source has the file; the message lists what was tried.
-        CheckpointError: If the downloaded file is not what it should be.
+        WeightsUnavailableError: If no source has the file; the message lists the attempts.
+        CheckpointError: If the downloaded file is damaged, or not the tag's.
     """
     if not tag:
         tags = ", ".join(w.name for w in list_weights(architecture))
@@ -158,21 +158,21 @@ def resolve(architecture: str, tag: str) -> Path:
         return weight.bundled_file
     if folder := cached_folder(weight.name):
         return folder / "model.safetensors"
-    tried = []
+    failures = []
     if weight.hub_id:
         try:
             return download_hub(weight.hub_id)
         except WeightsUnavailableError as e:
-            tried.append(str(e))
+            failures.append(str(e))
     try:
         return pull(weight.name) / "model.safetensors"
     except WeightsUnavailableError as e:
-        tried.append(str(e))
-    raise WeightsUnavailableError(f"{weight.name}: " + "; ".join(tried))
+        failures.append(str(e))
+    raise WeightsUnavailableError(f"{weight.name}: " + "; ".join(failures))
 
 
 def cached_folder(name: str) -> Path | None:
-    """Folder of pulled weights, or None."""
+    """Cached folder of pulled weights, or None."""
     record = _read_record(name)
     folder = cache_dir() / record["folder"] if record else None
     return folder if folder and (folder / "model.safetensors").is_file() else None
@@ -182,7 +182,7 @@ def _read_record(name: str) -> dict[str, Any] | None:
     path = cache_dir() / f"{name}.json"
     try:
         record = json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:  # written by something else: pull again
+    except ValueError:  # not written by this package: pull again
         return None
     return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
 
@@ -190,19 +190,19 @@ def _read_record(name: str) -> dict[str, Any] | None:
 def pull(name: str, source: str | Path | None = None, force: bool = False) -> Path:
     """Fetch the published file of a tag, verify it, convert it and record it in the cache.
 
-    The record is replaced in one step at the end: an interrupted or a parallel pull leaves the old weights or the new.
+    The record is replaced in one step at the end: an interrupted or parallel pull leaves the old or the new weights.
 
     Args:
-        name: As of ``get_weight``.
+        name: Name that ``get_weight`` takes.
         source: The authors' file, downloaded by hand; None to download it from their Drive.
-        force: Fetch again what is already there.
+        force: Fetch the weights even if they are cached.
 
     Returns:
-        The folder, as ``local-dir:`` takes it.
+        Exported folder, for ``local-dir:``.
 
     Raises:
         ValueError: If there are no such weights, or they are bundled and a file is given.
-        WeightsUnavailableError: If the download fails; the message says how to go on.
+        WeightsUnavailableError: If the download fails; the message says what to do.
         CheckpointError: If the file has the wrong SHA-256 or does not fit the architecture.
     """
     weight = get_weight(name)
@@ -218,7 +218,7 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=cache_dir()) as work:
             file = Path(source) if source else _download_drive(weight, Path(work))
             try:
-                folder = _adopt(weight, file, old)
+                folder = _convert_into_cache(weight, file, old)
             except CheckpointError as e:
                 if source:
                     raise
@@ -229,14 +229,14 @@ def pull(name: str, source: str | Path | None = None, force: bool = False) -> Pa
 
 
 def _sweep(name: str, keep: Path) -> None:
-    """Remove the older folder of a name, and what pulls that were killed left; call it under the lock."""
+    """Remove the older folder of a name and the leftovers of killed pulls; the caller holds the lock."""
     for pattern in (f"{name}-*", f".{name}-*", f".{name}.*"):
         for path in cache_dir().glob(pattern):
             if path != keep and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
+def _convert_into_cache(weight: Weight, file: Path, old: Path | None) -> Path:
     """Verify and convert a published file into the cache."""
     if not file.is_file():
         raise FileNotFoundError(f"no file at {file}")
@@ -246,11 +246,11 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
             f"{file} is not {weight.name}: its SHA-256 is {digest[:12]}.., the published file's {expected[:12]}.."
         )
     converted = convert_file(file)
-    _check_is(weight, converted, file)
+    _check_layout(weight, converted, file)
     folder = cache_dir() / f"{weight.name}-{digest[:12]}"
     if folder == old:  # it may be damaged, and stays until the record names the new one
         folder = folder.with_name(f"{folder.name}b")
-    shutil.rmtree(folder, ignore_errors=True)  # of a pull that was cut off before its record
+    shutil.rmtree(folder, ignore_errors=True)  # left by a pull that was killed before its record
     write_converted(
         converted,
         folder,
@@ -276,23 +276,23 @@ def _adopt(weight: Weight, file: Path, old: Path | None) -> Path:
     return folder
 
 
-def _check_is(weight: Weight, converted: Converted, file: Path) -> None:
-    """Raise CheckpointError if the layout shows that ``file`` is another checkpoint than the tag's."""
+def _check_layout(weight: Weight, converted: Converted, file: Path) -> None:
+    """Raise CheckpointError if the layout shows that ``file`` is not the checkpoint of the tag."""
     tasks = {"supervised": "supervised"}
     tasks |= dict.fromkeys(("unsupervised", "unsupervised domain adaptation"), "unsupervised")
     task = tasks.get(weight.task, "pretrain")
     (height, width), (file_height, file_width) = weight.input_size, converted.architecture.img_size
-    wrong = []
+    differences = []
     if converted.task != task and (converted.task, task) != ("", "pretrain"):  # a bare backbone shows no task
-        wrong.append(f"task {converted.task or 'unknown'}, not {task}")
+        differences.append(f"task {converted.task or 'unknown'}, not {task}")
     if converted.neck_kind != weight.neck:
-        wrong.append(f"neck {converted.neck_kind or 'none'}, not {weight.neck or 'none'}")
+        differences.append(f"neck {converted.neck_kind or 'none'}, not {weight.neck or 'none'}")
     if converted.fusion not in ("", weight.fusion):
-        wrong.append(f"fusion {converted.fusion}, not {weight.fusion}")
+        differences.append(f"fusion {converted.fusion}, not {weight.fusion}")
     if file_height * width != file_width * height:
-        wrong.append(f"images {file_height // file_width} times as high as wide, not {height // width}")
-    if wrong:
-        raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(wrong)}")
+        differences.append(f"images {file_height // file_width} times as high as wide, not {height // width}")
+    if differences:
+        raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(differences)}")
 
 
 def _by_hand(weight: Weight) -> str:
@@ -302,7 +302,7 @@ def _by_hand(weight: Weight) -> str:
 def _download_drive(weight: Weight, folder: Path) -> Path:
     by_hand = _by_hand(weight)
     if not weight.url:
-        raise WeightsUnavailableError(f"{weight.name} was published nowhere")
+        raise WeightsUnavailableError(f"{weight.name} has no published file")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise WeightsUnavailableError(f"HF_HUB_OFFLINE is set and the weights are not in the cache; {by_hand}")
     try:
@@ -313,22 +313,22 @@ def _download_drive(weight: Weight, folder: Path) -> Path:
         ) from None
     file = folder / f"{weight.source['drive_id']}.pth"  # the name goes into the provenance
     try:
-        done = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
+        output = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
     except Exception as e:  # gdown passes on whatever requests, Drive's pages and the file system raise
         raise WeightsUnavailableError(f"the download from Google Drive failed ({short_error(e)}); {by_hand}") from None
-    if not done or not file.is_file():
+    if not output or not file.is_file():
         raise WeightsUnavailableError(f"the download from Google Drive gave no file; {by_hand}")
     return file
 
 
 def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | Path | None = None) -> Path:
-    """A file of a Hub repository, ``org/name`` or ``org/name@revision``, with its SHA-256 checked.
+    """Download a file of a Hub repository, ``org/name`` or ``org/name@revision``, and check its SHA-256.
 
-    The Hub's client compares sizes alone; a blob in its cache is named by the hash that it should have.
+    The Hub's client compares only sizes; a blob in its cache is named by the hash that it should have.
 
     Raises:
-        WeightsUnavailableError: If the repository or the file cannot be had.
-        CheckpointError: If the file arrives damaged, twice.
+        WeightsUnavailableError: If the repository or the file is not available.
+        CheckpointError: If the file is damaged after a second download too.
     """
     from huggingface_hub import hf_hub_download
 
@@ -336,7 +336,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     for again in (False, True):
         try:
             path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
-        except Exception as e:  # the client's HTTP library is its own affair, and so are its exceptions
+        except Exception as e:  # which exceptions depends on the client's HTTP library
             raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
         blob = Path(path).resolve()
         if len(blob.name) != 64 or sha256(blob) == blob.name:
@@ -346,7 +346,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
 
 
 def short_error(error: Exception) -> str:
-    """An exception of a network client in one line; the Hub's begin with a line that holds the status alone."""
+    """Exception of a network client in one line; those of the Hub's client begin with a line of the status alone."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -355,7 +355,7 @@ def short_error(error: Exception) -> str:
 
 
 def verify(name: str = "") -> list[tuple[str, str]]:
-    """Hash the bundled and the pulled weights again, all or one.
+    """Check the SHA-256 of the bundled and pulled weights, of all or of one.
 
     Returns:
         Pairs of name and state: ``ok``, ``damaged``, ``missing`` (bundled) or ``not pulled``.

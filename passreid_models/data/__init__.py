@@ -1,9 +1,9 @@
 """Images and labels of folders, lists, tar files and datasets.
 
-images      image files: the walk of folders, the opener, the reason why one cannot be read
-listing     the images below a folder or in tar files, cached
+images      image files: walk of folders, opener, reason why one cannot be read
+listing     list of the images below a folder or in tar files, cached
 sources     images without labels, for pre-training
-layouts     the labels of each dataset layout; a new layout goes here
+layouts     reader of the labels of each dataset layout
 datasets    train, query and gallery of a labelled dataset
 check       errors and remarks on a dataset; findings: the rules
 loader      batches by worker processes

@@ -1,6 +1,6 @@
-"""Is this the dataset it should be? Counts beside the published ones, and what is off.
+"""Check of a dataset: counts beside the published ones, errors and remarks.
 
-An error makes training or evaluation wrong or impossible; a remark is something to know.
+An error makes training or evaluation wrong or impossible; a remark does not.
 """
 
 import os
@@ -23,16 +23,16 @@ class Check:
     name: str
     description: str
     counts: dict[str, dict[str, int]]
-    """Of each split ``images``, ``identities``, ``cameras``, ``junk`` and ``distractors``."""
+    """``images``, ``identities``, ``cameras``, ``junk`` and ``distractors`` of each split."""
     findings: list[Finding]
 
     @property
     def ok(self) -> bool:
-        """There may be remarks, but no errors."""
+        """Whether there are no errors; there may be remarks."""
         return not any(finding.level == "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain lists and dictionaries, for JSON."""
         return {**asdict(self), "ok": self.ok, "published": PUBLISHED.get(self.name)}
 
     def __str__(self) -> str:
@@ -57,23 +57,24 @@ class Check:
         lines += map(str, self.findings)
         errors = sum(finding.level == "error" for finding in self.findings)
         remarks = len(self.findings) - errors
-        lines.append(f"{count(errors, 'error')}, {count(remarks, 'remark')}" if self.findings else "nothing is off")
+        summary = f"{count(errors, 'error')}, {count(remarks, 'remark')}"
+        lines.append(summary if self.findings else "no errors, no remarks")
         return "\n".join(lines)
 
 
 def check_dataset(data: str | Path, verify: bool = True, progress: bool = True) -> Check:
-    """Check the layout, the labels and, unless told otherwise, every image of a dataset.
+    """Check the layout and the labels of a dataset and, with ``verify``, every image.
 
     Args:
-        data: As ``open_dataset`` takes it.
-        verify: Open every image, and compare their contents.
+        data: Dataset, as ``open_dataset`` takes it.
+        verify: Open every image, and find duplicates.
         progress: Show a bar, on a terminal.
 
     Raises:
-        FileNotFoundError: If there is nothing of this name.
+        FileNotFoundError: If ``data`` does not exist.
     """
     if not str(data).startswith(PREFIX) and not os.path.exists(data):
-        open_dataset(data)  # says what was expected
+        open_dataset(data)  # raises, with the layouts that are expected
     try:
         dataset = open_dataset(data)
     except (ValueError, OSError) as e:

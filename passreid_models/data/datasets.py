@@ -1,4 +1,4 @@
-"""Labelled person images: the published layouts, own folders and lists, and generated persons, opened as one thing.
+"""Datasets of labelled person images: published layouts, own folders and lists, and generated persons.
 
     open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
     open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
@@ -6,8 +6,8 @@
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
 
-Identities keep their numbers where they are numbers. -1 is junk. 0 (0000) is a distractor where it is in the gallery
-alone; where training images or queries have it too it is an identity like others, and gets the next free number.
+Identities that are numbers keep them. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
+images or queries have it too, it is an identity like others, and gets the next free number.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ __all__ = ["ReIDDataset", "Split", "open_dataset"]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images with their labels; N of them."""
+    """N images with their labels."""
 
     paths: list[Path]
     pids: np.ndarray
-    """Identities, int64 ``[N]``: -1 is junk, or without a label; 0, in a gallery only, a distractor."""
+    """Identities, int64 ``[N]``: -1 for junk or no label; 0, in a gallery only, for a distractor."""
     camids: np.ndarray
     """Cameras, int64 ``[N]``, from 0; -1 is unknown."""
 
@@ -43,23 +43,23 @@ class Split:
         return len(self.paths)
 
     def take(self, rows: np.ndarray) -> "Split":
-        """These rows, int64 ``[N]``."""
+        """Split of the given rows, int64 ``[N]``."""
         return Split([self.paths[i] for i in rows], self.pids[rows], self.camids[rows])
 
     @property
     def num_ids(self) -> int:
-        """Identities, without junk and distractors."""
+        """Number of identities, without junk and distractors."""
         return len(np.unique(self.pids[self.pids > 0]))
 
     @property
     def num_cameras(self) -> int:
-        """Known cameras."""
+        """Number of known cameras."""
         return len(np.unique(self.camids[self.camids >= 0]))
 
 
 @dataclass(frozen=True, eq=False)
 class ReIDDataset:
-    """Training images, queries and gallery; a split is empty where the layout has none."""
+    """Training images, queries and gallery; a split may be empty."""
 
     name: str
     """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``flat folder``,
@@ -69,10 +69,10 @@ class ReIDDataset:
     query: Split
     gallery: Split
     has_cameras: bool
-    """All queries and gallery images have a camera, and there are two or more: without, every image but the query
-    itself may match."""
+    """Whether all queries and gallery images have a camera, and there are two or more. If not, every image but the
+    query itself may match."""
     recipe: str = ""
-    """Of generated persons."""
+    """Recipe of generated persons; else empty."""
     parts: tuple[str, str, str] = ("", "", "")
     """Source of each split, such as ``query/``, for messages."""
 
@@ -83,23 +83,23 @@ class ReIDDataset:
 
     @cached_property
     def own(self) -> np.ndarray:
-        """Row of each query's own file in the gallery, int64 ``[Q]``; -1 where it is not there."""
+        """Row of each query's own file in the gallery, int64 ``[Q]``; -1 if the gallery does not have it."""
         rows = {path: row for row, path in enumerate(self.gallery.paths)}
         return np.array([rows.get(path, -1) for path in self.query.paths], dtype=np.int64)
 
     @cached_property
     def matches(self) -> np.ndarray:
-        """Number of gallery images that each query can find, int64 ``[Q]``; 0 for junk."""
-        same = Counter(self.gallery.pids.tolist())
-        under = Counter(zip(self.gallery.pids.tolist(), self.gallery.camids.tolist(), strict=True))
+        """Number of gallery images that match each query, int64 ``[Q]``; 0 for junk."""
+        of_pid = Counter(self.gallery.pids.tolist())
+        of_camera = Counter(zip(self.gallery.pids.tolist(), self.gallery.camids.tolist(), strict=True))
         labels = zip(self.query.pids.tolist(), self.query.camids.tolist(), self.own.tolist(), strict=True)
-        left_out = ((pid, under[pid, camid] if self.has_cameras else own >= 0) for pid, camid, own in labels)
-        return np.array([same[pid] - out if pid > 0 else 0 for pid, out in left_out], dtype=np.int64)
+        excluded = ((pid, of_camera[pid, camid] if self.has_cameras else own >= 0) for pid, camid, own in labels)
+        return np.array([of_pid[pid] - number if pid > 0 else 0 for pid, number in excluded], dtype=np.int64)
 
     @property
     def description(self) -> str:
-        """One line for the provenance, which says nothing of the folders above."""
-        what = self.recipe or f"{self.name}, {self.parts[0] if self.name == 'CSV' else f'{self.root.name}/'}"
+        """One line for the provenance, without the folders above."""
+        source = self.recipe or f"{self.name}, {self.parts[0] if self.name == 'CSV' else f'{self.root.name}/'}"
         counts = [
             count(len(self.train), "training image"),
             count(self.train.num_ids, "identity", "identities"),
@@ -107,21 +107,21 @@ class ReIDDataset:
             count(len(self.gallery), "gallery image"),
             count(len(np.unique(np.concatenate([s.camids[s.camids >= 0] for s in self.splits.values()]))), "camera"),
         ]
-        return f"{what}: {counts[0]} of {counts[1]}, {counts[2]}, {', '.join(counts[3:])}"
+        return f"{source}: {counts[0]} of {counts[1]}, {counts[2]}, {', '.join(counts[3:])}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal; changes with names and labels, and is the same on every machine."""
+        """SHA-256 of names and labels, in hexadecimal; the same on every machine."""
         return self._fingerprint(self.train, self.query, self.gallery)
 
     @cached_property
     def train_fingerprint(self) -> str:
-        """The same of the training images alone."""
+        """Fingerprint of the training images alone."""
         return self._fingerprint(self.train)
 
     @property
     def is_one_set(self) -> bool:
-        """Whether the training images are those of queries and gallery too: no measure of a model trained on them."""
+        """Whether all queries and gallery images are training images too: scores of a model trained on them mislead."""
         return bool(len(self.query)) and set(self.train.paths) >= {*self.query.paths, *self.gallery.paths}
 
     def _fingerprint(self, *splits: Split) -> str:
@@ -134,15 +134,18 @@ class ReIDDataset:
         return digest.hexdigest()
 
     def relative(self, path: Path) -> str:
-        """A path as seen from the root, with slashes."""
+        """Path relative to the root, with slashes."""
         root, name = f"{self.root}{os.sep}", str(path)
         return (name.removeprefix(root) if name.startswith(root) else os.path.relpath(name, root)).replace(os.sep, "/")
 
     def require(self, *splits: str) -> "ReIDDataset":
-        """The dataset itself.
+        """Return the dataset itself if these splits have images.
+
+        Args:
+            splits: Any of ``train``, ``query`` and ``gallery``.
 
         Raises:
-            ValueError: If one of ``train``, ``query`` and ``gallery`` is empty; the message says what is missing where.
+            ValueError: If one of them is empty; the message names it and its source.
         """
         for split in splits:
             if not len(self.splits[split]):
@@ -153,18 +156,18 @@ class ReIDDataset:
 
 
 def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
-    """The images that ``data`` names, with their labels; none is opened.
+    """List the images of a dataset with their labels; no image is opened.
 
     Args:
         data: A folder in one of the layouts above, or one that holds such a folder; a CSV file; or ``synthetic:`` with
             ``ids=``, ``images=``, ``cameras=``, ``seed=``, ``size=``, ``place=``, ``train_ids=``.
-        labelled: Without, a flat folder has no labels, and a folder of images in no known layout opens too: all of
-            them train.
+        labelled: If False, the labels of a flat folder are ignored, and a folder of images in no known layout is
+            accepted too; all of its images are for training.
 
     Raises:
-        FileNotFoundError: If there is nothing of this name, or a list of MSMT17 is missing.
-        ValueError: If the layout is none of these, or a file does not fit it; the message names the file and what is
-            expected.
+        FileNotFoundError: If ``data`` does not exist, or a list of MSMT17 is missing.
+        ValueError: If the layout is unknown, or a file does not fit it; the message names the file and the expected
+            layout.
     """
     if str(data).startswith(PREFIX):
         return _open_synthetic(str(data))
@@ -188,12 +191,12 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         layout = Layout("unlabelled folder", path)
         layout.rows["train"] = [(os.path.join(path, name), "-1", "") for name in image_names(str(path))]
     if layout is None or not any(layout.rows.values()):
-        raise ValueError(f"{data} holds {_held(path)}, which is no known layout; expected {EXPECTED}")
+        raise ValueError(f"{data} holds {_contents(path)}, which is no known layout; expected {EXPECTED}")
     return _dataset(layout)
 
 
 def _read_child(root: Path) -> Layout | None:
-    """The layout one level below, where an archive was unpacked into a folder of its own."""
+    """Read the layout one level below, as of an archive that was unpacked into a folder of its own."""
     children = [root / name for name in sorted(list_folder(str(root))[1]) if name[0] != "_"]  # __MACOSX
     for child in children:
         if root.resolve().is_relative_to(child.resolve()):  # a link to a parent
@@ -205,7 +208,7 @@ def _read_child(root: Path) -> Layout | None:
     return None
 
 
-def _held(path: Path) -> str:
+def _contents(path: Path) -> str:
     names, inside = list_folder(str(path))
     folders, files = [f"{name}/" for name in names if name in inside], [name for name in names if name not in inside]
     first = [*folders[:3], *files[:3]]
@@ -215,25 +218,25 @@ def _held(path: Path) -> str:
 
 def _dataset(layout: Layout) -> ReIDDataset:
     rows = [layout.rows[split] for split in SPLITS]
-    pids = _numbers_of_ids([[row[1] for row in split] for split in rows])
-    camids = _numbers_of_cameras([[row[2] for row in split] for split in rows])
+    pids = _number_ids([[row[1] for row in split] for split in rows])
+    camids = _number_cameras([[row[2] for row in split] for split in rows])
     train, query, gallery = (
         Split([Path(row[0]) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
-    tested = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
+    test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
     return ReIDDataset(
         name=layout.name,
         root=layout.root,
         train=train,
         query=query,
         gallery=gallery,
-        has_cameras=bool((tested >= 0).all() and len(np.unique(tested)) > 1),
+        has_cameras=bool((test_camids >= 0).all() and len(np.unique(test_camids)) > 1),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
     )
 
 
-def _numbers_of_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
-    """Identities as they are written, of the three splits, as int64."""
+def _number_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Number the identities of the three splits, given as text."""
     train, query, gallery = map(set, labels)
     names = train | query | gallery
     junk, zeros = {"-1"} & names, {name for name in names if not name.strip("0")}
@@ -248,8 +251,8 @@ def _numbers_of_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
     return [np.array([pids[name] for name in split], dtype=np.int64) for split in labels]
 
 
-def _numbers_of_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
-    """Cameras as they are written as int64, from 0: numbers count from 1, unless there is a 0."""
+def _number_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Number the cameras of the three splits, given as text, from 0; camera 1 is the first, unless there is a 0."""
     names = _natural({name for split in labels for name in split} - {""})
     if all(name.isdecimal() and name.isascii() for name in names) and len({int(name) for name in names}) == len(names):
         first = min(1, *map(int, names)) if names else 1
@@ -261,15 +264,15 @@ def _numbers_of_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
 
 
 def _natural(names: set[str]) -> list[str]:
-    """Sorted, with numbers in the names by their value."""
+    """Sort names, with the numbers in them by value."""
     return sorted(names, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
 
 
 def _open_synthetic(text: str) -> ReIDDataset:
-    """Persons of the generator, drawn into the cache when they are not there."""
+    """Open persons of the generator; draw them into the cache if they are not there."""
     recipe = read_recipe(text, splits=True)
-    drawn_by = [path.read_bytes() for path in sorted(Path(__file__).parents[1].joinpath("synthetic").glob("*.py"))]
-    key = hashlib.sha256(recipe.text.encode() + b"".join(drawn_by)).hexdigest()[:16]
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parents[1].joinpath("synthetic").glob("*.py"))]
+    key = hashlib.sha256(recipe.text.encode() + b"".join(sources)).hexdigest()[:16]
     root = cache_dir() / "synthetic" / key
     with lock(root):
         layout = read_folder(root) if root.is_dir() else None

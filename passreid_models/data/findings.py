@@ -29,13 +29,13 @@ SHOWN = 3  # names in a finding's line
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is off: an ``error`` or a ``remark``."""
+    """Result of a rule: an ``error`` or a ``remark``."""
 
     level: str
     kind: str
     message: str
     files: list[str] = field(default_factory=list)
-    """All that it is about, as seen from the dataset's folder."""
+    """All files that it is about, relative to the dataset's folder."""
 
     def __str__(self) -> str:
         names = ", ".join(self.files[:SHOWN])
@@ -70,28 +70,30 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
         if (junk := split.pids == -1).any():
             message = f"{count(int(junk.sum()), f'{name} image')} marked as junk (-1), of no use there"
             yield Finding("remark", "junk", message, _names(dataset, split, junk))
-    tested = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
-    both = np.intersect1d(pids, tested[tested > 0])
-    shared = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
-    if shared:
-        message = f"{count(len(shared), 'image')} both train and test: fine for a look, no measure of a model"
-        yield Finding("remark", "one set", f"{message} that was trained on them")
-    elif len(both) and not dataset.name.startswith("MSMT17"):  # its two sets count from 0 each
-        message = f"{count(len(both), 'identity', 'identities')} both in training and test, which should be disjoint"
-        yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, both)))
+    test_pids = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
+    shared_pids = np.intersect1d(pids, test_pids[test_pids > 0])
+    shared_paths = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
+    if shared_paths:
+        message = f"{count(len(shared_paths), 'image')} both in training and test: scores of a model that was trained"
+        yield Finding("remark", "one set", f"{message} on them are not valid")
+    elif len(shared_pids) and not dataset.name.startswith("MSMT17"):  # both of its sets count from 0
+        message = (
+            f"{count(len(shared_pids), 'identity', 'identities')} both in training and test, which should be disjoint"
+        )
+        yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, shared_pids)))
 
 
 def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
     splits = [split for split in dataset.splits.values() if len(split)]
     known = np.concatenate([split.camids for split in splits]) >= 0
-    mode = "evaluation leaves out the query itself alone, and training does without cameras"
+    mode = "evaluation leaves out only the query itself, and training does not use cameras"
     if dataset.has_cameras:
         return
     if not known.any():
         yield Finding("remark", "no cameras", f"no cameras are known: {mode}")
     elif not known.all():
         files = [name for split in splits for name in _names(dataset, split, split.camids < 0)]
-        message = f"{count(len(set(files)), 'image')} without a camera, so none counts: {mode}"
+        message = f"{count(len(set(files)), 'image')} without a camera, so no camera is used: {mode}"
         yield Finding("remark", "some cameras", message, list(dict.fromkeys(files)))
     else:
         yield Finding("remark", "one camera", f"one camera only: {mode}")
@@ -99,13 +101,14 @@ def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
 
 def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
     """Queries that no gallery image can match."""
-    query, lonely = dataset.query, (dataset.matches < 1) & (dataset.query.pids > 0)
-    if len(dataset.gallery) and lonely.any():
-        every = not dataset.matches.any()
+    query, unmatched = dataset.query, (dataset.matches < 1) & (dataset.query.pids > 0)
+    if len(dataset.gallery) and unmatched.any():
+        is_every_query = not dataset.matches.any()
         where = "in the gallery under another camera" if dataset.has_cameras else "in the gallery"
-        message = f"{count(int(lonely.sum()), 'query', 'queries')} of {len(query):,} without a match {where}"
-        message += ", so there is nothing to evaluate" if every else ", which do not count"
-        yield Finding("error" if every else "remark", "no match", message, _names(dataset, query, lonely))
+        message = f"{count(int(unmatched.sum()), 'query', 'queries')} of {len(query):,} without a match {where}"
+        message += ", so there is nothing to evaluate" if is_every_query else ", which do not count"
+        level = "error" if is_every_query else "remark"
+        yield Finding(level, "no match", message, _names(dataset, query, unmatched))
 
 
 def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
@@ -113,29 +116,29 @@ def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
         split = dataset.splits[name]
         images, ids = len(split), split.num_ids
         if images and (images, ids) != published[:2]:
-            message = f"{name} has {images:,} images of {ids:,} identities, {dataset.name} as it was published "
-            message += f"{published[0]:,} of {published[1]:,}: expected only where this is another dataset"
+            message = f"{name} has {images:,} images of {ids:,} identities, the published {dataset.name} has "
+            message += f"{published[0]:,} of {published[1]:,}: expected only if this is another dataset"
             yield Finding("remark", "counts", message)
 
 
 def file_findings(dataset: ReIDDataset, progress: bool) -> Iterator[Finding]:
-    """Images that cannot be read, and equal ones; every image is opened."""
+    """Findings on images that cannot be read, and on duplicates; every image is opened."""
     paths = list(dict.fromkeys(path for split in dataset.splits.values() for path in split.paths))
     with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
-        bar = tqdm(pool.map(_read, paths, chunksize=16), total=len(paths), unit="img", delay=3,
+        bar = tqdm(pool.map(_hash, paths, chunksize=16), total=len(paths), unit="img", delay=3,
                    disable=None if progress else True)  # fmt: skip
-        read = dict(zip(paths, bar, strict=True))
+        hashes = dict(zip(paths, bar, strict=True))
     reasons: dict[str, list[str]] = defaultdict(list)
-    for path, (_, why) in read.items():
-        if why:
-            reasons[why].append(dataset.relative(path))
-    for why, files in reasons.items():
-        yield Finding("error", "unreadable", f"{count(len(files), 'image')} cannot be read, {why}", files)
-    yield from _duplicates(dataset, {path: digest for path, (digest, _) in read.items() if digest})
+    for path, (_, failure) in hashes.items():
+        if failure:
+            reasons[failure].append(dataset.relative(path))
+    for failure, files in reasons.items():
+        yield Finding("error", "unreadable", f"{count(len(files), 'image')} cannot be read, {failure}", files)
+    yield from _duplicates(dataset, {path: digest for path, (digest, _) in hashes.items() if digest})
 
 
 def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Finding]:
-    """Files of equal content, by what they do to the numbers."""
+    """Findings on files of equal content, by their effect on the scores."""
     labels: dict[Path, tuple[int, int, str]] = {}  # identity, camera, the splits as letters
     groups: dict[str, list[Path]] = defaultdict(list)
     for name, split in dataset.splits.items():
@@ -149,38 +152,38 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
             names = " = ".join(dataset.relative(path) for path in group)
             kinds[_kind([labels[path] for path in group], dataset.has_cameras)].append(names)
     meanings = {
-        "leak": ("error", "of training images are in the test set, which should be disjoint"),
-        "copy": ("error", "of queries are in the gallery and count as matches"),
-        "labels": ("error", "have different identities"),
-        "repeated": ("remark", "do no harm to the numbers"),
+        "leak": ("error", "copies of training images are in the test set, which should be disjoint"),
+        "copy": ("error", "copies of queries are in the gallery and count as matches"),
+        "labels": ("error", "copies have different identities"),
+        "repeated": ("remark", "this does not change the scores"),
     }
     for kind, (level, meaning) in meanings.items():
         if files := kinds.get(kind):
             yield Finding(
-                level, f"duplicates: {kind}", f"{count(len(files), 'image')} more than once, {meaning}", files
+                level, f"duplicates: {kind}", f"{count(len(files), 'image')} more than once: {meaning}", files
             )
 
 
 def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
-    where = [set(splits) for _, _, splits in labels]
-    in_train, in_test = any("t" in w for w in where), any(w & {"q", "g"} for w in where)
-    if in_train and in_test and not any("t" in w and w & {"q", "g"} for w in where):
+    copies = [set(splits) for _, _, splits in labels]
+    in_train, in_test = any("t" in splits for splits in copies), any(splits & {"q", "g"} for splits in copies)
+    if in_train and in_test and not any("t" in splits and splits & {"q", "g"} for splits in copies):
         return "leak"
     if len({pid for pid, _, _ in labels if pid >= 0}) > 1:
         return "labels"
     queries = {camid for pid, camid, splits in labels if "q" in splits and pid > 0}
-    others = [camid for pid, camid, splits in labels if "g" in splits and pid > 0]
-    if queries and others and (not has_cameras or any(camid not in queries or len(queries) > 1 for camid in others)):
+    gallery = [camid for pid, camid, splits in labels if "g" in splits and pid > 0]
+    if queries and gallery and (not has_cameras or any(camid not in queries or len(queries) > 1 for camid in gallery)):
         return "copy"
     return "repeated"
 
 
-def _read(path: Path) -> tuple[str, str]:
-    """SHA-256 of a file, or why it is no image."""
+def _hash(path: Path) -> tuple[str, str]:
+    """SHA-256 of an image file, and the reason why it cannot be read; one of the two is empty."""
     try:
         content = path.read_bytes()
         open_image(content)
-    except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+    except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
         return "", reason(e)
     return hashlib.sha256(content).hexdigest(), ""
 

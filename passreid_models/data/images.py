@@ -1,4 +1,4 @@
-"""Image files: suffixes, the one walk of folders, the one opener, and one wording of why an image cannot be read."""
+"""Image files: suffixes, walk of folders, opener, and reason why one cannot be read, for all readers alike."""
 
 import os
 import re
@@ -29,15 +29,15 @@ class ImageError(ValueError):
 
 
 def is_image_name(name: AnyStr) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """Whether a file of this name counts as an image."""
     return name.lower().endswith(SUFFIXES if isinstance(name, str) else _SUFFIXES_BYTES)
 
 
 def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
-    """Names of the files and folders in a folder, sorted, and those of its folders.
+    """Sorted names of the files and folders in a folder, and the names of the folders.
 
-    Hidden ones are left out, and so are pipes, sockets and devices, which would make their reader wait. A link counts
-    as its target; a broken one as a file, so that its reader tells of an image that cannot be read.
+    Hidden ones are left out, and so are pipes, sockets and devices, whose reader would wait. A link counts as its
+    target; a broken link counts as a file, so that it is reported as an unreadable image.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -61,11 +61,11 @@ def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
 
 
 def walk(folder: AnyStr) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
-    """Files below a folder, and the folders; every reader of folders takes its images from here.
+    """Walk the files and folders below a folder; every reader of folders uses this.
 
-    Names are relative to the folder, with ``/``, in the order in which ``sorted`` has paths. A folder, the first one
-    too, comes before its content, with its status and a ``/`` at its end; a file comes with None. ``list_folder`` says
-    what is left out. Links are followed; a folder that is reached twice, as by a link to a parent, is listed once.
+    Names are relative to the folder, with ``/``, in the order of sorted paths. A folder, including the first (``""``),
+    comes before its content, with ``/`` at its end and its status; a file comes with None. ``list_folder`` says what
+    is left out. Links are followed; a folder that is reached twice, as by a link to a parent, is listed once.
 
     Raises:
         OSError: If a folder cannot be read.
@@ -74,7 +74,7 @@ def walk(folder: AnyStr) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
 
 
 def _walk(folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]]) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
-    status = os.stat(folder)  # before the content: what changes meanwhile makes the stamp of a listing an old one
+    status = os.stat(folder)  # before the content, so that a later change is seen
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
@@ -89,17 +89,17 @@ def _walk(folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]]) -> Iterator
 
 
 def image_names(folder: str) -> Iterator[str]:
-    """Images below a folder, as ``walk`` names and sorts them."""
+    """Names of the images below a folder, in the order of ``walk``."""
     return (name for name, status in walk(folder) if status is None and is_image_name(name))
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Image files below a folder, sorted by path; hidden files and folders are left out, links are followed.
 
-    A folder that is reached twice is listed once. A broken link counts as an image, one that cannot be read.
+    A folder that is reached twice is listed once. A broken link counts as an unreadable image.
 
     Raises:
-        FileNotFoundError: If there are none.
+        FileNotFoundError: If there is no image.
     """
     root = Path(folder)
     paths = [root / name for name in image_names(str(root))]
@@ -117,7 +117,7 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 def open_image(item: Any, bgr: bool = False) -> Image.Image:
-    """RGB image as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped.
+    """Open an image in RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped.
 
     Args:
         item: A path; the content of a file; a PIL image; a uint8 array ``[H, W, 3]`` or ``[H, W]``; or a uint8 tensor
@@ -125,8 +125,8 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
         bgr: An array has the channel order of OpenCV.
 
     Raises:
-        Exception: What the system and Pillow's decoders raise, OSError, SyntaxError, struct.error and more, and
-            ValueError for what is no image or has no pixels; ``reason`` words it.
+        Exception: Any exception of the system and of Pillow's decoders (OSError, SyntaxError, struct.error ...), and
+            ValueError if ``item`` is not an image or has no pixels; ``reason`` puts it into words.
     """
     if isinstance(item, str | os.PathLike):
         item = Path(item).read_bytes()
@@ -166,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """Reason why an image cannot be read: one wording, without the names and counts that Pillow and the system add."""
+    """Reason why an image cannot be read, without the names and counts that Pillow and the system add."""
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow can identify"
     if isinstance(error, FileNotFoundError):

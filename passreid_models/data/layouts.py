@@ -1,4 +1,4 @@
-"""The layouts of re-ID datasets as rows: which image, whose, under which camera. No image is opened.
+"""Layouts of re-ID datasets: readers of image paths, identities and cameras. No image is opened.
 
 market/bounding_box_train|query|bounding_box_test/0002_c1s1_000451_03.jpg     Market-1501; -1_ junk, 0000_ distractor
 duke/bounding_box_train|query|bounding_box_test/0001_c2_f0046182.jpg          DukeMTMC-reID
@@ -30,7 +30,7 @@ EXPECTED = (
     "path,pid,camid,split, or synthetic:ids=200"
 )
 MARKER_3D = "synthetic3d.json"
-"""In a folder of persons of ``passreid_synth3d``: how they were drawn."""
+"""File in a folder of ``passreid_synth3d`` that records how its persons were drawn."""
 SPLITS = ("train", "query", "gallery")
 MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 FOLDERS = {"train": ("train_all", "train", MARKET["train"]), "query": ("query",),
@@ -43,12 +43,12 @@ MSMT_NAME = re.compile(r"\d+_\d+_\d+_\d{4}\D+_\d+_\d+")
 CAMERA = re.compile(r"(?:^|[_-])c(\d+)(?=s\d|[_.-])")  # of 0002_c1s1_000451_03.jpg
 
 Row = tuple[str, str, str]
-"""Path, identity as it is written (``-1`` junk), camera as it is written (``""`` unknown)."""
+"""Path, identity as text (``-1`` junk), camera as text (``""`` unknown)."""
 
 
 @dataclass
 class Layout:
-    """A dataset as it lies on the disk; paths are absolute."""
+    """Rows of a dataset on the disk; paths are absolute."""
 
     name: str
     root: Path
@@ -58,7 +58,7 @@ class Layout:
 
 
 def read_folder(root: Path) -> Layout | None:
-    """The layout of a folder, or None when it has none of those above.
+    """Read the layout of a folder of several splits; None if it is no such folder.
 
     Raises:
         ValueError: If a file does not fit the layout that the folder has.
@@ -77,7 +77,7 @@ def read_folder(root: Path) -> Layout | None:
 
 
 def read_tree(root: Path) -> Layout | None:
-    """A folder of identities, each a folder of images; None when there is no image in any.
+    """Read a folder with a folder of images for each identity; None if none has an image.
 
     Raises:
         ValueError: If images lie beside the folders of identities, or deeper.
@@ -94,17 +94,17 @@ def read_tree(root: Path) -> Layout | None:
             stray = stray or name
     if rows and stray:
         raise ValueError(f"{root / stray}: an image beside the folders of identities; {expected}")
-    known = [row for row in rows if row[1] != "-1"]
-    return Layout("folder per identity", root, {"train": rows, "query": known, "gallery": rows}) if rows else None
+    query = [row for row in rows if row[1] != "-1"]
+    return Layout("folder per identity", root, {"train": rows, "query": query, "gallery": rows}) if rows else None
 
 
 def read_flat(root: Path) -> Layout | None:
-    """A folder of images whose names have identity and camera; None when no name has.
+    """Read a folder of images with identity and camera in their names; None if no name has them.
 
-    Beside junk, as in Market-1501's ``bounding_box_test``, images of 0000 are distractors: in the gallery alone.
+    If there is junk, as in Market-1501's ``bounding_box_test``, images of 0000 are distractors: in the gallery alone.
 
     Raises:
-        ValueError: If some names have them and another has not.
+        ValueError: If only some names have them.
     """
     if not any(map(MARKET_NAME.match, _images_in(root))):
         return None
@@ -116,13 +116,12 @@ def read_flat(root: Path) -> Layout | None:
 
 
 def read_csv(file: Path) -> Layout:
-    """A CSV file with the columns path, pid, split, and camid if cameras are known.
+    """Read a CSV file with the columns path, pid, split, and camid if cameras are known.
 
-    Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` is another word for
-    ``gallery``.
+    Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` stands for ``gallery`` too.
 
     Raises:
-        ValueError: If columns are missing, or a line has a value that is blank or unknown.
+        ValueError: If columns are missing, or a line has a blank value or an unknown split.
     """
     layout = Layout("CSV", file.parent, parts=dict.fromkeys(SPLITS, file.name))
     try:
@@ -135,10 +134,10 @@ def read_csv(file: Path) -> Layout:
                     f"{file}: the first line names no column {' and '.join(missing)} but {', '.join(columns) or 'none'}"
                     "; expected path,pid,camid,split (camid may be left out)"
                 )
-            wanted = ("path", "pid", "split", *(["camid"] if "camid" in columns else []))
+            names = ("path", "pid", "split", *(["camid"] if "camid" in columns else []))
             for line in reader:
-                values = {name: (line[name] or "").strip() for name in wanted}
-                if blank := [name for name in wanted if not values[name]]:
+                values = {name: (line[name] or "").strip() for name in names}
+                if blank := [name for name in names if not values[name]]:
                     raise ValueError(f"{file}:{reader.line_num}: no {' and no '.join(blank)}; expected a value")
                 split = "gallery" if values["split"] == "test" else values["split"]
                 if split not in SPLITS:
@@ -151,7 +150,7 @@ def read_csv(file: Path) -> Layout:
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"{file}: no CSV file in UTF-8: {e}") from None
     if not any(layout.rows.values()):
-        raise ValueError(f"{file}: no line after the first; expected a line an image: path,pid,camid,split")
+        raise ValueError(f"{file}: no line after the first; expected one line per image: path,pid,camid,split")
     return layout
 
 
@@ -168,7 +167,7 @@ def _read_market(root: Path, folders: set[str]) -> Layout:
 
 
 def _market_rows(folder: Path) -> list[Row]:
-    """The images in a folder, whose names begin with identity and camera."""
+    """Rows of the images in a folder, whose names begin with identity and camera."""
     rows = []
     for name in _images_in(folder):
         labels = MARKET_NAME.match(name)
@@ -182,7 +181,7 @@ def _market_rows(folder: Path) -> list[Row]:
 
 
 def _is_msmt17(root: Path, folders: set[str]) -> bool:
-    """Whether train/ and test/ are MSMT17's though there are no lists."""
+    """Whether train/ or test/ has names of MSMT17; for a folder without its lists."""
     for folder in sorted(folders & set(VERSIONS["MSMT17 V1"])):
         first = next(image_names(str(root / folder)), "")
         if MSMT_NAME.match(os.path.basename(first)):
@@ -227,7 +226,7 @@ def _msmt17_version(root: Path, folders: set[str]) -> str:
 
 
 def _read_list(file: Path, folder: Path) -> Iterator[Row]:
-    """The rows of a list of MSMT17. Its identities count from 0, where 0 is a person: here they count from 1."""
+    """Rows of a list of MSMT17, whose identities count from 0; here from 1, since 0 would be a distractor."""
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         if not line.strip():
             continue

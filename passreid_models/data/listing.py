@@ -3,8 +3,8 @@
     $PASSREID_CACHE/listings/
         0123456789abcdef.npz        one listing; its name is the hash of the folder's absolute path
 
-Adding or removing a file changes the time of its folder, so a listing is good while the times of all folders are the
-same: for a million images in a thousand folders a thousand questions to the file system, not a million.
+Adding or removing a file changes the time of its folder, so a listing is valid while the times of all folders are the
+same. For a million images in a thousand folders this takes a thousand calls of ``stat`` instead of a million.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
-SETTLED = 2.0  # seconds; the coarsest clock of a file system: a younger folder can change and keep its time
+SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
 
 class Names:
     """Many names in two buffers.
 
-    Of a list of str, forked workers would get a copy bit by bit: reading a Python object writes its count of
-    references, and so takes its page of memory from what the processes share.
+    Forked workers would copy a list of str page by page: reading a Python object writes its reference count, and so
+    its page of memory is no longer shared.
     """
 
     def __init__(self, names: Iterable[bytes] = ()) -> None:
@@ -64,22 +64,20 @@ class Names:
 
 @dataclass
 class Listing:
-    """The images below a folder, or in tar files, sorted as ``sorted`` does paths."""
+    """Images below a folder, or in tar files, in the order of sorted paths."""
 
     names: Names = field(default_factory=Names)  # relative to the folder or tar, with /
     tars: Names = field(default_factory=Names)  # paths of the tar files; none where the images are files
-    members: "array[int]" = field(
-        default_factory=lambda: array("q")
-    )  # three an image: number of its tar, first byte, bytes
+    members: "array[int]" = field(default_factory=lambda: array("q"))  # three per image: tar, first byte, bytes
     watched: Names = field(default_factory=Names)  # paths of the folders and tar files that were read
-    stamps: "array[int]" = field(default_factory=lambda: array("q"))  # two each: time in ns, bytes of a tar or 0
+    stamps: "array[int]" = field(default_factory=lambda: array("q"))  # two per path: time in ns, bytes of a tar or 0
 
     def watch(self, path: bytes, status: os.stat_result) -> None:
         self.watched.append(path)
         self.stamps.extend(_stamp(status))
 
     def is_current(self) -> bool:
-        """Whether all that was read is as it was then."""
+        """Whether all watched folders and tar files are unchanged."""
         for i in range(len(self.watched)):
             try:
                 if _stamp(os.stat(self.watched[i])) != tuple(self.stamps[2 * i : 2 * i + 2]):
@@ -94,7 +92,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def list_images(root: Path, cache: Path) -> Listing:
-    """The images below a folder, or in its tar files where it has no images, or in one tar file.
+    """List the images below a folder, in its tar files if it has no images, or in one tar file.
 
     ``images.walk`` says which files of a folder count.
 
@@ -109,15 +107,15 @@ def list_images(root: Path, cache: Path) -> Listing:
     path = Path(os.path.abspath(root))
     file = cache / "listings" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.npz"
     with _one_process(file):  # the others wait for its listing
-        known = _read(file)
-        if known and known.watched[0] == str(path) and known.is_current():
-            return known
+        cached = _read(file)
+        if cached and cached.watched[0] == str(path) and cached.is_current():
+            return cached
         started = time.time()
         try:
             listing = _list_folder(path) if path.is_dir() else _list_tars([os.fsencode(path)])
         except OSError as e:
             if not e.strerror:
-                raise  # ours
+                raise  # an error of this package
             raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
         if max(listing.stamps[::2]) < (started - SETTLED) * 1e9:
             with suppress(OSError):
@@ -138,7 +136,7 @@ def _one_process(file: Path) -> Iterator[None]:
 
 
 def _list_folder(root: Path) -> Listing:
-    listing, tars, others = Listing(), [], 0
+    listing, tars, num_others = Listing(), [], 0
     for name, status in walk(os.fsencode(root)):
         if status:
             listing.watch(os.path.join(os.fsencode(root), name).rstrip(b"/"), status)
@@ -147,11 +145,13 @@ def _list_folder(root: Path) -> Listing:
         elif name.lower().endswith(b".tar"):
             tars.append(name)
         else:
-            others += 1
+            num_others += 1
     if tars and not listing.names:
         return _list_tars([os.path.join(os.fsencode(root), tar) for tar in tars], root, listing)
     if not listing.names:
-        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) and no .tar file in {root}, {others} other files")
+        raise FileNotFoundError(
+            f"no images ({' '.join(SUFFIXES)}) and no .tar file in {root}, {num_others} other files"
+        )
     return listing
 
 
@@ -159,8 +159,8 @@ def _list_folder(root: Path) -> Listing:
 
 
 def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | None = None) -> Listing:
-    """Images in tar files; with the root of several, their names begin with the name of the tar."""
-    listing, others = listing or Listing(), 0
+    """List the images in tar files; with ``root``, their names begin with the path of their tar."""
+    listing, num_others = listing or Listing(), 0
     for number, tar in enumerate(tars):
         status = os.stat(tar)
         listing.watch(tar, status)
@@ -170,9 +170,9 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
             with open(tar, "rb") as file:
                 for name, start, size in _members(file):
                     if is_image_name(name):
-                        members[name] = start, size  # of several with one name the last counts, as tar has it
+                        members[name] = start, size  # the last one of a name counts, as in tar
                     else:
-                        others += 1
+                        num_others += 1
         except tarfile.TarError as e:
             path = os.fsdecode(tar)
             raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
@@ -182,19 +182,19 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
             listing.members.extend((number, *members[name]))
     if not listing.names:
         where = f"the {len(tars)} tar files of {root}" if root else os.fsdecode(tars[0])
-        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {others} other files")
+        raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {num_others} other files")
     return listing
 
 
 def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, bytes) of the files in a tar and in the tars in it.
+    """Name, first byte and number of bytes of the files in a tar, and in the tars in it.
 
-    timm's ``ReaderImageInTar`` reads every byte for it, keeps 0.7 KB an image, knows no suffixes but three, and its
-    open file neither pickles nor survives a fork: workers move each other's position.
+    timm's ``ReaderImageInTar`` reads every byte for this, keeps 0.7 KB per image, knows three suffixes only, and holds
+    an open file, which cannot be pickled and whose position forked workers would share.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
-            tar.members.clear()  # type: ignore[attr-defined]  # all are kept else
+            tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
             name = posixpath.normpath(os.fsencode(member.name)).lstrip(b"/")
             if not member.isfile() or any(part.startswith(b".") for part in name.split(b"/")):
                 continue
@@ -203,7 +203,7 @@ def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tup
             else:
                 yield below + name, base + member.offset_data, member.size
         file.seek(tar.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
             raise tarfile.ReadError(f"no header at byte {base + tar.offset}")
 
 
@@ -211,7 +211,7 @@ def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tup
 
 
 def _read(file: Path) -> Listing | None:
-    """A listing of the cache; None if there is none, or none that can be used."""
+    """Read a listing from the cache; None if it is missing or damaged."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             listing = Listing()
@@ -220,7 +220,7 @@ def _read(file: Path) -> Listing | None:
                 getattr(listing, names).ends.frombytes(arrays[f"{names}_ends"].tobytes())
             listing.members.frombytes(arrays["members"].tobytes())
             listing.stamps.frombytes(arrays["stamps"].tobytes())
-    except Exception:  # whatever zipfile and numpy say to damage: it is only a cache
+    except Exception:  # zipfile and numpy raise many kinds on a damaged file, and it is only a cache
         return None
     return listing if listing.names and listing.watched else None
 

@@ -1,4 +1,4 @@
-"""A loader whose workers leave signals to the training process, and go when it goes."""
+"""DataLoader whose workers leave signals to the training process, and end with it."""
 
 import signal
 from collections.abc import Generator
@@ -8,20 +8,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from passreid_models.data.images import ImageError
 
-# that stop a run; Slurm warns of pre-emption by a signal of one's choice, often USR1
+# these stop a run; Slurm warns of pre-emption by a signal that the user chooses, often USR1
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 MAX_TRIES = 1000  # unreadable images in a row
 
 
 def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, collate: Any) -> DataLoader:
-    """A loader of batches.
+    """Make a loader of batches.
 
     Args:
-        dataset: Map-style.
-        sampler: Gives the keys of each batch.
-        workers: Processes that load; 0 loads in this one.
-        pin_memory: For a GPU.
-        collate: Makes a batch of samples.
+        dataset: Map-style dataset.
+        sampler: Sampler of the keys of each batch.
+        workers: Loader processes; 0 loads in this process.
+        pin_memory: Pin the memory of batches, for a GPU.
+        collate: Function from samples to a batch.
     """
     return DataLoader(
         dataset,
@@ -35,21 +35,24 @@ def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, 
 
 
 def load_readable(source: Any, index: int) -> tuple[Any, int, list[str]]:
-    """``source.load(index)``, or the next image that can be read, its index, and why those before could not.
+    """Load an image or, if it cannot be read, the next one that can.
 
     Args:
-        source: Has a length and ``load``.
-        index: Of the image.
+        source: Images with a length and ``load``.
+        index: Index of the image.
+
+    Returns:
+        The image, its index, and the messages of the unreadable images before it.
 
     Raises:
-        ImageError: If so many images in a row cannot be read that something else must be wrong.
+        ImageError: If all images, or ``MAX_TRIES`` of them in a row, cannot be read.
     """
     unreadable: list[str] = []
     count = len(source)
-    for tried in range(min(MAX_TRIES, count)):
+    for offset in range(min(MAX_TRIES, count)):
         try:
-            at = (index + tried) % count
-            return source.load(at), at, unreadable
+            i = (index + offset) % count
+            return source.load(i), i, unreadable
         except ImageError as e:
             unreadable.append(str(e))
     raise ImageError(f"{len(unreadable)} images in a row cannot be read; the first: {unreadable[0]}")
@@ -61,18 +64,18 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def loaded(loader: DataLoader) -> Generator[Any, None, None]:
-    """The batches of a loader.
+def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
+    """Yield the batches of a loader.
 
-    Close it: then the workers leave, and a process that ends before them waits forever.
+    Close this generator to stop the workers: a process that ends before they do waits forever.
 
     Raises:
-        ImageError: As the dataset.
+        ImageError: If the dataset raises it.
     """
     batches = iter(loader)
     try:
         yield from batches
-    except ImageError as e:  # that of a worker comes with its stack trace
+    except ImageError as e:  # the message of a worker includes its stack trace
         raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
     finally:
         if loader.num_workers:
@@ -80,9 +83,9 @@ def loaded(loader: DataLoader) -> Generator[Any, None, None]:
 
 
 def _dismiss(batches: Any) -> None:
-    """Stop the workers now: the end of the iterator would, but the traceback of an error can keep it alive."""
+    """Stop the workers now, not when the iterator is freed: the traceback of an error can keep it alive."""
     try:
         batches._shutdown_workers()
     finally:
         for worker in batches._workers:
-            worker.kill()  # stuck in a read, and deaf to SIGTERM
+            worker.kill()  # it may be stuck in a read, and ignores SIGTERM

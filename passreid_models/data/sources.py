@@ -1,13 +1,13 @@
 """Images of pre-training, without labels: folders, lists of files, tar files, and the synthetic generator.
 
     open_source("crops/")                   images below a folder
-    open_source("lup.txt")                  a path a line, absolute or below the list's folder; # begins a comment
+    open_source("lup.txt")                  one path per line, absolute or below the list's folder; # begins a comment
     open_source("lup.tar")                  images in a tar file
     open_source("shards/")                  a folder of tar files, if it has no images
     open_source("synthetic:ids=1000")       drawn on the fly; also images=, cameras=, seed=,
                                             size=HEIGHTxWIDTH, place=studio
 
-A source pickles, and holds no open file: workers that are forked and workers that are spawned read the same.
+A source can be pickled and holds no open file, so that forked and spawned workers read the same images.
 """
 
 import os
@@ -27,13 +27,13 @@ EXPECTED = f"a folder of images, a list of paths ({' or '.join(LISTS)}), a .tar 
 
 
 class Source(Protocol):
-    """Images by number, for a trainer that needs no labels."""
+    """Images by index, without labels."""
 
     description: str
-    """One line for the provenance, which says nothing of the folders above."""
+    """One line for the provenance, without the folders above."""
 
     fingerprint: str
-    """Changes with the list of images; the same for the same names on every machine."""
+    """Hash of the list of images; the same on every machine."""
 
     def __len__(self) -> int: ...
 
@@ -41,26 +41,26 @@ class Source(Protocol):
         """Name of the image in messages, such as its path."""
 
     def load(self, index: int) -> Image.Image:
-        """The image in RGB, decoded and upright.
+        """Load an image in RGB, decoded and upright.
 
         Raises:
-            ImageError: If it cannot be read; the message has its name and the reason.
+            ImageError: If it cannot be read; the message gives its name and the reason.
         """
 
 
 def open_source(data: str | Path, cache: Path | None = None) -> Source:
-    """The images that ``data`` names.
+    """Open the images of ``data``.
 
     Args:
         data: A folder, a list, a tar file or ``synthetic:``, as above.
         cache: Folder that keeps the listing of a folder or tar file; by default the package's cache.
 
     Raises:
-        FileNotFoundError: If there is nothing of this name, or no image in it.
-        ValueError: If it is nothing that images can come from, or damaged.
+        FileNotFoundError: If ``data`` does not exist, or has no image.
+        ValueError: If ``data`` is of an unknown kind, or damaged.
     """
     if not str(data):
-        raise ValueError(f"data: nothing is named; expected {EXPECTED}")
+        raise ValueError(f"data: no images are named; expected {EXPECTED}")
     if str(data).startswith("synthetic:"):
         return SyntheticSource(str(data))
     path = Path(os.path.abspath(data))
@@ -97,7 +97,7 @@ class FileSource:
         name = self.name(index)
         try:
             return open_image(self._file(index))
-        except Exception as e:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error ...
+        except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             raise ImageError(f"{name}: {reason(e)}") from e
 
     def _file(self, index: int) -> str | bytes:
@@ -105,16 +105,16 @@ class FileSource:
 
 
 class ListSource(FileSource):
-    """Image files that a text file lists; a missing one is an error when it is read."""
+    """Image files listed in a text file; a missing one is an error when it is read."""
 
     def __init__(self, path: Path) -> None:
         """
         Args:
-            path: The list: a path a line, absolute or relative to the list's folder.
+            path: The list: one path per line, absolute or relative to the list's folder.
 
         Raises:
-            FileNotFoundError: If it lists nothing.
-            ValueError: If it is no text.
+            FileNotFoundError: If the list is empty.
+            ValueError: If the list is not text.
         """
         names = Names()
         with path.open("rb") as file:
@@ -126,7 +126,7 @@ class ListSource(FileSource):
                     names.append(line)
         if not names:
             raise FileNotFoundError(
-                f"{path}: the list is empty; expected a path of an image a line, absolute or relative to {path.parent}"
+                f"{path}: the list is empty; expected one image path per line, absolute or relative to {path.parent}"
             )
         super().__init__(path.parent, names)
         self.description = f"{path.name}: {count(len(names), 'image')}"
@@ -139,7 +139,7 @@ class TarSource(FileSource):
         """
         Args:
             root: The tar file, or the folder of several.
-            listing: Of ``root``.
+            listing: Listing of ``root``.
         """
         super().__init__(root, listing.names)
         self.tars, self.members = listing.tars, listing.members
@@ -147,13 +147,13 @@ class TarSource(FileSource):
 
     def _file(self, index: int) -> bytes:
         tar, start, size = self.members[3 * index : 3 * index + 3]
-        with open(self.tars[tar], "rb", buffering=0) as file:  # anew, as a file of a folder: nothing to share
+        with open(self.tars[tar], "rb", buffering=0) as file:  # for each image: workers must not share its position
             file.seek(start)
             return file.read(size)
 
 
 class SyntheticSource:
-    """Persons of the synthetic generator, drawn when they are asked for."""
+    """Persons of the synthetic generator, drawn when they are loaded."""
 
     def __init__(self, text: str) -> None:
         """
@@ -162,7 +162,7 @@ class SyntheticSource:
                 height x width, and ``place=``, with commas between.
 
         Raises:
-            ValueError: If a key is unknown or given twice, or a value is none that it can have.
+            ValueError: If a key is unknown or given twice, or a value is invalid.
         """
         from passreid_models.synthetic.recipe import read_recipe
 

@@ -1,10 +1,10 @@
-"""A model on a dataset: descriptors, then the metrics of its ranking, as a table and as JSON.
+"""Evaluation of a model on a dataset: descriptors, and the metrics of their ranking.
 
     dataset = open_dataset("Market-1501-v15.09.15")
     print(evaluate_dataset(dataset, make_embedder("pass_vit_small_patch16.lup_market1501"), rerank=True))
 
-Junk images are left out before anything is computed, as the published code does: without re-ranking they would not
-count anyway, with it they would be neighbours.
+Junk is left out before anything is computed, as in the published code: without re-ranking it would not count anyway,
+with re-ranking it would be among the neighbours.
 """
 
 import json
@@ -44,39 +44,39 @@ def evaluate_model(
     pictures: str | Path | None = None,
     **options: Any,
 ) -> Evaluation | None:
-    """What ``passreid eval`` does; under ``torchrun`` its processes share the images.
+    """Evaluate a model by its name, as ``passreid eval`` does; under ``torchrun`` the processes share the images.
 
     Args:
-        data: As ``open_dataset`` takes it.
-        model: As ``make_embedder`` takes it.
-        device: As of ``process_group``.
-        rerank: Also after k-reciprocal re-ranking.
-        per_camera: Also mAP and Rank-1 for the queries of each camera.
-        cache: As in ``evaluate_dataset``.
-        json_file: Where ``Evaluation.to_dict()`` is written to.
-        pictures: Folder for those of ``pictures.draw_evaluation``.
-        **options: Of ``make_embedder``.
+        data: Dataset, as ``open_dataset`` takes it.
+        model: Name of a model, as ``make_embedder`` takes it.
+        device: Device, as ``process_group`` takes it.
+        rerank: Also evaluate after k-reciprocal re-ranking.
+        per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        cache: Cache of descriptors, as in ``evaluate_dataset``.
+        json_file: File to write ``Evaluation.to_dict()`` to.
+        pictures: Folder for the pictures of ``pictures.draw_evaluation``.
+        **options: Options of ``make_embedder``.
 
     Returns:
         The evaluation in the first process, None in the others.
 
     Raises:
-        ValueError: If the data, the model or an option is not right, no query has a match, or pictures are wanted and
-            matplotlib is not installed.
-        FileNotFoundError: If the data or the weights are not there.
+        ValueError: If the data, the model or an option is invalid, no query has a match, or ``pictures`` are to be
+            drawn without matplotlib.
+        FileNotFoundError: If the data or the weights do not exist.
     """
     if pictures is not None:
         require_matplotlib("pictures")
     with process_group(device) as own_device:
         dataset = open_dataset(data).require("query", "gallery")
         embed = make_embedder(model, device=own_device, **options)
-        found = evaluate_dataset(dataset, embed, name=model, rerank=rerank, per_camera=per_camera, cache=cache)
-    if found and json_file is not None:
+        evaluation = evaluate_dataset(dataset, embed, name=model, rerank=rerank, per_camera=per_camera, cache=cache)
+    if evaluation and json_file is not None:
         with atomic_file(json_file) as temporary:
-            temporary.write_text(json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
-    if found and pictures is not None:
-        draw_evaluation(found, pictures)
-    return found
+            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n")
+    if evaluation and pictures is not None:
+        draw_evaluation(evaluation, pictures)
+    return evaluation
 
 
 def make_embedder(
@@ -89,16 +89,16 @@ def make_embedder(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Embedder:
-    """The Embedder of a model, at another size of the images if need be.
+    """Make the Embedder of a model, optionally at another image size.
 
     Args:
-        model: As of ``Embedder``: any name that ``find_model`` takes.
-        size: Height and width of the images instead of the weights' own; positions are resized as ``"auto"`` says.
-        fusion: As in ``Embedder``, and so are the others.
-        flip: Likewise.
-        batch_size: Likewise.
-        device: Likewise.
-        dtype: Likewise.
+        model: Name of a model, as ``find_model`` takes it.
+        size: Height and width of the images instead of the weights' own; positions are resized by the method ``auto``.
+        fusion: Fusion instead of the weights' own.
+        flip: Average with the mirrored image's descriptor.
+        batch_size: Images per batch.
+        device: Device, as ``pick_device`` takes it.
+        dtype: Dtype of weights and activations.
 
     Raises:
         ValueError: If there is no such model, or it does not take ``size``.
@@ -119,12 +119,12 @@ def evaluate_dataset(
     """Evaluate a model; in a process group, call it in every process.
 
     Args:
-        dataset: With queries and gallery.
-        embed: The model; its descriptors are compared by their cosine, or as they come where they are not normalised.
-        name: What the report calls the model.
-        rerank: Also after k-reciprocal re-ranking.
-        per_camera: Also mAP and Rank-1 for the queries of each camera.
-        cache: Take known descriptors from the package's cache, or that folder, and leave new ones there.
+        dataset: Dataset with queries and gallery.
+        embed: The model; descriptors are compared by cosine, or by Euclidean distance if they are not normalised.
+        name: Name of the model in the report.
+        rerank: Also evaluate after k-reciprocal re-ranking.
+        per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        cache: Read and keep descriptors in the package's cache (True), or in this folder.
 
     Returns:
         The evaluation in the first process, None in the others.
@@ -161,9 +161,9 @@ def score(
     """mAP and Rank-1 of a model in training, in percent, the same in every process: call it in all of them.
 
     Args:
-        model: Gives descriptors; also inside ``DistributedDataParallel`` or compiled. It is copied, and stays as it is.
-        dataset: With queries and gallery.
-        device: As in ``Embedder``.
+        model: Model of descriptors, also inside ``DistributedDataParallel`` or compiled; it is copied, not changed.
+        dataset: Dataset with queries and gallery.
+        device: Device, as ``pick_device`` takes it.
 
     Returns:
         ``mAP`` and ``rank1``.
@@ -181,18 +181,18 @@ def score(
 
 
 def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None, progress: bool) -> Retrieved:
-    """Descriptors of the queries and the gallery, without junk and what cannot be read."""
+    """Descriptors of queries and gallery, without junk and unreadable images."""
     dataset.require("query", "gallery")
     rows_q, rows_g = (np.flatnonzero(split.pids != -1) for split in (dataset.query, dataset.gallery))
-    used = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
-    files = {path: row for row, path in enumerate(dict.fromkeys(used))}  # a query can be in the gallery
+    paths = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
+    files = {path: row for row, path in enumerate(dict.fromkeys(paths))}  # once each: a query can be in the gallery
     features = extract(embed, list(files), cache, progress)
     readable = features.readable
-    at = np.array([files[path] for path in used], dtype=np.int64)
-    at_q, at_g = at[: len(rows_q)], at[len(rows_q) :]
-    rows_q, rows_g = rows_q[readable[at_q]], rows_g[readable[at_g]]
-    at_q, at_g = at_q[readable[at_q]], at_g[readable[at_g]]
-    rows = np.full(len(dataset.gallery) + 1, -1)  # new row of each row of the gallery, and of none
+    positions = np.array([files[path] for path in paths], dtype=np.int64)
+    positions_q, positions_g = positions[: len(rows_q)], positions[len(rows_q) :]
+    rows_q, rows_g = rows_q[readable[positions_q]], rows_g[readable[positions_g]]
+    positions_q, positions_g = positions_q[readable[positions_q]], positions_g[readable[positions_g]]
+    rows = np.full(len(dataset.gallery) + 1, -1)  # new row of each row of the gallery; the last is for -1
     rows[rows_g] = np.arange(len(rows_g))
     x = features.descriptors
     if embed.device.type == "cuda":
@@ -200,8 +200,8 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     return Retrieved(
         query=dataset.query.take(rows_q),
         gallery=dataset.gallery.take(rows_g),
-        query_features=x[torch.from_numpy(at_q)],
-        gallery_features=x[torch.from_numpy(at_g)],
+        query_features=x[torch.from_numpy(positions_q)],
+        gallery_features=x[torch.from_numpy(positions_g)],
         own=rows[dataset.own[rows_q]],
         has_cameras=dataset.has_cameras,
         metric="cosine" if embed.l2_normalize else "euclidean",

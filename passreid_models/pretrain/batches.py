@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from passreid_models.data import loader
-from passreid_models.data.loader import load_readable, loaded
+from passreid_models.data.loader import batches_of, load_readable
 from passreid_models.data.sources import Source
 from passreid_models.pretrain.views import MultiCrop, Views
 
@@ -102,7 +102,7 @@ def batches_on(device: torch.device, batches: DataLoader) -> Generator[ViewBatch
     Raises:
         ImageError: If the dataset raises it.
     """
-    with closing(loaded(batches)) as cpu_batches:
+    with closing(batches_of(batches)) as cpu_batches:
         for views, unreadable in cpu_batches:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
             yield ViewBatch(Views(global_views, local_views, views.params), unreadable)

@@ -17,7 +17,7 @@ from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.pretrain.chunked import weight_norm_scales
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.heads import ProjectionHead
-from passreid_models.training.warm_start import checkpoint_file, load_backbone, ready_to_train
+from passreid_models.training.warm_start import checkpoint_file, load_backbone, prepare_to_train
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def random_backbone(config: PretrainConfig, drop_path: float = 0.0) -> Any:
 
 def _make_network(config: PretrainConfig, drop_path: float, device: torch.device) -> PASSNetwork:
     backbone = random_backbone(config, drop_path)
-    ready_to_train(backbone, device, config.grad_checkpointing)
+    prepare_to_train(backbone, device, config.grad_checkpointing)
     network = PASSNetwork(
         backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
     )

@@ -1,4 +1,4 @@
-"""A whole pre-training run.
+"""Pre-training run: data, log lines, export, and the probe between epochs.
 
 train(PretrainConfig(data="my_crops/", out="run"))
 """
@@ -32,7 +32,7 @@ def train(config: PretrainConfig) -> Path:
 
     Raises:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
-        OSError: If the data cannot be read, the run not be written, or a process that loads images died.
+        OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
         Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
     """
@@ -87,9 +87,9 @@ class PretrainRun(Run):
         t = self.trainer
         if self.probed is None or t.epoch % self.config.probe_epochs:
             return
-        share_first(t.teacher.backbone.buffers())  # statistics of a conv stem's BatchNorms are each process's own
+        share_first(t.teacher.backbone.buffers())  # the BatchNorms of a conv stem have statistics of each process
         try:
-            scores = score(t.teacher.backbone, self.probed, t.device)  # shared by the processes
+            scores = score(t.teacher.backbone, self.probed, t.device)  # the processes share the images
         except (ValueError, OSError) as e:
             _logger.warning(f"probe: {e}")
         else:
@@ -97,10 +97,10 @@ class PretrainRun(Run):
 
 
 def open_probe(data: str) -> ReIDDataset:
-    """The dataset that is ranked between epochs, by the protocol of ``passreid eval``.
+    """Open the dataset that is evaluated between epochs, by the protocol of ``passreid eval``.
 
     Raises:
-        ValueError: If ``data`` is no dataset, none of its queries has a match, or every image of the gallery is one.
+        ValueError: If ``data`` is not a dataset, no query has a match, or the gallery has a single identity.
     """
     try:
         dataset = open_dataset(data).require("query", "gallery")

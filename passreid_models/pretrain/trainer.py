@@ -80,8 +80,8 @@ class PretrainTrainer(BaseTrainer):
             raise ValueError(f"batch_size: {config.batch_size} is more than the {num_images} images of {config.data}")
         if config.batch_size % (share := self.world_size * config.accumulate):
             raise ValueError(
-                f"batch_size: {config.batch_size} is not divisible by {self.world_size} processes x {config.accumulate} "
-                f"micro-batches = {share}"
+                f"batch_size: {config.batch_size} is not divisible by {self.world_size} processes x "
+                f"{config.accumulate} micro-batches = {share}"
             )
         self.epoch_steps = self.epoch_starts[1]
         networks = make_networks(config if state is None else replace(config, init=""), device)

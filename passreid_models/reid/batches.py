@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from passreid_models.architectures import HALF
 from passreid_models.data.listing import Names
-from passreid_models.data.loader import load_readable, loaded, make_loader
+from passreid_models.data.loader import batches_of, load_readable, make_loader
 from passreid_models.data.sources import FileSource
 from passreid_models.runtime import seed_step
 
@@ -142,7 +142,7 @@ def load_epoch(
         ImageError: If so many images in a row cannot be read that something else must be wrong.
     """
     loader: DataLoader = make_loader(images, sampler, workers, device.type == "cuda", _collate)
-    with closing(loaded(loader)) as batches:
+    with closing(batches_of(loader)) as batches:
         for batch in batches:
             yield ImageBatch(
                 batch.images.to(device, non_blocking=True),

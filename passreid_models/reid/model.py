@@ -1,4 +1,4 @@
-"""A backbone with neck and identity classifier: what supervised fine-tuning trains and the authors' files hold.
+"""Backbone with neck and identity classifier, as in supervised fine-tuning and in the authors' files.
 
 Shapes: B batch, T = 1 + P prefix tokens, D embedding width, C descriptor width, K identities of the training set.
 """
@@ -23,10 +23,10 @@ __all__ = ["ReIDOutput", "ReIDModel"]
 
 
 class ReIDOutput(NamedTuple):
-    """Descriptors of a batch and the scores of its identities."""
+    """Descriptors and logits of a batch."""
 
     before: Tensor  # [B, C], fused tokens before the neck: triplet loss and test, after L2 normalisation
-    after: Tensor  # [B, C], after the neck: what the classifier reads
+    after: Tensor  # [B, C], after the neck: input of the classifier
     logits: Tensor  # [B, K]
 
 
@@ -41,16 +41,16 @@ class ReIDModel(nn.Module):
         """
         Args:
             backbone: Made with ``neck="single"`` or ``"multi"`` and a fusion (``global_pool``).
-            num_ids: Identities of the training set, K.
+            num_ids: Number of identities of the training set, K.
 
         Raises:
-            ValueError: If the backbone has no neck, or there are less than 2 identities.
+            ValueError: If the backbone has no neck, or there are fewer than 2 identities.
         """
         super().__init__()
         if not isinstance(backbone.fc_norm, SingleNeck | MultiNeck):
             raise ValueError("a ReIDModel needs a backbone with neck='single' or 'multi'")
         if num_ids < 2:
-            raise ValueError(f"telling identities apart needs 2 or more, got {num_ids}")
+            raise ValueError(f"num_ids must be 2 or more, got {num_ids}")
         self.backbone = backbone
         self.num_ids = num_ids
         self.classifier = nn.Linear(backbone.head_hidden_size, num_ids, bias=False)
@@ -58,20 +58,21 @@ class ReIDModel(nn.Module):
 
     @property
     def fusion(self) -> str:
-        """How the tokens become a vector, as timm's ``global_pool``."""
+        """Fusion of the tokens, as timm's ``global_pool``."""
         return self.backbone.global_pool
 
     @property
     def neck(self) -> str:
-        """``single`` or ``multi``."""
+        """Kind of the neck, ``single`` or ``multi``."""
         return self.backbone.neck
 
     def forward(self, x: Tensor) -> ReIDOutput:
-        """
+        """Descriptors and logits of images.
+
         Args:
             x: Images ``[B, 3, H, W]``, normalised by mean and standard deviation 0.5.
         """
-        tokens = self.backbone.forward_views(x)  # [B, T, D]: like all of forward_features but the patches
+        tokens = self.backbone.forward_views(x)  # [B, T, D]: those of forward_features, without the patches
         before = fuse_tokens(tokens, self.fusion)
         bn: Any = self.backbone.fc_norm.bn
         if self.neck == "multi":
@@ -81,9 +82,9 @@ class ReIDModel(nn.Module):
         return ReIDOutput(before, after, self.classifier(after))
 
     def descriptor_model(self) -> tuple[PassVisionTransformer, dict[str, Tensor]]:
-        """The model of the descriptor, and neck and classifier, for ``save_pretrained``.
+        """Model of the descriptor, and the tensors of neck and classifier, for ``save_pretrained``.
 
-        The descriptor is the fused vector *before* the neck, as published, so that the model has none.
+        The descriptor is the fused vector *before* the neck, as published, so this model has no neck.
         """
         state = self.backbone.state_dict()
         extras = {k: v for k, v in state.items() if k.startswith("fc_norm.")}
@@ -92,16 +93,16 @@ class ReIDModel(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, name: str | None = None, num_heads: int | None = None) -> "ReIDModel":
-        """A fine-tuned model with its neck and classifier, in evaluation mode.
+        """Load a fine-tuned model with its neck and classifier, in evaluation mode.
 
         Args:
             source: A published supervised file (``transformer_120.pth``), or a folder of ``passreid finetune`` or
                 ``passreid convert``.
             name: Registered architecture of a file; by default the one that the tensors fit.
-            num_heads: Attention heads of a file, where no registered architecture fits it.
+            num_heads: Attention heads of a file, if no registered architecture fits it.
 
         Raises:
-            CheckpointError: If neck or classifier are not there, or tensors do not fit.
+            CheckpointError: If neck or classifier is missing, or tensors do not fit.
         """
         source = Path(source)
         if source.is_dir():
@@ -140,13 +141,13 @@ def _extras(folder: Path) -> dict[str, Tensor]:
 
 
 def make_backbone(config: Any, interpolation: str, state: Mapping[str, Tensor] | None = None) -> PassVisionTransformer:
-    """A backbone with a new neck, to be fine-tuned.
+    """Make a backbone with a new neck, to be fine-tuned.
 
     Args:
-        config: Says ``init`` (as of ``load_backbone``; or ``random``), ``model``, ``size``, ``fusion``, ``neck`` and
-            ``drop_path``.
-        interpolation: Of test images: it belongs to the descriptor.
-        state: Weights that will be loaded later, instead of ``init``: they tell the number of parts.
+        config: Configuration with ``init`` (as for ``load_backbone``, or ``random``), ``model``, ``size``, ``fusion``,
+            ``neck`` and ``drop_path``.
+        interpolation: Interpolation of test images, for the pretrained cfg.
+        state: Weights that will be loaded later, instead of ``init``; they show the number of parts.
     """
     size: dict[str, Any] = {"img_size": config.size}
     start = None
@@ -167,16 +168,16 @@ def make_backbone(config: Any, interpolation: str, state: Mapping[str, Tensor] |
     return backbone
 
 
-def without_drop_path(backbone: PassVisionTransformer, **changed: Any) -> PassVisionTransformer:
-    """The backbone as it is used: a copy without stochastic depth, in evaluation mode, on the CPU.
+def without_drop_path(backbone: PassVisionTransformer, **overrides: Any) -> PassVisionTransformer:
+    """Copy of a backbone for inference: without drop path, in evaluation mode, on the CPU.
 
     Args:
-        backbone: In training.
-        **changed: Arguments that differ, such as ``neck=""``.
+        backbone: Backbone in training.
+        **overrides: Arguments that differ, such as ``neck=""``.
     """
-    args = {**backbone.origin.model_args, **changed, "drop_path_rate": 0.0}
+    args = {**backbone.origin.model_args, **overrides, "drop_path_rate": 0.0}
     model = timm.create_model(backbone.pretrained_cfg["architecture"], **args)
-    wanted = model.state_dict()
-    model.load_state_dict({k: v for k, v in backbone.state_dict().items() if k in wanted})
+    keys = model.state_dict().keys()
+    model.load_state_dict({k: v for k, v in backbone.state_dict().items() if k in keys})
     model.pretrained_cfg = {**backbone.pretrained_cfg}
     return model.eval()

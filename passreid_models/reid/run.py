@@ -18,7 +18,7 @@ from passreid_models.evaluation.evaluate import score
 from passreid_models.reid.batches import RANDOM, ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.training.config import wrong
 from passreid_models.training.run import Run, pick_workers
-from passreid_models.training.warm_start import DEFAULT_MODEL, described
+from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
 
 _logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ReIDRun(Run):
         if self.eval_dataset is None and c.eval_epochs:
             lines.append("evaluation: none, there are no queries and gallery; name a dataset with both by --eval-data")
         elif self.eval_dataset is self.dataset and self.dataset.is_one_set:
-            lines.append("evaluation: on the training images, no measure of the model; name other data by --eval-data")
+            lines.append("evaluation: on the training images, so its scores mislead; name other data by --eval-data")
         return lines
 
     def about(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class ReIDRun(Run):
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
             self.export_to(self.folder.path / "best", **scores, evaluated_on=self.eval_dataset.fingerprint)
-        self.write(scores)  # last: a resumed run takes it as the end of the evaluation
+        self.write(scores)  # last: for a resumed run it marks the end of the evaluation
         if t.step == t.total_steps:  # the best model is chosen on the test set, the last is not
             self.log(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
 
@@ -121,7 +121,7 @@ def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
             "init: expected weights to begin with: a name such as pass_vit_small_patch16.lup (published) or synth_reid "
             "(bundled), an exported folder, a run, or a checkpoint file; random for none"
         )
-    defaults = checkpoint["config"] if checkpoint else described(config.init, config.model)
+    defaults = checkpoint["config"] if checkpoint else settings_of(config.init, config.model)
     model = config.model or defaults.get("model") or DEFAULT_MODEL
     num_parts = ARCHITECTURES[model].num_parts
     fusion = config.fusion or defaults.get("fusion") or ("cat" if num_parts else "token")

@@ -15,7 +15,7 @@ from passreid_models.reid.batches import ImageBatch
 from passreid_models.runtime import all_reduce_mean, seed_step, share_first
 from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
 from passreid_models.training.trainer import BaseTrainer
-from passreid_models.training.warm_start import ready_to_train
+from passreid_models.training.warm_start import prepare_to_train
 
 
 class ReIDTrainer(BaseTrainer):
@@ -28,7 +28,7 @@ class ReIDTrainer(BaseTrainer):
     def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **sgd: float) -> None:
         """Move the network to the device and make its optimiser."""
         config = self.config
-        ready_to_train(backbone, self.device, config.grad_checkpointing)
+        prepare_to_train(backbone, self.device, config.grad_checkpointing)
         self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
         self.optimizer = make_sgd(self.network, backbone, config.momentum, config.weight_decay, **sgd)
         self.parallel = self.wrap(self.network)

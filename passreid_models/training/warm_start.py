@@ -1,4 +1,4 @@
-"""Warm start of a run: the backbone of the weights that ``init`` names, what they tell, and where they come from."""
+"""Warm start of a run: backbone, settings and provenance of the weights that ``init`` names."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +13,12 @@ DEFAULT_MODEL = "pass_vit_small_patch16"
 
 
 def load_backbone(model: str, init: str, file: Path | None = None, **shape: Any) -> PassVisionTransformer:
-    """The backbone that ``init`` names, as ``model``.
+    """Load the weights that ``init`` names into a backbone of the architecture ``model``.
 
     Args:
         model: Registered architecture.
-        init: As of ``find_model``.
-        file: The checkpoint to read, where ``init`` is that or a run; its ``statistics`` go with the weights.
+        init: Name, as ``find_model`` takes it.
+        file: Checkpoint to read, if ``init`` is a checkpoint or a run; its ``statistics`` go with the weights.
         **shape: Arguments of ``timm.create_model``, such as ``img_size`` and ``num_parts``.
 
     Raises:
@@ -31,8 +31,8 @@ def load_backbone(model: str, init: str, file: Path | None = None, **shape: Any)
     return cast(PassVisionTransformer, weights.create(model, **shape))
 
 
-def ready_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:
-    """Set how a backbone computes its gradients on a device."""
+def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:
+    """Set gradient checkpointing, and the attention of the device, in a backbone."""
     if grad_checkpointing:
         backbone.set_grad_checkpointing()
     if device.type == "cpu":
@@ -40,12 +40,12 @@ def ready_to_train(backbone: PassVisionTransformer, device: torch.device, grad_c
             block.attn.fused_attn = False  # its backward is slow on a CPU, for sequences as short as these
 
 
-def described(init: str, model: str = "") -> dict[str, Any]:
-    """The ``model``, ``size`` and ``fusion`` of the weights that ``init`` names; nothing of a checkpoint file.
+def settings_of(init: str, model: str = "") -> dict[str, Any]:
+    """``model``, ``size`` and ``fusion`` of the weights that ``init`` names; empty for a checkpoint file.
 
     Args:
-        init: As of ``find_model``, or ``random``.
-        model: Registered architecture, where that is known.
+        init: Name, as ``find_model`` takes it, or ``random``.
+        model: Registered architecture, if known.
 
     Raises:
         ValueError: If ``init`` names no weights.
@@ -57,10 +57,10 @@ def described(init: str, model: str = "") -> dict[str, Any]:
 
 
 def provenance_of(init: str, model: str = "") -> dict[str, Any]:
-    """Method, data and init of an exported model: a chain that goes back to where its weights began.
+    """Provenance of the weights that ``init`` names, including in turn that of the weights they began with.
 
     Args:
-        init: As of ``find_model``; or ``random`` or empty, which have none.
+        init: Name, as ``find_model`` takes it; or ``random`` or empty, without provenance.
         model: Registered architecture.
     """
     provenance = {} if init in ("", "random") else _find(init, model).provenance
@@ -75,6 +75,6 @@ def _find(init: str, model: str) -> NamedModel:
 
 
 def checkpoint_file(init: str) -> Path | None:
-    """The checkpoint that ``init`` is, or the newest of the run that it is."""
+    """``init`` itself if it is a file, else the newest checkpoint of the run ``init``, if any."""
     path = Path(init)
     return path if path.is_file() else RunFolder(path).latest()

@@ -1,6 +1,6 @@
-"""Official checkpoints, converted: the golden values of the authors' code, and every kind of bad file.
+"""Conversion of official checkpoints: the golden values of the authors' code, and every kind of bad file.
 
-`tests/data` holds outputs of the official code on small random networks, 32 wide and two blocks deep.
+`tests/golden` holds outputs of the official code on small random networks, 32 wide and two blocks deep.
 """
 
 import copy
@@ -132,8 +132,8 @@ def test_convert_finds_fusion_neck_and_statistics_of_the_layout(variant, tmp_pat
         suffix = ".pth" if task == "supervised" else ".pth.tar"
         report = convert_checkpoint(GOLDEN / f"upstream_{task}_{variant}{suffix}", tmp_path / task, num_heads=2)
         config = json.loads((tmp_path / task / "config.json").read_text())
-        told = fusion if (task, neck) != ("unsupervised", "multi") else "cat"
-        assert config["fusion"] == told
+        expected_fusion = fusion if (task, neck) != ("unsupervised", "multi") else "cat"
+        assert config["fusion"] == expected_fusion
         assert any("'cat' assumed" in note for note in report.notes) == ((task, neck) == ("unsupervised", "multi"))
         assert config["neck"] == (neck if task == "unsupervised" else "")
         assert config["l2_normalize"] == (config["neck"] != "multi")
@@ -527,7 +527,7 @@ def test_five_classes_start_from_the_backbone_and_a_new_classifier(way, tmp_path
 
 
 @pytest.mark.parametrize("num_classes", [0, 5, 7])
-def test_the_report_says_what_became_of_a_trained_classifier(num_classes, tmp_path):
+def test_the_report_lists_a_trained_classifier_as_loaded_or_as_extra(num_classes, tmp_path):
     model = timm.create_model(PASS, **SMALL, num_classes=5).eval()
     save_pretrained(model, tmp_path / "out")
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=num_classes).eval()
@@ -558,9 +558,9 @@ def test_raw_files_bring_their_statistics_and_converted_ones_keep_the_configs(tm
     assert (tuple(cfg["mean"]), cfg["interpolation"]) == ((0.5, 0.5, 0.5), "bilinear")
 
 
-def test_convert_says_when_it_assumed_the_statistics(tmp_path):
+def test_convert_notes_in_the_report_that_it_assumed_the_statistics(tmp_path):
     report = convert_checkpoint(GOLDEN / "upstream_backbone.pth", tmp_path / "out", num_heads=2)
-    assert report.notes == ["mean/std: the tensors do not tell, ImageNet's assumed"]
+    assert report.notes == ["mean/std: the tensors do not show them, ImageNet's assumed"]
     assert not (tmp_path / "out" / "extras.safetensors").exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
@@ -637,23 +637,23 @@ class Payload:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "pickle2", "zip4", "pickle4"])
-def test_a_pickle_that_wants_to_run_code_is_refused_by_the_name_of_what_it_wants_and_does_not_run(form, tmp_path):
-    made, file = tmp_path / "made", tmp_path / "evil.pth"
-    content = {**backbone(), "extra": Payload(made)}
+def test_a_pickle_that_would_run_code_is_refused_with_the_name_of_the_function_and_does_not_run(form, tmp_path):
+    payload_folder, file = tmp_path / "made", tmp_path / "evil.pth"
+    content = {**backbone(), "extra": Payload(payload_folder)}
     protocol = 4 if form.endswith("4") else 2
     if "pickle" not in form:
         torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=form != "old")
         torch.load(file, weights_only=False)  # the payload works
     else:
-        file.write_bytes(pickle.dumps(Payload(made), protocol))
+        file.write_bytes(pickle.dumps(Payload(payload_folder), protocol))
         pickle.loads(file.read_bytes())
-    assert made.is_dir()
-    made.rmdir()
-    wanted = rf"refused: it asks to run {os.mkdir.__module__}\.mkdir while loading"
+    assert payload_folder.is_dir()
+    payload_folder.rmdir()
+    message = rf"refused: it asks to run {os.mkdir.__module__}\.mkdir while loading"
     refused(
-        file, tmp_path, wanted if protocol == 2 else "refused: pickle protocol 4 cannot be opened without letting it"
+        file, tmp_path, message if protocol == 2 else "refused: pickle protocol 4 cannot be opened without letting it"
     )
-    assert not made.exists()
+    assert not payload_folder.exists()
 
 
 def test_namespaces_and_numpy_scalars_of_the_published_files_are_let_in(tmp_path):
@@ -700,7 +700,7 @@ def test_a_missing_backbone_tensor_is_an_error_that_names_it(key, kwargs, tmp_pa
 
 
 @pytest.mark.parametrize("key", ["cls_token", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"])
-def test_a_file_without_what_every_vit_has_is_no_vision_transformer_of_this_family(key, tmp_path):
+def test_a_file_without_a_tensor_that_every_vit_has_is_no_vision_transformer_of_this_family(key, tmp_path):
     refused(without(backbone(), key), tmp_path, f"no vision transformer of this family: .*but no {re.escape(key)}$")
 
 
@@ -716,7 +716,7 @@ def test_an_unexpected_tensor_is_an_error_and_no_silent_loss():
 
 
 @pytest.mark.parametrize(
-    ("given", "model", "overrides"),
+    ("fitting", "model", "overrides"),
     [
         ("pass_vit_small_patch16", "pass_vit_base_patch16", {}),
         ("pass_vit_tiny_patch16", "pass_vit_small_patch16", {}),
@@ -727,11 +727,11 @@ def test_an_unexpected_tensor_is_an_error_and_no_silent_loss():
         ("transreid_vit_small_ics_patch16", "transreid_vit_small_patch16", {}),
     ],
 )
-def test_a_file_of_another_architecture_names_the_one_that_fits(given, model, overrides):
-    tensors = state_of(given)
+def test_a_file_of_another_architecture_names_the_one_that_fits(fitting, model, overrides):
+    tensors = state_of(fitting)
     with pytest.raises(CheckpointError, match="does not fit the model") as e:
         timm.create_model(model, pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors), **overrides)
-    assert str(e.value).endswith(f": use {given}")
+    assert str(e.value).endswith(f": use {fitting}")
     assert len(str(e.value)) < 1000
 
 
@@ -741,7 +741,7 @@ def state_of(name: str) -> dict[str, Tensor]:
     return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in model.state_dict().items()}
 
 
-def test_a_file_that_fits_no_architecture_says_how_wide_and_deep_it_is(tmp_path):
+def test_a_file_that_fits_no_architecture_is_refused_with_its_width_and_depth(tmp_path):
     with pytest.raises(CheckpointError, match=r"the file is 32 wide and 2 deep, with 3 part tokens$"):
         timm.create_model(PASS, pretrained=True, pretrained_cfg_overlay=dict(state_dict=backbone()))
     with pytest.raises(ValueError, match="32 wide, which no registered model is: give the number of heads"):
@@ -803,12 +803,12 @@ def test_a_vit_of_224x224_images_is_named(name, tmp_path):
         ({1: torch.ones(2)}, "a dictionary with the keys 1"),
     ],
 )
-def test_a_checkpoint_without_named_tensors_says_what_it_holds(checkpoint, message, tmp_path):
+def test_a_checkpoint_without_named_tensors_is_refused_with_its_content(checkpoint, message, tmp_path):
     torch.save(checkpoint, tmp_path / "file.pth")
     refused(tmp_path / "file.pth", tmp_path, f"expected a dictionary of named tensors, got {message}")
 
 
-def test_a_pretraining_file_without_the_wanted_network_says_what_it_has(tmp_path):
+def test_a_pretraining_file_without_the_network_is_refused_with_the_ones_it_has(tmp_path):
     torch.save({"student": backbone(), "epoch": 1}, tmp_path / "file.pth")
     refused(tmp_path / "file.pth", tmp_path, "has no teacher, only: student, epoch")
     report = convert_checkpoint(tmp_path / "file.pth", tmp_path / "out", network="student", num_heads=2)
@@ -824,7 +824,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_with_content_is_left_alone(tmp_path):
+def test_an_output_folder_with_content_is_refused_and_unchanged(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -834,7 +834,7 @@ def test_an_output_folder_with_content_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match=r"notes\.txt exists and is not an empty folder"):
         convert_checkpoint(GOLDEN / "upstream_backbone.pth", out / "notes.txt", num_heads=2)
     assert (out / "notes.txt").read_text() == "mine"
-    with pytest.raises(FileExistsError, match="not an empty folder"):  # said before a large file is read
+    with pytest.raises(FileExistsError, match="not an empty folder"):  # before a large file is read
         convert_checkpoint(GOLDEN / "absent.pth", out, num_heads=2)
     shutil.rmtree(out)
     out.mkdir()
@@ -870,11 +870,11 @@ def test_a_model_comes_back_from_its_folder_bit_for_bit(fusion, neck, tmp_path):
 @pytest.mark.parametrize("fusion", ["cat", "mean"])
 def test_an_untagged_model_takes_the_published_descriptor_of_a_raw_file_from_its_layout(neck, fusion):
     file = GOLDEN / f"upstream_unsupervised_{neck}neck_{fusion}.pth.tar"
-    given = {"global_pool": fusion} if neck == "multi" else {}  # tensors of a multi neck do not tell the fusion
+    settings = {"global_pool": fusion} if neck == "multi" else {}  # tensors of a multi neck do not show the fusion
     overlay = {"file": str(file)}
     dims = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model(
-        "pass_vit_small_patch16", pretrained=True, pretrained_cfg_overlay=overlay, **dims, **given
+        "pass_vit_small_patch16", pretrained=True, pretrained_cfg_overlay=overlay, **dims, **settings
     ).eval()
     images = safetensors.torch.load_file(GOLDEN / "images.safetensors")["images"].float()
     expected = safetensors.torch.load_file(GOLDEN / f"unsupervised_{neck}neck_{fusion}.safetensors")["features"]
@@ -882,7 +882,7 @@ def test_an_untagged_model_takes_the_published_descriptor_of_a_raw_file_from_its
         torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_an_overlay_says_of_the_preprocessing_wins_over_the_layout():
+def test_preprocessing_in_an_overlay_overrides_that_of_the_layout():
     overlay = {"file": str(GOLDEN / "upstream_supervised_singleneck_cat.pth"), "interpolation": "bicubic"}
     dims = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     cfg = timm.create_model(

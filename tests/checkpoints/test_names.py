@@ -225,7 +225,7 @@ def test_a_tag_that_the_given_architecture_does_not_have_is_refused_with_those_t
     ],
 )
 @pytest.mark.parametrize("command", ["embed", "eval", "demo"])
-def test_an_unknown_name_is_one_sentence_that_lists_what_there_is(persons, tmp_path, capsys, command, name, listed):
+def test_an_unknown_name_is_refused_in_one_sentence_with_the_choices(persons, tmp_path, capsys, command, name, listed):
     words: dict[str, list[Any]] = {
         "embed": [persons, "-o", tmp_path / "f.npz"],
         "eval": [persons],
@@ -244,7 +244,7 @@ def test_a_folder_without_a_model_and_one_of_another_make_are_refused_in_every_p
             place(str(tmp_path), "test_pass_vit")
     for text, message in (
         ("{", "cannot be read as JSON"),
-        ('{"architecture": "resnet18"}', "is not that of a model of"),
+        ('{"architecture": "resnet18"}', "is not the config of a model of"),
     ):
         (tmp_path / "config.json").write_text(text)
         for place in PLACES.values():

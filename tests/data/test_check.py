@@ -1,4 +1,4 @@
-"""The check of a dataset: each thing that can be off is found, named and weighed, and what is right is left alone."""
+"""Check of a dataset: every error and remark is found with its files, and a sound dataset has none."""
 
 import json
 import shutil
@@ -23,19 +23,19 @@ def copy(root: Path, old: str, new: str) -> None:
     shutil.copy(root / old, root / new)
 
 
-# ---- What is right
+# ---- Sound datasets
 
 
 def test_generated_persons_are_without_a_finding(tmp_path):
-    found = check(write_csv_of(write_persons(tmp_path / "persons"), tmp_path / "own.csv"))
-    assert found.findings == []
-    assert found.ok
-    assert found.counts == {
+    report = check(write_csv_of(write_persons(tmp_path / "persons"), tmp_path / "own.csv"))
+    assert report.findings == []
+    assert report.ok
+    assert report.counts == {
         "train": {"images": 32, "identities": 4, "cameras": 4, "junk": 0, "distractors": 0},
         "query": {"images": 16, "identities": 4, "cameras": 4, "junk": 0, "distractors": 0},
         "gallery": {"images": 19, "identities": 4, "cameras": 4, "junk": 0, "distractors": 3},
     }
-    assert str(found).endswith("nothing is off")
+    assert str(report).endswith("no errors, no remarks")
 
 
 def write_csv_of(root: Path, file: Path) -> Path:
@@ -52,9 +52,9 @@ def test_published_counts_stand_beside_those_found(tmp_path, monkeypatch):
     published = {"train": (4, 2, 3), "query": (2, 2, 2), "gallery": (5, 2, 4)}
     monkeypatch.setitem(PUBLISHED, "Market-1501", published)
     monkeypatch.setitem(PUBLISHED_JUNK, "Market-1501", (3_819, 2_798))
-    found = check(write(tmp_path / "market", CLEAN))
-    assert found.findings == []
-    table = [line.split() for line in str(found).splitlines()]
+    report = check(write(tmp_path / "market", CLEAN))
+    assert report.findings == []
+    table = [line.split() for line in str(report).splitlines()]
     assert ["train", "4", "4", "2", "2", "3", "3"] in table
     assert ["gallery", "5", "5", "2", "2", "4", "4"] in table
     assert ["junk", "1", "3,819"] in table
@@ -63,7 +63,7 @@ def test_published_counts_stand_beside_those_found(tmp_path, monkeypatch):
     [finding] = [f for f in check(tmp_path / "market").findings if f.kind == "counts"]
     assert finding.level == "remark"
     assert finding.message.startswith(
-        "train has 3 images of 2 identities, Market-1501 as it was published 4 of 2: expected only where"
+        "train has 3 images of 2 identities, the published Market-1501 has 4 of 2: expected only if"
     )
 
 
@@ -75,7 +75,7 @@ def test_the_published_counts_are_those_of_the_papers():
     assert sum(PUBLISHED_JUNK["Market-1501"]) == 6617 == 19732 - 13115
 
 
-# ---- What is off: how it comes about, its level and kind, and what its line says
+# ---- Errors and remarks: how to make a dataset with it, its level, kind and line
 
 
 def edit(change: Callable[[Path], object]) -> Callable[[Path], Path]:
@@ -150,12 +150,12 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         "1 query of 13 without a match in the gallery, which do not count: lonely/9.jpg"),
     "one camera": (
         csv("0.jpg,a,1,query", "1.jpg,a,1,gallery"), "remark", "one camera",
-        "one camera only: evaluation leaves out the query itself alone"),
-    "no cameras": (flat, "remark", "no cameras", "no cameras are known: evaluation leaves out the query itself alone"),
+        "one camera only: evaluation leaves out only the query itself"),
+    "no cameras": (flat, "remark", "no cameras", "no cameras are known: evaluation leaves out only the query itself"),
     "some cameras": (
         csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "2.jpg,a,-1,gallery"), "remark", "some cameras",
-        "1 image without a camera, so none counts: evaluation leaves out the query itself alone, and training does "
-        "without cameras: 2.jpg"),
+        "1 image without a camera, so no camera is used: evaluation leaves out only the query itself, and training "
+        "does not use cameras: 2.jpg"),
     "unreadable": (
         changed(TEST, b"no image"), "error", "unreadable",
         f"1 image cannot be read, no image that Pillow can identify: {TEST}"),
@@ -166,24 +166,27 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "not there": (csv("nine.jpg,a,1,train"), "error", "unreadable", "be read, no such file: nine.jpg"),
     "leak": (
         copied(TRAIN, "bounding_box_test/0003_c1s1_000001_01.jpg"), "error", "duplicates: leak",
-        f"1 image more than once, of training images are in the test set, which should be disjoint: {TRAIN} = "),
+        "1 image more than once: copies of training images are in the test set, which should be disjoint: "
+        f"{TRAIN} = "),
     "copy": (
         copied(QUERY, "bounding_box_test/0001_c3s1_000001_01.jpg"), "error", "duplicates: copy",
-        f"1 image more than once, of queries are in the gallery and count as matches: {QUERY} = bounding_box_te"),
+        "1 image more than once: copies of queries are in the gallery and count as matches: "
+        f"{QUERY} = bounding_box_te"),
     "copy without cameras": (
         copy_without_cameras, "error", "duplicates: copy", "and count as matches: 1/query.jpg = 1/x.jpg"),
     "labels": (
         copied(TEST, "bounding_box_test/0003_c2s1_001976_01.jpg"), "error", "duplicates: labels",
-        "1 image more than once, have different identities: bounding_box_test/0001_c2s1_001976_01.jpg = bounding"),
+        "1 image more than once: copies have different identities: "
+        "bounding_box_test/0001_c2s1_001976_01.jpg = bounding"),
     "a distractor": (
         copied(TEST, "bounding_box_test/0000_c2s1_001976_01.jpg"), "error", "duplicates: labels",
         "have different identities: bounding_box_test/0000_c2s1_001976_01.jpg = bounding_box_test/0001_c2"),
     "repeated": (
         copied(TRAIN, TRAIN.replace("03.jpg", "04.jpg")), "remark", "duplicates: repeated",
-        "1 image more than once, do no harm to the numbers: "),
+        "1 image more than once: this does not change the scores: "),
     "same camera": (
         copied(QUERY, QUERY.replace("query", "bounding_box_test")), "remark", "duplicates: repeated",
-        "1 image more than once, do no harm to the numbers: "),
+        "1 image more than once: this does not change the scores: "),
     "identities": (
         edit(lambda root: write(root / "bounding_box_train", ["0003_c1s1_000001_00.jpg"], 40)),
         "error", "shared identities",
@@ -193,24 +196,24 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         "1 training identity with one image, too few for the triplet loss, which takes two: bounding_box_train/00"),
     "junk in training": (
         csv("0.jpg,-1,1,train"), "remark", "junk", "1 training image marked as junk (-1), of no use there: 0.jpg"),
-    "one set": (flat, "remark", "one set", "12 images both train and test: fine for a look"),
+    "one set": (flat, "remark", "one set", "12 images both in training and test: scores of a model"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FINDINGS)
-def test_what_is_off_is_found_named_and_weighed(tmp_path, case):
+def test_errors_and_remarks_are_found_with_their_files(tmp_path, case):
     make, level, kind, line = FINDINGS[case]
-    found = check(make(tmp_path / "data"))
-    named = [f for f in found.findings if (f.kind, f.level) == (kind, level) and line in str(f)]
-    assert len(named) == 1, str(found)
-    assert str(named[0]) in str(found).splitlines()
-    assert found.ok == (level == "remark"), str(found)
+    report = check(make(tmp_path / "data"))
+    matching = [f for f in report.findings if (f.kind, f.level) == (kind, level) and line in str(f)]
+    assert len(matching) == 1, str(report)
+    assert str(matching[0]) in str(report).splitlines()
+    assert report.ok == (level == "remark"), str(report)
 
 
-def test_nothing_of_it_is_found_where_it_is_not(tmp_path):
-    found = check(write(tmp_path / "market", CLEAN))
-    assert {f.kind for f in found.findings} == {"counts"}
-    assert found.ok
+def test_a_sound_dataset_has_no_findings_but_counts(tmp_path):
+    report = check(write(tmp_path / "market", CLEAN))
+    assert {f.kind for f in report.findings} == {"counts"}
+    assert report.ok
     assert check(write_msmt17(tmp_path / "msmt")).ok  # identities of both sets have the same numbers there
 
 
@@ -228,10 +231,10 @@ def test_a_long_list_is_shortened_in_its_line_and_whole_in_json(tmp_path):
     root = write(tmp_path / "market", CLEAN)
     for path in (root / "bounding_box_test").iterdir():
         path.write_bytes(b"x")
-    found = check(root)
-    [finding] = [f for f in found.findings if f.kind == "unreadable"]
+    report = check(root)
+    [finding] = [f for f in report.findings if f.kind == "unreadable"]
     assert str(finding).endswith("bounding_box_test/0000_c2s1_000151_02.jpg and 2 more")
-    record = json.loads(json.dumps(found.to_dict()))
+    record = json.loads(json.dumps(report.to_dict()))
     [written] = [f for f in record["findings"] if f["kind"] == "unreadable"]
     assert len(written["files"]) == 5
     assert record["ok"] is False
@@ -246,6 +249,6 @@ def test_without_verify_no_image_is_opened(tmp_path):
     assert {f.kind for f in check(root, verify=False).findings} == {"counts"}
 
 
-def test_nothing_of_this_name_is_a_mistake_and_no_finding(tmp_path):
+def test_data_that_do_not_exist_are_an_error_and_not_a_finding(tmp_path):
     with pytest.raises(FileNotFoundError, match="none: no such file or folder; expected Market-1501"):
         check(tmp_path / "none")

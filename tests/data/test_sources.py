@@ -1,4 +1,4 @@
-"""Sources of pre-training images: what they list, in which order, when they look again, and what they say of errors."""
+"""Sources of pre-training images: names, order, cached listings, and errors."""
 
 import io
 import os
@@ -78,9 +78,9 @@ def test_a_folder_gives_its_images_in_the_order_of_find_images(tmp_path):
     for hidden in (".hidden.jpg", ".thumbnails/1.jpg", "a/._2.jpg"):
         write(root, [hidden])
     source = open_source(root)
-    found = find_images(root)
-    assert [source.name(i) for i in range(len(source))] == [str(path) for path in found]
-    assert pixels(source) == [Image.open(path).convert("RGB").tobytes() for path in found]
+    paths = find_images(root)
+    assert [source.name(i) for i in range(len(source))] == [str(path) for path in paths]
+    assert pixels(source) == [Image.open(path).convert("RGB").tobytes() for path in paths]
     assert source.description == "crops/: 7 images"
 
 
@@ -104,11 +104,11 @@ def test_the_order_and_the_fingerprint_are_those_of_the_names_and_not_of_the_fil
 
 def test_the_fingerprint_changes_with_a_name_their_number_and_where_one_ends(tmp_path):
     lists = (["a.jpg", "b.jpg"], ["a.jpg", "c.jpg"], ["a.jpg"], ["a.jpgb.jpg"], ["a.jpgb", ".jpg"])
-    found = set()
+    fingerprints = set()
     for i, names in enumerate(lists):
         (tmp_path / f"{i}.txt").write_text("\n".join(names))
-        found.add(open_source(tmp_path / f"{i}.txt").fingerprint)
-    assert len(found) == len(lists)
+        fingerprints.add(open_source(tmp_path / f"{i}.txt").fingerprint)
+    assert len(fingerprints) == len(lists)
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -139,7 +139,7 @@ def test_a_pipe_with_the_name_of_an_image_does_not_stop_the_reader(tmp_path):
 
 
 def add_unseen(root: Path, name: str) -> None:
-    """A file that leaves the times of its folder as they were: only a new look at the folder shows it."""
+    """Add a file but keep the times of its folder, so that only a new listing shows it."""
     folder = (root / name).parent
     times = folder.stat()
     write(root, [name], settled=False)
@@ -158,7 +158,7 @@ def test_the_listing_is_kept_and_folders_are_not_read_again(tmp_path, cache):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty", "another format", "another folder's"])
-def test_a_damaged_listing_is_made_again(tmp_path, cache, damage):
+def test_a_damaged_listing_is_replaced(tmp_path, cache, damage):
     root = write(tmp_path / "crops")
     open_source(root)
     (file,) = listings(cache)
@@ -387,7 +387,7 @@ def test_an_image_that_cannot_be_decoded_is_an_error_with_its_name_and_the_reaso
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Root may read everything."""
+    """Run as another user than root, who may read everything."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -494,7 +494,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     "an empty list": (
         lambda root: made(root / "all.txt", "# nothing yet\n\n"),
         FileNotFoundError,
-        "{data}: the list is empty; expected a path of an image a line, absolute or relative to ",
+        "{data}: the list is empty; expected one image path per line, absolute or relative to ",
     ),
     "a list in UTF-16": (
         lambda root: made(root / "all.txt", "a.jpg\n".encode("utf-16")),
@@ -552,7 +552,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_source_is_named_with_what_was_expected(tmp_path, case):
+def test_data_that_are_not_a_source_are_refused_with_what_was_expected(tmp_path, case):
     make, kind, message = WRONG[case]
     (tmp_path / "in").mkdir()
     data = make(tmp_path / "in")
@@ -602,7 +602,7 @@ def test_sources_pickle_and_are_the_same_again(sources):
 
 
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])  # a spawned one imports torch for seconds
-def test_workers_read_what_the_parent_reads_though_it_has_read_before_them(sources, start, workers):
+def test_workers_read_the_same_as_the_parent_that_has_read_before_them(sources, start, workers):
     dataset = Pixels(sources)
     expected = [dataset[i] for i in range(len(dataset))]
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=start)

@@ -133,7 +133,7 @@ def test_a_source_of_millions_is_not_read_to_its_end_when_none_can_be_read(monke
 def test_no_data_are_not_the_folder_that_one_happens_to_be_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Noise().load(0).save("a.png")
-    with pytest.raises(ValueError, match=r"^data: nothing is named; expected a folder of images"):
+    with pytest.raises(ValueError, match=r"^data: no images are named; expected a folder of images"):
         open_source("")
 
 

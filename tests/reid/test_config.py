@@ -81,7 +81,7 @@ def test_a_model_without_parts_has_token_fusion_only(config):
 
 def test_a_folder_of_another_package_is_refused_by_name(config, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match=r"init: .*config\.json is not that of a model of this package"):
+    with pytest.raises(ValueError, match=r"init: .*config\.json is not the config of a model of this package"):
         complete(config(data="market/", init=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"init: .*config\.json cannot be read as JSON"):

@@ -1,4 +1,4 @@
-"""ReIDModel: the official features and logits, and the way to a folder and back."""
+"""ReIDModel: official features and logits, export and loading."""
 
 from pathlib import Path
 
@@ -36,8 +36,8 @@ def official(variant: str) -> Path:
 def assert_official(model: ReIDModel, images: Tensor, variant: str) -> None:
     golden = load_file(GOLDEN / f"supervised_{variant}.safetensors")
     with torch.no_grad():
-        found = model(images)
-    for name, value in zip(("features_before_neck", "features_after_neck", "logits"), found, strict=True):
+        output = model(images)
+    for name, value in zip(("features_before_neck", "features_after_neck", "logits"), output, strict=True):
         torch.testing.assert_close(value, golden[name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -51,12 +51,14 @@ def test_features_before_and_after_the_neck_and_logits_are_the_official_ones(var
     assert_official(model, images, variant)
 
 
-def test_a_converted_folder_gives_them_too(variant, images, tmp_path):
+def test_a_converted_folder_gives_the_official_features_and_logits(variant, images, tmp_path):
     convert_checkpoint(official(variant), tmp_path / "model", num_heads=2)
     assert_official(ReIDModel.load(tmp_path / "model"), images, variant)
 
 
-def test_an_export_gives_them_too_and_is_the_descriptor_before_the_neck(variant, images, tmp_path):
+def test_an_export_gives_the_official_features_and_logits_and_its_model_the_descriptor_before_the_neck(
+    variant, images, tmp_path
+):
     model, extras = ReIDModel.load(official(variant), num_heads=2).descriptor_model()
     save_pretrained(model, tmp_path / "export", extras)
     assert_official(ReIDModel.load(tmp_path / "export"), images, variant)
@@ -84,7 +86,7 @@ def test_a_classifier_of_another_width_is_refused(tmp_path):
         ReIDModel.load(tmp_path / "odd.pth", num_heads=2)
 
 
-# ---- New ones
+# ---- New models
 
 
 def small(neck: str = "multi", **options) -> ReIDModel:
@@ -101,7 +103,7 @@ def test_the_bias_of_the_neck_is_not_trained_and_the_classifier_has_none(variant
     assert model.classifier.weight.std().item() == pytest.approx(0.001, rel=0.2)
 
 
-def test_every_other_parameter_gets_a_gradient():
+def test_all_parameters_but_the_bias_of_the_neck_get_a_gradient():
     model = small()
     before, _, logits = model(torch.randn(6, 3, 64, 32))
     (F.cross_entropy(logits, torch.arange(6) % 5) + before.square().mean()).backward()
@@ -111,7 +113,7 @@ def test_every_other_parameter_gets_a_gradient():
 def test_a_backbone_without_a_neck_and_a_single_identity_are_refused():
     with pytest.raises(ValueError, match="needs a backbone with neck='single' or 'multi'"):
         ReIDModel(timm.create_model("test_pass_vit"), 5)
-    with pytest.raises(ValueError, match="needs 2 or more, got 1"):
+    with pytest.raises(ValueError, match="num_ids must be 2 or more, got 1"):
         ReIDModel(timm.create_model("test_pass_vit", neck="multi"), 1)
 
 

@@ -247,7 +247,7 @@ def test_the_log_names_an_evaluation_on_the_training_images(data, tmp_path):
         (tmp_path / "tree" / path.name[:4]).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "tree" / path.name[:4])
     finetune(finetune_config(tmp_path / "tree", tmp_path / "run", epochs=1))
-    assert "on the training images, no measure of the model" in (tmp_path / "run" / "log.txt").read_text()
+    assert "on the training images, so its scores mislead" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_step_that_is_not_finite_is_skipped_or_stops_the_run(data, tmp_path):
