@@ -1,4 +1,4 @@
-"""Tests mirror the package: ``tests/<room>/test_<module>.py``; what several of them use stands here and in conftest."""
+"""Tests mirror the package: ``tests/<room>/test_<module>.py``; shared helpers are here and in conftest.py."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For models this small, more threads only wait for each other, above all on a busy machine."""
+    """Run torch in one thread: for models this small, more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -220,8 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
             if origin == "hub" and self.sender not in (None, f"Bearer {hub.token}"):
                 raise Refusal(401, message="Invalid credentials in Authorization header")
             for pattern, action in ROUTES:
-                if found := re.fullmatch(pattern, f"{self.command} {url.path}"):
-                    return action(self, *(unquote(group or "") for group in found.groups()))
+                if route := re.fullmatch(pattern, f"{self.command} {url.path}"):
+                    return action(self, *(unquote(group or "") for group in route.groups()))
             raise Refusal(404, message=f"this imitation of the Hub has no {request}")
         except Refusal as refusal:
             self._reply({"error": str(refusal)}, refusal.status, **refusal.headers)
@@ -267,8 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, repo_id: str, path: str, data: bytes, **headers: str) -> None:
         start, stop, status = 0, len(data), 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, stop, status = int(found[1]), min(int(found[2]) + 1 if found[2] else stop, stop), 206
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop, status = int(span[1]), min(int(span[2]) + 1 if span[2] else stop, stop), 206
             if start >= len(data):
                 raise Refusal(416, message="Range not satisfiable", Content_Range=f"bytes */{len(data)}")
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
@@ -294,8 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str) -> None:
         repo, sha = self._repo(repo_id), self.hub.resolve(repo_id, revision or "main")
         files = [describe(path, data) for path, data in sorted(repo.commits[sha].items())]
-        told = [{**file, "blobId": file["oid"]} if self.query.get("blobs") else {} for file in files]
-        siblings = [{"rfilename": file["path"], **more} for file, more in zip(files, told, strict=True)]
+        details = [{**file, "blobId": file["oid"]} if self.query.get("blobs") else {} for file in files]
+        siblings = [{"rfilename": file["path"], **more} for file, more in zip(files, details, strict=True)]
         about = {"author": repo_id.split("/")[0], "private": repo.private, "gated": repo.gated and "manual", "tags": []}
         self._reply({"id": repo_id, "modelId": repo_id, "sha": sha, "siblings": siblings, **about})
 
@@ -310,8 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply({"type": "user", "name": self.hub.user, "fullname": self.hub.user, "orgs": [], "auth": auth})
 
     def create(self) -> None:
-        asked = json.loads(self.body)
-        repo_id = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        request = json.loads(self.body)
+        repo_id = f"{request.get('organization') or self.hub.user}/{request['name']}"
         if self.sender is None:
             raise Refusal(401, message="Invalid username or password.")
         created = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id}
@@ -319,25 +319,28 @@ class _Handler(BaseHTTPRequestHandler):
             if repo_id in self.hub.repos:
                 return self._reply({**created, "error": "You already created this model repo"}, 409)
             first = {".gitattributes": DEFAULT_GITATTRIBUTES}
-            self.hub.add_repo(repo_id, first, private=asked.get("visibility") == "private")
+            self.hub.add_repo(repo_id, first, private=request.get("visibility") == "private")
         self._reply(created)
 
     def preupload(self, repo_id: str, revision: str) -> None:
         tree = self._repo(repo_id, write=True).commits[self.hub.resolve(repo_id, revision)]
         files = []
-        for asked in json.loads(self.body)["files"]:
-            lfs = is_lfs(asked["path"], asked["size"], base64.b64decode(asked["sample"]))
-            entry = {"path": asked["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
-            if known := asked["path"] in tree and describe(asked["path"], tree[asked["path"]]):
-                entry["oid"] = known.get("lfs", known)["oid"]
+        for file in json.loads(self.body)["files"]:
+            lfs = is_lfs(file["path"], file["size"], base64.b64decode(file["sample"]))
+            entry = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            if old := file["path"] in tree and describe(file["path"], tree[file["path"]]):
+                entry["oid"] = old.get("lfs", old)["oid"]
             files.append(entry)
         self._reply({"files": files})
 
     def lfs_batch(self, repo_id: str) -> None:
         repo, objects = self._repo(repo_id, write=True), json.loads(self.body)["objects"]
-        for wanted in (asked for asked in objects if asked["oid"] not in repo.uploads):
+        for new in (item for item in objects if item["oid"] not in repo.uploads):
             verify = {"href": f"{self.hub.endpoint}/{repo_id}.git/info/lfs/verify"}
-            wanted["actions"] = {"upload": {"href": f"{self.hub.cdn}/{repo_id}/lfs/{wanted['oid']}"}, "verify": verify}
+            new["actions"] = {
+                "upload": {"href": f"{self.hub.cdn}/{repo_id}/lfs/{new['oid']}"},
+                "verify": verify,
+            }
         self._reply({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, repo_id: str, oid: str) -> None:
@@ -347,8 +350,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(b"")
 
     def lfs_verify(self, repo_id: str) -> None:
-        repo, asked = self._repo(repo_id, write=True), json.loads(self.body)
-        if len(repo.uploads.get(asked["oid"], b"")) != asked["size"]:
+        repo, item = self._repo(repo_id, write=True), json.loads(self.body)
+        if len(repo.uploads.get(item["oid"], b"")) != item["size"]:
             raise Refusal(404, message="LFS object not found")
         self._reply({})
 

@@ -1,4 +1,4 @@
-"""The commands: what they print and write, their exit codes, and one sentence for a mistake."""
+"""Commands: output, files, exit codes, and one sentence for a mistake."""
 
 import json
 from pathlib import Path
@@ -235,7 +235,7 @@ def not_ours(tmp_path) -> dict[str, Path]:
     }
 
 
-def test_convert_refuses_what_is_no_checkpoint_of_this_family_in_one_sentence(not_ours, tmp_path, capsys):
+def test_convert_refuses_files_that_are_not_checkpoints_of_this_family_in_one_sentence(not_ours, tmp_path, capsys):
     for reason, path in not_ours.items():
         sentence = refused(capsys, "convert", path, tmp_path / "out")
         assert reason in sentence
@@ -298,14 +298,14 @@ def test_weights_list_json_is_the_manifest(capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((zoo.weights_dir() / "manifest.json").read_text())
 
 
-def test_weights_verify_says_ok_of_bundled_files_and_not_pulled_of_the_others(capsys):
+def test_weights_verify_prints_ok_for_bundled_files_and_not_pulled_for_the_others(capsys):
     assert run("weights", "verify") == 0
     states = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert states == {w.name: "ok" if w.bundled_file else "not pulled" for w in zoo.list_weights()}
 
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("not pulled", 0), ("damaged", 1), ("missing", 1)])
-def test_weights_verify_exits_with_1_when_a_file_is_not_what_it_was(state, code, monkeypatch, capsys):
+def test_weights_verify_exits_with_1_when_a_file_is_damaged_or_missing(state, code, monkeypatch, capsys):
     monkeypatch.setattr(zoo, "verify", lambda name: [("a.b", "ok"), ("c.d", state)])
     assert run("weights", "verify") == code
     assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["c.d", state]
@@ -396,7 +396,7 @@ def test_demo_make_data_refuses_a_folder_of_other_files_and_leaves_it_as_it_is(t
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-# ---- The rest
+# ---- Version, usage, interruption
 
 
 def test_version_is_that_of_the_package(capsys):

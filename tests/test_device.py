@@ -1,4 +1,4 @@
-"""One function picks and checks a device for the Embedder, the evaluation and all runs."""
+"""Choice of a device: the same for the Embedder, the evaluation and all runs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Images in, descriptors out: every kind of image, what the model sees of it, and what happens to the unreadable."""
+"""Embedder: every kind of image, the pixels that reach the model, unreadable images, and files of descriptors."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from passreid_models.data.images import ImageError, find_images
 from passreid_models.embed import Embedder, save_features
 from passreid_models.synthetic import SyntheticPersons
 
-HEIGHT, WIDTH = 64, 32  # what test_pass_vit takes
+HEIGHT, WIDTH = 64, 32  # of images for test_pass_vit
 
 
 def make_model(**kwargs: Any) -> nn.Module:
@@ -80,28 +80,28 @@ def test_descriptors_are_the_unit_vectors_of_the_model_on_timms_own_preprocessin
     transform = create_transform(**resolve_data_config({}, model=model))
     with torch.inference_mode():
         expected = F.normalize(model(torch.stack([transform(image) for image in persons])), dim=1)
-    found = embed(persons)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert found.shape == (len(persons), embed.dim)
-    assert found.dtype == torch.float32
-    assert distinct(found)
-    assert torch.allclose(found.norm(dim=1), torch.ones(len(persons)), atol=1e-6)
+    descriptors = embed(persons)
+    assert torch.allclose(descriptors, expected, atol=1e-6)
+    assert descriptors.shape == (len(persons), embed.dim)
+    assert descriptors.dtype == torch.float32
+    assert distinct(descriptors)
+    assert torch.allclose(descriptors.norm(dim=1), torch.ones(len(persons)), atol=1e-6)
 
 
 def test_statistics_and_interpolation_come_from_the_pretrained_cfg_of_the_model(persons):
     model = make_model(pretrained_cfg_overlay=dict(mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear"))
     expected = persons[0].resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(expected).copy()).permute(2, 0, 1) / 255
-    found = seen(Embedder(model, device="cpu"), persons[0])
-    assert torch.allclose(found[0], (pixels - 0.5) / 0.25, atol=1e-6)
+    inputs = seen(Embedder(model, device="cpu"), persons[0])
+    assert torch.allclose(inputs[0], (pixels - 0.5) / 0.25, atol=1e-6)
 
 
-def test_images_are_squashed_to_the_size_of_the_model_even_when_its_cfg_says_another(persons):
+def test_images_are_squashed_to_the_size_of_the_model_even_if_its_cfg_has_another(persons):
     model = make_model(img_size=(96, 32))
-    found = seen(Embedder(model, device="cpu"), persons[0])
-    assert found.shape == (1, 3, 96, 32)
+    inputs = seen(Embedder(model, device="cpu"), persons[0])
+    assert inputs.shape == (1, 3, 96, 32)
     reference = persons[0].resize((32, 96), Image.Resampling.BICUBIC)
-    assert torch.equal(found, seen(Embedder(model, device="cpu"), reference))
+    assert torch.equal(inputs, seen(Embedder(model, device="cpu"), reference))
 
 
 def test_descriptors_of_the_multi_neck_are_the_models_own_and_are_not_normalised(persons):
@@ -109,9 +109,9 @@ def test_descriptors_of_the_multi_neck_are_the_models_own_and_are_not_normalised
     embed = Embedder(model, device="cpu")
     with torch.inference_mode():
         expected = model(seen(embed, persons))
-    found = embed(persons)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert (found.norm(dim=1) > 1.01).all()
+    descriptors = embed(persons)
+    assert torch.allclose(descriptors, expected, atol=1e-6)
+    assert (descriptors.norm(dim=1) > 1.01).all()
 
 
 @pytest.mark.parametrize("fusion", ["cat", "mean", "parts", "token"])
@@ -122,9 +122,9 @@ def test_fusion_overrides_the_models_own_and_leaves_the_given_model_as_it_is(mod
         tokens = model.forward_features(seen(embed, persons))
     g, m = tokens[:, 0], tokens[:, 1:4].mean(dim=1)
     by_hand = {"cat": torch.cat([g, m], 1), "mean": (g + m) / 2, "parts": tokens[:, :4].flatten(1), "token": g}[fusion]
-    found = embed(persons)
-    assert torch.allclose(found, F.normalize(by_hand, dim=1), atol=1e-6)
-    assert embed.dim == found.shape[1]
+    descriptors = embed(persons)
+    assert torch.allclose(descriptors, F.normalize(by_hand, dim=1), atol=1e-6)
+    assert embed.dim == descriptors.shape[1]
     assert (model.global_pool, model.head_hidden_size) == ("cat", 128)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -195,8 +195,8 @@ def test_paths_pil_images_arrays_and_tensors_of_one_image_give_one_descriptor(em
     image, array = persons[0], np.asarray(persons[0])
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     kinds = [str(files[0]), files[0], image, Image.open(files[0]), array, tensor, seen(embed, image)[0]]
-    found = embed(kinds)
-    assert torch.allclose(found, embed(image).expand_as(found), atol=1e-6)
+    descriptors = embed(kinds)
+    assert torch.allclose(descriptors, embed(image).expand_as(descriptors), atol=1e-6)
 
 
 def test_mixtures_keep_their_order_and_folders_and_batches_unfold_in_place(embed, files, persons):
@@ -222,7 +222,7 @@ def test_a_float_batch_passes_through_untouched(embed, persons):
     assert torch.equal(seen(embed, batch), batch)
 
 
-def test_nothing_in_gives_nothing_out(embed):
+def test_no_images_give_no_descriptors(embed):
     descriptors, parts = embed([], parts=True)
     assert descriptors.shape == (0, 128)
     assert parts.shape == (0, 3, 64)
@@ -231,9 +231,9 @@ def test_nothing_in_gives_nothing_out(embed):
 def test_bgr_swaps_the_channels_of_arrays_and_of_nothing_else(embed, files, persons):
     array = np.asarray(persons[0])
     swapped = np.ascontiguousarray(array[..., ::-1])
-    found = seen(embed, [swapped, persons[1], files[2], array[..., 0]], bgr=True)
+    inputs = seen(embed, [swapped, persons[1], files[2], array[..., 0]], bgr=True)
     expected = seen(embed, [array, persons[1], files[2], array[..., 0]])
-    assert torch.equal(found, expected)
+    assert torch.equal(inputs, expected)
     assert not torch.equal(seen(embed, swapped), expected[:1])
 
 
@@ -246,16 +246,16 @@ def test_one_lazily_opened_image_may_be_given_many_times(model, persons, tmp_pat
     persons[0].resize((1200, 2400)).save(tmp_path / "large.jpg")
     many = Embedder(model, device="cpu", workers=8)
     with Image.open(tmp_path / "large.jpg") as lazy:
-        found = many([lazy] * 16)
-    assert torch.equal(found, many(tmp_path / "large.jpg").expand(16, -1))
+        descriptors = many([lazy] * 16)
+    assert torch.equal(descriptors, many(tmp_path / "large.jpg").expand(16, -1))
 
 
 def test_find_images_is_sorted_recursive_and_leaves_out_hidden_and_other_files(tmp_path):
-    wanted = ["a.JPG", "b/c.png", "b/d/e.webp", "z.jpeg"]
-    for name in [*wanted, ".hidden.jpg", ".cache/f.jpg", "notes.txt", "b/Thumbs.db"]:
+    images = ["a.JPG", "b/c.png", "b/d/e.webp", "z.jpeg"]
+    for name in [*images, ".hidden.jpg", ".cache/f.jpg", "notes.txt", "b/Thumbs.db"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == wanted
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == images
 
 
 def test_a_hidden_folder_may_be_asked_for_by_name(tmp_path):
@@ -371,7 +371,7 @@ FORMATS: dict[str, Callable[[Image.Image, Path], tuple[Path, Image.Image]]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_model_sees_what_a_viewer_shows_of(name, embed, persons, tmp_path):
+def test_the_model_gets_the_image_that_a_viewer_shows(name, embed, persons, tmp_path):
     path, shown = FORMATS[name](persons[0], tmp_path / "image")
     assert shown.mode == "RGB"
     expected = seen(embed, shown)
@@ -451,16 +451,16 @@ def test_unreadable_images_are_named_get_rows_of_nan_and_the_others_are_done(emb
 def test_batches_that_are_unreadable_as_a_whole_are_passed_over(model, files, tmp_path):
     errors: dict[int, str] = {}
     missing = [tmp_path / f"missing_{i}.jpg" for i in range(4)]
-    found = Embedder(model, device="cpu", batch_size=2)([*missing, *files[:2]], errors=errors)
+    descriptors = Embedder(model, device="cpu", batch_size=2)([*missing, *files[:2]], errors=errors)
     assert list(errors) == [0, 1, 2, 3]
-    assert found.isnan().all(dim=1).tolist() == [True] * 4 + [False] * 2
+    assert descriptors.isnan().all(dim=1).tolist() == [True] * 4 + [False] * 2
 
 
 def test_errors_count_the_rows_of_the_result_behind_an_unfolded_folder(embed, files, tmp_path):
     errors: dict[int, str] = {}
-    found = embed([files[0].parent, tmp_path / "missing.jpg", files[0]], errors=errors)
+    descriptors = embed([files[0].parent, tmp_path / "missing.jpg", files[0]], errors=errors)
     assert list(errors) == [len(files)]
-    assert len(found) == len(files) + 2
+    assert len(descriptors) == len(files) + 2
 
 
 def test_without_an_error_dictionary_the_first_unreadable_image_raises_its_name(embed, files, bad_files):
@@ -483,7 +483,7 @@ def test_without_an_error_dictionary_the_first_unreadable_image_raises_its_name(
         (None, "expected a path, a PIL image, an array or a tensor"),
     ],
 )
-def test_what_is_no_image_is_refused_with_what_was_given_and_expected(embed, item, message):
+def test_items_that_are_not_images_are_refused_with_what_was_given_and_expected(embed, item, message):
     with pytest.raises(ImageError, match=message):
         embed([item])
 

@@ -35,7 +35,7 @@ def cluster_config(data: Path | str, out: Path, **options: Any) -> ClusterConfig
 
 
 def steps(run: Path) -> list[Path]:
-    """Its checkpoints."""
+    """Checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step_*.pt"))
 
 
@@ -46,6 +46,6 @@ def numbers(run: Path, keys: tuple[str, ...]) -> dict[str, Tensor]:
     return dict(flat("", {**{k: state[k] for k in ("step", *keys)}, **exports}))
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == []

@@ -1,7 +1,7 @@
 """Tiny training runs: in this process, and in processes of their own that can be stopped and killed.
 
-A process of its own is forked from a server that has everything imported: it begins in a moment. It leads a process
-group, as a shell's job does, so that a signal reaches its workers too, and one sees whether any is left.
+A process of its own is forked from a server that has imported everything, so that it starts quickly. It leads a process
+group, as a shell's job does, so that a signal reaches its workers too, and a test sees whether any is left.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from passreid_models.pretrain.run import train
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
-LIMIT = 60  # seconds that a process may take
+LIMIT = 60  # seconds for a process
 PRELOAD = ["jsonargparse", "timm", "torchvision", "yaml", "sklearn.cluster", "passreid_models.pretrain.run",
            "passreid_models.reid.unsupervised"]  # fmt: skip
 TINY: dict[str, Any] = dict(
@@ -37,7 +37,7 @@ TINY: dict[str, Any] = dict(
 
 EPOCH_STEPS = 4  # of 16 images in batches of 4
 STEPS = TINY["epochs"] * EPOCH_STEPS  # of the run that most tests compare with
-LONG = {"epochs": 12, "save_epochs": 99}  # a run that must still be there when it is stopped
+LONG = {"epochs": 12, "save_epochs": 99}  # a run that is still training when it is stopped
 LONG_STEPS = 12 * EPOCH_STEPS
 
 
@@ -61,16 +61,16 @@ def flags(data: Path | str, out: Path, **options: Any) -> list[str]:
     return [str(data), *(f"--{k.replace('_', '-')}={v}" for k, v in words.items())]
 
 
-# ---- What a run leaves
+# ---- Output of a run
 
 
 def result(run: Path) -> dict[str, Tensor]:
     """All numbers of the last checkpoint and of the export, by name."""
-    found = RunFolder(run).load_latest()
-    assert found is not None
+    newest = RunFolder(run).load_latest()
+    assert newest is not None
     names = ("step", "student", "teacher", "optimizer", "centers", "scaler")
     exported = safetensors.torch.load_file(run / "export" / "model.safetensors")
-    return dict(flat("", {**{name: found[1][name] for name in names}, "export": exported}))
+    return dict(flat("", {**{name: newest[1][name] for name in names}, "export": exported}))
 
 
 def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
@@ -84,9 +84,9 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def assert_same_bits(run: Path, expected: dict[str, Tensor]) -> None:
-    found = result(run)
-    assert found.keys() == expected.keys()
-    assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    tensors = result(run)
+    assert tensors.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(tensors[name], value)]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -103,40 +103,40 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def files(folder: Path) -> set[str]:
-    """Everything below a folder, hidden or not, but the lock."""
+    """All files and folders below a folder, also hidden ones, without the lock."""
     return {str(p.relative_to(folder)) for p in folder.rglob("*")} - {".run.lock"}
 
 
 def one_sentence(output: str) -> str:
-    """What passreid-train says at the end, without a traceback."""
+    """Message of passreid-train at the end of its output, which must have no traceback."""
     assert "Traceback" not in output
     assert "Error" not in output.replace("ImageError", "")
-    said = [line for line in output.splitlines() if line.startswith("passreid-train: ")]
-    assert len(said) == 1, output
-    assert output.rstrip().endswith(said[0])
-    return said[0]
+    messages = [line for line in output.splitlines() if line.startswith("passreid-train: ")]
+    assert len(messages) == 1, output
+    assert output.rstrip().endswith(messages[0])
+    return messages[0]
 
 
 # ---- Processes
 
 
 class Child:
-    """A function in a process of its own, at the head of a process group."""
+    """Function in a process of its own, which leads a process group."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any, folder: Path, **how: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *args: Any, folder: Path, **options: Any) -> None:
         """
         Args:
-            function: Of a module; what it returns is the exit code.
+            function: Function of a module that returns the exit code.
             args: Its arguments.
-            folder: For what it prints.
-            how: ``env`` to set, ``file_size`` that no file may exceed.
+            folder: Folder for its output.
+            options: ``env``, variables to set; ``file_size``, limit of the size of a file.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.printed = folder / f"printed_{len(list(folder.iterdir()))}.txt"
         self.printed.touch()
         multiprocessing.set_forkserver_preload(PRELOAD)
         context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_begin, args=(function, args, self.printed, how))
+        self.process = context.Process(target=_begin, args=(function, args, self.printed, options))
         self.process.start()
 
     def __enter__(self) -> "Child":
@@ -168,7 +168,7 @@ class Child:
         assert self.process.is_alive(), f"it ended too soon:\n{self.output}"
 
     def signal(self, signum: int) -> None:
-        """To all of its group, as a terminal and Slurm do."""
+        """Send a signal to its whole group, as a terminal and Slurm do."""
         os.killpg(self.process.pid, signum)
 
     def is_left(self) -> bool:
@@ -180,16 +180,16 @@ class Child:
         return True
 
 
-def _begin(function: Callable[..., Any], args: tuple, printed: Path, how: dict[str, Any]) -> None:
+def _begin(function: Callable[..., Any], args: tuple, printed: Path, options: dict[str, Any]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process of a shell
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update({"OMP_NUM_THREADS": "1", **how.get("env", {})})
+    os.environ.update({"OMP_NUM_THREADS": "1", **options.get("env", {})})
     torch.set_num_threads(1)
-    if size := how.get("file_size"):
+    if size := options.get("file_size"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     sys.exit(function(*args))
 

@@ -1,4 +1,4 @@
-"""A checkpoint file is read, converted and hashed once, whoever asks for it."""
+"""A checkpoint file is read, converted and hashed once, by every function that loads it."""
 
 import hashlib
 from collections import Counter
@@ -22,7 +22,7 @@ ONCE = {"read": 1, "converted": 1}
 
 @pytest.fixture
 def counts(monkeypatch) -> Counter[str]:
-    """Calls of what every read, conversion and hash goes through."""
+    """Number of reads, conversions and hashes."""
     calls: Counter[str] = Counter()
 
     def count(module: object, function: str, name: str) -> None:

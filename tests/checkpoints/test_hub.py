@@ -1,7 +1,7 @@
 """Loading from the Hub with its real client: names, revisions, the cache, refusals, damage, and the tags' repositories.
 
 The client runs in subprocesses (it reads HF_ENDPOINT when it is imported), on a Hub of 127.0.0.1; each starts once and
-does many things, and the tests look at what came of them.
+loads everything, and the tests check its results.
 """
 
 import json
@@ -52,7 +52,7 @@ def weights_in_cache(repo):
 """
 
 WITH_A_NETWORK = """
-got = {
+results = {
     "main": load("hf-hub:org/tiny"),
     "v1": load("hf-hub:org/tiny@v1"),
     "sha": load("hf-hub:org/tiny@" + os.environ["SHA"]),
@@ -68,28 +68,28 @@ got = {
     "named": named("hf-hub:org/tiny@v1"),
 }
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
-got["tag"] = load("test_pass_vit.published")
-got["tag with a repository of its own"] = load("test_pass_vit.pinned")
+results["tag"] = load("test_pass_vit.published")
+results["tag with a repository of its own"] = load("test_pass_vit.pinned")
 os.environ["PASSREID_HUB_NAMESPACE"] = "nobody"
-got["tag, no repository"] = error("test_pass_vit.other")
+results["tag, no repository"] = error("test_pass_vit.other")
 os.environ["PASSREID_HUB_NAMESPACE"] = "shut"
-got["tag, private repository"] = error("test_pass_vit.published")
+results["tag, private repository"] = error("test_pass_vit.published")
 os.environ["PASSREID_HUB_NAMESPACE"] = "broken"
-got["tag, damaged"] = error("test_pass_vit.published")
+results["tag, damaged"] = error("test_pass_vit.published")
 os.environ["HF_TOKEN"] = os.environ["TOKEN"]
-got["private with a token"] = load("hf-hub:org/private")
-print(json.dumps(got))
+results["private with a token"] = load("hf-hub:org/private")
+print(json.dumps(results))
 """
 
 WITHOUT = """
-got = {name: load("hf-hub:org/" + name) for name in ("tiny", "tiny@v1", "once")}
-got["another cache"] = load("hf-hub:org/tiny", cache_dir=os.environ["OTHER_CACHE"])
+results = {name: load("hf-hub:org/" + name) for name in ("tiny", "tiny@v1", "once")}
+results["another cache"] = load("hf-hub:org/tiny", cache_dir=os.environ["OTHER_CACHE"])
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
-got["tag"] = load("test_pass_vit.published")
+results["tag"] = load("test_pass_vit.published")
 time.sleep = lambda seconds: None  # between its tries for what is not in the cache, the client waits 23 s
-got["never loaded"] = error("hf-hub:org/other")
-got["tag never loaded"] = error("test_pass_vit.other")
-print(json.dumps(got))
+results["never loaded"] = error("hf-hub:org/other")
+results["tag never loaded"] = error("test_pass_vit.other")
+print(json.dumps(results))
 """
 
 
@@ -111,7 +111,7 @@ def saved(folder: Path, seed: int, **kwargs: object) -> tuple[dict[str, bytes], 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> SimpleNamespace:
-    """What the clients met: one with the Hub, and after it a second one on the same cache without."""
+    """Results of two clients with one cache: the first with the Hub, the second without."""
     work = tmp_path_factory.mktemp("hub")
     (old, old_descriptor), (new, new_descriptor) = saved(work / "old", 1, neck="single"), saved(work / "new", 2)
     rows = [manifest_row(f"test_pass_vit.{tag}", drive_id=f"ID-{tag}") for tag in ("published", "other")]
@@ -160,7 +160,7 @@ def test_a_revision_is_loaded_with_its_own_config_and_weights(hub, revision):
     assert hub.online[revision]["neck"] == "single"
 
 
-def test_a_repository_tells_architecture_size_and_fusion_before_its_weights_are_loaded(hub):
+def test_architecture_size_and_fusion_of_a_repository_are_known_before_its_weights_are_loaded(hub):
     named = hub.online["named"]
     assert (named["architecture"], named["settings"]) == ("test_pass_vit", {"size": [64, 32], "fusion": "cat"})
     assert named["descriptor"] == pytest.approx(hub.old, abs=1e-5)
@@ -203,7 +203,7 @@ def test_a_cache_of_the_callers_is_used_for_the_weights_too(hub):
         ("damaged", "CheckpointError", "arrives damaged: its SHA-256 is not the one the Hub states"),
     ],
 )
-def test_what_cannot_be_loaded_says_so(hub, case, error, words):
+def test_repositories_that_cannot_be_loaded_are_errors_with_the_reason(hub, case, error, words):
     kinds, message = hub.online[case]
     assert error in kinds
     assert words in message
@@ -227,14 +227,14 @@ def test_a_download_damaged_once_heals(hub):
 
 
 def test_a_tag_is_found_under_the_namespace_with_the_settings_of_the_manifest(hub):
-    for got in (hub.online["tag"], hub.offline["tag"]):
-        assert got["descriptor"] == hub.new
-        assert got["mean"] == [0.485, 0.456, 0.406]
+    for result in (hub.online["tag"], hub.offline["tag"]):
+        assert result["descriptor"] == hub.new
+        assert result["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_the_manifests_repository_comes_before_the_namespace_and_may_name_a_revision(hub):
-    got = hub.online["tag with a repository of its own"]
-    assert "models--org--tiny" in got["source"]
+    result = hub.online["tag with a repository of its own"]
+    assert "models--org--tiny" in result["source"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_damaged_repository_of_a_tag_is_an_error_and_not_passed_over(hub):
     assert "model.safetensors of broken/test_pass_vit.published arrives damaged" in message
 
 
-def test_without_a_server_what_was_never_loaded_is_an_error(hub):
+def test_without_a_server_a_repository_that_was_never_loaded_is_an_error(hub):
     kinds, message = hub.offline["never loaded"]
     assert {"OSError", "ValueError"} & set(kinds)
     assert "we cannot find the requested files in the local cache" in message

@@ -1,4 +1,4 @@
-"""The loopback Hub is good enough for the real client, and the client does what the package has to count on."""
+"""The loopback Hub serves the real client, and the client behaves as the package expects."""
 
 import hashlib
 import json
@@ -57,12 +57,12 @@ def test_every_kind_of_revision_gives_its_own_bytes(hub, tmp_path):
     v1, v2 = hub.resolve("org/name", "v1"), hub.resolve("org/name")
     dev = hub.commit("org/name", {"config.json": b'{"release": 3}'}, branch="feature/dev")
     revisions = ["v1", v1, "main", v2, "feature/dev", dev]
-    got = client(hub, tmp_path / "hf", f"[get('config.json', revision=r) for r in {revisions}]")
-    assert [json.loads(bytes.fromhex(config))["release"] for config in got] == [1, 1, 2, 2, 3, 3]
+    results = client(hub, tmp_path / "hf", f"[get('config.json', revision=r) for r in {revisions}]")
+    assert [json.loads(bytes.fromhex(config))["release"] for config in results] == [1, 1, 2, 2, 3, 3]
 
 
 def test_files_and_their_metadata_are_those_of_the_repo(hub, tmp_path):
-    got = client(
+    results = client(
         hub,
         tmp_path / "hf",
         """{
@@ -74,12 +74,12 @@ def test_files_and_their_metadata_are_those_of_the_repo(hub, tmp_path):
             "snapshot": sorted(os.listdir(snapshot_download("org/name", revision="v1"))),
         }""",
     )
-    assert {name: bytes.fromhex(data) for name, data in got["files"].items()} == NEW
-    assert got["exists"] == [True, False]
-    assert got["shas"] == [hub.resolve("org/name", "v1"), hub.resolve("org/name")]
-    assert got["info"][0] == ["config.json", 14, git_sha1(NEW["config.json"]), None]
-    assert got["info"][1][1::2] == [len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest()]
-    assert got["snapshot"] == ["config.json"]
+    assert {name: bytes.fromhex(data) for name, data in results["files"].items()} == NEW
+    assert results["exists"] == [True, False]
+    assert results["shas"] == [hub.resolve("org/name", "v1"), hub.resolve("org/name")]
+    assert results["info"][0] == ["config.json", 14, git_sha1(NEW["config.json"]), None]
+    assert results["info"][1][1::2] == [len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest()]
+    assert results["snapshot"] == ["config.json"]
     assert blobs(tmp_path)[hashlib.sha256(WEIGHTS).hexdigest()] == len(WEIGHTS)  # ETag of the linked LFS object
     assert hub.downloads == {("org/name", name): 1 for name in NEW} | {("org/name", "config.json"): 2}  # v1 and main
 
@@ -92,7 +92,7 @@ def test_a_cached_model_loads_when_the_hub_is_gone(hub, tmp_path, env):
     assert first == client(hub, tmp_path / "hf", ask, **env) == [WEIGHTS.hex(), OLD["config.json"].hex()]
 
 
-def test_a_hub_with_an_outage_is_told_from_one_without_the_file(hub, tmp_path):
+def test_an_outage_of_the_hub_is_distinguished_from_a_missing_file(hub, tmp_path):
     client(hub, tmp_path / "hf", "get('config.json')")
     hub.refuse(503)
     assert bytes.fromhex(client(hub, tmp_path / "hf", "get('config.json')")) == NEW["config.json"]  # from the cache
@@ -100,11 +100,11 @@ def test_a_hub_with_an_outage_is_told_from_one_without_the_file(hub, tmp_path):
     assert client(hub, tmp_path / "hf", "error(get, 'nope.json')") == ["RemoteEntryNotFoundError", 404]
 
 
-def test_what_is_missing_or_forbidden_is_refused_as_on_the_real_hub(hub, tmp_path):
+def test_missing_and_forbidden_files_are_refused_as_on_the_real_hub(hub, tmp_path):
     hub.add_repo("org/secret", NEW, private=True)
     hub.add_repo("org/gated", NEW, gated=True)
     weights = "'model.safetensors', 'org/secret'"
-    got = client(
+    results = client(
         hub,
         tmp_path / "hf",
         f"""[
@@ -120,7 +120,7 @@ def test_what_is_missing_or_forbidden_is_refused_as_on_the_real_hub(hub, tmp_pat
             get({weights}, token="{hub.token}") == (bytes(range(256)) * 1000).hex(),
         ]""",
     )
-    assert got == [
+    assert results == [
         ["RepositoryNotFoundError", 404],
         ["RepositoryNotFoundError", 404],
         ["RemoteEntryNotFoundError", 404],
@@ -170,7 +170,7 @@ def test_a_published_folder_comes_back_byte_for_byte(hub, tmp_path):
 def test_commits_add_delete_and_refuse_a_stale_parent(hub, tmp_path):
     base = hub.resolve("org/name")
     hub.commit("org/name", {}, branch="dev")
-    got = client(
+    results = client(
         hub,
         tmp_path / "hf",
         f"""(lambda commit: [
@@ -182,8 +182,8 @@ def test_commits_add_delete_and_refuse_a_stale_parent(hub, tmp_path):
         ])(lambda todo, **options: HfApi().create_commit("org/name", todo, commit_message="x", **options))""",
         token=hub.token,
     )
-    assert got[:2] == [hub.resolve("org/name", "dev"), hub.resolve("org/name")]
-    assert got[2:] == [["HfHubHTTPError", 412], ["RevisionNotFoundError", 404], ["RepositoryNotFoundError", 401]]
+    assert results[:2] == [hub.resolve("org/name", "dev"), hub.resolve("org/name")]
+    assert results[2:] == [["HfHubHTTPError", 412], ["RevisionNotFoundError", 404], ["RepositoryNotFoundError", 401]]
     assert hub.files("org/name", "dev") == {**NEW, "a.bin": b"new"}
     assert set(hub.files("org/name")) == {"config.json", "model.safetensors", "b.txt"}
     assert hub.files("org/name", base) == NEW

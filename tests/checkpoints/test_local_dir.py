@@ -210,7 +210,7 @@ def test_overwriting_replaces_the_folder_whole(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_save_that_fails_late_leaves_what_was_there(tmp_path, monkeypatch, overwrite):
+def test_a_save_that_fails_late_leaves_the_folder_unchanged(tmp_path, monkeypatch, overwrite):
     model = create()
     if overwrite:
         save_pretrained(model, tmp_path / "model")

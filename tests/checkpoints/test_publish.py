@@ -1,4 +1,4 @@
-"""What is published loads back equal, says what it is by the Hub's conventions, and leaves only when asked."""
+"""Published folders load back equal, their cards follow the Hub's conventions, and a dry run sends nothing."""
 
 import ast
 import dataclasses
@@ -46,7 +46,7 @@ def config_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory) -> ModelCard:
-    """Of a folder in the settings of a published tag, as the Hub's own class reads it."""
+    """Model card of a folder with the settings of a published tag, read by the Hub's own class."""
     folder = written(tmp_path_factory.mktemp("card") / "model", "pass_vit_small_patch16.lup_market1501", **TINY)
     return ModelCard(model_card(config_of(folder), "org/pass-small"))
 
@@ -119,7 +119,7 @@ def test_a_model_of_no_tag_claims_no_data_and_no_accuracy(tmp_path):
     assert "neck `multi`, not L2-normalised" in card.text
 
 
-def test_provenance_that_was_not_recorded_is_said_to_be(tmp_path):
+def test_a_missing_provenance_is_stated_as_not_recorded(tmp_path):
     folder = written(tmp_path / "model")
     config = {k: v for k, v in config_of(folder).items() if k != "provenance"}
     assert "## Provenance\n\n- not recorded\n" in model_card(config, "me/mine")
@@ -208,29 +208,29 @@ def same(name):
     loaded, saved = (timm.create_model(n, pretrained=True).state_dict() for n in (name, "local-dir:model"))
     return loaded.keys() == saved.keys() and all(torch.equal(t, loaded[k]) for k, t in saved.items())
 
-got = {"no token": refused("model", "org/name"), "no token, command": command("model", "org/name")}
+results = {"no token": refused("model", "org/name"), "no token, command": command("model", "org/name")}
 os.environ["HF_TOKEN"] = "hf_wrong"
-got["wrong token"] = refused("model", "org/name")
+results["wrong token"] = refused("model", "org/name")
 os.environ["HF_TOKEN"] = os.environ["TOKEN"]
-got["url"], got["sizes"] = publish("model", "org/name")
-got["loads back"] = same("hf-hub:org/name")
+results["url"], results["sizes"] = publish("model", "org/name")
+results["loads back"] = same("hf-hub:org/name")
 extras = safetensors.torch.load_file(hf_hub_download("org/name", "extras.safetensors"))
-got["extras"] = {k: t.tolist() for k, t in extras.items()}
+results["extras"] = {k: t.tolist() for k, t in extras.items()}
 card = ModelCard.load("org/name")
-got["card"] = card.data.to_dict()
+results["card"] = card.data.to_dict()
 scope = {}
 exec(re.search(r"```python\\n(.*?)```", card.text, re.S)[1], scope)
-got["usage"] = [list(scope["descriptor"].shape), list(scope["descriptors"].shape)]
-got["private, command"] = command("model", "org/mine", "--private")
+results["usage"] = [list(scope["descriptor"].shape), list(scope["descriptors"].shape)]
+results["private, command"] = command("model", "org/mine", "--private")
 publish("again", "org/name")
-got["no branch"] = refused("model", "org/name", revision="dev")
-print(json.dumps(got))
+results["no branch"] = refused("model", "org/name", revision="dev")
+print(json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """What a client met that published, and what the Hub has of it."""
+    """Results of a client that published, and the Hub after it."""
     work = tmp_path_factory.mktemp("publish")
     written(work / "model", extras=EXTRAS, neck="single")
     written(work / "again", depth=1)
@@ -242,11 +242,11 @@ def published(tmp_path_factory) -> Iterator[SimpleNamespace]:
         command = [sys.executable, "-c", CLIENT]
         done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        yield SimpleNamespace(got=json.loads(done.stdout), hub=hub, work=work)
+        yield SimpleNamespace(results=json.loads(done.stdout), hub=hub, work=work)
 
 
 def first_commit(published: SimpleNamespace) -> dict[str, bytes]:
-    sha = published.got["url"].rsplit("/", 1)[1]
+    sha = published.results["url"].rsplit("/", 1)[1]
     return published.hub.files("org/name", sha)
 
 
@@ -256,23 +256,23 @@ def test_the_hub_has_the_folders_files_and_a_card(published):
     sent = {name: (model / name).read_bytes() for name in ("config.json", "extras.safetensors", "model.safetensors")}
     sent |= {"README.md": model_card(config_of(model), "org/name").encode(), ".gitattributes": DEFAULT_GITATTRIBUTES}
     assert files == sent
-    assert published.got["sizes"] == {k: len(v) for k, v in sent.items() if k != ".gitattributes"}
-    assert published.got["url"].startswith(f"{published.hub.endpoint}/org/name/commit/")
+    assert published.results["sizes"] == {k: len(v) for k, v in sent.items() if k != ".gitattributes"}
+    assert published.results["url"].startswith(f"{published.hub.endpoint}/org/name/commit/")
 
 
-def test_what_was_published_loads_back_equal(published):
-    assert published.got["loads back"] is True
-    assert published.got["extras"] == {k: t.tolist() for k, t in EXTRAS.items()}
+def test_published_weights_load_back_equal(published):
+    assert published.results["loads back"] is True
+    assert published.results["extras"] == {k: t.tolist() for k, t in EXTRAS.items()}
 
 
 def test_the_published_card_is_read_by_the_hubs_client(published):
-    card = published.got["card"]
+    card = published.results["card"]
     assert card["library_name"] == "timm"
     assert card["pipeline_tag"] == "image-feature-extraction"
 
 
 def test_the_published_cards_usage_runs(published):
-    assert published.got["usage"] == [[1, 128], [2, 128]]
+    assert published.results["usage"] == [[1, 128], [2, 128]]
 
 
 def test_publishing_again_replaces_the_files_and_takes_the_card_written_by_hand(published):
@@ -284,7 +284,7 @@ def test_publishing_again_replaces_the_files_and_takes_the_card_written_by_hand(
 
 
 def test_private_is_passed_on_and_the_command_prints_the_commit(published):
-    code, out, err = published.got["private, command"]
+    code, out, err = published.results["private, command"]
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith(f"{published.hub.endpoint}/org/mine/commit/")
     assert published.hub.repos["org/mine"].private
@@ -293,7 +293,7 @@ def test_private_is_passed_on_and_the_command_prints_the_commit(published):
 
 @pytest.mark.parametrize("token", ["no token", "wrong token"])
 def test_without_a_valid_token_the_hub_refuses_in_one_sentence(published, token):
-    kinds, message = published.got[token]
+    kinds, message = published.results[token]
     assert kinds[0] == "WeightsUnavailableError"
     assert message.startswith("the Hub refused org/name: ")
     assert message.endswith("; is HF_TOKEN set, and allowed to write?")
@@ -301,14 +301,14 @@ def test_without_a_valid_token_the_hub_refuses_in_one_sentence(published, token)
 
 
 def test_a_refusal_is_one_line_and_exit_code_2_of_the_command(published):
-    code, out, err = published.got["no token, command"]
+    code, out, err = published.results["no token, command"]
     assert (code, out) == (2, "")
     assert err.startswith("passreid: the Hub refused org/name")
     assert err.count("\n") == 1
 
 
-def test_a_branch_that_is_not_there_is_an_error_and_leaves_main_alone(published):
-    kinds, message = published.got["no branch"]
+def test_a_branch_that_does_not_exist_is_an_error_and_leaves_main_unchanged(published):
+    kinds, message = published.results["no branch"]
     assert kinds[0] == "WeightsUnavailableError"
     assert message.startswith("the Hub refused org/name: 404 Client Error: Revision Not Found")
     assert "dev" in message

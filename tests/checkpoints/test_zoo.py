@@ -1,4 +1,4 @@
-"""The list of weights is the authors', a tag is found where it should be, and the cache holds whole files only."""
+"""The manifest lists the authors' weights, tags are searched in order, and the cache holds whole files only."""
 
 import dataclasses
 import itertools
@@ -109,7 +109,7 @@ def test_the_manifest_is_the_authors_list():
     assert list(expected) == [w.name for w in list_weights() if not w.bundled_file]
 
 
-def test_every_row_is_of_a_registered_architecture_and_says_what_it_was_trained_on_and_may_be_used_for():
+def test_every_row_is_of_a_registered_architecture_and_states_task_data_and_licence():
     for w in list_weights():
         assert w.architecture in ARCHITECTURES
         assert w.task
@@ -238,23 +238,23 @@ def error(name):
     except Exception as e:
         return f"{type(e).__name__}: {e}"
 stored = torch.load("stored.pt")
-got = {"file": passreid_models.__file__, "listed": timm.list_models("test_pass_vit*", pretrained=True)}
-got["verify"] = zoo.verify()
-got["named"] = same(timm.create_model("test_pass_vit.synth", pretrained=True))
-print(json.dumps(got), flush=True)
+result = {"file": passreid_models.__file__, "listed": timm.list_models("test_pass_vit*", pretrained=True)}
+result["verify"] = zoo.verify()
+result["named"] = same(timm.create_model("test_pass_vit.synth", pretrained=True))
+print(json.dumps(result), flush=True)
 import sys; print("-- untagged", file=sys.stderr, flush=True)
-got = {"untagged": [same(timm.create_model("test_pass_vit", pretrained=True)) for _ in range(3)]}
+result = {"untagged": [same(timm.create_model("test_pass_vit", pretrained=True)) for _ in range(3)]}
 print("-- others", file=sys.stderr, flush=True)
-got["published"] = error("test_pass_vit.published")
-got["other"] = error("pass_vit_small_patch16")
+result["published"] = error("test_pass_vit.published")
+result["other"] = error("pass_vit_small_patch16")
 folder = zoo.weights_dir() / "test_pass_vit.synth"
 file = folder / "model.safetensors"
 data = bytearray(file.read_bytes()); data[-1] ^= 1; file.write_bytes(data)
-got["flipped"] = zoo.verify("test_pass_vit.synth")
+result["flipped"] = zoo.verify("test_pass_vit.synth")
 file.unlink()
-got["missing"] = zoo.verify("test_pass_vit.synth")
-got["untagged, missing"] = error("test_pass_vit")
-print(json.dumps(got))
+result["missing"] = zoo.verify("test_pass_vit.synth")
+result["untagged, missing"] = error("test_pass_vit")
+print(json.dumps(result))
 """
 
 
@@ -276,24 +276,24 @@ def test_the_default_is_the_bundled_file_and_a_named_tag_never_becomes_it(tmp_pa
     command = [sys.executable, "-c", DEFAULTS]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    got = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
-    assert got["file"] == str(tmp_path / "site" / "passreid_models" / "__init__.py")  # the wheel's layout was read
-    assert got["listed"] == ["test_pass_vit.published", "test_pass_vit.synth"]
-    assert dict(got["verify"])["test_pass_vit.synth"] == "ok"
-    assert got["named"] is True
-    assert got["untagged"] == [True, True, True]
+    result = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
+    assert result["file"] == str(tmp_path / "site" / "passreid_models" / "__init__.py")  # the wheel's layout was read
+    assert result["listed"] == ["test_pass_vit.published", "test_pass_vit.synth"]
+    assert dict(result["verify"])["test_pass_vit.synth"] == "ok"
+    assert result["named"] is True
+    assert result["untagged"] == [True, True, True]
     before, notice, after = (
         part.strip() for part in done.stderr.replace("-- others", "-- untagged").split("-- untagged")
     )
     assert (before, after) == ("", "")  # a tag that was asked for needs no notice
-    assert len(notice.splitlines()) == 1  # said once, though loaded three times
+    assert len(notice.splitlines()) == 1  # once, though loaded three times
     assert "test_pass_vit.synth" in notice
     assert notice.endswith("other tags: published")
-    assert got["published"].startswith("WeightsUnavailableError: test_pass_vit.published: HF_HUB_OFFLINE is set")
-    assert got["other"].startswith("ValueError: pass_vit_small_patch16 has no bundled weights")
-    assert got["flipped"] == [["test_pass_vit.synth", "damaged"]]
-    assert got["missing"] == [["test_pass_vit.synth", "missing"]]
-    assert "is missing: install the package again" in got["untagged, missing"]
+    assert result["published"].startswith("WeightsUnavailableError: test_pass_vit.published: HF_HUB_OFFLINE is set")
+    assert result["other"].startswith("ValueError: pass_vit_small_patch16 has no bundled weights")
+    assert result["flipped"] == [["test_pass_vit.synth", "damaged"]]
+    assert result["missing"] == [["test_pass_vit.synth", "missing"]]
+    assert "is missing: install the package again" in result["untagged, missing"]
 
 
 # -------------------------------------------------------------------------------------------------- pull, in small
@@ -321,7 +321,7 @@ def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Te
     """Write a file in the authors' layout, supervised with ``base.`` and unsupervised with ``module.`` before the keys.
 
     Returns:
-        What a model must hold after it: timm's keys, token and position added up.
+        State dict that the converted model must have: timm's keys, positions added to tokens.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -359,10 +359,10 @@ def holds(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
 
 
 def litter(cache: Path, name: str = LUP) -> list[str]:
-    """What lies in the cache beside the record, its folder and the lock."""
+    """Names in the cache besides the record, its folder and the lock."""
     record = zoo._read_record(name)
-    known = {f"{name}.json", f".{name}.lock", *([record["folder"]] if record else [])}
-    return [p.name for p in cache.iterdir() if p.name not in known]
+    expected = {f"{name}.json", f".{name}.lock", *([record["folder"]] if record else [])}
+    return [p.name for p in cache.iterdir() if p.name not in expected]
 
 
 def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, small, no_network):
@@ -391,7 +391,7 @@ def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, smal
     assert litter(cache, MARKET) == []
 
 
-def test_pull_takes_from_the_manifest_what_the_tensors_do_not_tell(tmp_path, cache, small):
+def test_pull_takes_fusion_and_neck_from_the_manifest_where_tensors_do_not_show_them(tmp_path, cache, small):
     official_file(tmp_path / "model_best.pth.tar", prefix="module.")
     folder = pull(UDA, tmp_path / "model_best.pth.tar")
     config = json.loads((folder / "config.json").read_text())
@@ -421,19 +421,19 @@ def test_the_cache_comes_before_the_hub_and_the_drive(tmp_path, cache, small, mo
     official_file(tmp_path / "file.pth")
     folder = pull(LUP, tmp_path / "file.pth")
     monkeypatch.setenv("PASSREID_HUB_NAMESPACE", "org")
-    asked = []
-    monkeypatch.setattr(zoo, "download_hub", lambda *args: asked.append(args))
-    monkeypatch.setattr(zoo, "_download_drive", lambda *args: asked.append(args))
+    requests = []
+    monkeypatch.setattr(zoo, "download_hub", lambda *args: requests.append(args))
+    monkeypatch.setattr(zoo, "_download_drive", lambda *args: requests.append(args))
     assert resolve(*LUP.split(".")) == folder / "model.safetensors"
     assert pull(LUP) == folder
-    assert asked == []
+    assert requests == []
 
 
 def test_a_file_of_another_sha256_is_refused_and_the_right_one_taken(tmp_path, cache, small, monkeypatch):
     expected = official_file(tmp_path / "right.pth", seed=1)
     official_file(tmp_path / "wrong.pth", seed=2)
-    known = dataclasses.replace(get_weight(LUP), source={"drive_id": "ID", "sha256": sha256(tmp_path / "right.pth")})
-    monkeypatch.setitem(zoo._manifest(), LUP, known)
+    weight = dataclasses.replace(get_weight(LUP), source={"drive_id": "ID", "sha256": sha256(tmp_path / "right.pth")})
+    monkeypatch.setitem(zoo._manifest(), LUP, weight)
     with pytest.raises(CheckpointError, match=r"wrong\.pth is not pass_vit_small_patch16\.lup: its SHA-256 is "):
         pull(LUP, tmp_path / "wrong.pth")
     assert zoo.cached_folder(LUP) is None
@@ -708,7 +708,7 @@ def test_parallel_pulls_of_different_files_leave_one_of_them_whole(tmp_path, cac
 
 
 def drive(monkeypatch, give: Callable[[str], object]) -> list[dict]:
-    """A stand-in for gdown that gives what it is told to; its calls are kept."""
+    """Replace gdown by ``give``; return the list of its calls."""
     calls = []
 
     def download(**kwargs: object) -> object:
@@ -775,7 +775,7 @@ DRIVE_FAILURES: dict[str, tuple[Callable[[str], object] | None, str]] = {
 
 
 @pytest.mark.parametrize("failure", DRIVE_FAILURES)
-def test_a_failed_download_is_one_sentence_that_says_how_to_go_on_by_hand(cache, small, monkeypatch, capsys, failure):
+def test_a_failed_download_is_one_sentence_with_advice_to_download_by_hand(cache, small, monkeypatch, capsys, failure):
     give, message = DRIVE_FAILURES[failure]
     if give is None:
         monkeypatch.setitem(sys.modules, "gdown", None)
@@ -815,7 +815,7 @@ def test_an_interrupted_download_leaves_no_half_file(cache, small, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
-def test_offline_nothing_is_downloaded_and_the_error_says_how_to_go_on(cache, small, monkeypatch, value):
+def test_offline_nothing_is_downloaded_and_the_error_gives_advice(cache, small, monkeypatch, value):
     calls = drive(monkeypatch, lambda output: output)
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     with pytest.raises(WeightsUnavailableError, match=r"HF_HUB_OFFLINE is set .* by hand and run `passreid weights"):
@@ -832,7 +832,7 @@ def test_offline_nothing_is_downloaded_and_the_error_says_how_to_go_on(cache, sm
         ("upstream_supervised_multineck_mean.pth", "fusion mean, not cat"),
     ],
 )
-def test_a_published_file_of_another_tag_is_refused_by_what_its_layout_shows(cache, golden, shown):
+def test_a_published_file_of_another_tag_is_refused_by_its_layout(cache, golden, shown):
     with pytest.raises(CheckpointError, match=f"is not pass_vit_small_patch16.lup_market1501: .* shows .*{shown}"):
         pull("pass_vit_small_patch16.lup_market1501", GOLDEN / golden)
     assert zoo.cached_folder("pass_vit_small_patch16.lup_market1501") is None

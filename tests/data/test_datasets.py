@@ -1,4 +1,4 @@
-"""Labelled images in every layout: which split, whose, under which camera; and what is said of what fits none."""
+"""Labelled images in every layout: splits, identities and cameras; and the errors for anything else."""
 
 import shutil
 from collections.abc import Callable
@@ -297,24 +297,24 @@ def test_a_csv_file_that_does_not_fit_is_refused_with_its_line(tmp_path, case):
 
 def test_synthetic_is_drawn_once_and_named_by_its_recipe(monkeypatch):
     text = "synthetic:ids=4,images=5,cameras=3,seed=3,size=32x16,train_ids=1"
-    drawn = open_dataset(text)
+    dataset = open_dataset(text)
     full = "synthetic:ids=4,images=5,cameras=3,seed=3,size=32x16,place=street,train_ids=1"
-    assert drawn.name == "synthetic"
-    assert drawn.description.startswith(f"{full}: 5 training images of 1 identity, 9 queries, 6 gallery images")
+    assert dataset.name == "synthetic"
+    assert dataset.description.startswith(f"{full}: 5 training images of 1 identity, 9 queries, 6 gallery images")
     monkeypatch.setattr(SyntheticPersons, "write_market1501", None)
     again = open_dataset(full)
-    assert again.train.paths == drawn.train.paths
-    assert again.fingerprint == drawn.fingerprint
+    assert again.train.paths == dataset.train.paths
+    assert again.fingerprint == dataset.fingerprint
 
 
 def test_synthetic_that_lost_files_is_drawn_again():
     text = "synthetic:ids=2,images=4,cameras=2,size=32x16"
-    drawn = open_dataset(text)
-    shutil.rmtree(drawn.root / "query")
-    assert len(open_dataset(text).query) == len(drawn.query) == 2
+    dataset = open_dataset(text)
+    shutil.rmtree(dataset.root / "query")
+    assert len(open_dataset(text).query) == len(dataset.query) == 2
 
 
-def test_synthetic_says_what_is_wrong_with_a_recipe():
+def test_a_wrong_recipe_of_synthetic_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"unknown key 'people'; known: ids, .* place, train_ids"):
         open_dataset("synthetic:people=3")
     with pytest.raises(ValueError, match=r"^synthetic:ids=4,images=3: the Market-1501 layout takes"):
@@ -373,7 +373,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_named_with_the_file_and_the_layout(tmp_path, case):
+def test_a_dataset_of_no_layout_is_refused_with_the_file_and_the_expected_layouts(tmp_path, case):
     make, message = MISTAKES[case]
     (tmp_path / "data").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -1,4 +1,4 @@
-"""One walk of folders and one opener: every reader takes the same files, and says the same of those it cannot read."""
+"""Walk of folders and opener: every reader takes the same files, and gives the same reasons for unreadable ones."""
 
 import os
 import socket
@@ -256,7 +256,7 @@ def test_an_image_without_pixels_is_refused(item):
         open_image(item)
 
 
-def test_counts_of_bytes_are_left_out_of_the_reason_and_what_it_is_about_stays(tmp_path):
+def test_reasons_omit_counts_of_bytes_and_keep_other_details(tmp_path):
     assert reason(OSError("image file is truncated (17 bytes not processed)")) == "image file is truncated"
     assert reason(ValueError("got uint8 (8, 8, 4)")) == "got uint8 (8, 8, 4)"
     assert reason(PermissionError(13, "Permission denied", "a.jpg")) == "Permission denied"

@@ -1,4 +1,4 @@
-"""A model on a dataset: the metrics are those of its descriptors, by the right protocol, from a cache that is right."""
+"""Evaluation of a model: the metrics are those of its descriptors, by the right protocol, with and without cache."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> Path:
+def cache_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -46,21 +46,21 @@ def embed() -> Embedder:
 @pytest.fixture
 def seen(monkeypatch) -> list[str]:
     """Names of the images that go through a model."""
-    found: list[str] = []
+    names: list[str] = []
     load = Embedder._load
 
     def spy(self: Embedder, item: Any, bgr: bool) -> Any:
-        found.append(Path(item).name)
+        names.append(Path(item).name)
         return load(self, item, bgr)
 
     monkeypatch.setattr(Embedder, "_load", spy)
-    return found
+    return names
 
 
 def run(dataset: ReIDDataset, embed: Embedder, **options: Any) -> Evaluation:
-    found = evaluate_dataset(dataset, embed, **{"cache": False, **options})
-    assert found is not None
-    return found
+    evaluation = evaluate_dataset(dataset, embed, **{"cache": False, **options})
+    assert evaluation is not None
+    return evaluation
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
@@ -70,18 +70,18 @@ def test_the_scores_are_those_of_the_descriptors_in_percent(market, embed):
     query, gallery = embed(market.query.paths), embed(market.gallery.paths)
     labels = (market.query.pids, market.gallery.pids, market.query.camids, market.gallery.camids)
     expected, curve = evaluate(query, gallery, *labels), roc(query, gallery, *labels)
-    found = run(market, embed).to_dict()
-    assert (found["mAP"], found["mINP"]) == pytest.approx((100 * expected.mAP, 100 * expected.mINP), abs=1e-4)
+    scores = run(market, embed).to_dict()
+    assert (scores["mAP"], scores["mINP"]) == pytest.approx((100 * expected.mAP, 100 * expected.mINP), abs=1e-4)
     ranks = [100 * expected.rank(k) for k in (1, 5, 10)]
-    assert [found[f"rank{k}"] for k in (1, 5, 10)] == pytest.approx(ranks, abs=1e-4)
-    assert found["cmc"] == pytest.approx((100 * expected.cmc).tolist())
-    assert found["eer"] == pytest.approx(100 * curve.eer)
-    assert found["eer_threshold"] == pytest.approx(curve.eer_threshold)
-    assert [row["threshold"] for row in found["verification"]] == [curve.threshold(1e-3), curve.threshold(1e-4)]
-    assert [row["tpr"] for row in found["verification"]] == [None, None]  # too few pairs
-    assert found["metric"] == "cosine"
-    assert found["queries"] == {"total": 16, "counted": 16, "without_match": 0}
-    assert 5 < found["mAP"] < 95  # neither nothing nor everything is right
+    assert [scores[f"rank{k}"] for k in (1, 5, 10)] == pytest.approx(ranks, abs=1e-4)
+    assert scores["cmc"] == pytest.approx((100 * expected.cmc).tolist())
+    assert scores["eer"] == pytest.approx(100 * curve.eer)
+    assert scores["eer_threshold"] == pytest.approx(curve.eer_threshold)
+    assert [row["threshold"] for row in scores["verification"]] == [curve.threshold(1e-3), curve.threshold(1e-4)]
+    assert [row["tpr"] for row in scores["verification"]] == [None, None]  # too few pairs
+    assert scores["metric"] == "cosine"
+    assert scores["queries"] == {"total": 16, "counted": 16, "without_match": 0}
+    assert 5 < scores["mAP"] < 95  # neither nothing nor everything is right
 
 
 def test_reranking_is_that_of_the_descriptors_without_junk(tmp_path, embed):
@@ -93,25 +93,25 @@ def test_reranking_is_that_of_the_descriptors_without_junk(tmp_path, embed):
         (dataset.root / f"bounding_box_test/-1_c1s1_{k:06}_00.jpg").write_bytes(jpeg(4, 0, k))
     with_junk = open_dataset(dataset.root)
     assert (with_junk.gallery.pids == -1).sum() == 5
-    found = run(with_junk, embed, rerank=True).to_dict()
-    assert found["reranked"]["mAP"] == pytest.approx(100 * expected.mAP, abs=1e-4)
-    assert found["reranked"]["mAP"] != pytest.approx(found["mAP"], abs=0.01)
-    assert found["gallery"] == len(dataset.gallery)
+    scores = run(with_junk, embed, rerank=True).to_dict()
+    assert scores["reranked"]["mAP"] == pytest.approx(100 * expected.mAP, abs=1e-4)
+    assert scores["reranked"]["mAP"] != pytest.approx(scores["mAP"], abs=0.01)
+    assert scores["gallery"] == len(dataset.gallery)
 
 
 def test_scores_of_a_camera_are_the_means_over_its_queries_and_average_to_the_whole(market, embed):
     evaluation = run(market, embed, per_camera=True)
-    found = evaluation.to_dict()
-    assert [row["camera"] for row in found["cameras"]] == [1, 2, 3, 4]
-    for camid, row in enumerate(found["cameras"]):
+    scores = evaluation.to_dict()
+    assert [row["camera"] for row in scores["cameras"]] == [1, 2, 3, 4]
+    for camid, row in enumerate(scores["cameras"]):
         mine = market.query.camids == camid
         own = evaluate(
             embed([p for p, m in zip(market.query.paths, mine, strict=True) if m]), embed(market.gallery.paths),
             market.query.pids[mine], market.gallery.pids, market.query.camids[mine], market.gallery.camids,
         )  # fmt: skip
         assert (row["mAP"], row["rank1"]) == pytest.approx((100 * own.mAP, 100 * own.rank1), abs=1e-4)
-    total = sum(row["queries"] * row["mAP"] for row in found["cameras"]) / 16
-    assert total == pytest.approx(found["mAP"], abs=1e-3)
+    total = sum(row["queries"] * row["mAP"] for row in scores["cameras"]) / 16
+    assert total == pytest.approx(scores["mAP"], abs=1e-3)
     assert "cameras" not in run(market, embed).to_dict()
 
 
@@ -139,38 +139,38 @@ def test_descriptors_that_are_compared_as_they_come_are_compared_by_distance(mar
     with torch.no_grad():  # lengths that tell
         for parameter in model.fc_norm.parameters():
             parameter.copy_(torch.rand_like(parameter) * 3)
-    found = run(market, Embedder(model, "cpu")).to_dict()
-    assert found["metric"] == "euclidean"
+    scores = run(market, Embedder(model, "cpu")).to_dict()
+    assert scores["metric"] == "euclidean"
     x = [Embedder(model, "cpu")(split.paths) for split in (market.query, market.gallery)]
     labels = (market.query.pids, market.gallery.pids, market.query.camids, market.gallery.camids)
-    assert found["mAP"] == pytest.approx(100 * evaluate(*x, *labels, metric="euclidean").mAP, abs=1e-4)
-    assert found["model"]["neck"] == "multi"
+    assert scores["mAP"] == pytest.approx(100 * evaluate(*x, *labels, metric="euclidean").mAP, abs=1e-4)
+    assert scores["model"]["neck"] == "multi"
 
 
 # -------------------------------------------------------------------------------------------------------- the report
 
 
 def test_json_holds_the_settings_and_no_number_that_json_lacks(market, embed):
-    found = json.loads(json.dumps(run(market, embed, name="a name", per_camera=True).to_dict(), allow_nan=False))
-    assert found["dataset"]["fingerprint"] == market.fingerprint
-    key = found["model"].pop("weights")
+    record = json.loads(json.dumps(run(market, embed, name="a name", per_camera=True).to_dict(), allow_nan=False))
+    assert record["dataset"]["fingerprint"] == market.fingerprint
+    key = record["model"].pop("weights")
     assert key == weights_key(embed)
-    assert found["model"] == {
+    assert record["model"] == {
         "name": "a name", "size": "64x32", "fusion": "cat", "neck": "", "flip": False, "dtype": "float32", "width": 128,
     }  # fmt: skip
-    assert str(market.root.parent) not in json.dumps(found)
+    assert str(market.root.parent) not in json.dumps(record)
 
 
 def test_the_table_shows_what_the_json_holds(market, embed):
     evaluation = run(market, embed, per_camera=True)
-    found, lines = evaluation.to_dict(), str(evaluation).splitlines()
+    scores, lines = evaluation.to_dict(), str(evaluation).splitlines()
     assert lines[0] == market.description
     ranked = next(line.split() for line in lines if line.startswith("as ranked"))
-    expected = [found[key] for key in ("mAP", "mINP", "rank1", "rank5", "rank10")]
+    expected = [scores[key] for key in ("mAP", "mINP", "rank1", "rank5", "rank10")]
     assert ranked[2:] == ["16", *(f"{value:.1f}" for value in expected)]
     cameras = [line.split() for line in lines if line.startswith("camera ")]
-    assert [row[2:] for row in cameras] == [["4", f"{c['mAP']:.1f}", f"{c['rank1']:.1f}"] for c in found["cameras"]]
-    assert f"EER {found['eer']:.2f} %" in str(evaluation)
+    assert [row[2:] for row in cameras] == [["4", f"{c['mAP']:.1f}", f"{c['rank1']:.1f}"] for c in scores["cameras"]]
+    assert f"EER {scores['eer']:.2f} %" in str(evaluation)
     assert "pairs of two identities are too few" in lines[-1]
 
 
@@ -201,7 +201,7 @@ def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, 
     assert [retrieved.gallery.paths[row] for row in retrieved.own] == retrieved.query.paths
 
 
-def test_what_cannot_be_evaluated_is_said(tmp_path, embed):
+def test_datasets_that_cannot_be_evaluated_are_refused(tmp_path, embed):
     with pytest.raises(ValueError, match="no query images in query/ of"):
         run(open_dataset(write(tmp_path / "a", ["bounding_box_train/0001_c1.jpg"])), embed)
     files = ["query/0001_c1.jpg", "bounding_box_test/0001_c1.jpg", "bounding_box_test/0002_c2.jpg"]
@@ -259,9 +259,9 @@ def _another_bias(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_whatever_changes_a_descriptor_changes_the_key_of_the_cache(embed):
+def test_everything_that_changes_a_descriptor_changes_the_key_of_the_cache(embed):
     statistics = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    others = [
+    variants = [
         Embedder(_another_bias(make_model()), "cpu"),
         Embedder(make_model(neck="multi"), "cpu"),
         Embedder(make_model(img_size=(96, 32)), "cpu"),
@@ -272,34 +272,34 @@ def test_whatever_changes_a_descriptor_changes_the_key_of_the_cache(embed):
         Embedder(make_model(), "cpu", fusion="mean"),
         Embedder(make_model(), "cpu", flip=True),
     ]
-    assert len({weights_key(other) for other in [embed, *others]}) == 1 + len(others)
+    assert len({weights_key(other) for other in [embed, *variants]}) == 1 + len(variants)
     assert weights_key(Embedder(make_model(), "cpu", batch_size=3, workers=1)) == weights_key(embed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "text", "other"])
-def test_a_damaged_cache_is_computed_again_with_a_warning(market, embed, seen, own_cache, caplog, damage):
+def test_a_damaged_cache_is_computed_again_with_a_warning(market, embed, seen, cache_folder, caplog, damage):
     expected = run(market, embed, cache=True)
-    [file] = (own_cache / "features").glob("*.safetensors")
+    [file] = (cache_folder / "features").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "bit":
         content[-300] ^= 4
     if damage == "other":  # of other weights, under this name
-        run(market, Embedder(make_model(1), "cpu"), cache=own_cache / "others")
-        [other] = (own_cache / "others").glob("*.safetensors")
+        run(market, Embedder(make_model(1), "cpu"), cache=cache_folder / "others")
+        [other] = (cache_folder / "others").glob("*.safetensors")
         content = bytearray(other.read_bytes())
     file.write_bytes({"cut": content[:-100], "text": b"x"}.get(damage, content))
     seen.clear()
     with caplog.at_level(logging.WARNING):
-        found = run(market, embed, cache=True)
-    assert len(seen) == found.retrieved.images
+        evaluation = run(market, embed, cache=True)
+    assert len(seen) == evaluation.retrieved.images
     assert f"{file} is damaged" in caplog.text
-    assert torch.equal(found.retrieved.gallery_features, expected.retrieved.gallery_features)
+    assert torch.equal(evaluation.retrieved.gallery_features, expected.retrieved.gallery_features)
     caplog.clear()
-    assert run(market, embed, cache=True).retrieved.cached == found.retrieved.images
+    assert run(market, embed, cache=True).retrieved.cached == evaluation.retrieved.images
     assert not caplog.text
 
 
-def test_unreadable_images_are_not_kept_and_looked_at_again(tmp_path, embed, seen):
+def test_unreadable_images_are_not_cached_and_are_read_again(tmp_path, embed, seen):
     dataset = open_dataset(write_persons(tmp_path / "persons"))
     good = dataset.query.paths[0].read_bytes()
     dataset.query.paths[0].write_bytes(b"no image")
@@ -311,7 +311,7 @@ def test_unreadable_images_are_not_kept_and_looked_at_again(tmp_path, embed, see
     assert seen == [dataset.query.paths[0].name] * 2
 
 
-def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, own_cache):
+def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, cache_folder):
     files = ["query/0001_c1.jpg", "query/0002_c1.jpg", "bounding_box_test/0001_c2.jpg", "bounding_box_test/0002_c2.jpg"]
     dataset = open_dataset(write(tmp_path / "data", files))
     run(dataset, embed, cache=True)
@@ -320,23 +320,23 @@ def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, em
     (dataset.root / "bounding_box_test/0003_c1.jpg").write_bytes((dataset.root / files[0]).read_bytes())
     (dataset.root / "bounding_box_test/0004_c1.jpg").write_bytes(jpeg(9))
     run(open_dataset(dataset.root), embed, cache=True)
-    [file] = (own_cache / "features").glob("*.safetensors")
+    [file] = (cache_folder / "features").glob("*.safetensors")
     with safe_open(file, "numpy") as tensors:
         assert tensors.get_tensor("hashes").shape == (3, 32)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_loses_no_evaluation(market, embed, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_is_a_warning_and_loses_no_evaluation(market, embed, tmp_path, caplog):
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
-        found = run(market, embed, cache=tmp_path / "file")
+        evaluation = run(market, embed, cache=tmp_path / "file")
     assert "cannot be written" in caplog.text
-    assert found.metrics.mAP == run(market, embed).metrics.mAP
+    assert evaluation.metrics.mAP == run(market, embed).metrics.mAP
 
 
-def test_without_a_cache_nothing_is_written(market, embed, own_cache):
+def test_without_a_cache_nothing_is_written(market, embed, cache_folder):
     run(market, embed, cache=False)
     score(make_model(), market, "cpu")
-    assert not own_cache.exists()
+    assert not cache_folder.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -346,9 +346,9 @@ def test_score_is_the_evaluation_and_leaves_the_model_in_training_as_it_is(marke
     model = make_model(drop_path_rate=0.5).train()
     model.reset_classifier(7)
     before, rng = deepcopy(model.state_dict()), torch.get_rng_state()
-    found = score(model, market, "cpu")
+    scores = score(model, market, "cpu")
     expected = run(market, embed).to_dict()
-    assert found == pytest.approx({"mAP": expected["mAP"], "rank1": expected["rank1"]}, abs=1e-4)
+    assert scores == pytest.approx({"mAP": expected["mAP"], "rank1": expected["rank1"]}, abs=1e-4)
     assert model.training
     assert model.num_classes == 7
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -374,21 +374,21 @@ def saved(tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_model_comes_by_name_from_its_folder_or_from_the_folder_of_its_run(market, embed, saved):
+def test_a_model_is_found_by_the_name_of_its_folder_or_of_its_run(market, embed, saved):
     expected = embed(market.query.paths)
     for name in (str(saved), str(saved / "export"), f"local-dir:{saved / 'export'}"):
         assert torch.equal(make_embedder(name, device="cpu")(market.query.paths), expected)
 
 
 def test_another_size_resizes_the_positions_as_a_model_of_that_size_does(market, saved):
-    found = make_embedder(str(saved), size=(96, 32), fusion="mean", flip=True, batch_size=3, device="cpu")
-    assert (found.input_size, found.batch_size, found.flip) == ((3, 96, 32), 3, True)
+    resized = make_embedder(str(saved), size=(96, 32), fusion="mean", flip=True, batch_size=3, device="cpu")
+    assert (resized.input_size, resized.batch_size, resized.flip) == ((3, 96, 32), 3, True)
     state = make_model().state_dict()
     positions = resample_abs_pos_embed(state["pos_embed"], [6, 2], [4, 2], num_prefix_tokens=0)
     by_hand = make_model(img_size=(96, 32))
     by_hand.load_state_dict(state | {"pos_embed": positions})
     expected = Embedder(by_hand, "cpu", fusion="mean", flip=True)(market.query.paths)
-    assert torch.allclose(found(market.query.paths), expected, atol=1e-5)
+    assert torch.allclose(resized(market.query.paths), expected, atol=1e-5)
 
 
 def test_384x128_resizes_the_positions_as_the_published_fine_tuning_does():
@@ -396,21 +396,21 @@ def test_384x128_resizes_the_positions_as_the_published_fine_tuning_does():
     assert passreid_models.load_report(embed.model).resized == {"pos_embed": "16x8 -> 24x8, bilinear"}
 
 
-def test_the_whole_of_it_by_names_writes_json_and_pictures(market, saved, tmp_path, monkeypatch):
-    drawn: list[Path] = []
+def test_evaluate_model_takes_names_and_writes_json_and_pictures(market, saved, tmp_path, monkeypatch):
+    folders: list[Path] = []
     monkeypatch.setattr(
-        "passreid_models.evaluation.evaluate.draw_evaluation", lambda found, folder: drawn.append(folder)
+        "passreid_models.evaluation.evaluate.draw_evaluation", lambda evaluation, folder: folders.append(folder)
     )
     options: dict[str, Any] = {"fusion": "mean", "size": (96, 32), "batch_size": 5, "dtype": torch.float64}
     where = {"json_file": tmp_path / "new" / "eval.json", "pictures": tmp_path / "pictures"}
-    found = evaluate_model(market.root, str(saved), device="cpu", **where, **options)
-    assert found is not None
-    assert json.loads(where["json_file"].read_text()) == json.loads(json.dumps(found.to_dict()))
-    assert found.model | {"weights": ""} == {
+    evaluation = evaluate_model(market.root, str(saved), device="cpu", **where, **options)
+    assert evaluation is not None
+    assert json.loads(where["json_file"].read_text()) == json.loads(json.dumps(evaluation.to_dict()))
+    assert evaluation.model | {"weights": ""} == {
         "name": str(saved), "size": "96x32", "fusion": "mean", "neck": "", "flip": False, "dtype": "float64",
         "width": 64, "weights": "",
     }  # fmt: skip
-    assert drawn == [tmp_path / "pictures"]
+    assert folders == [tmp_path / "pictures"]
 
 
 def test_pictures_without_matplotlib_are_refused_before_the_work(market, saved, tmp_path, monkeypatch, seen):
@@ -420,7 +420,7 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(market, saved, 
     assert seen == []
 
 
-def test_a_model_that_is_none_is_named(tmp_path):
+def test_a_name_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown model 'resnet50'; known: .*pass_vit_small_patch16"):
         make_embedder("resnet50")
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no model: expected a folder with config.json"):
@@ -433,14 +433,17 @@ def test_a_model_that_is_none_is_named(tmp_path):
 def evaluate_to_json(root: Path, model: Path, out: Path, cache: str) -> int:
     rank, os.environ["PASSREID_CACHE"] = os.environ["RANK"], cache  # the server that forks may have another
     with process_group("cpu"):
-        found = evaluate_model(root, str(model), device="cpu", per_camera=True, json_file=out / "eval.json")
-        record: dict[str, Any] = {"result": found is not None, "score": score(make_model(), open_dataset(root), "cpu")}
+        evaluation = evaluate_model(root, str(model), device="cpu", per_camera=True, json_file=out / "eval.json")
+        record: dict[str, Any] = {
+            "result": evaluation is not None,
+            "score": score(make_model(), open_dataset(root), "cpu"),
+        }
         try:
             score(make_model(), open_dataset(out / "no match"), "cpu")
         except ValueError as e:
             record["error"] = str(e)
     (out / f"{rank}.json").write_text(json.dumps(record))
-    return 1 if found and found.unreadable else 0
+    return 1 if evaluation and evaluation.unreadable else 0
 
 
 def test_two_processes_share_the_images_and_find_the_numbers_of_one(tmp_path, saved):
@@ -460,8 +463,8 @@ def test_two_processes_share_the_images_and_find_the_numbers_of_one(tmp_path, sa
         root, str(saved), device="cpu", per_camera=True, cache=False, json_file=tmp_path / "one.json"
     )
     assert alone is not None
-    found, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("eval", "one"))
-    assert _rounded(found) == _rounded(expected)
+    shared, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("eval", "one"))
+    assert _rounded(shared) == _rounded(expected)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first.pop("result"), second.pop("result")) == (True, False)
     assert first == second
@@ -469,7 +472,7 @@ def test_two_processes_share_the_images_and_find_the_numbers_of_one(tmp_path, sa
     assert "no query has a match" in first["error"]
     again = evaluate_model(root, str(saved), device="cpu")
     assert again is not None
-    assert again.retrieved.cached == again.retrieved.images - 1  # what the two have left in the cache
+    assert again.retrieved.cached == again.retrieved.images - 1  # the two have filled the cache
 
 
 def _rounded(value: Any) -> Any:

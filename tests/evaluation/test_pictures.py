@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: which images are shown in which frame, and which numbers are drawn."""
+"""Pictures of an evaluation: which images are shown in which frame, and which numbers are drawn."""
 
 import sys
 from pathlib import Path
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory) -> Evaluation:
     dataset = open_dataset(write_persons(tmp_path_factory.mktemp("market") / "persons"))
-    found = evaluate_dataset(dataset, Embedder(make_model(), "cpu"), cache=False, per_camera=True)
-    assert found is not None
-    return found
+    result = evaluate_dataset(dataset, Embedder(make_model(), "cpu"), cache=False, per_camera=True)
+    assert result is not None
+    return result
 
 
 def plain(folder: Path, has_cameras: bool, own: int = -1) -> Retrieved:
@@ -70,7 +70,7 @@ def test_hits_have_the_colour_of_right_and_wrong_and_their_images_inside(tmp_pat
     assert [(label[:, x : x + 72] < 128).any() for x in (0, 80, 152, 224, 296)] == [True] * 5
 
 
-def test_fewer_hits_than_asked_for_leave_the_rest_white(tmp_path):
+def test_places_without_a_hit_stay_white(tmp_path):
     sheet = draw_ranking(plain(tmp_path, True), np.array([0]), topk=6)
     assert sheet.getpixel((5 * 72 + 9, 60)) == (255, 255, 255)
 
@@ -84,10 +84,10 @@ def test_without_cameras_no_camera_is_named(tmp_path):
 
 
 def test_four_pictures_are_written(evaluation, tmp_path):
-    drawn = draw_evaluation(evaluation, tmp_path / "pictures", queries=3, topk=5)
+    paths = draw_evaluation(evaluation, tmp_path / "pictures", queries=3, topk=5)
     names = ["cmc.png", "ranking.png", "roc.png", "similarities.png"]
-    assert sorted(path.name for path in drawn) == sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
-    for path in drawn:
+    assert sorted(path.name for path in paths) == sorted(p.name for p in (tmp_path / "pictures").iterdir()) == names
+    for path in paths:
         with Image.open(path) as picture:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
@@ -120,25 +120,25 @@ def test_the_curves_are_those_of_the_evaluation(evaluation, tmp_path, monkeypatc
         ("right pairs", evaluation.roc.positive_histogram),
         ("wrong pairs", evaluation.roc.negative_histogram),
     ):
-        drawn, edges = stairs[name]
-        assert sum(drawn) == pytest.approx(100)
-        assert len(edges) == len(drawn) + 1
+        heights, edges = stairs[name]
+        assert sum(heights) == pytest.approx(100)
+        assert len(edges) == len(heights) + 1
         peak = int(np.argmax(counts))
-        assert edges[int(np.argmax(drawn))] == evaluation.roc.histogram_edges[peak]
+        assert edges[int(np.argmax(heights))] == evaluation.roc.histogram_edges[peak]
 
 
 def test_queries_that_do_not_count_are_not_shown(tmp_path, monkeypatch):
     root = write_flat(tmp_path / "own", ids=3, images=2)
     (root / "person 0" / "1.jpg").unlink()
-    found = evaluate_dataset(open_dataset(root), Embedder(make_model(), "cpu"), cache=False)
-    assert found is not None
+    evaluation = evaluate_dataset(open_dataset(root), Embedder(make_model(), "cpu"), cache=False)
+    assert evaluation is not None
     shown: list[int] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
     monkeypatch.setattr(
         "passreid_models.evaluation.pictures.draw_ranking",
         lambda retrieved, rows, topk: shown.extend(rows.tolist()) or Image.new("RGB", (1, 1)),
     )
-    draw_evaluation(found, tmp_path / "pictures")
+    draw_evaluation(evaluation, tmp_path / "pictures")
     assert shown == [1, 2, 3, 4]
 
 

@@ -44,27 +44,27 @@ def indicators(
 
 
 def test_prototypes_all_alike_give_the_largest_entropies():
-    found = indicators(torch.full((B, K), 0.3))
-    assert found["teacher_entropy"] == pytest.approx(math.log(K), rel=1e-6)
-    assert found["marginal_entropy"] == pytest.approx(math.log(K), rel=1e-6)
+    values = indicators(torch.full((B, K), 0.3))
+    assert values["teacher_entropy"] == pytest.approx(math.log(K), rel=1e-6)
+    assert values["marginal_entropy"] == pytest.approx(math.log(K), rel=1e-6)
 
 
 def test_one_prototype_for_all_images_gives_entropies_of_zero():
-    found = indicators(torch.eye(K)[[2] * B])
-    assert found["teacher_entropy"] == pytest.approx(0, abs=1e-6)
-    assert found["marginal_entropy"] == pytest.approx(0, abs=1e-6)
+    values = indicators(torch.eye(K)[[2] * B])
+    assert values["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert values["marginal_entropy"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_prototype_for_each_image_is_sharp_alone_and_spread_together():
-    found = indicators(torch.eye(K))
-    assert found["teacher_entropy"] == pytest.approx(0, abs=1e-6)
-    assert found["marginal_entropy"] == pytest.approx(math.log(K), rel=1e-6)
+    values = indicators(torch.eye(K))
+    assert values["teacher_entropy"] == pytest.approx(0, abs=1e-6)
+    assert values["marginal_entropy"] == pytest.approx(math.log(K), rel=1e-6)
     assert indicators(torch.eye(K)[[0, 0, 0, 0, 1, 1, 1, 1]])["marginal_entropy"] == pytest.approx(math.log(2))
 
 
 def test_logits_far_apart_do_not_make_the_entropies_nan():
-    found = indicators(torch.eye(K) * 1e4)
-    assert all(map(math.isfinite, found.values()))
+    values = indicators(torch.eye(K) * 1e4)
+    assert all(map(math.isfinite, values.values()))
 
 
 def test_the_centers_are_taken_off_before_the_temperature():
@@ -72,9 +72,9 @@ def test_the_centers_are_taken_off_before_the_temperature():
     criterion.centers[0] = torch.linspace(0, 3, K)
     target = criterion.centers.expand(B, -1).clone()
     teacher, tokens = projections(target, 0), torch.randn(B, 1, D)
-    found = collapse_indicators(criterion, projections(target, 0), teacher, 0.04, tokens)
-    assert found["teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
-    assert found["center_norm"] == pytest.approx(torch.linspace(0, 3, K).norm().item(), rel=1e-6)
+    values = collapse_indicators(criterion, projections(target, 0), teacher, 0.04, tokens)
+    assert values["teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
+    assert values["center_norm"] == pytest.approx(torch.linspace(0, 3, K).norm().item(), rel=1e-6)
 
 
 # ---- Student against teacher
@@ -83,9 +83,9 @@ def test_the_centers_are_taken_off_before_the_temperature():
 def test_kl_worked_out_by_hand():
     # teacher at temperature 1/2: logits log(3) / 2 and 0 become 3/4 and 1/4; student at 0.1: equal logits become 1/2
     # each. KL = 3/4 log(3/2) + 1/4 log(1/2); the entropy of the teacher is -3/4 log(3/4) - 1/4 log(1/4).
-    found = indicators(torch.tensor([[math.log(3) / 2, 0.0]] * B), torch.zeros(B, 2), temp=0.5)
-    assert found["kl"] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5)
-    assert found["teacher_entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
+    values = indicators(torch.tensor([[math.log(3) / 2, 0.0]] * B), torch.zeros(B, 2), temp=0.5)
+    assert values["kl"] == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5)
+    assert values["teacher_entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-5)
 
 
 def test_kl_compares_the_teachers_first_view_with_the_students_second():
@@ -94,16 +94,16 @@ def test_kl_compares_the_teachers_first_view_with_the_students_second():
     agreeing = torch.stack([b, a, b, b]) * 0.1  # two global views, two local views
     criterion, tokens = PASSLoss(3, 0), torch.randn(B, 1, D)
     for student, expected in ((agreeing, 0.0), (agreeing.flip(0), None)):
-        found = collapse_indicators(criterion, projections(student, 0), projections(teacher, 0), 0.05, tokens)
+        values = collapse_indicators(criterion, projections(student, 0), projections(teacher, 0), 0.05, tokens)
         q, p = (F.softmax(x, dim=-1) for x in (a[0], student[1, 0] / 0.1))
-        assert found["kl"] == pytest.approx((q * (q / p).log()).sum().item(), abs=1e-6)
-        assert expected is None or found["kl"] == pytest.approx(expected, abs=1e-6)
+        assert values["kl"] == pytest.approx((q * (q / p).log()).sum().item(), abs=1e-6)
+        assert expected is None or values["kl"] == pytest.approx(expected, abs=1e-6)
 
 
 # ---- Features
 
 
-def test_equal_features_have_no_spread_and_opposite_ones_all_of_it():
+def test_equal_features_have_a_std_of_zero_and_opposite_ones_of_one():
     one = torch.randn(1, 4, D)
     assert indicators(torch.eye(K), tokens=one.expand(B, -1, -1))["feature_std"] == pytest.approx(0, abs=1e-6)
     both = torch.cat([one, -one]).repeat(B // 2, 1, 1)
@@ -116,8 +116,8 @@ def test_features_spread_over_the_sphere_have_a_std_near_one_at_any_width(parts)
     generator = torch.Generator().manual_seed(0)
     for width in (4, 256):
         tokens = torch.randn(512, 1 + parts, width, generator=generator)
-        found = indicators(torch.zeros(512, 2), tokens=tokens, parts=parts)
-        assert found["feature_std"] == pytest.approx(1, abs=0.01)
+        values = indicators(torch.zeros(512, 2), tokens=tokens, parts=parts)
+        assert values["feature_std"] == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -127,8 +127,8 @@ def test_the_cosine_between_parts_is_one_when_equal_and_zero_when_orthogonal(par
     scaled = equal * torch.arange(1, parts + 2)[:, None]
     orthogonal = torch.cat([cls, torch.eye(D)[:parts].expand(B, -1, -1)], dim=1)
     for tokens, cosine in ((equal, 1), (scaled, 1), (orthogonal, 0)):
-        found = indicators(torch.eye(K), tokens=tokens, parts=parts)
-        assert found["part_cosine"] == pytest.approx(cosine, abs=1e-6)
+        values = indicators(torch.eye(K), tokens=tokens, parts=parts)
+        assert values["part_cosine"] == pytest.approx(cosine, abs=1e-6)
 
 
 def test_the_cosine_is_the_mean_over_pairs_of_different_parts():
@@ -139,9 +139,9 @@ def test_the_cosine_is_the_mean_over_pairs_of_different_parts():
 
 @pytest.mark.parametrize("parts", [0, 1])
 def test_without_two_parts_there_is_no_cosine_and_all_else_is_there(parts):
-    found = indicators(torch.eye(K), parts=parts)
-    assert set(found) == {"teacher_entropy", "marginal_entropy", "kl", "center_norm", "feature_std"}
-    assert all(type(value) is float for value in found.values())
+    values = indicators(torch.eye(K), parts=parts)
+    assert set(values) == {"teacher_entropy", "marginal_entropy", "kl", "center_norm", "feature_std"}
+    assert all(type(value) is float for value in values.values())
 
 
 # ---- The probe

@@ -60,7 +60,7 @@ def whole(home, data, one_thread) -> Path:
 
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
-    """The same run, to be harmed."""
+    """Copy of ``whole``, for a test that changes it."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -93,7 +93,7 @@ def test_metrics_have_each_step_once_and_indicators_at_the_ends_of_epochs(whole)
     assert records[1]["lr"] == pytest.approx(0.05 * 4 / 256)  # the warm-up is a tenth of 12 steps
 
 
-def test_the_scaled_learning_rate_and_the_division_of_the_batch_are_said_at_the_start(whole, data, tmp_path):
+def test_the_scaled_learning_rate_and_the_division_of_the_batch_are_logged_at_the_start(whole, data, tmp_path):
     log = (whole / "log.txt").read_text()
     assert "learning rate: 0.05 x 4 / 256 = 0.00078125 after the warm-up" in log
     assert "3 epochs of 4 steps of 4 images: 1 processes x 1 micro-batches x 4" in log
@@ -108,10 +108,10 @@ def test_the_scaled_learning_rate_and_the_division_of_the_batch_are_said_at_the_
 def test_the_export_is_the_backbone_of_the_teacher_bit_for_bit_with_its_provenance(whole):
     model = timm.create_model(f"local-dir:{whole}/export", pretrained=True)
     teacher = result(whole)
-    found = model.state_dict()
-    assert found.keys() == {k.removeprefix("/teacher/backbone.") for k in teacher if k.startswith("/teacher/backbone.")}
-    assert all(torch.equal(v, teacher[f"/teacher/backbone.{k}"]) for k, v in found.items())
-    assert not torch.equal(found["pos_embed"], teacher["/student/backbone.pos_embed"])
+    state = model.state_dict()
+    assert state.keys() == {k.removeprefix("/teacher/backbone.") for k in teacher if k.startswith("/teacher/backbone.")}
+    assert all(torch.equal(v, teacher[f"/teacher/backbone.{k}"]) for k, v in state.items())
+    assert not torch.equal(state["pos_embed"], teacher["/student/backbone.pos_embed"])
     provenance = json.loads((whole / "export" / "config.json").read_text())["provenance"]
     assert re.fullmatch("[0-9a-f]{64}", provenance.pop("config_sha256"))
     assert provenance.pop("data_fingerprint")
@@ -140,7 +140,7 @@ def labelled_folder(data, folder):
     return str(folder)
 
 
-def test_a_probe_that_a_kill_cut_short_is_made_again(data, tmp_path):
+def test_a_probe_that_a_kill_interrupted_is_repeated(data, tmp_path):
     config = tiny(data, tmp_path / "run", epochs=1, probe=labelled_folder(data, tmp_path / "labelled"))
     train(config)
     whole = metrics(tmp_path / "run")
@@ -161,8 +161,8 @@ def test_a_probe_is_logged_every_so_many_epochs_and_changes_no_bit(whole, data, 
     assert [i for i, r in enumerate(records) if "probe_mAP" in r] == [3]
     assert 0 < records[3]["probe_mAP"] <= 100
     assert 0 <= records[3]["probe_rank1"] <= 100
-    wanted = [r["loss"] for r in metrics(whole)]
-    assert records[2]["loss"] == pytest.approx(sum(wanted[5:8]) / 3)  # a line is the mean of the steps since the last
+    losses = [r["loss"] for r in metrics(whole)]
+    assert records[2]["loss"] == pytest.approx(sum(losses[5:8]) / 3)  # a line is the mean of the steps since the last
 
 
 @pytest.mark.slow
@@ -173,8 +173,8 @@ def test_tensorboard_gets_what_metrics_get(data, tmp_path):
     train(tiny(data, tmp_path / "run", epochs=1, tensorboard=True))
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    found = {e.step: e.value for e in events.Scalars("loss")}
-    assert found == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "run")})
+    losses = {e.step: e.value for e in events.Scalars("loss")}
+    assert losses == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "run")})
 
 
 def test_workers_are_all_cores_but_one_shared_by_the_processes_of_the_machine(monkeypatch, data, tmp_path):
@@ -191,7 +191,7 @@ def test_workers_are_all_cores_but_one_shared_by_the_processes_of_the_machine(mo
 # ---- Stopped and resumed
 
 
-def test_a_run_that_stops_after_each_step_ends_as_one_that_does_not(whole, data, tmp_path):
+def test_a_run_stopped_after_each_step_ends_as_one_that_was_not(whole, data, tmp_path):
     for step in range(1, 7):
         with pytest.raises(Stopped, match=f"stopped at step {step} of {STEPS}; --resume auto continues") as stopped:
             train(tiny(data, tmp_path / "run", resume="auto", max_minutes=1e-9))
@@ -201,8 +201,8 @@ def test_a_run_that_stops_after_each_step_ends_as_one_that_does_not(whole, data,
     assert export == tmp_path / "run" / "export"
     assert_same_bits(tmp_path / "run", result(whole))
     kept = ("step", "loss", "lr", "grad_norm", "teacher_entropy")
-    found, expected = ([{k: r.get(k) for k in kept} for r in metrics(run)] for run in (tmp_path / "run", whole))
-    assert found == expected
+    records, expected = ([{k: r.get(k) for k in kept} for r in metrics(run)] for run in (tmp_path / "run", whole))
+    assert records == expected
 
 
 class Stop(NamedTuple):
@@ -216,7 +216,7 @@ class Stop(NamedTuple):
 @pytest.fixture(scope="module")
 def stops(home, data) -> list[Stop]:
     """A run that each signal stops once, with two workers."""
-    run, found = home / "stopped", []
+    run, records = home / "stopped", []
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         words = flags(data, run, **LONG, workers=2, resume="auto")
         with Child(run_cli, words, folder=home / "printed") as child:
@@ -224,15 +224,15 @@ def stops(home, data) -> list[Stop]:
             child.wait_until(lambda steps=steps: steps_logged(run) > steps + EPOCH_STEPS)  # past an epoch's end
             child.signal(signum)
             code = child.wait()
-            found.append(Stop(signum, code, child.output, steps_logged(run), child.is_left()))
-    return found
+            records.append(Stop(signum, code, child.output, steps_logged(run), child.is_left()))
+    return records
 
 
-def test_a_signal_stops_the_run_with_128_and_its_number_and_says_how_to_go_on(stops):
+def test_a_signal_stops_the_run_with_128_plus_its_number_and_advice_to_resume(stops):
     assert [s.code for s in stops] == [143, 138, 130]
     for stop in stops:
-        said = one_sentence(stop.output)
-        assert said == f"passreid-train: stopped at step {stop.steps} of {LONG_STEPS}; --resume auto continues"
+        message = one_sentence(stop.output)
+        assert message == f"passreid-train: stopped at step {stop.steps} of {LONG_STEPS}; --resume auto continues"
     assert all(f"resumed at step {stop.steps} of" in later.output for stop, later in pairwise(stops))
 
 
@@ -273,7 +273,7 @@ def test_three_kills_at_random_moments_change_no_bit_and_leave_nothing_behind(ho
     assert not [f for f in files(run) if re.search(r"(^|/)\.", f)]
 
 
-def test_what_a_kill_leaves_half_written_is_never_taken_for_a_checkpoint_and_is_removed(whole, copy, data):
+def test_half_written_files_of_a_killed_run_are_not_used_as_checkpoints_and_are_removed(whole, copy, data):
     half = copy / "checkpoints" / ".step_000000009.pt.abc" / "new"
     half.mkdir(parents=True)
     shutil.copy(copy / "checkpoints" / "step_000000012.pt", half / "step_000000009.pt")
@@ -299,7 +299,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_for_the_one_b
     assert_same_bits(copy, result(whole))
 
 
-def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(copy, data):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(copy, data):
     for path in (copy / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     before = files(copy)
@@ -308,14 +308,14 @@ def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(copy, data):
     assert files(copy) == before
 
 
-def test_a_finished_run_makes_no_step_and_exports_again_what_a_kill_took(whole, copy, data):
+def test_a_finished_run_makes_no_step_and_restores_a_missing_export(whole, copy, data):
     shutil.rmtree(copy / "export")  # killed between its last checkpoint and the export, or between two renames
     train(tiny(data, copy, resume="auto"))
     assert_same_bits(copy, result(whole))
     assert metrics(copy) == metrics(whole)
 
 
-def test_a_run_goes_on_in_the_same_process_while_its_error_is_still_looked_at(data, tmp_path):
+def test_a_run_resumes_in_the_same_process_while_the_traceback_of_its_error_is_alive(data, tmp_path):
     with pytest.raises(Stopped) as stopped:  # holds the traceback, as a notebook does
         train(tiny(data, tmp_path / "run", max_minutes=1e-9))
     train(tiny(data, tmp_path / "run", resume="auto"))
@@ -323,7 +323,7 @@ def test_a_run_goes_on_in_the_same_process_while_its_error_is_still_looked_at(da
     assert stopped.value.signum is None
 
 
-def test_a_checkpoint_file_can_be_named_to_go_on_from(whole, data, copy):
+def test_a_run_resumes_from_a_named_checkpoint_file(whole, data, copy):
     train(tiny(data, copy, resume=str(copy / "checkpoints" / "step_000000004.pt"), keep=99))
     assert f"resumed at step 4 of {STEPS}" in (copy / "log.txt").read_text()
     assert_same_bits(copy, result(whole))
@@ -340,7 +340,7 @@ def test_a_checkpoint_file_of_another_run_is_refused_where_a_run_is(whole, data,
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "tolerance"),
+    ("options", "message", "tolerance"),
     [
         ({"accumulate": 2}, "2 accumulate instead of 1", 0.05),  # the stochastic depth is drawn for each micro-batch
         ({"loss_chunk": 1}, "1 loss_chunk instead of None", 1e-5),
@@ -349,12 +349,12 @@ def test_a_checkpoint_file_of_another_run_is_refused_where_a_run_is(whole, data,
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_a_run_goes_on_with_other_numerics_after_a_warning(whole, copy, data, options, said, tolerance):
+def test_a_run_resumes_with_other_numerics_after_a_warning(whole, copy, data, options, message, tolerance):
     back_to(copy, 8)
     train(tiny(data, copy, resume="auto", **options))
     log = (copy / "log.txt").read_text()
     warning = "batches are the same, but results agree up to rounding only, and drop-path masks differ"
-    assert f"resumed with {said}: {warning}" in log
+    assert f"resumed with {message}: {warning}" in log
     assert f"resumed at step 8 of {STEPS}" in log
     found, expected = ([r["loss"] for r in metrics(run)] for run in (copy, whole))
     assert found[:8] == expected[:8]
@@ -372,7 +372,7 @@ def weights(home) -> Path:
     return home / "begin" / "weights"
 
 
-def test_a_run_goes_on_without_the_weights_it_began_with_and_keeps_their_statistics(weights, home, data, tmp_path):
+def test_a_run_resumes_without_its_initial_weights_and_keeps_their_statistics(weights, home, data, tmp_path):
     begin, run = Path(shutil.copytree(weights, tmp_path / "weights")), tmp_path / "run"
     train(tiny(data, home / "from_weights", epochs=2, init=str(begin)))
     for init in (str(begin), ""):  # given again, or not
@@ -412,7 +412,7 @@ def test_the_export_names_no_folder_of_the_machine(weights, data, tmp_path):
     ],
     ids=["keep", "save_epochs", "save_minutes"],
 )
-def test_checkpoints_come_as_often_and_stay_as_many_as_asked(data, tmp_path, options, steps):
+def test_checkpoints_are_saved_and_kept_as_configured(data, tmp_path, options, steps):
     train(tiny(data, tmp_path / "run", **options))
     assert saved_steps(tmp_path / "run") == steps
 
@@ -434,15 +434,15 @@ def test_a_run_is_resumed_with_its_own_settings_and_images_alone(copy, data, tmp
     more = write_images(tmp_path / "more", 17)
     with pytest.raises(ValueError, match=f"16 images, and {more} now holds 17"):
         train(tiny(more, copy, resume="auto"))
-    others = Path(shutil.copytree(data, tmp_path / "others"))
-    (others / "05.png").rename(others / "16.png")
-    message = f"16 images, and {others} now holds 16, not the same ones: begin a new run with"
+    renamed = Path(shutil.copytree(data, tmp_path / "others"))
+    (renamed / "05.png").rename(renamed / "16.png")
+    message = f"16 images, and {renamed} now holds 16, not the same ones: begin a new run with"
     with pytest.raises(ValueError, match=message):
-        train(tiny(others, copy, resume="auto"))
+        train(tiny(renamed, copy, resume="auto"))
     assert {f: (copy / f).read_bytes() for f in files(copy) if (copy / f).is_file()} == before
 
 
-def test_a_second_process_is_kept_out_of_the_folder_and_the_first_goes_on(data, home):
+def test_a_second_process_is_refused_in_the_folder_and_the_first_continues(data, home):
     run = home / "shared"
     with Child(run_cli, flags(data, run, **LONG), folder=home / "printed") as child:
         child.wait_until(lambda: steps_logged(run) > EPOCH_STEPS)
@@ -542,7 +542,7 @@ def checkpoint_sizes(whole) -> list[int]:
     return [p.stat().st_size for p in RunFolder(whole).checkpoints()]
 
 
-def test_a_disk_that_fills_up_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
+def test_a_disk_that_fills_up_is_a_clear_error_and_the_run_resumes_when_there_is_room(
     whole, data, home, checkpoint_sizes
 ):
     run = home / "full"
@@ -550,10 +550,10 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_the_run_goes_on_when_there_is
     words = flags(data, run, log_steps=99)
     with Child(run_cli, words, folder=home / "printed", file_size=(first + second) // 2) as child:
         assert child.wait() == 2
-    said = one_sentence(child.output)
+    message = one_sentence(child.output)
     newest = f"{run}/checkpoints/step_000000008.pt"
     assert re.fullmatch(
-        f"passreid-train: {newest} could not be written .*; the last whole checkpoint: .*/step_000000004.pt", said
+        f"passreid-train: {newest} could not be written .*; the last whole checkpoint: .*/step_000000004.pt", message
     )
     assert saved_steps(run) == [4]
     assert not [f for f in files(run) if re.search(r"(^|/)\.", f)]
@@ -620,7 +620,7 @@ def test_too_many_unreadable_images_stop_the_run_with_the_field_and_where_they_a
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_when_no_image_can_be_read_the_run_says_so_and_ends(tmp_path, workers):
+def test_a_run_ends_with_an_error_if_no_image_can_be_read(tmp_path, workers):
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(8):
@@ -629,8 +629,8 @@ def test_when_no_image_can_be_read_the_run_says_so_and_ends(tmp_path, workers):
     with Child(run_cli, words, folder=tmp_path / "printed") as child:
         assert child.wait() == 2  # and does not wait for its workers forever
         assert not child.is_left()
-    said = one_sentence(child.output)
-    assert re.match(f"passreid-train: 8 images in a row cannot be read; the first: {folder}/[0-7].jpg: ", said)
+    message = one_sentence(child.output)
+    assert re.match(f"passreid-train: 8 images in a row cannot be read; the first: {folder}/[0-7].jpg: ", message)
     with pytest.raises(ImageError, match="8 images in a row"):
         train(tiny(folder, tmp_path / "other", max_unreadable=1))
 
@@ -649,9 +649,9 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_other_behind(data, home):
         os.kill(workers[0], signal.SIGKILL)  # as the system does when memory runs out
         assert child.wait() == 1
         assert not child.is_left()
-    said = one_sentence(child.output)
-    assert "a process that loads images died (DataLoader worker" in said
-    assert "fewer --workers" in said
+    message = one_sentence(child.output)
+    assert "a process that loads images died (DataLoader worker" in message
+    assert "fewer --workers" in message
 
 
 @pytest.mark.slow
