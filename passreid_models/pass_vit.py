@@ -148,7 +148,7 @@ class PassVisionTransformer(VisionTransformer):
         self.head.train(self.training)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Set the input size as in timm; before 1.0.31 it keeps the positions if only the shape of the grid changes."""
+        """Set the input size as in timm; also resample positions if the patch count stays (timm < 1.0.31 did not)."""
         old, old_grid = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         grid = self.patch_embed.grid_size
@@ -275,7 +275,7 @@ def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
-    """One cfg for each weight; the first bundled one is the default (``*``), a published one never is."""
+    """One cfg for each weight; the default (``*``) is the first bundled one, never a published one."""
     cfgs = {}
     for architecture in ARCHITECTURES:
         entries = zoo.list_weights(architecture)

@@ -91,7 +91,7 @@ def _model_of_tensors(converted: Converted, file: Path) -> tuple[str, dict[str, 
 
 
 def find_model(name: str, architecture: str = "") -> NamedModel:
-    """Find the model of a name; registered names come before files of that name, and files before bare tags.
+    """Find the model of a name: first as a registered name, then as a file or folder, then as a bare tag.
 
     Args:
         name: Name in one of the forms at the top of this file.

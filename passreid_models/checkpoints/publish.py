@@ -150,7 +150,7 @@ def publish(
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {config['architecture']}"
             )
-        except Exception as e:  # which exceptions depends on the client's HTTP library
+        except Exception as e:  # their kind depends on the client's HTTP library
             status = getattr(getattr(e, "response", None), "status_code", None)
             advice = "; is HF_TOKEN set, and allowed to write?" if status in (401, 403) else ""
             raise WeightsUnavailableError(f"the Hub refused {repo_id}: {short_error(e)}{advice}") from None

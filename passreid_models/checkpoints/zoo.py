@@ -336,7 +336,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     for again in (False, True):
         try:
             path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
-        except Exception as e:  # which exceptions depends on the client's HTTP library
+        except Exception as e:  # their kind depends on the client's HTTP library
             raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
         blob = Path(path).resolve()
         if len(blob.name) != 64 or sha256(blob) == blob.name:

@@ -6,7 +6,7 @@
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
 
-Identities that are numbers keep them. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
+Numeric identities keep their numbers. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
 images or queries have it too, it is an identity like others, and gets the next free number.
 """
 
@@ -111,7 +111,7 @@ class ReIDDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names and labels, in hexadecimal; the same on every machine."""
+        """SHA-256 of names and labels, or of the recipe, in hexadecimal; the same on every machine."""
         return self._fingerprint(self.train, self.query, self.gallery)
 
     @cached_property

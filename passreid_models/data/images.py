@@ -1,4 +1,4 @@
-"""Image files: suffixes, walk of folders, opener, and reason why one cannot be read, for all readers alike."""
+"""Image files: suffixes, walk of folders, opener, and reasons why one cannot be read; every reader uses these."""
 
 import os
 import re

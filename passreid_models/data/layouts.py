@@ -77,7 +77,7 @@ def read_folder(root: Path) -> Layout | None:
 
 
 def read_tree(root: Path) -> Layout | None:
-    """Read a folder with a folder of images for each identity; None if none has an image.
+    """Read a folder that holds a folder of images for each identity; None if it has no image in them.
 
     Raises:
         ValueError: If images lie beside the folders of identities, or deeper.

@@ -220,7 +220,7 @@ def _read(file: Path) -> Listing | None:
                 getattr(listing, names).ends.frombytes(arrays[f"{names}_ends"].tobytes())
             listing.members.frombytes(arrays["members"].tobytes())
             listing.stamps.frombytes(arrays["stamps"].tobytes())
-    except Exception:  # zipfile and numpy raise many kinds on a damaged file, and it is only a cache
+    except Exception:  # a damaged file raises many kinds of errors; it is only a cache
         return None
     return listing if listing.names and listing.watched else None
 
