@@ -136,8 +136,9 @@ def share_first(tensors: Iterable[Tensor]) -> None:
 
 
 def num_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of CPU cores for this process: those it may use, shared with the other processes of ``torchrun`` here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def cache_dir() -> Path:

@@ -367,7 +367,7 @@ def all_options() -> set[str]:
             names |= set(action.option_strings)
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
     for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
-        names |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
+        names |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
     return names | {"--signal"}  # of Slurm
 
 

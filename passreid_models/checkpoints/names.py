@@ -110,6 +110,8 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     first, _, tag = name.partition(".")
     if weight := zoo.find_weight(first, tag):
         return _tagged(name, first, weight)
+    if path.name == "model.safetensors" and exported_folder(path.parent) == path.parent:
+        path = path.parent  # its config.json has the statistics
     if name and (folder := exported_folder(path)):
         return _exported(f"local-dir:{folder}", folder)
     if path.is_file():

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from passreid_models.data.datasets import ReIDDataset, Split
-from passreid_models.data.images import count, open_image, reason
+from passreid_models.data.images import count, open_image, read_file, reason
 from passreid_models.runtime import num_cores
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
@@ -181,7 +181,7 @@ def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
 def _hash(path: Path) -> tuple[str, str]:
     """SHA-256 of an image file, and the reason why it cannot be read; one of the two is empty."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         open_image(content)
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
         return "", reason(e)

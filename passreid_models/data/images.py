@@ -116,6 +116,18 @@ def count(number: int, one: str, many: str = "") -> str:
 # ----------------------------------------------------------------------------------------------------------- images
 
 
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Content of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is a pipe or a device, whose reader would wait.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError("not a regular file")
+    return Path(path).read_bytes()
+
+
 def open_image(item: Any, bgr: bool = False) -> Image.Image:
     """Open an image in RGB as a viewer shows it: turned by EXIF, 16 bits scaled to 8, transparency dropped.
 
@@ -129,7 +141,7 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
             ValueError if ``item`` is not an image or has no pixels; ``reason`` puts it into words.
     """
     if isinstance(item, str | os.PathLike):
-        item = Path(item).read_bytes()
+        item = read_file(item)
     if isinstance(item, bytes):
         if not item:
             raise ValueError("the file is empty")

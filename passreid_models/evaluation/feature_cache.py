@@ -104,7 +104,7 @@ def hash_files(paths: Sequence[Path]) -> list[str]:
 
 def _hash(path: Path) -> str:
     try:
-        return sha256(path)
+        return sha256(path) if path.is_file() else ""  # a pipe would make the reader wait
     except OSError:
         return ""
 

@@ -352,7 +352,7 @@ def pick_workers(config: RunConfig) -> int:
     """Loader processes of a training process: by default its share of the cores minus one, at least 1, at most 16."""
     if config.workers is not None:
         return config.workers
-    return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return max(1, min(16, num_cores() - 1))
 
 
 def _tensorboard(folder: RunFolder) -> Any:

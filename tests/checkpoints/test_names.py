@@ -34,7 +34,7 @@ from tests.tiny_runs import tiny, write_images
 
 CPU = torch.device("cpu")
 TINY, SMALL, BASE = (f"pass_vit_{size}_patch16" for size in ("tiny", "small", "base"))
-RUN_KINDS = ("run", "export", "local-dir:export", "local-dir:run", "checkpoint", "run without export")
+RUN_KINDS = ("run", "export", "local-dir:export", "local-dir:run", "weights", "checkpoint", "run without export")
 TAG_KINDS = (TINY, f"{TINY}.synth_reid", "synth_reid")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +62,7 @@ def names(pretrained, home) -> dict[str, str]:
     (home / "new" / "checkpoints").mkdir(parents=True)
     (home / "new" / "checkpoints" / steps(pretrained)[-1].name).symlink_to(steps(pretrained)[-1])
     paths = {"run": pretrained, "export": pretrained / "export", "checkpoint": steps(pretrained)[-1]}
-    paths["run without export"] = home / "new"
+    paths |= {"run without export": home / "new", "weights": pretrained / "export" / "model.safetensors"}
     return {
         **{kind: str(path) for kind, path in paths.items()},
         "local-dir:export": f"local-dir:{pretrained}/export",

@@ -16,7 +16,8 @@ from passreid_models.data.datasets import open_dataset
 from passreid_models.data.images import ImageError, find_images, open_image, reason
 from passreid_models.data.sources import open_source
 from passreid_models.embed import Embedder
-from tests.reid_data import jpeg, make_model, write
+from passreid_models.evaluation import evaluate_dataset
+from tests.reid_data import jpeg, make_model, write, write_csv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -261,3 +262,19 @@ def test_reasons_omit_counts_of_bytes_and_keep_other_details(tmp_path):
     assert reason(ValueError("got uint8 (8, 8, 4)")) == "got uint8 (8, 8, 4)"
     assert reason(PermissionError(13, "Permission denied", "a.jpg")) == "Permission denied"
     assert reason(MemoryError()) == "MemoryError"
+
+
+def test_a_pipe_that_a_list_or_a_csv_file_names_is_an_unreadable_image_and_nobody_waits_for_it(tmp_path):
+    root = write(tmp_path / "crops", ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg"])
+    os.mkfifo(root / "pipe.jpg")
+    (tmp_path / "list.txt").write_text("crops/a/1.jpg\ncrops/pipe.jpg\n")
+    with pytest.raises(ImageError, match=r"pipe\.jpg: not a regular file"):
+        open_source(tmp_path / "list.txt").load(1)
+    rows = [f"crops/{name},{name[0]},{split}" for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")
+            for split in ("query", "gallery")]  # fmt: skip
+    file = write_csv(tmp_path / "crops.csv", ["path,pid,split", *rows, "crops/pipe.jpg,a,gallery"])
+    errors = [f for f in check_dataset(file).findings if f.kind == "unreadable"]
+    assert [(f.level, f.files) for f in errors] == [("error", ["crops/pipe.jpg"])]
+    embed = Embedder(make_model(), "cpu")
+    evaluation = evaluate_dataset(open_dataset(file), embed, cache=tmp_path / "cache")
+    assert [reason.partition("pipe.jpg: ")[2] for reason in evaluation.unreadable] == ["not a regular file"]

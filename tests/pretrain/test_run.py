@@ -177,7 +177,7 @@ def test_tensorboard_gets_what_metrics_get(data, tmp_path):
     assert losses == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "run")})
 
 
-def test_workers_are_all_cores_but_one_shared_by_the_processes_of_the_machine(monkeypatch, data, tmp_path):
+def test_workers_are_the_cores_of_a_process_but_one(monkeypatch, data, tmp_path):
     auto = tiny(data, tmp_path, workers=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
     assert pick_workers(auto) == 16
