@@ -78,8 +78,8 @@ def main(args):
                     head.last_layer.zero_grad()
             optimizer.step()
             optimizer.zero_grad()
+            criterion.update_centers(targets)  # before the teacher changes
             update_teacher(teacher.parameters(), student.parameters(), cosine(step, total, args.momentum, 1.0))
-            criterion.update_centers(targets)
             step += 1
             if step % 50 == 0 or step == total:
                 print(f"epoch {epoch + 1}/{args.epochs}  step {step}/{total}  loss {loss.item():.3f}", flush=True)

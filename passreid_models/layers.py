@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 
 
@@ -34,6 +34,24 @@ def fuse_tokens(tokens: Tensor, fusion: str) -> Tensor:
 def fused_width(fusion: str, embed_dim: int, num_parts: int) -> int:
     """Width of a descriptor; ``''`` (unpooled) counts as one token."""
     return embed_dim * {"cat": 2, "mean": 1, "parts": 1 + num_parts, "token": 1, "": 1}[fusion]
+
+
+def resample_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], rule: str) -> Tensor:
+    """Resample position embeddings ``[1, H * W, D]`` to the patch grid of a view.
+
+    Args:
+        pos_embed: Position embeddings of the patches.
+        old: Their rows and columns.
+        new: Rows and columns of the view.
+        rule: ``antialiased`` (bicubic; as they are where the grids are equal), or ``official``, that of the published
+            pre-training: bicubic without antialiasing, by a scale of (n + 0.1) / N, at the native size too, which
+            shifts the positions by up to a tenth of a patch.
+    """
+    if rule == "official":
+        grid = pos_embed.reshape(1, *old, -1).permute(0, 3, 1, 2)
+        scale = [(n + 0.1) / size for n, size in zip(new, old, strict=True)]
+        return F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    return resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
 
 
 class SingleNeck(nn.Module):

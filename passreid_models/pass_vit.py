@@ -29,7 +29,7 @@ from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width
+from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width, resample_positions
 
 __all__ = ["PassVisionTransformer"]
 
@@ -175,16 +175,16 @@ class PassVisionTransformer(VisionTransformer):
             "patches": tokens[:, 1 + self.num_parts :],
         }
 
-    def forward_views(self, x: Tensor, part_index: Tensor | None = None) -> Tensor:
+    def forward_views(self, x: Tensor, part_index: Tensor | None = None, pos_resampling: str = "antialiased") -> Tensor:
         """Prefix tokens of a batch of views of any size that is divisible by the patch size.
 
         A global view carries CLS and all parts, a local view CLS and the part token of the area it was cut from; local
-        views of all areas go through in one call. Positions are resampled to the views' grid, bicubic and antialiased,
-        and left as they are at the native size.
+        views of all areas go through in one call. Position embeddings are resampled to the views' grid.
 
         Args:
             x: Views ``[B, 3, H, W]``.
             part_index: Area of each local view, 0-based, int64 ``[B]``; None for global views.
+            pos_resampling: See ``layers.resample_positions``.
 
         Returns:
             ``[B, 1 + P, D]`` for global views, ``[B, 2, D]`` (CLS, PART) for local ones.
@@ -203,11 +203,9 @@ class PassVisionTransformer(VisionTransformer):
                 f"model with {self.num_parts} parts"
             )
         patches = self.patch_embed.proj(x)  # [B, D, h, w]
-        grid = list(patches.shape[-2:])
+        grid = (patches.shape[-2], patches.shape[-1])
         patches = self.patch_embed.norm(patches.flatten(2).transpose(1, 2))
-        patches = patches + resample_abs_pos_embed(
-            self.pos_embed, grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=0
-        )
+        patches = patches + resample_positions(self.pos_embed, self.patch_embed.grid_size, grid, pos_resampling)
         prefix = [self.cls_token.expand(len(x), -1, -1)]
         if self.reg_token is not None:
             parts = self.reg_token.expand(len(x), -1, -1)

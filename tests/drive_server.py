@@ -21,7 +21,7 @@ LOGIN = "<html><head><title>Sign in - Google&nbsp;Accounts</title></head><body><
 
 class DriveServer:
     """Serves ``content`` under ids that say how: ``file``, ``confirm``, ``quota``, ``login``, ``cut`` (half, once),
-    ``cut-always``, ``whole-again`` (half, then without ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``."""
+    ``cut-always``, ``whole-again`` (half, then no ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content

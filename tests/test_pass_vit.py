@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from timm.models import create_feature_extractor, get_graph_node_names
 from timm.optim import param_groups_layer_decay
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from passreid_models import pass_vit
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights
-from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens
+from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens, resample_positions
 from passreid_models.pass_vit import PassVisionTransformer
+from tests import GOLDEN
 
 NAMES = list(ARCHITECTURES)
 PASS_NAMES = [name for name in NAMES if ARCHITECTURES[name].num_parts]
@@ -496,6 +498,26 @@ def test_views_of_any_size_take_positions_resampled_to_their_grid(name, size):
     model, x = create(name), images(2, size)
     # to rounding: the last block works on fewer tokens; a resampling at the native size would be 1000 times as far off
     assert_close(model.forward_views(x), reference_views(model, x, None))
+
+
+@pytest.mark.parametrize(("name", "grid"), [("to_256x128", (16, 8)), ("to_128x64", (8, 4))])
+def test_positions_are_resampled_as_in_the_official_pretraining_on_request(name, grid):
+    golden = load_file(GOLDEN / "pos_resampling.safetensors")
+    official = resample_positions(golden["pos_embed"], (16, 8), grid, "official")
+    assert_close(official, golden[name], 1e-6)
+    ours = resample_positions(golden["pos_embed"], (16, 8), grid, "antialiased")
+    assert (ours - golden[name]).abs().max() > 1e-3
+    assert (grid == (16, 8)) == torch.equal(ours, golden["pos_embed"])
+
+
+def test_views_take_the_rule_that_is_asked_for():
+    model, x = create(), images(2, (32, 16))
+    official = model.forward_views(x, pos_resampling="official")
+    resampled = resample_positions(model.pos_embed, model.patch_embed.grid_size, (2, 1), "official")
+    small = create(img_size=(32, 16))
+    small.load_state_dict({**model.state_dict(), "pos_embed": resampled})
+    assert_close(official, small.forward_views(x), 1e-5)
+    assert (official - model.forward_views(x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_teacher_temp": 0.03,
     },
 }
-CLIPS = ("parameter", "norm")
+CLIPS, RESAMPLINGS = ("parameter", "norm"), ("antialiased", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ class PretrainConfig(RunConfig):
         lr: Peak learning rate for a batch of 256; scaled linearly.
         weight_decay: Weight decay at the start.
         parts: Number of part tokens and of areas; by default the architecture's; 0 is plain DINO.
+        pos_resampling: Resampling of position embeddings to the grid of a view: ``antialiased`` by size, none at the
+            native size; or ``official``, the rule that the published weights were pre-trained with (bicubic without
+            antialiasing, at every forward pass by a scale of (n + 0.1) / N): to continue from them as they began.
         areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
             height, for 3 parts the published halves.
         local_size: Height and width of local views; half of ``size`` by default.
@@ -102,6 +105,7 @@ class PretrainConfig(RunConfig):
     weight_decay: float = 0.04
 
     parts: int | None = None
+    pos_resampling: str = "antialiased"
     areas: list[Area] | None = None
     local_size: tuple[int, int] | None = None
     local_views: int = 9
@@ -144,7 +148,7 @@ class PretrainConfig(RunConfig):
             ValueError: If a value is not allowed; the message begins with the field's name.
         """
         super().__post_init__()
-        self.check_choices({"model": tuple(ARCHITECTURES), "clip_by": CLIPS})
+        self.check_choices({"model": tuple(ARCHITECTURES), "clip_by": CLIPS, "pos_resampling": RESAMPLINGS})
         self.check_ranges(
             (
                 ("batch_size accumulate num_prototypes hidden_dim bottleneck_dim probe_epochs", 1, math.inf),

@@ -93,7 +93,13 @@ class PASSLoss(nn.Module):
 
     @torch.no_grad()
     def update_centers(self, teacher: Sequence[Tensor] | Projections) -> None:
-        """Move the centres towards the teacher's mean logits over all processes; call it after the loss."""
+        """Move the centres towards the teacher's mean logits over all processes.
+
+        Call it after the loss and, with ``Projections``, before the teacher is updated: they refer to its prototypes.
+
+        Raises:
+            ValueError: If the prototypes have changed since the teacher computed its features.
+        """
         self.move_centers(mean_logits(teacher))
 
     @torch.no_grad()
@@ -113,6 +119,11 @@ class PASSLoss(nn.Module):
 def mean_logits(outputs: Sequence[Tensor] | Projections) -> Tensor:
     """Mean logits of the batch ``[1 + P, K]``; features suffice, since the last layer is linear."""
     if isinstance(outputs, Projections):
+        if outputs.versions and outputs.versions != tuple(p._version for p in outputs.prototypes):
+            raise ValueError(
+                "the teacher was updated after it computed these features: call update_centers before update_teacher, "
+                "or keep its logits()"
+            )
         pairs = zip(outputs.features, outputs.scaled(), strict=True)
         with torch.autocast(outputs.features[0].device.type, enabled=False):
             return torch.stack([w.float() @ x.float().mean((0, 1)) * s for x, (w, s) in pairs])

@@ -28,6 +28,7 @@ class Projections(NamedTuple):
     features: list[Tensor]  # [V_t, B, C]: the global views, then the local views that carry the token
     prototypes: list[Tensor]  # [K, C]
     gains: list[Tensor] | None = None  # [K], lengths that the prototypes are normalised to; None: no normalisation
+    versions: tuple[int, ...] = ()  # of the prototypes when the features were computed; () if not known
 
     def logits(self) -> list[Tensor]:
         """Logits ``[V_t, B, K]`` of each kind of token."""
@@ -55,10 +56,11 @@ class PASSNetwork(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         norm_last_layer: bool = True,
+        pos_resampling: str = "antialiased",
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.forward_views = backbone.forward_views
+        self.forward_views, self.pos_resampling = backbone.forward_views, pos_resampling
         self.heads = nn.ModuleList(
             ProjectionHead(backbone.embed_dim, num_prototypes, hidden_dim, bottleneck_dim, norm_last_layer)
             for _ in range(backbone.num_prefix_tokens)
@@ -76,7 +78,7 @@ class PASSNetwork(nn.Module):
             local_views: ``[A * L, B, 3, h, w]``, L views of area 1, then of area 2 and so on; a view of area k carries
                 CLS and PART k. Without parts the areas do not matter.
         """
-        tokens = self._tokens(global_views)  # [G, B, T, D]
+        tokens = self.tokens(global_views)  # [G, B, T, D]
         views = list(tokens.unbind(2))
         if local_views is not None and len(local_views):
             parts = self.backbone.num_parts
@@ -85,17 +87,19 @@ class PASSNetwork(nn.Module):
                 per_area = len(local_views) // parts
                 area = torch.arange(parts, device=local_views.device)
                 area = area.repeat_interleave(per_area * local_views.shape[1])
-            local = self._tokens(local_views, area)  # [A * L, B, 2, D]
+            local = self.tokens(local_views, area)  # [A * L, B, 2, D]
             views[0] = torch.cat([views[0], local[:, :, 0]])
             for k in range(parts):
                 views[1 + k] = torch.cat([views[1 + k], local[k * per_area : (k + 1) * per_area, :, 1]])
         heads = cast(list[ProjectionHead], self.heads)
         features = [head.features(x) for head, x in zip(heads, views, strict=True)]
         prototypes, gains = zip(*(head.factors() for head in heads), strict=True)
-        return Projections(features, list(prototypes), list(gains))
+        return Projections(features, list(prototypes), list(gains), tuple(p._version for p in prototypes))
 
-    def _tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
-        return self.forward_views(views.flatten(0, 1), area).unflatten(0, views.shape[:2])
+    def tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
+        """Prefix tokens ``[V, B, T or 2, D]`` of views ``[V, B, 3, H, W]``; ``area`` ``[V * B]`` of local views."""
+        tokens = self.forward_views(views.flatten(0, 1), area, self.pos_resampling)
+        return tokens.unflatten(0, views.shape[:2])
 
 
 def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNetwork, PASSNetwork]:
@@ -132,7 +136,12 @@ def _make_network(config: PretrainConfig, drop_path: float, device: torch.device
     backbone = random_backbone(config, drop_path)
     prepare_to_train(backbone, device, config.grad_checkpointing)
     network = PASSNetwork(
-        backbone, config.num_prototypes, config.hidden_dim, config.bottleneck_dim, config.norm_last_layer
+        backbone,
+        config.num_prototypes,
+        config.hidden_dim,
+        config.bottleneck_dim,
+        config.norm_last_layer,
+        config.pos_resampling,
     )
     return network.to(device)
 

@@ -158,7 +158,7 @@ class PretrainTrainer(BaseTrainer):
 
     @torch.no_grad()
     def _inspect(self, outputs: Projections, targets: Projections, temp: float, global_views: Tensor) -> None:
-        tokens = self.teacher.backbone.forward_views(global_views[0])
+        tokens = self.teacher.tokens(global_views[:1])[0]
         self.indicators = collapse_indicators(self.criterion, outputs, targets, temp, tokens)
 
     def tensors(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class TrainTransform:
         erase_prob: Probability of random erasing (arXiv 1708.04896).
         erase_area: Smallest and largest erased share of the image.
         erase_value: Fill of the erased area, after normalisation: three numbers, or ``random`` for noise.
+        erase_uniform: Draw the aspect ratio of the erased area uniformly, as Cluster Contrast does, not log-uniformly.
     """
 
     size: tuple[int, int] = (256, 128)
@@ -56,11 +57,13 @@ class TrainTransform:
     erase_prob: float = 0.5
     erase_area: tuple[float, float] = (0.02, 1 / 3)
     erase_value: tuple[float, float, float] | str = RANDOM
+    erase_uniform: bool = False
 
     def compose(self) -> Any:
         """Return the torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator."""
         from torchvision import transforms as T
 
+        erasing = _UniformErasing if self.erase_uniform else T.RandomErasing
         return T.Compose(
             [
                 T.Resize(self.size, T.InterpolationMode.BICUBIC),
@@ -68,9 +71,33 @@ class TrainTransform:
                 T.RandomCrop(self.size, self.pad),
                 T.ToTensor(),
                 T.Normalize(*HALF),
-                T.RandomErasing(self.erase_prob, self.erase_area, value=self.erase_value),
+                erasing(self.erase_prob, self.erase_area, value=self.erase_value),
             ]
         )
+
+
+class _UniformErasing:
+    """Random erasing of Cluster Contrast: torchvision's, but for the uniform aspect ratio and up to 100 tries."""
+
+    def __init__(self, p: float, scale: tuple[float, float], value: Any, ratio: float = 0.3) -> None:
+        self.p, self.scale, self.ratio = p, scale, (ratio, 1 / ratio)
+        self.value = torch.tensor(value)[:, None, None]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Erase a rectangle of an image ``[3, H, W]``, in place."""
+        if torch.rand(()) >= self.p:
+            return image
+        height, width = image.shape[1:]
+        for _ in range(100):
+            area, ratio = (low + (high - low) * torch.rand(()).item() for low, high in (self.scale, self.ratio))
+            h = round((area * height * width * ratio) ** 0.5)
+            w = round((area * height * width / ratio) ** 0.5)
+            if h < height and w < width:
+                top = int(torch.randint(height - h + 1, ()))
+                left = int(torch.randint(width - w + 1, ()))
+                image[:, top : top + h, left : left + w] = self.value
+                break
+        return image
 
 
 class TrainImages(Dataset):

@@ -49,7 +49,7 @@ class ReIDConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices({"fusion": ("", *FUSIONS), "neck": NECKS})
+        self.check_choices({"fusion": ("", *FUSIONS), "neck": ("", *NECKS)})
         self.check_ranges((("pad eval_epochs", 0, math.inf), ("momentum flip_prob erase_prob", 0, 1)))
         self.check_size("size")
 
@@ -104,6 +104,7 @@ class FinetuneConfig(ReIDConfig):
             ValueError: If a value is not valid; the message begins with the field's name.
         """
         super().__post_init__()
+        self.check_choices({"neck": NECKS})
         self.check_ranges(
             (
                 ("ids_per_batch images_per_id", 1, math.inf),
@@ -145,6 +146,8 @@ class ClusterConfig(ReIDConfig):
         init: Weights to begin with: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, a checkpoint
             file, or ``random``; for domain adaptation without ``source``, a model fine-tuned on the source.
         epochs: Rounds of clustering and training.
+        neck: BatchNorm neck: ``single`` normalises the fused vector, ``multi`` each token; by default single, and multi
+            with a ``source``.
         source: Labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
         source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
             ``--config``.
@@ -169,7 +172,7 @@ class ClusterConfig(ReIDConfig):
         "source": "run", "steps": "batches and augmentation", "lr_step": "training", "eps": "clusters",
     }  # fmt: skip
 
-    neck: str = "single"
+    neck: str = ""
     epochs: int = 50
     lr: float = 3.5e-4
     weight_decay: float = 5e-4
@@ -217,6 +220,9 @@ class ClusterConfig(ReIDConfig):
         """Images of a step, over all processes."""
         return self.clusters_per_batch * self.images_per_cluster
 
+    def resolved(self, **values: Any) -> Self:
+        return super().resolved(neck=self.neck or ("multi" if self.source else "single"), **values)
+
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
@@ -225,7 +231,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "laptop": {"epochs": 24, "lr": 3e-3, "eval_epochs": 6},
     },
     "cluster": {
-        "msmt17": {"eps": 0.7, "fusion": "mean"},
+        # the published settings, named after the target
+        "usl-market1501": {"neck": "single", "fusion": "cat", "eps": 0.6},
+        "usl-msmt17": {"neck": "single", "fusion": "mean", "eps": 0.7},
+        "uda-market1501": {"neck": "multi", "fusion": "cat", "eps": 0.6},  # from MSMT17
+        "uda-msmt17": {"neck": "multi", "fusion": "mean", "eps": 0.7},  # from Market-1501
         "laptop": {
             "epochs": 10,
             "steps": 40,

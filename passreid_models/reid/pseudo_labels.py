@@ -24,15 +24,23 @@ _logger = logging.getLogger(__name__)
 
 
 def jaccard_distances(
-    features: Tensor | ArrayLike, k1: int = 30, k2: int = 6, eps: float | None = None, budget_mb: float = 256.0
+    features: Tensor | ArrayLike,
+    k1: int = 30,
+    k2: int = 6,
+    eps: float | None = None,
+    metric: str = "cosine",
+    budget_mb: float = 256.0,
 ) -> "csr_array":
     """Jaccard distances between images by their k-reciprocal neighbours; only those below 1 are stored.
 
     Args:
-        features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
+        features: Descriptors ``[N, C]``, on the device that computes.
         k1: Number of nearest neighbours of an image, itself included; all images if there are fewer.
         k2: Number of nearest images, itself included, whose encodings are averaged.
         eps: Largest distance to store; by default all below 1.
+        metric: ``cosine``; or ``euclidean``, the published rule for descriptors that are not L2-normalised (multi
+            neck): neighbours by squared Euclidean distance, weights ``exp(-(2 - 2 x.y))`` of the descriptors as they
+            are.
         budget_mb: Memory for temporary arrays on top of the descriptors and the result, in MB.
 
     Returns:
@@ -55,7 +63,7 @@ def jaccard_distances(
     if num < k1:
         _logger.warning(f"clustering of {num} images: k1 is {num} instead of {k1}; the distances are unreliable")
         k1 = num
-    pairs = Similarities(x, x, "cosine")
+    pairs = Similarities(x, x, metric)
     half = min(k1, round(k1 / 2) + 1)
     neighbours = nearest(pairs, max(k1, k2), budget_mb)
     v = encode(pairs, neighbours, k1, half, k2, None, budget_mb)
@@ -98,16 +106,18 @@ def cluster_features(
     min_samples: int = 4,
     k1: int = 30,
     k2: int = 6,
+    metric: str = "cosine",
     budget_mb: float = 256.0,
 ) -> np.ndarray:
     """Pseudo-labels of images: DBSCAN on their Jaccard distances.
 
     Args:
-        features: Descriptors ``[N, C]``, compared by their cosine, on the device that computes.
+        features: Descriptors ``[N, C]``, on the device that computes.
         eps: Largest Jaccard distance between neighbours; published: 0.6 for Market-1501, 0.7 for MSMT17.
         min_samples: Neighbours, itself included, that make an image the core of a cluster.
         k1: Number of nearest neighbours of an image, itself included; all images if there are fewer.
         k2: Number of nearest images, itself included, whose encodings are averaged.
+        metric: As of ``jaccard_distances``.
         budget_mb: Memory for temporary arrays on top of the descriptors and the graph, in MB.
 
     Returns:
@@ -120,7 +130,7 @@ def cluster_features(
     if min_samples < 1:
         raise ValueError(f"min_samples must be 1 or more, got {min_samples}")
     dbscan = find_dbscan()
-    graph = jaccard_distances(features, k1, k2, eps, budget_mb)
+    graph = jaccard_distances(features, k1, k2, eps, metric, budget_mb)
     if not graph.shape[0]:
         return np.empty(0, dtype=np.int64)
     labels = dbscan(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(graph)

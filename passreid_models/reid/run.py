@@ -6,7 +6,7 @@ RUN/best/     model of the highest mAP, if the run is evaluated
 
 import logging
 from collections.abc import Generator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.evaluation.evaluate import score
-from passreid_models.reid.batches import RANDOM, ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.training.config import wrong
 from passreid_models.training.run import Run, pick_workers
 from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
@@ -28,8 +28,8 @@ class ReIDRun(Run):
 
     labelled = True
     epoch_figure = "mAP"
-    erase: tuple[tuple[float, float], Any] = ((0.02, 1 / 3), RANDOM)
-    """Area and fill of random erasing."""
+    erasing: ClassVar[dict[str, Any]] = {}
+    """Settings of random erasing where they are not those of ``TrainTransform``."""
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
         self.config = complete(self.config, checkpoint)
@@ -44,7 +44,7 @@ class ReIDRun(Run):
         self.images = TrainImages(
             self.train_split.paths,
             np.zeros(len(self.train_split), dtype=np.int64),
-            TrainTransform(config.size, config.flip_prob, config.pad, config.erase_prob, *self.erase),
+            TrainTransform(config.size, config.flip_prob, config.pad, config.erase_prob, **self.erasing),
             config.seed,
         )
         trainer = self.make_trainer(device, checkpoint)

@@ -94,9 +94,10 @@ def camera_batches(
 ) -> Batches:
     """Batches of clusters, each an anchor and images from other cameras, as drawn by Cluster Contrast's sampler.
 
-    The other images are drawn with replacement if there are too few, and from the anchor's own camera if the cluster
-    has no other one, or cameras are unknown. Clusters come in random order, round after round; the rest of a round that
-    fills no batch is dropped. With fewer clusters than ``num_clusters``, every batch has all of them.
+    The other images are drawn with replacement if there are fewer than wanted (the published code also does where there
+    are exactly as many), and from the anchor's own camera if the cluster has no other one, or cameras are unknown.
+    Clusters come in random order, round after round; the rest of a round that fills no batch is dropped. With fewer
+    clusters than ``num_clusters``, every batch has all of them.
 
     Args:
         labels: Clusters ``[N]``; -1 is an outlier, which is in no batch.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainer import ReIDTrainer, statistics_of
 from passreid_models.runtime import gather_rows, on_first, world
+from passreid_models.training.command import merge_presets
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.run import run_in_folder
 
@@ -77,14 +78,15 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     except ValueError as e:
         raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
     minutes_left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
-    return replace(config, init=str(export), source="", source_config="", max_minutes=minutes_left)
+    adaptation = {"init": str(export), "source": "", "source_config": "", "neck": completed.neck}
+    return replace(config, **adaptation, max_minutes=minutes_left)
 
 
 def _source_config(config: ClusterConfig) -> FinetuneConfig:
     """Configuration of the fine-tuning on the source: shared settings, then ``source_config``."""
     values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
-    if config.source_config in PRESETS["finetune"]:
-        values |= PRESETS["finetune"][config.source_config]
+    if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
+        values |= merge_presets(config.source_config, PRESETS["finetune"])
     elif config.source_config:
         try:
             settings = yaml.safe_load(Path(config.source_config).read_text())
@@ -169,7 +171,7 @@ class ClusterTrainer(ReIDTrainer):
 
         Args:
             labels: Cluster of each training image, int64 ``[N]``; -1 is an outlier.
-            features: L2-normalised descriptors ``[N, C]``.
+            features: Descriptors ``[N, C]`` as they were clustered; a centroid is their L2-normalised mean.
         """
         self.labels = labels
         count = int(labels.max()) + 1
@@ -212,7 +214,9 @@ class ClusterRun(ReIDRun):
     trainer_class = ClusterTrainer
     shown = ("loss", "lr", "clusters", "outliers", "purity", "ari", "images_per_s", "wait_share", "mAP", "rank1")
     labelled = False
-    erase = ((0.02, 0.4), (0.485, 0.456, 0.406))
+    erasing: ClassVar[dict[str, Any]] = dict(
+        erase_area=(0.02, 0.4), erase_value=(0.485, 0.456, 0.406), erase_uniform=True
+    )
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> ClusterTrainer:
         count = len(self.train_split)
@@ -249,11 +253,11 @@ class ClusterRun(ReIDRun):
         if self.is_main:  # every process has the errors of all
             self.name_unreadable(extracted.errors.values())
         self.check_unreadable(len(extracted.errors), len(self.train_split))
-        features = F.normalize(extracted.descriptors, dim=1)
+        features, metric = extracted.descriptors, "cosine" if embed.l2_normalize else "euclidean"
         readable = extracted.readable
         x = features[torch.from_numpy(readable)].to(t.device)
         labels = np.full(len(features), -1, dtype=np.int64)
-        labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2))
+        labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2, metric))
         count = int(labels.max(initial=-1)) + 1
         if count < max(2, t.world_size):
             self._keep_clusters(count, labels[readable])

@@ -67,7 +67,8 @@ def encode(
         k: Neighbours that may be reciprocal, the image itself included.
         half: ``k`` of the neighbours' sets, by which an image's set is expanded.
         k2: Nearest images, itself included, whose encodings are averaged; 1: no query expansion.
-        scales: Divisors of each image's squared distances ``[N]``; None: 1. Weights are ``exp(-distance)``, normalised.
+        scales: Divisors of each image's squared distances ``[N]``: weights are ``exp(-distance / scale)``, normalised.
+            None, as in Cluster Contrast: they are ``exp(-(2 - 2 x.y))``, which is the same for unit vectors alone.
         budget_mb: Memory for temporary arrays.
     """
     csr = sparse().csr_array
@@ -117,8 +118,11 @@ def _weights(
     distances = np.empty(len(rows), dtype=np.float32)
     for start, stop in chunks(len(rows), 16 * pairs.gallery.shape[1], budget_mb, pairs.device):
         i, j = (torch.from_numpy(x[start:stop]).long().to(pairs.device) for x in (rows, columns))
-        distances[start:stop] = pairs.distances(pairs.at(i, j)).cpu().numpy()
-    distances[rows == columns] = 0  # even for an unreadable image
+        raw = scales is None and pairs.metric == "euclidean"
+        chunk = 2 - 2 * pairs.products(i, j) if raw else pairs.distances(pairs.at(i, j))
+        distances[start:stop] = chunk.cpu().numpy()
+    if scales is not None or pairs.metric == "cosine":
+        distances[rows == columns] = 0  # even for an unreadable image
     weights = np.exp(-distances if scales is None else -distances / scales[rows])
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))
     return weights / np.repeat(np.add.reduceat(weights, firsts), np.diff(firsts, append=len(rows)))

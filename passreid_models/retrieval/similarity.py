@@ -69,11 +69,17 @@ class Similarities:
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarities ``[M]`` of M pairs; NaN where one is unreadable."""
-        products = (self.query[rows] * self.gallery[columns]).sum(dim=1)
-        norms, gallery_norms = self.query_norms[rows], self.gallery_norms[columns]
+        products = self.products(rows, columns)
         if self.metric == "euclidean":
-            return 2 * products - norms - gallery_norms
-        return products / (norms * gallery_norms)
+            return 2 * products - self.query_norms[rows] - self.gallery_norms[columns]
+        return products
+
+    def products(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Inner products ``[M]`` of M pairs, for ``cosine`` those of unit vectors."""
+        products = (self.query[rows] * self.gallery[columns]).sum(dim=1)
+        if self.metric == "euclidean":
+            return products
+        return products / (self.query_norms[rows] * self.gallery_norms[columns])
 
     def distances(self, similarities: Tensor) -> Tensor:
         """Squared Euclidean distances of similarities, for cosines those of unit vectors; infinite if unreadable."""

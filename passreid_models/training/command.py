@@ -94,7 +94,8 @@ def read_config(
     )
     parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
     parser.add_argument("--config", action="config", help="YAML file, such as that of a run")
-    parser.add_argument("--preset", choices=list(presets), help="settings to begin with")
+    several_of = f"settings to begin with: {', '.join(presets)}; several with commas between, of which the later win"
+    parser.add_argument("--preset", type=str, metavar="NAME", help=several_of)
     all_fields = fields(config)
     for title, names in config.topics().items():
         group = parser.add_argument_group(title)
@@ -104,7 +105,7 @@ def read_config(
     flags = dict(options)
     if "--preset" not in flags and Path(flags.get("--config") or "").is_file():
         flags["--preset"] = _preset_in(Path(str(flags["--config"])))
-    parser.set_defaults(dict(presets.get(flags.get("--preset") or "", {})))
+    parser.set_defaults(merge_presets(flags.get("--preset") or "", presets))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
@@ -115,6 +116,24 @@ def read_config(
     if not values["data"]:
         raise ValueError(f"data: expected {expected}")
     return config(**{f.name: values[f.name] for f in all_fields})
+
+
+def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of one preset, or of several with commas between, of which the later win; none of an empty text.
+
+    Args:
+        names: Names of presets.
+        presets: Settings by name of the preset.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    settings: dict[str, Any] = {}
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        if name not in presets:
+            raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}")
+        settings |= presets[name]
+    return settings
 
 
 def _preset_in(file: Path) -> str | None:

@@ -298,7 +298,7 @@ OTHER: dict[str, Any] = {
     "data": "b", "out": "b", "model": "pass_vit_tiny_patch16", "init": "lup", "resume": "auto", "parts": 1,
     "areas": [(0, 0.5), (0.3, 0.8), (0.5, 1)], "size": (384, 128), "local_size": (96, 64), "local_views": 6,
     "global_scale": (0.3, 1), "local_scale": (0.1, 0.7), "blur_radius": (0.1, 1),
-    "clip_by": "norm", "dtype": "float32", "device": "cpu",
+    "clip_by": "norm", "pos_resampling": "official", "dtype": "float32", "device": "cpu",
     "probe": "b", "warmup_epochs": 3, "workers": 3,
 }  # fmt: skip
 

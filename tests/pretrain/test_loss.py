@@ -14,6 +14,7 @@ from passreid_models.pretrain.chunked import chunked_cross_entropies
 from passreid_models.pretrain.heads import ProjectionHead
 from passreid_models.pretrain.loss import PASSLoss, mean_logits, mean_of_pairs, num_pairs
 from passreid_models.pretrain.network import PASSNetwork, Projections
+from passreid_models.pretrain.optim import update_teacher
 from passreid_models.schedules import linear_epochs
 from tests import GOLDEN
 
@@ -384,6 +385,20 @@ def test_inside_autocast_centers_move_in_float32(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         other.update_centers(outputs)
     assert torch.equal(other.centers, criterion.centers)
+
+
+def test_centers_are_updated_before_the_teacher_or_the_order_is_refused():
+    torch.manual_seed(0)
+    networks = [PASSNetwork(timm.create_model("test_pass_vit"), 24, 16, 8) for _ in range(2)]
+    with torch.no_grad():
+        features = networks[0](torch.randn(2, 2, 3, 64, 32))
+    logits, right, wrong = features.logits(), PASSLoss(24), PASSLoss(24)
+    right.update_centers(features)
+    update_teacher(networks[0].parameters(), networks[1].parameters(), 0.5)
+    with pytest.raises(ValueError, match="call update_centers before update_teacher"):
+        wrong.update_centers(features)
+    wrong.update_centers(logits)  # these hold what the teacher was
+    torch.testing.assert_close(wrong.centers, right.centers)
 
 
 def test_a_second_backward_of_the_chunked_path_is_refused():

@@ -92,3 +92,45 @@ def test_an_epoch_has_the_batches_of_its_sampler(paths, workers):
     assert [b.labels.tolist() for b in loaded] == [[7, 8, 9, 10], [10, 9, 8, 7]]
     assert [len(b.unreadable) for b in loaded] == [0, 1]
     assert torch.equal(loaded[1].images[2], images(paths)[21, 2, 1][0])
+
+
+def erased(transform: TrainTransform, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the image and heights over widths of the rectangles that are erased; shares are 0 where none is."""
+    erasing = transform.compose().transforms[-1]
+    torch.manual_seed(0)
+    areas, ratios = np.zeros(count), []
+    for i in range(count):
+        mask = erasing(torch.zeros(3, 128, 64))[0] != 0
+        areas[i] = mask.float().mean()
+        if mask.any():
+            ratios.append(int(mask.any(1).sum()) / int(mask.any(0).sum()))
+    return areas, np.array(ratios)
+
+
+def test_erasing_of_clusters_draws_area_and_aspect_ratio_uniformly():
+    transform = TrainTransform(erase_area=(0.02, 0.4), erase_value=(0.485, 0.456, 0.406), erase_uniform=True)
+    areas, ratios = erased(transform)
+    assert np.mean(areas > 0) == pytest.approx(0.5, abs=0.03)
+    assert 0.015 < areas[areas > 0].min() < areas.max() < 0.41
+    # wide rectangles of large areas do not fit into a person's image, so the median is that of what fits
+    expected = expected_ratios(transform.erase_area, uniform=True)
+    log_uniform = expected_ratios(transform.erase_area, uniform=False)
+    assert np.median(ratios) == pytest.approx(expected, abs=0.08)
+    assert abs(log_uniform - expected) > 0.3  # the two rules are told apart
+
+
+def expected_ratios(area: tuple[float, float], uniform: bool) -> float:
+    """Median aspect ratio of the rectangles that fit into 128x64, drawn by numpy."""
+    rng = np.random.default_rng(1)
+    share = rng.uniform(*area, 200_000) * 128 * 64
+    ratio = rng.uniform(0.3, 1 / 0.3, 200_000) if uniform else np.exp(rng.uniform(np.log(0.3), -np.log(0.3), 200_000))
+    h, w = np.rint(np.sqrt(share * ratio)), np.rint(np.sqrt(share / ratio))
+    return float(np.median((h / w)[(h < 128) & (w < 64)]))
+
+
+def test_erasing_of_clusters_fills_with_the_published_values():
+    erasing = TrainTransform(erase_prob=1.0, erase_value=(0.485, 0.456, 0.406), erase_uniform=True).compose()
+    torch.manual_seed(0)
+    image = erasing.transforms[-1](torch.zeros(3, 128, 64))
+    pixels = image[:, image[0] != 0]
+    torch.testing.assert_close(pixels, torch.tensor([0.485, 0.456, 0.406])[:, None].expand_as(pixels))

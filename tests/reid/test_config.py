@@ -44,10 +44,41 @@ def test_the_defaults_of_clustering_are_the_published_recipe():
     assert (c.lr, c.lr_step, c.lr_gamma, c.weight_decay, c.momentum) == (3.5e-4, 20, 0.1, 5e-4, 0.9)
     assert (c.eps, c.min_samples, c.k1, c.k2, c.temp) == (0.6, 4, 30, 6, 0.05)
     assert (c.memory, c.memory_momentum, c.drop_path, c.dtype) == ("hard", 0.2, 0.3, "float32")
-    assert (c.neck, c.erase_prob) == ("single", 0.5)
+    assert (complete(replace(c, data="market/", init="random")).neck, c.erase_prob) == ("single", 0.5)
     assert_published(c)
-    msmt17 = ClusterConfig(**PRESETS["cluster"]["msmt17"])
-    assert (msmt17.eps, msmt17.fusion) == (0.7, "mean")
+
+
+# SPEC: neck, fusion and eps of the published runs, by target; UDA from the other of the two datasets
+PUBLISHED = {
+    "usl-market1501": ("single", "cat", 0.6),
+    "usl-msmt17": ("single", "mean", 0.7),
+    "uda-market1501": ("multi", "cat", 0.6),
+    "uda-msmt17": ("multi", "mean", 0.7),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_presets_of_clustering_are_the_published_runs(preset):
+    c = parse(ClusterConfig, "target/", "--preset", preset)
+    assert (c.neck, c.fusion, c.eps) == PUBLISHED[preset]
+    assert replace(c, neck="", fusion="", eps=0.6) == ClusterConfig(data="target/")
+    if preset == "usl-market1501":  # the defaults
+        whole = [complete(replace(x, init="random")) for x in (c, ClusterConfig(data="target/"))]
+        assert whole[0] == whole[1]
+
+
+def test_of_several_presets_the_later_wins():
+    c = parse(ClusterConfig, "crops/", "--preset", "usl-msmt17,laptop", "--k1", 7)
+    assert (c.fusion, c.eps, c.steps, c.k1) == ("mean", 0.5, 40, 7)
+    assert parse(ClusterConfig, "crops/", "--preset", "laptop, usl-msmt17").eps == 0.7
+    with pytest.raises(ValueError, match=r"preset: expected one or more of usl-market1501, .*, got 'msmt17'"):
+        parse(ClusterConfig, "crops/", "--preset", "laptop,msmt17")
+
+
+def test_the_neck_is_multi_with_a_source_unless_given():
+    necks = [complete(ClusterConfig(data="a/", init="random", source=s, neck=n)).neck
+             for s, n in (("", ""), ("b/", ""), ("b/", "single"), ("", "multi"))]  # fmt: skip
+    assert necks == ["single", "multi", "single", "multi"]
 
 
 def assert_published(c: Any) -> None:
@@ -131,7 +162,6 @@ def test_the_commands_report_a_mistake_in_one_line(command, capsys, tmp_path):
     [
         ({"model": "resnet50"}, "model: expected one of "),
         ({"fusion": "sum"}, "fusion: expected one of cat, mean, parts, token, got 'sum'"),
-        ({"neck": ""}, "neck: expected one of single, multi, got ''"),
         ({"dtype": "int8"}, "dtype: expected one of auto"),
         ({"size": (250, 128)}, r"size: expected \(height, width\) in multiples of 16"),
         ({"epochs": 2.5}, "epochs: expected int, got 2.5"),
@@ -149,6 +179,7 @@ def test_an_invalid_value_is_refused_by_name(config, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"neck": ""}, "neck: expected one of single, multi, got ''"),
         ({"warmup_epochs": 9, "epochs": 3}, "warmup_epochs: expected at most epochs = 3"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected at least 0 and less than 1"),
         ({"layer_decay": 1.5}, "layer_decay: expected between 0 and 1"),

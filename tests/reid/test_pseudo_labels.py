@@ -7,6 +7,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,6 +58,20 @@ def test_distances_are_those_of_the_official_code(golden):
 
 def test_labels_are_those_of_the_official_code(golden):
     assert same_groups(cluster_features(golden["features"]), golden["dbscan_labels_eps0.6"].numpy())
+
+
+@pytest.mark.parametrize("fusion", ["cat", "mean"])
+def test_multi_neck_features_are_clustered_as_they_come_as_in_the_official_code(fusion):
+    with safe_open(GOLDEN / f"clustering_multi_{fusion}.safetensors", "pt") as file:
+        settings, golden = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    k1, k2, eps, min_samples = (float(settings[name]) for name in ("k1", "k2", "eps", "min_samples"))
+    assert (golden["features"].norm(dim=1) - 1).abs().min() > 0.05
+    graph = jaccard_distances(golden["features"], int(k1), int(k2), metric="euclidean")
+    assert np.abs(dense(graph) - golden["jaccard"].numpy()).max() < 1e-5
+    labels = cluster_features(golden["features"], eps, int(min_samples), int(k1), int(k2), "euclidean")
+    assert same_groups(labels, golden["labels"].numpy())
+    normalised = dense(jaccard_distances(golden["features"], int(k1), int(k2)))
+    assert np.abs(normalised - golden["jaccard"].numpy()).max() > 0.1  # what normalising first would give
 
 
 def test_the_dense_implementation_of_the_benchmark_is_the_official_one(golden):

@@ -87,6 +87,21 @@ def test_the_clusters_of_an_epoch_are_those_of_the_descriptors_before_it(whole, 
     torch.testing.assert_close(after["centroids"].norm(dim=1), torch.ones(len(after["centroids"])))
 
 
+def test_multi_neck_descriptors_are_clustered_as_they_come(data, tmp_path, monkeypatch):
+    inputs = []
+
+    def spy(features, *args):
+        inputs.append((features.clone(), args[-1]))
+        return cluster_features(features, *args)
+
+    monkeypatch.setattr("passreid_models.reid.unsupervised.cluster_features", spy)
+    cluster(cluster_config(data, tmp_path / "run", neck="multi", epochs=1, eps=0.9))
+    ((features, metric),) = inputs
+    assert metric == "euclidean"
+    assert (features.norm(dim=1) - 1).abs().max() > 0.01
+    assert (features.norm(dim=1) < 2**0.5 + 1e-4).all()  # two vectors of length 1 at most
+
+
 def test_the_memory_begins_with_the_normalised_means_of_the_clusters(data, tmp_path):
     trainer = ClusterTrainer(cluster_config(data, tmp_path), 5, CPU)
     features = F.normalize(torch.randn(5, 128), dim=1)

@@ -20,7 +20,7 @@ LOG = "log_steps max_unreadable skip_nonfinite tensorboard"
 OPTIONS = {
     PretrainConfig: {
         "run": RUN,
-        "model": "model init size drop_path parts areas",
+        "model": "model init size drop_path parts pos_resampling areas",
         "views": "local_size local_views global_scale local_scale brightness contrast saturation hue gray_prob "
         "solarize_prob blur_radius",
         "training": "epochs lr weight_decay coarse_epochs batch_size accumulate min_lr warmup_epochs weight_decay_end "
