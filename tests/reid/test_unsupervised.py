@@ -95,7 +95,7 @@ def test_multi_neck_descriptors_are_clustered_as_they_come(data, tmp_path, monke
         return cluster_features(features, *args)
 
     monkeypatch.setattr("passreid_models.reid.unsupervised.cluster_features", spy)
-    cluster(cluster_config(data, tmp_path / "run", neck="multi", epochs=1, eps=0.9))
+    cluster(cluster_config(data, tmp_path / "run", neck="multi", epochs=1, eps=0.5))
     ((features, metric),) = inputs
     assert metric == "euclidean"
     assert (features.norm(dim=1) - 1).abs().max() > 0.01
