@@ -4,6 +4,7 @@ All process the queries in chunks, so that memory depends on ``budget_mb`` and n
 the device of the descriptors.
 """
 
+from passreid_models.retrieval.identification import OpenSet, open_set, unknown_identities
 from passreid_models.retrieval.metrics import RetrievalMetrics, evaluate, evaluate_distances
 from passreid_models.retrieval.ranking import Ranking, rank
 from passreid_models.retrieval.reranking import Reranked, rerank
@@ -11,12 +12,15 @@ from passreid_models.retrieval.verification import ROC, roc
 
 __all__ = [
     "ROC",
+    "OpenSet",
     "Ranking",
     "Reranked",
     "RetrievalMetrics",
     "evaluate",
     "evaluate_distances",
+    "open_set",
     "rank",
     "rerank",
     "roc",
+    "unknown_identities",
 ]
