@@ -38,10 +38,6 @@ def median_ratio(numerator: Iterable[float], denominator: Iterable[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def pick_device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16; a CPU that only emulates it is 100 times slower."""
     from passreid_models.device import pick_dtype

@@ -15,6 +15,7 @@ import timm
 import torch
 
 from passreid_models import Embedder, SyntheticPersons
+from passreid_models.device import pick_device
 
 BATCH = 64
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="128 images and 2 rounds instead of 1,000 and 3")
     parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
     args = parser.parse_args()
-    device, count, rounds = common.pick_device(args.device), 128 if args.quick else 1000, 2 if args.quick else 3
+    device, count, rounds = pick_device(args.device), 128 if args.quick else 1000, 2 if args.quick else 3
     embed = Embedder(timm.create_model("pass_vit_small_patch16"), device=device, batch_size=BATCH)
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

@@ -14,6 +14,7 @@ import timm
 import torch
 
 import passreid_models  # noqa: F401  registers the models
+from passreid_models.device import pick_device
 
 SIZE, BATCH = (256, 128), 32
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 rounds instead of 15")
     parser.add_argument("--device", help="default: CUDA if there is one, else the CPU")
     args = parser.parse_args()
-    device, rounds = common.pick_device(args.device), 2 if args.quick else 15
+    device, rounds = pick_device(args.device), 2 if args.quick else 15
     batches = 20 if device.type == "cuda" else 1  # per round
 
     rows, figures = [], dict[str, float | None]()

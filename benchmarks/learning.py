@@ -43,6 +43,7 @@ import passreid_models  # noqa: F401  registers the models
 from passreid_models import Embedder
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.device import pick_device
 from passreid_synth3d.dataset import write_training_and_test
 from passreid_synth3d.place import PLACES
 
@@ -105,7 +106,7 @@ def main() -> None:
                 add_parts(out, seed)
         run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in starts], args.jobs)
         title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
-        print(f"\n{title}; {common.machine(common.pick_device(None))}")
+        print(f"\n{title}; {common.machine(pick_device(None))}")
         figures: dict[str, float] = {}
         for place in PLACES:
             trained = [*methods, *(f"{start}_reid" for start in starts)]

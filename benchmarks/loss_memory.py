@@ -23,6 +23,7 @@ import plain
 import torch
 from torch import Tensor, nn
 
+from passreid_models.device import pick_device
 from passreid_models.pretrain.heads import ProjectionHead
 from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.network import Projections
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", choices=list(IMPLEMENTATIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device, rounds = common.pick_device(args.device), 1 if args.quick else 5
+    device, rounds = pick_device(args.device), 1 if args.quick else 5
     torch.set_num_threads(args.threads)
     if args.measure:
         run = prepare(args.measure, args.batch, args.prototypes, device)

@@ -1,6 +1,7 @@
 """Command line: arguments only. Imports are local, so that ``--help`` is quick."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return RUNS[argv[0]](argv[1:])
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a reader that has gone is noticed here
+        return code
+    except BrokenPipeError:  # such as of `passreid weights list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again when it ends
+        return 1
     except (ValueError, OSError) as e:
         print(f"passreid: {e}", file=sys.stderr)
         return 2

@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:  # so that anny and warp are imported only to
 
         return write_market1501
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

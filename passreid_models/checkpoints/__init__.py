@@ -12,6 +12,7 @@ publish     exported folder to the Hugging Face Hub
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
 from passreid_models.checkpoints.load import LoadReport, load_report
 from passreid_models.checkpoints.local_dir import convert_checkpoint, save_pretrained
+from passreid_models.checkpoints.names import find_model
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.checkpoints.zoo import Weight, WeightsUnavailableError, get_weight, list_weights, pull, verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "WeightsUnavailableError",
     "convert_checkpoint",
     "convert_state_dict",
+    "find_model",
     "get_weight",
     "list_weights",
     "load_report",

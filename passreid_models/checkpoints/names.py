@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class NamedModel:
 
     Args:
         name: Name for ``timm.create_model``; empty for a checkpoint file.
-        architecture: Registered architecture; empty for a checkpoint file.
+        architecture: Registered architecture; empty for a checkpoint file, whose ``own_model`` has to read it.
         settings: Size and fusion of the descriptor, as far as known.
         provenance: Provenance of an exported model.
         file: Checkpoint file, or None.
@@ -59,20 +60,38 @@ class NamedModel:
         """
         if self.file is None:
             return timm.create_model(self.name, pretrained=True, **model_args)
-        checkpoint = read_checkpoint(self.file)
+        if not architecture:
+            architecture, own_args = self.own_model
+            model_args = {**own_args, **{k: v for k, v in model_args.items() if v is not None}}
+        cfg = {**self.run.get("statistics", {}), "state_dict": self.converted, "file": str(self.file)}
+        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=cfg, **model_args)
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        """Content of the checkpoint file, read once; an empty dictionary without a file."""
+        return read_checkpoint(self.file) if self.file else {}
+
+    @cached_property
+    def converted(self) -> Converted:
+        """Tensors of the checkpoint file in timm's keys, converted once."""
         try:
-            converted = convert_state_dict(checkpoint)
+            return convert_state_dict(self.checkpoint)
         except CheckpointError as e:
             raise CheckpointError(f"{self.file}: {e}") from None
-        run = checkpoint if isinstance(checkpoint, dict) and {"config", "step"} <= checkpoint.keys() else {}
-        if not architecture:
-            if run:
-                architecture, own_args = _model_of_run(run["config"], converted)
-            else:
-                architecture, own_args = _model_of_tensors(converted, self.file)
-            model_args = {**own_args, **{k: v for k, v in model_args.items() if v is not None}}
-        cfg = {**run.get("statistics", {}), "state_dict": converted, "file": str(self.file)}
-        return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=cfg, **model_args)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The checkpoint, if it is one of a run of this package; else an empty dictionary."""
+        is_run = isinstance(self.checkpoint, dict) and {"config", "step"} <= self.checkpoint.keys()
+        return self.checkpoint if is_run else {}
+
+    @property
+    def own_model(self) -> tuple[str, dict[str, Any]]:
+        """Architecture and arguments of the model in a checkpoint file, by its run or else by its tensors."""
+        if self.run:
+            return _model_of_run(self.run["config"], self.converted)
+        assert self.file is not None
+        return _model_of_tensors(self.converted, self.file)
 
 
 def _model_of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[str, Any]]:

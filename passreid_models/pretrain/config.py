@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.pretrain.views import MultiCrop
 from passreid_models.training.config import RunConfig, wrong
+from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
 
 Area = tuple[float, float]
 
@@ -42,8 +43,9 @@ class PretrainConfig(RunConfig):
 
     Args:
         data: Folder of person crops, text list, tar file, or ``synthetic:ids=1000,seed=1``.
-        init: Weights to continue from: a tag (``architecture.tag`` or ``tag``), an exported folder, a run, or a
-            checkpoint file; empty for random ones.
+        model: Registered architecture; by default that of ``init``, else ViT-S (``pass_vit_small_patch16``).
+        init: Weights to continue from: ``architecture.tag`` or ``tag``, an exported folder, a run, or a checkpoint
+            file; empty for random ones.
         size: Height and width of global views in pixels.
         lr: Peak learning rate for a batch of 256; scaled linearly.
         weight_decay: Weight decay at the start.
@@ -98,7 +100,6 @@ class PretrainConfig(RunConfig):
         "loss_chunk": "machine", "probe": "evaluation",
     }  # fmt: skip
 
-    model: str = "pass_vit_small_patch16"
     size: tuple[int, int] = (256, 128)
     epochs: int = 100
     lr: float = 5e-4
@@ -148,7 +149,10 @@ class PretrainConfig(RunConfig):
             ValueError: If a value is not allowed; the message begins with the field's name.
         """
         super().__post_init__()
-        self.check_choices({"model": tuple(ARCHITECTURES), "clip_by": CLIPS, "pos_resampling": RESAMPLINGS})
+        if not self.model:
+            of_init = settings_of(self.init).get("model") if self.init else None
+            object.__setattr__(self, "model", of_init or DEFAULT_MODEL)
+        self.check_choices({"clip_by": CLIPS, "pos_resampling": RESAMPLINGS})
         self.check_ranges(
             (
                 ("batch_size accumulate num_prototypes hidden_dim bottleneck_dim probe_epochs", 1, math.inf),

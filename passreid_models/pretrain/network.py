@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from passreid_models.architectures import IMAGENET
-from passreid_models.checkpoints.read import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
+from passreid_models.checkpoints.names import NamedModel
+from passreid_models.checkpoints.read import CheckpointError, StateDict, unwrap_checkpoint
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.pretrain.chunked import weight_norm_scales
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.heads import ProjectionHead
-from passreid_models.training.warm_start import checkpoint_file, load_backbone, prepare_to_train
+from passreid_models.training.warm_start import find_weights, prepare_to_train
 
 _logger = logging.getLogger(__name__)
 
@@ -112,14 +113,13 @@ def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNet
     torch.manual_seed(config.seed)
     student, teacher = (_make_network(config, drop_path, device) for drop_path in (config.drop_path, 0.0))
     if config.init:
-        file = checkpoint_file(config.init)
-        checkpoint = read_checkpoint(file) if file else {}
-        pretrained = load_backbone(config.model, config.init, file, **_model_options(config))
+        weights = find_weights(config.init, config.model, heads=True)
+        pretrained: Any = weights.create(config.model, **_model_options(config))
         student.backbone.load_state_dict(pretrained.state_dict())
         statistics = {k: pretrained.pretrained_cfg[k] for k in ("mean", "std")}  # for views, probe and export
         for backbone in (student.backbone, teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}
-        _load_heads(student, config, checkpoint)
+        _load_heads(student, config, weights)
     teacher.load_state_dict(student.state_dict())
     return student.train(), teacher.requires_grad_(False).train()
 
@@ -150,20 +150,20 @@ def _model_options(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.size, "num_parts": config.num_parts, "num_classes": 0, "neck": ""}
 
 
-def _load_heads(network: PASSNetwork, config: PretrainConfig, checkpoint: Any) -> None:
+def _load_heads(network: PASSNetwork, config: PretrainConfig, weights: NamedModel) -> None:
     """Load the projection heads of a checkpoint; log that they begin at random if it holds none.
 
     Raises:
         CheckpointError: If their shapes differ from the network's.
     """
-    saved = _find_heads(unwrap_checkpoint(checkpoint)[0]) if checkpoint else {}
+    saved = _find_heads(unwrap_checkpoint(weights.checkpoint)[0]) if weights.file else {}
     if not saved:
         _logger.info(f"{config.init} holds no projection heads: they begin at random")
         return
     own = _find_heads({f"heads.{k}": v for k, v in network.heads.state_dict().items()})
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
         raise CheckpointError(
-            f"init: the projection heads of {checkpoint_file(config.init)} have other shapes than those of "
+            f"init: the projection heads of {weights.file} have other shapes than those of "
             f"num_prototypes={config.num_prototypes}, hidden_dim={config.hidden_dim}, "
             f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: set the file's values, or run "
             "`passreid convert` on it first to begin with new heads"

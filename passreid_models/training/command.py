@@ -82,13 +82,14 @@ def read_config(
     Raises:
         ValueError: If a value is not valid, or data are named twice or not at all.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     from passreid_models import __version__
 
     parser = ArgumentParser(
         prog=program,
         allow_abbrev=False,
+        exit_on_error=False,
         usage=f"{program} DATA [--preset NAME] [--config FILE] [options]",
         description=f"{description} Options take dashes or underscores; a YAML file has the same names.",
     )
@@ -111,11 +112,27 @@ def read_config(
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
     except UnicodeDecodeError:
         raise ValueError(f"config: {flags['--config']} is no text file, expected YAML") from None
+    except ArgumentError as e:
+        types = {f.name: str(getattr(f.type, "__name__", f.type)) for f in all_fields}
+        raise ValueError(f"{_one_line(str(e), types)}; {program} --help lists the options") from None
     if len(data := [value for name, value in options if name == "--data"]) > 1:
         raise ValueError(f"data: one is expected, got {', '.join(map(str, data))}{several}")
     if not values["data"]:
         raise ValueError(f"data: expected {expected}")
     return config(**{f.name: values[f.name] for f in all_fields})
+
+
+def _one_line(message: str, types: Mapping[str, str]) -> str:
+    """The parser's message in one line, with the type of the option as ``--help`` names it."""
+    message = " ".join(message.split())
+    message = message.replace('Parser key "config": ', "config: ")
+    value = re.search(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)
+    if value is None or value[1] not in types:
+        return message
+    expected = types[value[1]]
+    if expected == "tuple":
+        expected = "two numbers such as 256x128"
+    return f"{value[1]}: expected {expected}, got {value[2]}"
 
 
 def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

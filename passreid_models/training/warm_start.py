@@ -1,6 +1,5 @@
 """Warm start of a run: backbone, settings and provenance of the weights that ``init`` names."""
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,23 +11,39 @@ from passreid_models.training.folder import RunFolder
 DEFAULT_MODEL = "pass_vit_small_patch16"
 
 
-def load_backbone(model: str, init: str, file: Path | None = None, **shape: Any) -> PassVisionTransformer:
+def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
+    """Find the weights that ``init`` names, and check that they are of the architecture ``model``.
+
+    Args:
+        init: Name, as ``find_model`` takes it.
+        model: Registered architecture.
+        heads: Prefer the newest checkpoint of a run to its export, which has no projection heads.
+
+    Raises:
+        ValueError: If ``init`` names no weights, or those of another architecture.
+        CheckpointError: If a checkpoint cannot be read.
+    """
+    checkpoint = RunFolder(init).latest() if heads else None
+    weights = NamedModel(file=checkpoint) if checkpoint else _find(init, model)
+    architecture = weights.run["config"]["model"] if weights.file and weights.run else weights.architecture
+    if architecture not in ("", model):
+        raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
+    return weights
+
+
+def load_backbone(model: str, init: str, **shape: Any) -> PassVisionTransformer:
     """Load the weights that ``init`` names into a backbone of the architecture ``model``.
 
     Args:
         model: Registered architecture.
         init: Name, as ``find_model`` takes it.
-        file: Checkpoint to read, if ``init`` is a checkpoint or a run; its ``statistics`` go with the weights.
         **shape: Arguments of ``timm.create_model``, such as ``img_size`` and ``num_parts``.
 
     Raises:
         ValueError: If ``init`` names no weights, or those of another architecture.
         CheckpointError: If the weights do not fit.
     """
-    weights = NamedModel(file=file) if file else _find(init, model)
-    if weights.architecture not in ("", model):
-        raise ValueError(f"init: {init} holds {weights.architecture}, and model is {model}")
-    return cast(PassVisionTransformer, weights.create(model, **shape))
+    return cast(PassVisionTransformer, find_weights(init, model).create(model, **shape))
 
 
 def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:
@@ -41,7 +56,9 @@ def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad
 
 
 def settings_of(init: str, model: str = "") -> dict[str, Any]:
-    """``model``, ``size`` and ``fusion`` of the weights that ``init`` names; empty for a checkpoint file.
+    """``model``, ``size`` and ``fusion`` of the weights that ``init`` names, as far as known.
+
+    A checkpoint file is read only if ``model`` is not known.
 
     Args:
         init: Name, as ``find_model`` takes it, or ``random``.
@@ -53,6 +70,10 @@ def settings_of(init: str, model: str = "") -> dict[str, Any]:
     if init == "random":
         return {}
     weights = _find(init, model)
+    if weights.file and not model:
+        architecture, args = weights.own_model
+        run_settings = {"size": args["img_size"], "fusion": args.get("global_pool")} if weights.run else {}
+        return {"model": architecture, **{k: v for k, v in run_settings.items() if v}}
     return {"model": weights.architecture, **weights.settings} if weights.architecture else {}
 
 
@@ -72,9 +93,3 @@ def _find(init: str, model: str) -> NamedModel:
         return find_model(init, model)
     except ValueError as e:
         raise ValueError(f"init: {e}") from None
-
-
-def checkpoint_file(init: str) -> Path | None:
-    """``init`` itself if it is a file, else the newest checkpoint of the run ``init``, if any."""
-    path = Path(init)
-    return path if path.is_file() else RunFolder(path).latest()

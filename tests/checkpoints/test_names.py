@@ -20,6 +20,7 @@ from passreid_models.checkpoints.names import find_model
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.demo import run as run_demo
 from passreid_models.evaluation import make_embedder
+from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.network import make_networks
 from passreid_models.pretrain.run import train
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig
@@ -270,3 +271,35 @@ def test_weights_pull_and_verify_take_a_tag_alone(capsys):
     assert cli.main(["weights", "pull", "synth_reid"]) == 0
     assert Path(capsys.readouterr().out.strip()).name == f"{TINY}.synth_reid"
     assert cli.main(["weights", "verify", "synth_reid"]) == 0
+
+
+# ---- Without an architecture
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "weights", "checkpoint", "run without export"])
+def test_a_run_names_its_architecture_wherever_training_begins(names, kind):
+    assert PretrainConfig(init=names[kind]).model == "test_pass_vit"
+    for config in (FinetuneConfig, ClusterConfig):
+        completed = complete(config(data="crops/", init=names[kind]))
+        assert (completed.model, completed.size) == ("test_pass_vit", (64, 32))
+
+
+def test_a_tag_names_its_architecture_in_pretraining_too():
+    assert PretrainConfig(init="synth_reid").model == TINY
+    assert PretrainConfig().model == SMALL
+    assert PretrainConfig(init="lup", model=BASE).model == BASE
+    with pytest.raises(ValueError, match=f"init: .*{SMALL}.lup.*{BASE}.lup"):
+        PretrainConfig(init="lup")
+
+
+def test_an_official_file_names_its_architecture(tmp_path):
+    model = timm.create_model(TINY)
+    torch.save({f"backbone.{k}": v for k, v in model.state_dict().items()}, tmp_path / "file.pth")
+    assert PretrainConfig(init=str(tmp_path / "file.pth")).model == TINY
+    assert complete(FinetuneConfig(data="crops/", init=str(tmp_path / "file.pth"))).model == TINY
+
+
+def test_weights_of_another_architecture_are_refused_by_name(names):
+    for kind in ("run", "export", "checkpoint"):
+        with pytest.raises(ValueError, match=f"init: .* holds test_pass_vit, and model is {TINY}"):
+            make_networks(PretrainConfig(model=TINY, init=names[kind], num_prototypes=8), CPU)

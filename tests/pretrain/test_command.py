@@ -1,5 +1,6 @@
 """passreid-train: options, presets and files become a configuration; exit codes; one sentence for a mistake."""
 
+import re
 import tomllib
 from dataclasses import fields, replace
 from importlib import import_module
@@ -155,7 +156,8 @@ def test_a_file_can_name_a_preset_that_its_other_lines_a_flag_and_another_preset
 def test_a_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path, capsys, text):
     (tmp_path / "settings.yaml").write_text(text)
     err = refused(capsys, ["crops/", f"--config={tmp_path}/settings.yaml"])
-    assert "config" in err or '"preset"' in err
+    assert "config" in err or "preset: expected" in err or '"preset"' in err
+    assert err.count("\n") == 1
 
 
 def test_a_binary_file_as_configuration_is_refused_by_its_name(tmp_path, capsys):
@@ -191,7 +193,7 @@ def test_help_names_every_option_with_its_meaning(capsys, program):
     assert out.startswith("usage: passreid-train DATA")
     assert all(f"--{f.name} " in out for f in fields(PretrainConfig))
     assert "Passes over the data." in out
-    assert all(preset in out for preset in PRESETS)
+    assert all(preset in re.sub(r"-\n\s+", "-", out) for preset in PRESETS)
 
 
 def test_the_installed_command_is_this_function():
@@ -220,11 +222,11 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
         (["--clip-by=value"], "passreid-train: clip_by: expected one of parameter, norm, got 'value'\n"),
         (["--model=resnet50"], "passreid-train: model: expected one of pass_vit_tiny_patch16, "),
         (["--size=60x32"], "passreid-train: size: expected (height, width) in multiples of 16, got (60, 32)\n"),
-        (["--epochs=many"], '"epochs"'),
-        (["--compile=perhaps"], '"compile"'),
+        (["--epochs=many"], "passreid-train: epochs: expected int, got many"),
+        (["--compile=perhaps"], "passreid-train: compile: expected bool, got perhaps"),
         (["--epochs"], "argument --epochs: expected one argument"),
         (["--init", "--seed", "3"], "argument --init: expected one argument"),
-        (["--preset=desktop"], "argument --preset: invalid choice: 'desktop' (choose from 'pass-vit-s-lup', "),
+        (["--preset=desktop"], "preset: expected one or more of pass-vit-s-lup, "),
         (["--epoch=5"], "unrecognized arguments: --epoch=5"),
         (["--learning-rate", "0.1"], "unrecognized arguments: --learning_rate=0.1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
