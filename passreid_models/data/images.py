@@ -65,15 +65,18 @@ def walk(folder: AnyStr) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
 
     Names are relative to the folder, with ``/``, in the order of sorted paths. A folder, including the first (``""``),
     comes before its content, with ``/`` at its end and its status; a file comes with None. ``list_folder`` says what
-    is left out. Links are followed; a folder that is reached twice, as by a link to a parent, is listed once.
+    is left out. Links are followed; a folder that is reached twice, as by a link to a parent, is listed once: in its
+    own place if that is below the first folder, else by the link that comes first.
 
     Raises:
         OSError: If a folder cannot be read.
     """
-    return _walk(folder, folder[:0], set())
+    return _walk(folder, folder[:0], set(), os.path.realpath(folder))
 
 
-def _walk(folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]]) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
+def _walk(
+    folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]], root: AnyStr
+) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
     status = os.stat(folder)  # before the content, so that a later change is seen
     if (status.st_dev, status.st_ino) in seen:
         return
@@ -82,10 +85,17 @@ def _walk(folder: AnyStr, below: AnyStr, seen: set[tuple[int, int]]) -> Iterator
     names, folders = list_folder(folder)
     for name in names:
         if name in folders:
-            slash = "/" if isinstance(name, str) else b"/"
-            yield from _walk(os.path.join(folder, name), below + name + slash, seen)
+            slash, path = "/" if isinstance(name, str) else b"/", os.path.join(folder, name)
+            if not (os.path.islink(path) and _is_listed(os.path.realpath(path), root)):
+                yield from _walk(path, below + name + slash, seen, root)
         else:
             yield below + name, None
+
+
+def _is_listed(path: AnyStr, root: AnyStr) -> bool:
+    """Whether a folder, by its real path, has a place of its own below ``root``, and none of its parents is hidden."""
+    parts = os.fsencode(path)[len(os.fsencode(root)) :].split(b"/") if path.startswith(root) else []
+    return len(parts) > 1 and not parts[0] and not any(part.startswith(b".") for part in parts)
 
 
 def image_names(folder: str) -> Iterator[str]:

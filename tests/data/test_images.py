@@ -278,3 +278,17 @@ def test_a_pipe_that_a_list_or_a_csv_file_names_is_an_unreadable_image_and_nobod
     embed = Embedder(make_model(), "cpu")
     evaluation = evaluate_dataset(open_dataset(file), embed, cache=tmp_path / "cache")
     assert [reason.partition("pipe.jpg: ")[2] for reason in evaluation.unreadable] == ["not a regular file"]
+
+
+@pytest.mark.parametrize("link", ["0000b", "9999"])
+def test_a_link_to_a_folder_beside_it_leaves_the_images_to_the_real_one(tmp_path, link):
+    root = write(tmp_path / "crops", ["0001/a.jpg", "0001/b.jpg", "0003/a.jpg", "0003/b.jpg"])
+    (root / link).symlink_to("0003")
+    assert by_embed(root) == by_training(root) == ["0001/a.jpg", "0001/b.jpg", "0003/a.jpg", "0003/b.jpg"]
+    assert set(open_dataset(root).train.pids.tolist()) == {1, 3}
+
+
+def test_a_link_into_a_hidden_folder_is_followed(tmp_path):
+    root = write(tmp_path / "crops", ["0001/a.jpg", ".store/x/a.jpg"])
+    (root / "0002").symlink_to(".store/x")
+    assert by_embed(root) == ["0001/a.jpg", "0002/a.jpg"]
