@@ -119,7 +119,7 @@ def _response(params: dict[str, str], start: int) -> Iterator[Any]:
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
-    blocks = response.iter_bytes(1 << 20)
+    blocks = response.iter_bytes()  # as they arrive: blocks of a given size would lose what came of the last one
     while True:
         try:
             block = next(blocks, None)
@@ -143,8 +143,8 @@ def _confirmation(page: str) -> dict[str, str]:
     if re.search(r"quota exceeded|too many users have viewed or downloaded", page, re.IGNORECASE):
         raise DriveError("the download quota of the file on Google Drive is used up: try again in a day")
     title = re.search(r"<title>(.*?)</title>", page, re.DOTALL | re.IGNORECASE)
-    name = " ".join(html.unescape(title[1]).split()) if title else ""
-    raise DriveError(f"Google Drive sends a page instead of the file{f' ({name})' if name else ''}, which may not be public")
+    name = f" ({' '.join(html.unescape(title[1]).split())})" if title else ""
+    raise DriveError(f"Google Drive sends a page instead of the file{name}, which may not be public")
 
 
 def _size(path: Path) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from passreid_models.checkpoints.convert import Converted, convert_file
+from passreid_models.checkpoints.drive import DriveError, download_drive
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
@@ -305,19 +306,11 @@ def _download_drive(weight: Weight, folder: Path) -> Path:
         raise WeightsUnavailableError(f"{weight.name} has no published file")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise WeightsUnavailableError(f"HF_HUB_OFFLINE is set and the weights are not in the cache; {by_hand}")
-    try:
-        import gdown
-    except ImportError:
-        raise WeightsUnavailableError(
-            f"it is on Google Drive and gdown is not installed: pip install 'passreid-models[gdrive]', or {by_hand}"
-        ) from None
     file = folder / f"{weight.source['drive_id']}.pth"  # the name goes into the provenance
     try:
-        output = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
-    except Exception as e:  # gdown passes on whatever requests, Drive's pages and the file system raise
-        raise WeightsUnavailableError(f"the download from Google Drive failed ({short_error(e)}); {by_hand}") from None
-    if not output or not file.is_file():
-        raise WeightsUnavailableError(f"the download from Google Drive gave no file; {by_hand}")
+        download_drive(weight.source["drive_id"], file)
+    except DriveError as e:
+        raise WeightsUnavailableError(f"{e}; {by_hand}") from None
     return file
 
 

@@ -32,7 +32,7 @@ def test_an_interrupted_transfer_goes_on_where_it_broke_off(server, tmp_path):
     download_drive("cut", tmp_path / "file.pth", wait=0.01)
     (_, first), (_, second) = server.requests
     assert first is None
-    assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= len(CONTENT) // 2
+    assert second == f"bytes={len(CONTENT) // 2}-"
 
 
 @pytest.mark.parametrize("size", [1000, len(CONTENT)])
