@@ -369,9 +369,11 @@ def _weights_list(args: argparse.Namespace) -> int:
 
 
 def _weights_pull(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.zoo import pull
+    from passreid_models.checkpoints import zoo
 
-    print(pull(args.name, args.source, args.force))
+    print(zoo.pull(args.name, args.source, args.force))
+    if record := zoo.read_record(zoo.get_weight(args.name).name):
+        print(f"SHA-256 of the source file: {record['source_sha256']}")
     return 0
 
 

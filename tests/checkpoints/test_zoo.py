@@ -36,6 +36,7 @@ from passreid_models.checkpoints.zoo import (
     resolve,
     verify,
 )
+from passreid_models.data.findings import PUBLISHED
 from passreid_models.runtime import sha256
 from tests import GOLDEN
 from tests.drive_server import DriveServer
@@ -318,7 +319,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Tensor) -> dict[str, torch.Tensor]:
+def official_file(
+    path: Path, seed: int = 0, prefix: str = "", identities: int = 751, **wrong: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Write a file in the authors' layout, supervised with ``base.`` and unsupervised with ``module.`` before the keys.
 
     Returns:
@@ -344,7 +347,7 @@ def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Te
             state |= {f"{lead}{neck}.{k}": draw(64) for k in ("weight", "bias", "running_mean", "running_var")}
             state[f"{lead}{neck}.num_batches_tracked"] = torch.tensor(5)
     if prefix == "base.":
-        state["classifier.weight"] = draw(7, 128)
+        state["classifier.weight"] = draw(identities, 128)
     torch.save({"state_dict": state, "epoch": 3} if prefix == "module." else state, path)
     return expected
 
@@ -378,7 +381,7 @@ def holds(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
 
 def litter(cache: Path, name: str = LUP) -> list[str]:
     """Names in the cache besides the record, its folder and the lock."""
-    record = zoo._read_record(name)
+    record = zoo.read_record(name)
     expected = {f"{name}.json", f".{name}.lock", *([record["folder"]] if record else [])}
     return [p.name for p in cache.iterdir() if p.name not in expected]
 
@@ -399,7 +402,7 @@ def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, smal
         "sha256": sha256(folder / "model.safetensors"),
     }
     extras = safetensors.torch.load_file(folder / "extras.safetensors")
-    assert extras["classifier.weight"].shape == (7, 128)
+    assert extras["classifier.weight"].shape == (751, 128)
     assert extras["fc_norm.bn.running_mean"].shape == (4 * 64,)
     config = json.loads((folder / "config.json").read_text())
     assert (config["fusion"], config["neck"], config["l2_normalize"]) == ("cat", "", True)
@@ -450,14 +453,16 @@ def test_the_cache_comes_before_the_hub_and_the_drive(tmp_path, cache, small, mo
 def test_a_file_of_another_sha256_is_refused_and_the_right_one_taken(tmp_path, cache, small, monkeypatch):
     expected = official_file(tmp_path / "right.pth", seed=1)
     official_file(tmp_path / "wrong.pth", seed=2)
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
     weight = dataclasses.replace(get_weight(LUP), source={"drive_id": "ID", "sha256": sha256(tmp_path / "right.pth")})
     monkeypatch.setitem(zoo._manifest(), LUP, weight)
     with pytest.raises(CheckpointError, match=r"wrong\.pth is not pass_vit_small_patch16\.lup: its SHA-256 is "):
         pull(LUP, tmp_path / "wrong.pth")
     assert zoo.cached_folder(LUP) is None
     assert holds(pull(LUP, tmp_path / "right.pth"), expected)
-    with pytest.raises(CheckpointError, match="SHA-256"):
-        pull(LUP, tmp_path / "wrong.pth")
+    for wrong in ("wrong.pth", "page.pth"):  # refused before anything is read
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            pull(LUP, tmp_path / wrong)
     assert holds(zoo.cached_folder(LUP), expected)
     assert litter(cache) == []
 
@@ -572,8 +577,12 @@ def test_verify_finds_a_flipped_byte_and_the_command_exits_1(tmp_path, cache, sm
 
 def test_the_commands_print_where_the_weights_are(tmp_path, cache, small, capsys):
     official_file(tmp_path / "file.pth")
-    assert cli.main(["weights", "pull", LUP, "--from", str(tmp_path / "file.pth")]) == 0
-    assert capsys.readouterr().out.strip() == str(zoo.cached_folder(LUP))
+    for command in (["pull", LUP, "--from", str(tmp_path / "file.pth")], ["pull", LUP]):
+        assert cli.main(["weights", *command]) == 0
+        digest = sha256(tmp_path / "file.pth")
+        assert capsys.readouterr().out == f"{zoo.cached_folder(LUP)}\nSHA-256 of the source file: {digest}\n"
+    assert cli.main(["weights", "pull", BUNDLED[0].name]) == 0
+    assert capsys.readouterr().out == f"{BUNDLED[0].bundled_file.parent}\n"
     assert cli.main(["weights", "list", "pass_vit_small_patch16"]) == 0
     here = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
     assert {name: here[name] for name in (LUP, MARKET)} == {LUP: "cached", MARKET: "-"}
@@ -846,6 +855,34 @@ def test_a_published_file_of_another_tag_is_refused_by_its_layout(cache, golden,
     with pytest.raises(CheckpointError, match=f"is not pass_vit_small_patch16.lup_market1501: .* shows .*{shown}"):
         pull("pass_vit_small_patch16.lup_market1501", GOLDEN / golden)
     assert zoo.cached_folder("pass_vit_small_patch16.lup_market1501") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "identities", "shown"),
+    [
+        (MARKET, 1041, r"1,041 identities \(MSMT17\), not 751 \(Market-1501\)"),
+        (MARKET, 702, r"702 identities \(DukeMTMC-reID\), not 751 \(Market-1501\)"),
+        (MARKET, 500, r"500 identities, not 751 \(Market-1501\)"),
+        ("pass_vit_small_patch16.lup_msmt17", 751, r"751 identities \(Market-1501\), not 1,041 \(MSMT17\)"),
+        ("pass_vit_small_patch16.lup_msmt17_uda_source", 751, r"751 identities \(Market-1501\), not 1,041 \(MSMT17\)"),
+    ],
+)
+def test_a_classifier_of_other_identities_than_the_tags_is_refused(tmp_path, cache, small, name, identities, shown):
+    official_file(tmp_path / "file.pth", prefix="base.", identities=identities)
+    with pytest.raises(CheckpointError, match=f"is not {name}: its layout shows a classifier of {shown}$"):
+        pull(name, tmp_path / "file.pth")
+    assert zoo.cached_folder(name) is None
+
+
+@pytest.mark.parametrize(("name", "identities"), [(MARKET, 751), ("pass_vit_small_patch16.lup_msmt17", 1041)])
+def test_a_classifier_of_the_tags_identities_is_taken(tmp_path, cache, small, name, identities):
+    expected = official_file(tmp_path / "file.pth", prefix="base.", identities=identities)
+    assert holds(pull(name, tmp_path / "file.pth"), expected)
+
+
+def test_the_identities_of_a_classifier_are_those_of_the_published_training_sets():
+    published = {name: PUBLISHED.get(name, PUBLISHED.get(f"{name} V1"))["train"][1] for name in zoo.TRAIN_IDENTITIES}
+    assert published == zoo.TRAIN_IDENTITIES
 
 
 def test_bundled_weights_take_no_file(tmp_path):
