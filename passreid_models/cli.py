@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("repo_id", metavar="ORG/NAME")
     publish.add_argument("--private", action="store_true")
     publish.add_argument("--revision", help="branch")
-    publish.add_argument("--dry-run", action="store_true", help="show the files, push nothing")
+    publish.add_argument("--dry-run", action="store_true", help="show the files and the model card, push nothing")
     publish.set_defaults(run=_weights_publish)
     return parser
 
@@ -375,9 +375,11 @@ def _weights_list(args: argparse.Namespace) -> int:
 
 
 def _weights_pull(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.zoo import pull
+    from passreid_models.checkpoints import zoo
 
-    print(pull(args.name, args.source, args.force))
+    print(zoo.pull(args.name, args.source, args.force))
+    if record := zoo.read_record(zoo.get_weight(args.name).name):
+        print(f"SHA-256 of the source file: {record['source_sha256']}")
     return 0
 
 
@@ -391,11 +393,13 @@ def _weights_verify(args: argparse.Namespace) -> int:
 
 
 def _weights_publish(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.publish import publish
+    from passreid_models.checkpoints.publish import card_of, publish
 
     url, sizes = publish(args.folder, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run)
     for name, size in sizes.items():
         print(f"{size:>12,}  {name}")
+    if args.dry_run:
+        print(f"\n{card_of(args.folder, args.repo_id)}")
     print(url or f"nothing was pushed to {args.repo_id} (--dry-run)")
     return 0
 

@@ -255,7 +255,6 @@ def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
         license="apache-2.0",
         paper_ids="arXiv:2203.03931",
         paper_name="PASS: Part-Aware Self-Supervised Pre-Training for Person Re-Identification",
-        origin_url="https://github.com/CASIA-IVA-Lab/PASS-reID",
     )
     if entry is not None:
         mean, std = STATISTICS[entry.mean_std]
@@ -269,6 +268,8 @@ def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
             license=entry.license,
             description=f"{entry.task}, {entry.data}",
         )
+        if entry.url:  # weights of the authors
+            cfg["origin_url"] = "https://github.com/CASIA-IVA-Lab/PASS-reID"
     return cfg
 
 

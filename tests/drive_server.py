@@ -4,6 +4,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,10 +22,11 @@ LOGIN = "<html><head><title>Sign in - Google&nbsp;Accounts</title></head><body><
 
 class DriveServer:
     """Serves ``content`` under ids that say how: ``file``, ``confirm``, ``quota``, ``login``, ``cut`` (half, once),
-    ``cut-always``, ``whole-again`` (half, then no ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``."""
+    ``cut-always``, ``whole-again`` (half, then no ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``; other
+    ids are not there. ``kinds`` says it for other ids; with ``kind`` every id is served in that way."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
+    def __init__(self, content: bytes, kinds: Mapping[str, str] | None = None, kind: str = "") -> None:
+        self.content, self.kinds, self.kind = content, kinds or {}, kind
         self.requests: list[tuple[str, str | None]] = []
         """Id and Range header of each."""
         self.count: Counter[str] = Counter()
@@ -51,16 +53,17 @@ class DriveServer:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         query = {k: v[0] for k, v in parse_qs(urlsplit(request.path).query).items()}
-        kind, wanted = query.get("id", ""), request.headers.get("Range")
-        self.requests.append((kind, wanted))
-        self.count[kind] += 1
-        nth = self.count[kind]
+        file_id, wanted = query.get("id", ""), request.headers.get("Range")
+        kind = self.kind or self.kinds.get(file_id, file_id)
+        self.requests.append((file_id, wanted))
+        self.count[file_id] += 1
+        nth = self.count[file_id]
         if kind == "quota":
             return self._page(request, QUOTA)
         if kind == "login":
             return self._page(request, LOGIN)
         if kind == "loop" or (kind == "confirm" and query.get("uuid") != "a&b"):
-            return self._page(request, CONFIRM.format(id=kind))
+            return self._page(request, CONFIRM.format(id=file_id))
         if kind == "denied":
             return self._page(request, "", 403)
         if kind == "busy" and nth <= 2:

@@ -331,14 +331,16 @@ def test_weights_pull_from_a_file_that_is_missing_names_it(tmp_path, capsys):
     assert str(tmp_path / "missing.pth") in sentence
 
 
-def test_publish_dry_run_shows_the_files_and_asks_nobody(model_dir, monkeypatch, capsys):
+def test_publish_dry_run_shows_the_files_and_the_card_and_asks_nobody(model_dir, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", lambda *a, **k: pytest.fail("the Hub was asked"))
     assert run("weights", "publish", model_dir, "org/name", "--dry-run") == 0
-    *rows, last = capsys.readouterr().out.splitlines()
-    sizes = {row.split()[1]: int(row.split()[0].replace(",", "")) for row in rows}
+    listing, card = capsys.readouterr().out.split("\n\n", 1)
+    sizes = {row.split()[1]: int(row.split()[0].replace(",", "")) for row in listing.splitlines()}
     assert sizes["model.safetensors"] == (model_dir / "model.safetensors").stat().st_size
     assert sizes.keys() == {"model.safetensors", "config.json", "README.md"}
-    assert last == "nothing was pushed to org/name (--dry-run)"
+    assert card.startswith("---\n")
+    assert "**Training data:** " in card
+    assert card.endswith("\nnothing was pushed to org/name (--dry-run)\n")
 
 
 def test_publish_refuses_other_folders_and_other_names(model_dir, tmp_path, capsys):

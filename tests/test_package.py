@@ -45,7 +45,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "MODEL_CARD.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 CONFIGS = {"train": PretrainConfig, "finetune": FinetuneConfig, "cluster": ClusterConfig}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-HEAVY = {"sklearn", "faiss", "matplotlib", "onnx", "onnxruntime", "gdown", "torchvision", "pandas", "scipy", "tqdm"}
+HEAVY = {"sklearn", "faiss", "matplotlib", "onnx", "onnxruntime", "torchvision", "pandas", "scipy", "tqdm"}
 
 
 def modules() -> list[ModuleType]:

@@ -18,7 +18,8 @@ __all__ = ["DriveError", "download_drive"]
 
 _ENDPOINT = os.environ.get("PASSREID_DRIVE_ENDPOINT", "https://drive.usercontent.google.com")
 TRIES = 5  # in a row without a new byte
-TIMEOUT = 30.0  # seconds without an answer or a byte
+TRIES_UNANSWERED = 2  # in a row if there was no answer at all: no network, no name service, a proxy that refuses
+TIMEOUT = (10.0, 30.0, 30.0, 30.0)  # seconds to connect, without a byte, to send, to get a connection
 REFUSALS = {
     401: "the file is not public",
     403: "Google Drive refuses the download: the file is not public, or was downloaded too often today",
@@ -31,7 +32,13 @@ class DriveError(OSError):
 
 
 class _InterruptedError(Exception):
-    """A transfer that may succeed if tried again."""
+    """A transfer that may succeed if tried again; ``answered`` if Drive answered at all."""
+
+    def __init__(self, reason: str | Exception, answered: bool = True) -> None:
+        if isinstance(reason, Exception):  # of the Hub client's HTTP library, which differs from version to version
+            reason = " ".join(f"{type(reason).__name__}: {reason}".split()).removesuffix(":")
+        super().__init__(reason)
+        self.answered = answered
 
 
 def download_drive(file_id: str, path: Path, wait: float = 1.0) -> None:
@@ -48,19 +55,21 @@ def download_drive(file_id: str, path: Path, wait: float = 1.0) -> None:
         OSError: If ``path`` cannot be written.
     """
     params = {"id": file_id, "export": "download", "confirm": "t"}
-    tries, reason = 0, ""
+    tries, reason, answered = 0, "", False
     with tqdm(unit="B", unit_scale=True, desc="Google Drive", disable=None) as bar:
-        while tries < TRIES:
+        while tries < (TRIES if answered else TRIES_UNANSWERED):
             if tries:
                 time.sleep(wait * 2 ** (tries - 1))
             start = _size(path)
             try:
                 page = _transfer(params, path, bar)
             except _InterruptedError as e:
+                answered = answered or e.answered
                 reason, tries = str(e), 1 if _size(path) > start else tries + 1
                 continue
             if page is None:
                 return
+            answered = True
             params, tries, reason = _confirmation(page), tries + 1, "it asks for a confirmation again and again"
     raise DriveError(f"the download from Google Drive failed: {reason}")
 
@@ -101,8 +110,8 @@ def _response(params: dict[str, str], start: int) -> Iterator[Any]:
     stream = get_session().stream("GET", f"{_ENDPOINT}/download", params=params, headers=headers, timeout=TIMEOUT)
     try:
         response = stream.__enter__()
-    except Exception as e:  # those of the Hub client's HTTP library, which differs from version to version
-        raise _InterruptedError(f"{type(e).__name__}: {e}") from None
+    except Exception as e:
+        raise _InterruptedError(e, answered=False) from None
     try:
         yield response
     finally:
@@ -110,12 +119,12 @@ def _response(params: dict[str, str], start: int) -> Iterator[Any]:
 
 
 def _blocks(response: Any) -> Iterator[bytes]:
-    blocks = response.iter_bytes(1 << 20)
+    blocks = response.iter_bytes()  # as they arrive: blocks of a given size would lose what came of the last one
     while True:
         try:
             block = next(blocks, None)
         except Exception as e:
-            raise _InterruptedError(f"{type(e).__name__}: {e}") from None
+            raise _InterruptedError(e) from None
         if block is None:
             return
         yield block
@@ -134,8 +143,8 @@ def _confirmation(page: str) -> dict[str, str]:
     if re.search(r"quota exceeded|too many users have viewed or downloaded", page, re.IGNORECASE):
         raise DriveError("the download quota of the file on Google Drive is used up: try again in a day")
     title = re.search(r"<title>(.*?)</title>", page, re.DOTALL | re.IGNORECASE)
-    name = " ".join(html.unescape(title[1]).split()) if title else ""
-    raise DriveError(f"Google Drive sends a page instead of the file{f' ({name})' if name else ''}: is it public?")
+    name = f" ({' '.join(html.unescape(title[1]).split())})" if title else ""
+    raise DriveError(f"Google Drive sends a page instead of the file{name}, which may not be public")
 
 
 def _size(path: Path) -> int:

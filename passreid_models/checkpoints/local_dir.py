@@ -76,8 +76,8 @@ def save_pretrained(
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
-            config["pretrained_cfg"].pop("tag", None)
-            config["pretrained_cfg"].pop("description", None)
+            for key in ("tag", "description", "origin_url"):
+                config["pretrained_cfg"].pop(key, None)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}

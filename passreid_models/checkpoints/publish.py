@@ -36,19 +36,25 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
         datasets=_dataset_ids(weight.data) if weight else None,
     )
     height, width = cfg["input_size"][1:]
+    provenance = config.get("provenance", {})
+    data_steps, methods = _training(provenance, config["architecture"])
     rows = {
         "Architecture": f"`{config['architecture']}`, {height}x{width}",
         "Descriptor": f"fusion `{config['fusion']}`, neck `{config['neck'] or 'none'}`, "
         + ("L2-normalised" if config["l2_normalize"] else "not L2-normalised"),
         "Preprocessing": f"squash to {height}x{width}, {cfg['interpolation']}, mean {cfg['mean']}, std {cfg['std']}",
-        "Training data": weight.data if weight else "not stated",
-        "Task": weight.task if weight else "not stated",
+        "Training data": weight.data if weight else "; then ".join(data_steps) or "not stated",
+        "Task": weight.task if weight else ", then ".join(methods) or "not stated",
         "Licence of the weights": f"{license}" + (f": {weight.license_note}" if weight else ""),
     }
     if weight and weight.accuracy:
         accuracy = weight.accuracy
         rows["Accuracy"] = f"mAP {accuracy['mAP']}, Rank-1 {accuracy['rank1']}, measured by {accuracy['measured_by']}"
-    provenance = config.get("provenance", {})
+    elif not weight and provenance.keys() >= {"mAP", "rank1"}:
+        rows["Accuracy"] = (
+            f"mAP {provenance['mAP']:.1f}, Rank-1 {provenance['rank1']:.1f}, measured during the training; of its "
+            "checkpoints, this one had the highest mAP"
+        )
     details = "\n".join(f"- **{name}:** {value}" for name, value in rows.items())
     history = "\n".join(f"- {key}: `{value}`" for key, value in provenance.items() if value) or "- not recorded"
     return f"""---
@@ -58,7 +64,7 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
 # {repo_id.split("/")[-1]}
 
 A person re-identification model of the PASS family ([paper](https://arxiv.org/abs/2203.03931)) for timm, written by
-[passreid-models](https://pypi.org/project/passreid-models/).
+passreid-models.
 
 {details}
 
@@ -87,9 +93,41 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 """
 
 
+def _training(provenance: dict[str, Any], architecture: str) -> tuple[list[str], list[str]]:
+    """Data and methods of a run and of the weights it began with, the earliest first."""
+    if not provenance.get("data"):
+        return [], []
+    init, earlier = provenance.get("init", ""), provenance.get("init_provenance", {})
+    data, methods = _training(earlier, architecture)
+    if not data and init not in ("", "random"):
+        weight = next((w for w in list_weights(architecture) if init in (w.name, w.tag)), None)
+        data, methods = ([weight.data], [weight.task]) if weight else ([f"not stated for the weights `{init}`"], [])
+    return [*data, provenance["data"]], [*methods, *filter(None, [provenance.get("method")])]
+
+
 def _dataset_ids(data: str) -> list[str]:
     """Dataset names of a description such as ``LUPerson (4.18M images), MSMT17``, in the form of the Hub's metadata."""
     return ["-".join(name.split()) for name in re.sub(r"\(.*?\)", "", data).split(",")]
+
+
+def card_of(folder: Path, repo_id: str) -> str:
+    """Model card that ``publish`` pushes: the folder's README.md, else one from its ``config.json``.
+
+    Raises:
+        FileNotFoundError: If the folder lacks a file.
+        ValueError: If ``config.json`` is damaged, or ``repo_id`` is not ``org/name``.
+    """
+    for name in PUBLISHED[:2]:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"expected a repository org/name, got {repo_id!r}")
+    try:
+        card = model_card(json.loads((folder / "config.json").read_text()), repo_id)
+    except (KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{folder / 'config.json'} was not written by this package: {e}") from None
+    own_card = folder / "README.md"
+    return own_card.read_text() if own_card.is_file() else card
 
 
 def publish(
@@ -120,19 +158,8 @@ def publish(
         WeightsUnavailableError: If the Hub refuses.
     """
     folder = Path(folder)
-    for name in PUBLISHED[:2]:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"expected a repository org/name, got {repo_id!r}")
+    card = card_of(folder, repo_id)
     read_checkpoint(folder / "model.safetensors")  # raises for a damaged file
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        card = model_card(config, repo_id)
-    except (KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder / 'config.json'} was not written by this package: {e}") from None
-    own_card = folder / "README.md"
-    card = own_card.read_text() if own_card.is_file() else card
     names = [name for name in PUBLISHED if (folder / name).is_file()]
     sizes = {name: (folder / name).stat().st_size for name in names} | {"README.md": len(card.encode())}
     if dry_run:
@@ -148,7 +175,7 @@ def publish(
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {config['architecture']}"
+                repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {repo_id.split('/')[1]}"
             )
         except Exception as e:  # their kind depends on the client's HTTP library
             status = getattr(getattr(e, "response", None), "status_code", None)

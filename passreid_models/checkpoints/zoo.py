@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from passreid_models.checkpoints.convert import Converted, convert_file
+from passreid_models.checkpoints.drive import DriveError, download_drive
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
+
+
+TRAIN_IDENTITIES = {"Market-1501": 751, "MSMT17": 1_041, "DukeMTMC-reID": 702}  # rows of a supervised classifier
 
 
 class WeightsUnavailableError(FileNotFoundError):
@@ -173,12 +177,13 @@ def resolve(architecture: str, tag: str) -> Path:
 
 def cached_folder(name: str) -> Path | None:
     """Cached folder of pulled weights, or None."""
-    record = _read_record(name)
+    record = read_record(name)
     folder = cache_dir() / record["folder"] if record else None
     return folder if folder and (folder / "model.safetensors").is_file() else None
 
 
-def _read_record(name: str) -> dict[str, Any] | None:
+def read_record(name: str) -> dict[str, Any] | None:
+    """Record of pulled weights: folder, address, SHA-256 and size of the source, SHA-256 of the result; or None."""
     path = cache_dir() / f"{name}.json"
     try:
         record = json.loads(path.read_text()) if path.is_file() else None
@@ -291,6 +296,12 @@ def _check_layout(weight: Weight, converted: Converted, file: Path) -> None:
         differences.append(f"fusion {converted.fusion}, not {weight.fusion}")
     if file_height * width != file_width * height:
         differences.append(f"images {file_height // file_width} times as high as wide, not {height // width}")
+    counts = {name: count for name, count in TRAIN_IDENTITIES.items() if name in weight.data}
+    for tensor in converted.classifier.values():
+        if counts and len(tensor) not in counts.values():
+            trained_on = {count: f" ({name})" for name, count in TRAIN_IDENTITIES.items()}.get(len(tensor), "")
+            expected = " or ".join(f"{count:,} ({name})" for name, count in counts.items())
+            differences.append(f"a classifier of {len(tensor):,} identities{trained_on}, not {expected}")
     if differences:
         raise CheckpointError(f"{file} is not {weight.name}: its layout shows {'; '.join(differences)}")
 
@@ -305,19 +316,11 @@ def _download_drive(weight: Weight, folder: Path) -> Path:
         raise WeightsUnavailableError(f"{weight.name} has no published file")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise WeightsUnavailableError(f"HF_HUB_OFFLINE is set and the weights are not in the cache; {by_hand}")
-    try:
-        import gdown
-    except ImportError:
-        raise WeightsUnavailableError(
-            f"it is on Google Drive and gdown is not installed: pip install 'passreid-models[gdrive]', or {by_hand}"
-        ) from None
     file = folder / f"{weight.source['drive_id']}.pth"  # the name goes into the provenance
     try:
-        output = gdown.download(id=weight.source["drive_id"], output=str(file), quiet=False)
-    except Exception as e:  # gdown passes on whatever requests, Drive's pages and the file system raise
-        raise WeightsUnavailableError(f"the download from Google Drive failed ({short_error(e)}); {by_hand}") from None
-    if not output or not file.is_file():
-        raise WeightsUnavailableError(f"the download from Google Drive gave no file; {by_hand}")
+        download_drive(weight.source["drive_id"], file)
+    except DriveError as e:
+        raise WeightsUnavailableError(f"{e}; {by_hand}") from None
     return file
 
 
@@ -365,7 +368,7 @@ def verify(name: str = "") -> list[tuple[str, str]]:
         if weight.bundled_file:
             file, expected = weight.bundled_file, weight.source["sha256"]
         else:
-            record = _read_record(weight.name)
+            record = read_record(weight.name)
             if record is None:
                 states.append((weight.name, "not pulled"))
                 continue

@@ -1,7 +1,7 @@
 """Loading from the Hub with its real client: names, revisions, the cache, refusals, damage, and the tags' repositories.
 
-The client runs in subprocesses (it reads HF_ENDPOINT when it is imported), on a Hub of 127.0.0.1; each starts once and
-loads everything, and the tests check its results.
+The client runs in subprocesses (it reads HF_ENDPOINT when it is imported), on a Hub and a Drive of 127.0.0.1; each
+starts once and loads everything, and the tests check its results.
 """
 
 import json
@@ -11,16 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 
 from passreid_models.checkpoints.local_dir import save_pretrained
 from tests.checkpoints.test_zoo import import_path, manifest_row, stand_in
+from tests.drive_server import DriveServer
 from tests.hub_server import HubServer
 
 PRELUDE = """
 import json, os, sys, time
-sys.modules["gdown"] = None  # not installed
 import timm, torch, passreid_models
 from pathlib import Path
 from passreid_models import load_report
@@ -72,6 +73,7 @@ results["tag"] = load("test_pass_vit.published")
 results["tag with a repository of its own"] = load("test_pass_vit.pinned")
 os.environ["PASSREID_HUB_NAMESPACE"] = "nobody"
 results["tag, no repository"] = error("test_pass_vit.other")
+results["tag, only on the Drive"] = load("test_pass_vit.drive")
 os.environ["PASSREID_HUB_NAMESPACE"] = "shut"
 results["tag, private repository"] = error("test_pass_vit.published")
 os.environ["PASSREID_HUB_NAMESPACE"] = "broken"
@@ -114,18 +116,20 @@ def hub(tmp_path_factory) -> SimpleNamespace:
     """Results of two clients with one cache: the first with the Hub, the second without."""
     work = tmp_path_factory.mktemp("hub")
     (old, old_descriptor), (new, new_descriptor) = saved(work / "old", 1, neck="single"), saved(work / "new", 2)
-    rows = [manifest_row(f"test_pass_vit.{tag}", drive_id=f"ID-{tag}") for tag in ("published", "other")]
+    rows = [manifest_row(f"test_pass_vit.{tag}", drive_id=f"ID-{tag}") for tag in ("published", "other", "drive")]
     stand_in(work / "site", [*rows, manifest_row("test_pass_vit.pinned", hub_id="org/tiny@v1")])
 
     def client(code: str, **env: str) -> dict:
         env = {**server.client_env(work / "hf"), "PYTHONPATH": import_path(work / "site"), "TOKEN": server.token, **env}
         env |= {"OTHER_CACHE": str(work / "other"), "PASSREID_CACHE": str(work / "passreid")}
+        env["PASSREID_DRIVE_ENDPOINT"] = drive.endpoint
         command = [sys.executable, "-c", PRELUDE + code]
         done = subprocess.run(command, env=env, cwd=work, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    with HubServer() as server:
+    torch.save({k: t.float() for k, t in safetensors.torch.load(new["model.safetensors"]).items()}, work / "drive.pth")
+    with HubServer() as server, DriveServer((work / "drive.pth").read_bytes(), {"ID-drive": "confirm"}) as drive:
         server.add_repo("org/tiny", new, tags={"v1": old})
         for repo in ("org/damaged", "org/once", "org/test_pass_vit.published", "broken/test_pass_vit.published"):
             server.add_repo(repo, new)
@@ -141,6 +145,7 @@ def hub(tmp_path_factory) -> SimpleNamespace:
         old=old_descriptor,
         new=new_descriptor,
         online=online,
+        drive=drive,
         offline=client(WITHOUT),
         server=server,
         work=work,
@@ -237,19 +242,27 @@ def test_the_manifests_repository_comes_before_the_namespace_and_may_name_a_revi
     assert "models--org--tiny" in result["source"]
 
 
+def test_a_tag_without_a_repository_comes_from_the_drive(hub):
+    assert hub.online["tag, only on the Drive"]["descriptor"] == hub.new
+
+
+def test_the_drive_is_asked_only_where_the_hub_has_nothing(hub):
+    assert hub.drive.count == {"ID-other": 1, "ID-drive": 2, "ID-published": 1}
+
+
 @pytest.mark.parametrize(
-    ("where", "case", "name"),
+    ("where", "case", "name", "reason"),
     [
-        ("online", "tag, no repository", "other"),
-        ("online", "tag, private repository", "published"),
-        ("offline", "tag never loaded", "other"),
+        ("online", "tag, no repository", "other", "there is no such file on Google Drive"),
+        ("online", "tag, private repository", "published", "there is no such file on Google Drive"),
+        ("offline", "tag never loaded", "other", "the download from Google Drive failed: ConnectError: "),
     ],
 )
-def test_a_tag_without_a_repository_ends_at_the_drive_in_one_sentence_that_names_both(hub, where, case, name):
+def test_a_tag_that_is_nowhere_is_an_error_of_one_sentence_that_names_both(hub, where, case, name, reason):
     kinds, message = getattr(hub, where)[case]
     assert kinds[0] == "WeightsUnavailableError"
     assert f"/test_pass_vit.{name} on the Hub: " in message
-    assert "gdown is not installed: pip install 'passreid-models[gdrive]'" in message
+    assert reason in message
     url = f"https://drive.google.com/file/d/ID-{name}/view"
     assert f"download {url} by hand and run `passreid weights pull test_pass_vit.{name} --from FILE`" in message
     assert "\n" not in message

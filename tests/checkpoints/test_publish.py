@@ -119,6 +119,48 @@ def test_a_model_of_no_tag_claims_no_data_and_no_accuracy(tmp_path):
     assert "neck `multi`, not L2-normalised" in card.text
 
 
+RUN = {"data": "Market-1501, mine/: 9 images", "method": "supervised re-ID", "mAP": 61.234, "rank1": 80.0}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "data", "task"),
+    [
+        ({"init": "random"}, "", ""),
+        (
+            {"init": "pass_vit_small_patch16.lup"},
+            "LUPerson (4.18M images); then ",
+            "self-supervised pre-training, then ",
+        ),
+        ({"init": "lup"}, "LUPerson (4.18M images); then ", "self-supervised pre-training, then "),
+        ({"init": "official.pth"}, "not stated for the weights `official.pth`; then ", ""),
+        (
+            {"init": "export", "init_provenance": {"method": "PASS", "data": "crops/: 5 images", "init": ""}},
+            "crops/: 5 images; then ",
+            "PASS, then ",
+        ),
+    ],
+)
+def test_the_card_of_a_run_states_its_data_from_the_first_weights_on_and_its_accuracy(tmp_path, provenance, data, task):
+    model = timm.create_model("pass_vit_small_patch16.lup_msmt17", **TINY)
+    save_pretrained(model, tmp_path / "best", info={"provenance": {**RUN, **provenance}})
+    card = ModelCard(model_card(config_of(tmp_path / "best"), "me/mine"))
+    assert f"**Training data:** {data}{RUN['data']}\n" in card.text
+    assert f"**Task:** {task}supervised re-ID\n" in card.text
+    assert "**Accuracy:** mAP 61.2, Rank-1 80.0, measured during the training" in card.text
+    assert card.data.datasets is None  # folders are not datasets of the Hub
+
+
+def test_only_the_authors_weights_name_the_authors_repository(tmp_path):
+    written(tmp_path / "theirs", "pass_vit_small_patch16.lup_market1501", **TINY)
+    save_pretrained(timm.create_model("pass_vit_small_patch16.lup_market1501", **TINY), tmp_path / "tuned")
+    written(tmp_path / "own")
+    folders = [tmp_path / "own", tmp_path / "tuned", *(w.bundled_file.parent for w in list_weights() if w.bundled_file)]
+    assert "CASIA-IVA-Lab" in config_of(tmp_path / "theirs")["pretrained_cfg"]["origin_url"]
+    for folder in folders:
+        assert "CASIA-IVA-Lab" not in json.dumps(config_of(folder)) + model_card(config_of(folder), "me/mine")
+    assert "pypi.org" not in model_card(config_of(tmp_path / "theirs"), "me/mine")
+
+
 def test_a_missing_provenance_is_stated_as_not_recorded(tmp_path):
     folder = written(tmp_path / "model")
     config = {k: v for k, v in config_of(folder).items() if k != "provenance"}
@@ -137,9 +179,10 @@ def test_a_dry_run_shows_the_files_and_sends_nothing(tmp_path, no_network, capsy
     assert sizes.keys() - set(before) == {"README.md"}
     assert sizes["README.md"] == len(model_card(config_of(folder), "org/name").encode())
     assert cli.main(["weights", "publish", str(folder), "org/name", "--dry-run"]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert {line.split()[1]: int(line.split()[0].replace(",", "")) for line in lines} == sizes
-    assert last == "nothing was pushed to org/name (--dry-run)"
+    listing, rest = capsys.readouterr().out.split("\n\n", 1)
+    assert {line.split()[1]: int(line.split()[0].replace(",", "")) for line in listing.splitlines()} == sizes
+    card = model_card(config_of(folder), "org/name")
+    assert rest == f"{card}\nnothing was pushed to org/name (--dry-run)\n"
     assert sorted(p.name for p in folder.iterdir()) == before
 
 

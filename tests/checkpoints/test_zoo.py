@@ -1,6 +1,7 @@
 """The manifest lists the authors' weights, tags are searched in order, and the cache holds whole files only."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -12,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -23,7 +23,7 @@ from timm.models import get_pretrained_cfg, list_models
 import passreid_models
 from passreid_models import cli
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
-from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints import drive, zoo
 from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
@@ -36,8 +36,10 @@ from passreid_models.checkpoints.zoo import (
     resolve,
     verify,
 )
+from passreid_models.data.findings import PUBLISHED
 from passreid_models.runtime import sha256
 from tests import GOLDEN
+from tests.drive_server import DriveServer
 
 # name, Drive id, height of the images (all are 128 wide), fusion, neck, descriptor, statistics, interpolation,
 # the authors' mAP and Rank-1
@@ -317,7 +319,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Tensor) -> dict[str, torch.Tensor]:
+def official_file(
+    path: Path, seed: int = 0, prefix: str = "", identities: int = 751, **wrong: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Write a file in the authors' layout, supervised with ``base.`` and unsupervised with ``module.`` before the keys.
 
     Returns:
@@ -343,8 +347,25 @@ def official_file(path: Path, seed: int = 0, prefix: str = "", **wrong: torch.Te
             state |= {f"{lead}{neck}.{k}": draw(64) for k in ("weight", "bias", "running_mean", "running_var")}
             state[f"{lead}{neck}.num_batches_tracked"] = torch.tensor(5)
     if prefix == "base.":
-        state["classifier.weight"] = draw(7, 128)
+        state["classifier.weight"] = draw(identities, 128)
     torch.save({"state_dict": state, "epoch": 3} if prefix == "module." else state, path)
+    return expected
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[DriveServer]:
+    """A Drive that has what ``serve`` gives it."""
+    sleep = time.sleep
+    monkeypatch.setattr(drive.time, "sleep", lambda seconds: sleep(seconds / 100))
+    with DriveServer(b"", kind="file") as server:
+        monkeypatch.setattr(drive, "_ENDPOINT", server.endpoint)
+        yield server
+
+
+def serve(server: DriveServer, folder: Path, kind: str = "file") -> dict[str, torch.Tensor]:
+    """Put an official file on the Drive, for every id; return the state dict that the converted model must have."""
+    expected = official_file(folder / "theirs.pth")
+    server.content, server.kind = (folder / "theirs.pth").read_bytes(), kind
     return expected
 
 
@@ -360,7 +381,7 @@ def holds(folder: Path, expected: dict[str, torch.Tensor]) -> bool:
 
 def litter(cache: Path, name: str = LUP) -> list[str]:
     """Names in the cache besides the record, its folder and the lock."""
-    record = zoo._read_record(name)
+    record = zoo.read_record(name)
     expected = {f"{name}.json", f".{name}.lock", *([record["folder"]] if record else [])}
     return [p.name for p in cache.iterdir() if p.name not in expected]
 
@@ -381,7 +402,7 @@ def test_pull_converts_a_file_given_by_hand_and_records_it(tmp_path, cache, smal
         "sha256": sha256(folder / "model.safetensors"),
     }
     extras = safetensors.torch.load_file(folder / "extras.safetensors")
-    assert extras["classifier.weight"].shape == (7, 128)
+    assert extras["classifier.weight"].shape == (751, 128)
     assert extras["fc_norm.bn.running_mean"].shape == (4 * 64,)
     config = json.loads((folder / "config.json").read_text())
     assert (config["fusion"], config["neck"], config["l2_normalize"]) == ("cat", "", True)
@@ -432,14 +453,16 @@ def test_the_cache_comes_before_the_hub_and_the_drive(tmp_path, cache, small, mo
 def test_a_file_of_another_sha256_is_refused_and_the_right_one_taken(tmp_path, cache, small, monkeypatch):
     expected = official_file(tmp_path / "right.pth", seed=1)
     official_file(tmp_path / "wrong.pth", seed=2)
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
     weight = dataclasses.replace(get_weight(LUP), source={"drive_id": "ID", "sha256": sha256(tmp_path / "right.pth")})
     monkeypatch.setitem(zoo._manifest(), LUP, weight)
     with pytest.raises(CheckpointError, match=r"wrong\.pth is not pass_vit_small_patch16\.lup: its SHA-256 is "):
         pull(LUP, tmp_path / "wrong.pth")
     assert zoo.cached_folder(LUP) is None
     assert holds(pull(LUP, tmp_path / "right.pth"), expected)
-    with pytest.raises(CheckpointError, match="SHA-256"):
-        pull(LUP, tmp_path / "wrong.pth")
+    for wrong in ("wrong.pth", "page.pth"):  # refused before anything is read
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            pull(LUP, tmp_path / wrong)
     assert holds(zoo.cached_folder(LUP), expected)
     assert litter(cache) == []
 
@@ -554,8 +577,12 @@ def test_verify_finds_a_flipped_byte_and_the_command_exits_1(tmp_path, cache, sm
 
 def test_the_commands_print_where_the_weights_are(tmp_path, cache, small, capsys):
     official_file(tmp_path / "file.pth")
-    assert cli.main(["weights", "pull", LUP, "--from", str(tmp_path / "file.pth")]) == 0
-    assert capsys.readouterr().out.strip() == str(zoo.cached_folder(LUP))
+    for command in (["pull", LUP, "--from", str(tmp_path / "file.pth")], ["pull", LUP]):
+        assert cli.main(["weights", *command]) == 0
+        digest = sha256(tmp_path / "file.pth")
+        assert capsys.readouterr().out == f"{zoo.cached_folder(LUP)}\nSHA-256 of the source file: {digest}\n"
+    assert cli.main(["weights", "pull", BUNDLED[0].name]) == 0
+    assert capsys.readouterr().out == f"{BUNDLED[0].bundled_file.parent}\n"
     assert cli.main(["weights", "list", "pass_vit_small_patch16"]) == 0
     here = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
     assert {name: here[name] for name in (LUP, MARKET)} == {LUP: "cached", MARKET: "-"}
@@ -660,42 +687,50 @@ def test_a_pull_killed_at_any_step_leaves_the_old_weights_or_the_new(tmp_path, s
     assert which[-1] is True
 
 
-def _pull_slowly(cache: Path, file: Path, log: Path, source: Path | None) -> None:
-    """In a child: pull, from a Drive that takes its time and writes down each download."""
+def _pull(cache: Path, source: Path | None = None, endpoint: str = "", log: Path | None = None) -> None:
+    """In a child: pull from a file or a Drive, and write down the folder."""
     shrink()
     torch.set_num_threads(1)
     os.environ["PASSREID_CACHE"] = str(cache)
-
-    def download(*, id: str, output: str, quiet: bool) -> str:
-        with log.open("a") as lines:
-            lines.write(f"{id}\n")
-        time.sleep(0.5)
-        shutil.copy(file, output)
-        return output
-
-    sys.modules["gdown"] = SimpleNamespace(download=download)
+    drive._ENDPOINT = endpoint
     folder = pull(LUP, source)
-    with log.open("a") as lines:
-        lines.write(f"{folder}\n")
+    if log:
+        with log.open("a") as lines:
+            lines.write(f"{folder}\n")
 
 
-def test_parallel_pulls_download_once_and_agree(tmp_path, cache, small):
-    expected = official_file(tmp_path / "file.pth")
+def test_parallel_pulls_download_once_and_agree(tmp_path, cache, small, server):
+    expected = serve(server, tmp_path, "slow")
     log = tmp_path / "log"
-    processes = [in_child(_pull_slowly, cache, tmp_path / "file.pth", log, None) for _ in range(3)]
+    processes = [in_child(_pull, cache, None, server.endpoint, log) for _ in range(3)]
     for process in processes:
         process.join(600)
     assert [p.exitcode for p in processes] == [0, 0, 0]
     folder = zoo.cached_folder(LUP)
-    assert log.read_text().splitlines() == [get_weight(LUP).source["drive_id"]] + 3 * [str(folder)]
+    assert log.read_text().splitlines() == 3 * [str(folder)]
+    assert server.requests == [(get_weight(LUP).source["drive_id"], None)]
     assert holds(folder, expected)
+    assert litter(cache) == []
+
+
+def test_a_pull_killed_during_the_download_leaves_the_next_one_a_free_way(tmp_path, cache, small, server):
+    expected = serve(server, tmp_path, "slow")
+    process = in_child(_pull, cache, None, server.endpoint)
+    while not any(file.stat().st_size for file in cache.glob(".*/*.pth")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join(600)
+    assert zoo.cached_folder(LUP) is None
+    assert litter(cache) != []
+    assert holds(pull(LUP), expected)
     assert litter(cache) == []
 
 
 def test_parallel_pulls_of_different_files_leave_one_of_them_whole(tmp_path, cache, small):
     files = [tmp_path / f"{seed}.pth" for seed in range(3)]
     expected = [official_file(file, seed) for seed, file in enumerate(files)]
-    processes = [in_child(_pull_slowly, cache, file, tmp_path / "log", file) for file in files]
+    processes = [in_child(_pull, cache, file) for file in files]
     for process in processes:
         process.join(600)
     assert [p.exitcode for p in processes] == [0, 0, 0]
@@ -707,85 +742,65 @@ def test_parallel_pulls_of_different_files_leave_one_of_them_whole(tmp_path, cac
 # ------------------------------------------------------------------------------------------------------------ Drive
 
 
-def drive(monkeypatch, give: Callable[[str], object]) -> list[dict]:
-    """Replace gdown by ``give``; return the list of its calls."""
-    calls = []
-
-    def download(**kwargs: object) -> object:
-        calls.append(kwargs)
-        return give(str(kwargs["output"]))
-
-    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
-    return calls
-
-
-def test_a_download_is_verified_converted_and_recorded(tmp_path, cache, small, monkeypatch):
-    expected = official_file(tmp_path / "theirs.pth")
-    calls = drive(monkeypatch, lambda output: shutil.copy(tmp_path / "theirs.pth", output))
+def test_a_download_is_verified_converted_and_recorded(tmp_path, cache, small, server, monkeypatch):
+    expected = serve(server, tmp_path, "confirm")
+    monkeypatch.setattr(zoo, "download_hub", lambda *args: pytest.fail(f"asked the Hub for {args}"))
+    drive_id = get_weight(LUP).source["drive_id"]
     model = timm.create_model(LUP, pretrained=True, img_size=(64, 32))
     assert all(torch.equal(t, model.state_dict()[k]) for k, t in expected.items())
-    assert [call["id"] for call in calls] == [get_weight(LUP).source["drive_id"]]
+    assert server.requests == 2 * [(drive_id, None)]  # the second confirms
     assert verify(LUP) == [(LUP, "ok")]
     assert litter(cache) == []
     config = json.loads((zoo.cached_folder(LUP) / "config.json").read_text())
-    assert get_weight(LUP).source["drive_id"] in config["provenance"]["source"]  # where it came from can be read off
+    assert config["provenance"]["source"] == f"{drive_id}.pth"  # where it came from can be read off
+    assert config["provenance"]["source_sha256"] == hashlib.sha256(server.content).hexdigest()
     timm.create_model(LUP, pretrained=True)
     pull(LUP)
-    assert len(calls) == 1
+    assert len(server.requests) == 2
     pull(LUP, force=True)
-    assert len(calls) == 2
+    assert len(server.requests) == 4
     assert verify(LUP) == [(LUP, "ok")]
 
 
-def test_the_real_gdown_takes_the_arguments_given_to_it(tmp_path, cache, small, monkeypatch):
-    gdown = pytest.importorskip("gdown", reason="gdown, of the extra [gdrive], is not installed")
-    import inspect
-
-    signature = inspect.signature(gdown.download)
-    official_file(tmp_path / "theirs.pth")
-    calls = drive(monkeypatch, lambda output: shutil.copy(tmp_path / "theirs.pth", output))
-    pull(LUP)
-    assert signature.bind(**calls[0]).arguments.keys() == calls[0].keys()
+@pytest.mark.parametrize("kind", ["cut", "whole-again", "busy"])
+def test_a_download_that_is_interrupted_goes_on_by_itself(tmp_path, cache, small, server, kind):
+    expected = serve(server, tmp_path, kind)
+    assert holds(pull(LUP), expected)
+    assert litter(cache) == []
 
 
-def fails(error: BaseException) -> Callable[[str], object]:
-    def give(output: str) -> object:
-        Path(output).write_bytes(b"half of it")
-        raise error
-
-    return give
-
-
-DRIVE_FAILURES: dict[str, tuple[Callable[[str], object] | None, str]] = {
-    "gdown missing": (None, "gdown is not installed: pip install 'passreid-models[gdrive]'"),
-    "gdown raises": (fails(RuntimeError("quota exceeded\n\n\tmany have viewed it\n")), "failed (quota exceeded)"),
-    "no network": (fails(OSError("Name or service not known")), "failed (Name or service not known)"),
-    "an error without words": (fails(TimeoutError()), "failed (TimeoutError)"),
-    "gives None": (lambda output: None, "gave no file"),
-    "says done and wrote nothing": (lambda output: output, "gave no file"),
-    "a web page": (
-        lambda output: (Path(output).write_text("<!DOCTYPE html><title>Quota exceeded</title>"), output)[1],
-        "is not a PyTorch checkpoint",
-    ),
-    "cut short": (
-        lambda output: (official_file(Path(output)), os.truncate(output, 100_000), output)[2],
-        "is cut short or damaged",
-    ),
+DRIVE_FAILURES = {  # how Drive serves the file, and what the error says
+    "quota": "the download quota of the file on Google Drive is used up: try again in a day; download https",
+    "denied": "Google Drive refuses the download: the file is not public, or was downloaded too often today; download",
+    "login": "Google Drive sends a page instead of the file (Sign in - Google Accounts), which may not be public; ",
+    "gone": "there is no such file on Google Drive; download",
+    "cut-always": "the download from Google Drive failed: ",
+    "loop": "the download from Google Drive failed: it asks for a confirmation again and again; download",
+    "no network": "the download from Google Drive failed: ConnectError: ",
+    "another file": "the file from Google Drive is not a PyTorch checkpoint",
+    "cut short": "the file from Google Drive is cut short or damaged",
 }
 
 
+def fail(server: DriveServer, monkeypatch, failure: str) -> None:
+    """Let the downloads of an official file fail."""
+    server.kind = "file" if failure in ("another file", "cut short") else failure
+    if failure == "no network":
+        monkeypatch.setattr(drive, "_ENDPOINT", "http://127.0.0.1:9")
+    server.content = b"not a checkpoint" if failure == "another file" else server.content[:100_000]
+
+
 @pytest.mark.parametrize("failure", DRIVE_FAILURES)
-def test_a_failed_download_is_one_sentence_with_advice_to_download_by_hand(cache, small, monkeypatch, capsys, failure):
-    give, message = DRIVE_FAILURES[failure]
-    if give is None:
-        monkeypatch.setitem(sys.modules, "gdown", None)
-    else:
-        drive(monkeypatch, give)
+def test_a_failed_download_is_one_sentence_with_advice_to_download_by_hand(
+    tmp_path, cache, small, server, monkeypatch, capsys, failure
+):
+    serve(server, tmp_path)
+    fail(server, monkeypatch, failure)
     by_hand = f"download {get_weight(LUP).url} by hand and run `passreid weights pull {LUP} --from FILE`"
     for attempt in (lambda: pull(LUP), lambda: timm.create_model(LUP, pretrained=True)):
         with pytest.raises((WeightsUnavailableError, CheckpointError)) as caught:
             attempt()
-        assert message in str(caught.value)
+        assert DRIVE_FAILURES[failure] in str(caught.value)
         assert by_hand in str(caught.value)
         assert "\n" not in str(caught.value)
         assert str(cache) not in str(caught.value)  # the temporary file is gone, its name helps no one
@@ -795,32 +810,36 @@ def test_a_failed_download_is_one_sentence_with_advice_to_download_by_hand(cache
     assert litter(cache) == []
 
 
-def test_a_failed_download_leaves_the_old_weights(tmp_path, cache, small, monkeypatch):
-    expected = official_file(tmp_path / "file.pth")
-    pull(LUP, tmp_path / "file.pth")
-    for give, _ in DRIVE_FAILURES.values():
-        drive(monkeypatch, give or fails(ImportError("no gdown")))
-        with pytest.raises((WeightsUnavailableError, CheckpointError)):
-            pull(LUP, force=True)
-        assert holds(zoo.cached_folder(LUP), expected)
-        assert verify(LUP) == [(LUP, "ok")]
-        assert litter(cache) == []
+@pytest.mark.parametrize("failure", DRIVE_FAILURES)
+def test_a_failed_download_leaves_the_old_weights(tmp_path, cache, small, server, monkeypatch, failure):
+    expected = serve(server, tmp_path)
+    pull(LUP)
+    fail(server, monkeypatch, failure)
+    with pytest.raises((WeightsUnavailableError, CheckpointError)):
+        pull(LUP, force=True)
+    assert holds(zoo.cached_folder(LUP), expected)
+    assert verify(LUP) == [(LUP, "ok")]
+    assert litter(cache) == []
 
 
-def test_an_interrupted_download_leaves_no_half_file(cache, small, monkeypatch):
-    drive(monkeypatch, fails(KeyboardInterrupt()))
+def test_an_interrupted_download_leaves_no_half_file(tmp_path, cache, small, server, monkeypatch):
+    serve(server, tmp_path, "cut")
+
+    def interrupt(seconds: float) -> None:
+        assert [file.stat().st_size for file in cache.glob(".*/*.pth")] == [len(server.content) // 2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drive.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pull(LUP)
     assert litter(cache) == []
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
-def test_offline_nothing_is_downloaded_and_the_error_gives_advice(cache, small, monkeypatch, value):
-    calls = drive(monkeypatch, lambda output: output)
+def test_offline_nobody_is_asked_and_the_error_gives_advice(cache, small, no_network, monkeypatch, value):
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     with pytest.raises(WeightsUnavailableError, match=r"HF_HUB_OFFLINE is set .* by hand and run `passreid weights"):
         timm.create_model(LUP, pretrained=True)
-    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -836,6 +855,34 @@ def test_a_published_file_of_another_tag_is_refused_by_its_layout(cache, golden,
     with pytest.raises(CheckpointError, match=f"is not pass_vit_small_patch16.lup_market1501: .* shows .*{shown}"):
         pull("pass_vit_small_patch16.lup_market1501", GOLDEN / golden)
     assert zoo.cached_folder("pass_vit_small_patch16.lup_market1501") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "identities", "shown"),
+    [
+        (MARKET, 1041, r"1,041 identities \(MSMT17\), not 751 \(Market-1501\)"),
+        (MARKET, 702, r"702 identities \(DukeMTMC-reID\), not 751 \(Market-1501\)"),
+        (MARKET, 500, r"500 identities, not 751 \(Market-1501\)"),
+        ("pass_vit_small_patch16.lup_msmt17", 751, r"751 identities \(Market-1501\), not 1,041 \(MSMT17\)"),
+        ("pass_vit_small_patch16.lup_msmt17_uda_source", 751, r"751 identities \(Market-1501\), not 1,041 \(MSMT17\)"),
+    ],
+)
+def test_a_classifier_of_other_identities_than_the_tags_is_refused(tmp_path, cache, small, name, identities, shown):
+    official_file(tmp_path / "file.pth", prefix="base.", identities=identities)
+    with pytest.raises(CheckpointError, match=f"is not {name}: its layout shows a classifier of {shown}$"):
+        pull(name, tmp_path / "file.pth")
+    assert zoo.cached_folder(name) is None
+
+
+@pytest.mark.parametrize(("name", "identities"), [(MARKET, 751), ("pass_vit_small_patch16.lup_msmt17", 1041)])
+def test_a_classifier_of_the_tags_identities_is_taken(tmp_path, cache, small, name, identities):
+    expected = official_file(tmp_path / "file.pth", prefix="base.", identities=identities)
+    assert holds(pull(name, tmp_path / "file.pth"), expected)
+
+
+def test_the_identities_of_a_classifier_are_those_of_the_published_training_sets():
+    published = {name: PUBLISHED.get(name, PUBLISHED.get(f"{name} V1"))["train"][1] for name in zoo.TRAIN_IDENTITIES}
+    assert published == zoo.TRAIN_IDENTITIES
 
 
 def test_bundled_weights_take_no_file(tmp_path):
