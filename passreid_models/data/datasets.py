@@ -2,6 +2,7 @@
 
     open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
     open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
+    open_dataset("VeRi-776"), open_dataset("MARS")    VeRi-776, MARS and DukeMTMC-VideoReID, frame by frame
     open_dataset("crops/")                            a folder per identity, or names such as 0002_c1s1_000451_03.jpg
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
@@ -62,8 +63,8 @@ class ReIDDataset:
     """Training images, queries and gallery; a split may be empty."""
 
     name: str
-    """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``flat folder``,
-    ``CSV``, ``synthetic`` or ``unlabelled folder``."""
+    """``Market-1501``, ``DukeMTMC-reID``, ``VeRi-776``, ``MARS``, ``DukeMTMC-VideoReID``, ``MSMT17 V1``, ``MSMT17 V2``,
+    ``folder per identity``, ``flat folder``, ``CSV``, ``synthetic`` or ``unlabelled folder``."""
     root: Path
     train: Split
     query: Split
@@ -181,8 +182,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     layout = read_folder(path) or _read_child(path)
     if layout is None:
         try:
-            layout = read_tree(path)
-        except ValueError:  # images beside folders
+            layout = _read_persons(path)
+        except ValueError:  # images beside folders, or folders of no identities
             if labelled:
                 raise
     if layout is None and labelled:
@@ -193,6 +194,18 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     if layout is None or not any(layout.rows.values()):
         raise ValueError(f"{data} holds {_contents(path)}, which is no known layout; expected {EXPECTED}")
     return _dataset(layout)
+
+
+def _read_persons(root: Path) -> Layout | None:
+    """Read a folder per identity, of two identities or more."""
+    layout = read_tree(root)
+    if layout and len({row[1] for row in layout.rows["gallery"]}) == 1:
+        folder = os.path.relpath(layout.rows["gallery"][0][0], root).split(os.sep)[0]
+        raise ValueError(
+            f"{root}: all images are in one folder, {folder}/, so that all would have one identity; expected a folder "
+            "for each identity"
+        )
+    return layout
 
 
 def _read_child(root: Path) -> Layout | None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.data.images import count, open_image, read_file, reason
+from passreid_models.data.layouts import VIDEOS
 from passreid_models.runtime import num_cores
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
@@ -112,6 +113,9 @@ def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
 
 
 def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
+    if dataset.name in VIDEOS:
+        message = f"{dataset.name} is read frame by frame; its published scores are of tracklets, so compare with none"
+        yield Finding("remark", "frames", message)
     for name, published in PUBLISHED.get(dataset.name, {}).items():
         split = dataset.splits[name]
         images, ids = len(split), split.num_ids
