@@ -46,7 +46,7 @@ class Finding:
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
     """Findings on identities, cameras and numbers of images."""
-    for rule in (_missing, _identities, _cameras, _matches, _counts):
+    for rule in (_missing, _repeated, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
 
@@ -58,6 +58,12 @@ def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
             level = "error" if dataset.name in PUBLISHED else "remark"
             where = f"{part} is missing or has no images" if part else "there are none"
             yield Finding(level, "missing split", f"no {name} images, so no {use}: {where}")
+
+
+def _repeated(dataset: ReIDDataset) -> Iterator[Finding]:
+    if lines := list(dataset.repeated):
+        message = f"{count(len(lines), 'repeated row')} of an image in a split, left out"
+        yield Finding("remark", "repeated rows", message, lines)
 
 
 def _identities(dataset: ReIDDataset) -> Iterator[Finding]:

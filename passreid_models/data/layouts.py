@@ -13,17 +13,17 @@ own/0002_c1s1_000451_03.jpg           the same without folders, by names as abov
 own.csv                               path,pid,camid,split
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.synthetic.dataset import MARKER
 
-__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_csv", "read_flat", "read_folder", "read_tree"]
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree"]
 
 EXPECTED = (
     "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
@@ -61,8 +61,17 @@ SET_WORD = re.compile(
 )
 CAMERA_FOLDER = re.compile(r"(cam|camera)[ _-]*\d+|(cam|camera)[ _-]+[a-z]|cameras?|cams|c[ _-]?\d+(s\d+)?")
 
-Row = tuple[str, str, str]
-"""Path, identity as text (``-1`` junk), camera as text (``""`` unknown)."""
+
+class Row(NamedTuple):
+    """An image with its labels as text."""
+
+    path: str
+    pid: str
+    """Identity: -1 is junk."""
+    camid: str = ""
+    """Camera: blank is unknown."""
+    line: str = ""
+    """Line of a list, such as ``own.csv:9``."""
 
 
 @dataclass
@@ -115,7 +124,8 @@ def read_tree(root: Path) -> Layout | None:
         if "/" in identity:
             raise ValueError(f"{root / name}: an image below the folder of an identity; {expected}")
         if identity:
-            rows.append((os.path.join(root, name), "-1" if video and identity == "00-1" else identity, _camera(image)))
+            pid = "-1" if video and identity == "00-1" else identity
+            rows.append(Row(os.path.join(root, name), pid, _camera(image)))
         else:
             stray = stray or name
     if rows and stray:
@@ -138,9 +148,9 @@ def read_flat(root: Path) -> Layout | None:
 
 def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
     """Layout whose images are all training images, queries and gallery; without junk and distractors as queries."""
-    distractors = {"0000"} if any(row[1] == "-1" for row in rows) else set()
-    train = [row for row in rows if row[1] not in distractors]
-    query = [row for row in train if row[1] != "-1"]
+    has_junk = any(row.pid == "-1" for row in rows)
+    train = [row for row in rows if row.pid.strip("0") or not has_junk]  # 0000 are distractors beside junk
+    query = [row for row in train if row.pid != "-1"]
     return Layout(name, root, {"train": train, "query": query, "gallery": rows})
 
 
@@ -169,51 +179,12 @@ def _refuse_other_folders(root: Path, folders: list[str]) -> None:
             )
 
 
-def read_csv(file: Path) -> Layout:
-    """Read a CSV file with the columns path, pid, split, and camid if cameras are known.
-
-    Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` stands for ``gallery`` too.
-
-    Raises:
-        ValueError: If columns are missing, or a line has a blank value or an unknown split.
-    """
-    layout = Layout("CSV", file.parent, parts=dict.fromkeys(SPLITS, file.name))
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            if missing := [name for name in ("path", "pid", "split") if name not in columns]:
-                raise ValueError(
-                    f"{file}: the first line names no column {' and '.join(missing)} but {', '.join(columns) or 'none'}"
-                    "; expected path,pid,camid,split (camid may be left out)"
-                )
-            names = ("path", "pid", "split", *(["camid"] if "camid" in columns else []))
-            for line in reader:
-                values = {name: (line[name] or "").strip() for name in names}
-                if blank := [name for name in names if not values[name]]:
-                    raise ValueError(f"{file}:{reader.line_num}: no {' and no '.join(blank)}; expected a value")
-                split = "gallery" if values["split"] == "test" else values["split"]
-                if split not in SPLITS:
-                    raise ValueError(
-                        f"{file}:{reader.line_num}: split is {values['split']!r}; expected train, query or gallery"
-                    )
-                path = os.path.normpath(os.path.join(file.parent, values["path"]))
-                camera = values.get("camid", "")
-                layout.rows[split].append((path, values["pid"], "" if camera == "-1" else camera))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file}: no CSV file in UTF-8: {e}") from None
-    if not any(layout.rows.values()):
-        raise ValueError(f"{file}: no line after the first; expected one line per image: path,pid,camid,split")
-    return layout
-
-
 def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]) -> Layout:
     layout = Layout(name, root, parts={split: f"{folder}/" for split, folder in parts.items()})
     for split, folder in parts.items():
         if folder in folders:
             layout.rows[split] = _market_rows(root / folder)
-    names = [os.path.basename(row[0]) for rows in layout.rows.values() for row in rows]
+    names = [os.path.basename(row.path) for rows in layout.rows.values() for row in rows]
     if parts is MARKET and all(map(DUKE_NAME.match, names)):
         layout.name = "DukeMTMC-reID"
     if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
@@ -231,7 +202,7 @@ def _market_rows(folder: Path) -> list[Row]:
                 f"{folder / name}: the name shows no identity and camera; expected PPPP_cC in front, such as "
                 "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
             )
-        rows.append((os.path.join(folder, name), labels[1], labels[2]))
+        rows.append(Row(os.path.join(folder, name), str(int(labels[1])), str(int(labels[2]))))
     return rows
 
 
@@ -282,7 +253,7 @@ def _msmt17_version(root: Path, folders: set[str]) -> str:
 
 def _read_list(file: Path, folder: Path) -> Iterator[Row]:
     """Rows of a list of MSMT17, whose identities count from 0; here from 1, since 0 would be a distractor."""
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines(), 1):
         if not line.strip():
             continue
         path, _, pid = line.strip().rpartition(" ")
@@ -292,7 +263,8 @@ def _read_list(file: Path, folder: Path) -> Iterator[Row]:
                 f"{file}:{number}: {line.strip()!r}; expected a path, whose name has the camera as the third _ field, "
                 "and an identity, such as 0000/0000_000_01_0303morning_0008_0.jpg 0"
             )
-        yield os.path.join(folder, path.strip()), str(int(pid) + 1), camera[0]
+        line_name = f"{file.name}:{number}"
+        yield Row(os.path.join(folder, path.strip()), str(int(pid) + 1), str(int(camera[0])), line_name)
 
 
 def _read_split_folders(root: Path, folders: set[str]) -> Layout:
@@ -306,14 +278,14 @@ def _read_split_folders(root: Path, folders: set[str]) -> Layout:
     if "query" not in folders and tree:  # every image of the gallery is a query
         layout.rows["query"] = tree.rows["query"]
     for video, frame in VIDEOS.items():
-        if all(frame.match(os.path.basename(row[0])) for rows in layout.rows.values() for row in rows):
+        if all(frame.match(os.path.basename(row.path)) for rows in layout.rows.values() for row in rows):
             layout.name = video
     return layout
 
 
 def _camera(name: str) -> str:
     camera = next((match for pattern in CAMERAS if (match := pattern.match(name))), None)
-    return camera[2] if camera else ""
+    return str(int(camera[2])) if camera else ""
 
 
 def _images_in(folder: Path) -> list[str]:

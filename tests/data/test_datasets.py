@@ -5,23 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
 
-import numpy as np
 import pytest
 import torch
 
-from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
+from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.retrieval import RetrievalMetrics, evaluate
 from passreid_models.synthetic import SyntheticPersons
-from tests.reid_data import MARKET, jpeg, write, write_csv, write_flat, write_msmt17
-
-
-def rows(dataset: ReIDDataset, split: Split) -> list[tuple[str, int, int]]:
-    assert split.pids.dtype == split.camids.dtype == np.int64
-    return [
-        (dataset.relative(path), pid, camid)
-        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True)
-    ]
-
+from tests.reid_data import MARKET, jpeg, rows, write, write_csv, write_flat, write_msmt17
 
 # ---------------------------------------------------------------------------------------- Market-1501, DukeMTMC-reID
 
@@ -349,60 +339,6 @@ def test_folders_of_identities_with_such_names_are_no_flat_folder(tmp_path):
     dataset = open_dataset(write(tmp_path, ["7/0007_c1s1_000451_03.jpg", "9/0009_c2s1_000451_03.jpg"]))
     assert dataset.name == "folder per identity"
     assert dataset.train.pids.tolist() == [7, 9]
-
-
-# --------------------------------------------------------------------------------------------------------------- CSV
-
-
-def test_csv_with_any_text_as_identity_and_camera(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    dataset = open_dataset(write_csv(tmp_path / "lists" / "own.csv", [
-        "path, pid, camid, split, note",
-        "a.jpg,anna,lobby,train,",
-        "b.jpg,bert,gate 2,train,",
-        "",
-        "q/c.jpg,clara,gate 10,query,\"left, of the door\"",
-        f"{tmp_path}/elsewhere/d.jpg,clara,lobby,test,",
-        "../e.jpg,-1,lobby,gallery,",
-        "f.jpg,0,lobby,gallery,",
-    ]))  # fmt: skip
-    assert (dataset.name, dataset.root) == ("CSV", tmp_path / "lists")
-    assert rows(dataset, dataset.train) == [("a.jpg", 1, 2), ("b.jpg", 2, 0)]
-    assert rows(dataset, dataset.query) == [("q/c.jpg", 3, 1)]
-    assert rows(dataset, dataset.gallery) == [("../elsewhere/d.jpg", 3, 2), ("../e.jpg", -1, 2), ("f.jpg", 0, 2)]
-    assert dataset.description.startswith("CSV, own.csv: 2 training images of 2 identities, 1 query, 3 gallery images")
-
-
-def test_csv_without_cameras_may_name_one_file_as_query_and_gallery(tmp_path):
-    lines = ["path,pid,split", "a.jpg,1,query", "./a.jpg,1,gallery", "b.jpg,1,gallery"]
-    dataset = open_dataset(write_csv(tmp_path / "own.csv", lines))
-    assert not dataset.has_cameras
-    assert dataset.own.tolist() == [0]
-
-
-CSV_ERRORS = {
-    "no split": (
-        ["path,pid", "a.jpg,1"],
-        r"own.csv: the first line names no column split but path, pid; expected path,",
-    ),
-    "no header": (["a.jpg,1,2,train"], r"own.csv: the first line names no column path and pid and split but a.jpg, 1"),
-    "empty": ([], r"own.csv: the first line names no column path and pid and split but none"),
-    "no lines": (["path,pid,camid,split"], r"own.csv: no line after the first"),
-    "blank pid": (
-        ["path,pid,camid,split", "a.jpg,1,1,train", "b.jpg, ,1,train"],
-        r"own.csv:3: no pid; expected a value",
-    ),
-    "blank camera": (["path,pid,camid,split", "a.jpg,1,,train"], r"own.csv:2: no camid; expected a value"),
-    "short": (["path,pid,camid,split", "a.jpg,1"], r"own.csv:2: no split and no camid"),
-    "split": (["path,pid,split", "a.jpg,1,val"], r"own.csv:2: split is 'val'; expected train, query or gallery"),
-}
-
-
-@pytest.mark.parametrize("case", CSV_ERRORS)
-def test_a_csv_file_that_does_not_fit_is_refused_with_its_line(tmp_path, case):
-    lines, message = CSV_ERRORS[case]
-    with pytest.raises(ValueError, match=message):
-        open_dataset(write_csv(tmp_path / "own.csv", lines))
 
 
 # --------------------------------------------------------------------------------------------------------- synthetic
