@@ -9,7 +9,7 @@ msmt/list_train|val|query|gallery.txt with train/ and test/                   MS
                                       with mask_train_v2/ and mask_test_v2/   MSMT17 V2
 own/train|query|gallery/ID/*.jpg      also train_all and test                 folder per identity
 own/ID/*.jpg                          every image is train, query and gallery
-own/0002_c1s1_000451_03.jpg           the same without folders, by names as above
+own/0002_c1s1_000451_03.jpg           the same without folders, by names as above; also in train|query|gallery/
 own.csv                               path,pid,camid,split
 """
 
@@ -97,6 +97,10 @@ def read_folder(root: Path) -> Layout | None:
     lists = [name for names in LISTS.values() for name in names]
     if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
+    own = {"train": "train", "query": "query", "gallery": "gallery" if "gallery" in folders else "test"}
+    in_own = (name for split in ("train", "gallery") if own[split] in folders for name in _images_in(root / own[split]))
+    if not folders & {MARKET["train"], MARKET["gallery"]} and any(map(MARKET_NAME.match, in_own)):
+        return _read_market("flat folder", root, folders, own)
     for layout, parts in (("Market-1501", MARKET), ("VeRi-776", VERI)):
         if any(_images_in(root / name) for name in folders & set(parts.values())):
             return _read_market(layout, root, folders, parts)

@@ -322,6 +322,17 @@ def test_a_flat_folder_is_train_query_and_gallery_by_its_names(tmp_path):
     assert dataset.description.startswith("flat folder, own/: 3 training images of 2 identities, 3 queries, 3 gallery")
 
 
+@pytest.mark.parametrize("test", ["gallery", "test"])
+def test_train_query_and_gallery_may_be_flat_folders(tmp_path, test):
+    names = [name.replace("bounding_box_train", "train").replace("bounding_box_test", test) for name in MARKET]
+    dataset = open_dataset(write(tmp_path / "own", names))
+    market = open_dataset(write(tmp_path / "market", MARKET))
+    assert (dataset.name, dataset.parts) == ("flat folder", ("train/", "query/", f"{test}/"))
+    assert [len(split) for split in dataset.splits.values()] == [4, 2, 6]
+    assert dataset.gallery.pids.tolist() == market.gallery.pids.tolist()
+    assert score(dataset).mAP == score(market).mAP
+
+
 def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_market1501(tmp_path):
     dataset = open_dataset(write(tmp_path, ["-1_c1.jpg", "0000_c1.jpg", "0001_c1.jpg", "0001_c2.jpg"]))
     assert dataset.query.pids.tolist() == [1, 1]
