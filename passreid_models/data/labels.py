@@ -1,7 +1,7 @@
 """Labels as text become numbers: one for each identity and camera in all splits."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,44 +28,43 @@ def settle(layout: Layout) -> list[str]:
         ValueError: If two labels are equal as numbers but not as text, or an image has two identities or cameras.
     """
     rows = [row for split in SPLITS for row in layout.rows[split]]
-    pids = _spellings(layout, "identity", ((row.pid, row) for row in rows))
-    camids = _spellings(layout, "camera", ((row.camid, row) for row in rows))
+    pids = _spellings(layout, "identity", rows, [row.pid for row in rows])
+    camids = _spellings(layout, "camera", rows, [row.camid for row in rows])
+    camids = {text: "" if camid == "-1" else camid for text, camid in camids.items()}
     first: dict[str, Row] = {}
     repeated = []
     for split in SPLITS:
         kept: dict[str, Row] = {}
-        for row in layout.rows[split]:
-            camid = camids[row.camid]
-            row = Row(row.path, pids[row.pid], "" if camid == "-1" else camid, row.line)
+        for given in layout.rows[split]:
+            row = Row(given.path, pids[given.pid], camids[given.camid], given.line)
             known = first.setdefault(row.path, row)
-            for label, ours, theirs in (("identity", row.pid, known.pid), ("camera", row.camid, known.camid)):
-                if ours != theirs:
-                    raise ValueError(
-                        f"{_place(layout, row)}: {row.path} has {label} {ours or 'unknown'}, and "
-                        f"{theirs or 'unknown'} in {_place(layout, known)}; expected one identity and one camera for "
-                        "an image"
-                    )
-            if row.path in kept:
+            if (row.pid, row.camid) != (known.pid, known.camid):
+                label, one, other = "identity", row.pid, known.pid
+                if one == other:
+                    label, one, other = "camera", row.camid or "unknown", known.camid or "unknown"
+                raise ValueError(
+                    f"{_place(layout, row)}: {row.path} has {label} {one}, and {other} in {_place(layout, known)}; "
+                    "expected one identity and one camera for an image"
+                )
+            if kept.setdefault(row.path, row) is not row:
                 repeated.append(row.line or row.path)
-            kept.setdefault(row.path, row)
         layout.rows[split] = list(kept.values())
     return repeated
 
 
-def _spellings(layout: Layout, label: str, rows: Iterable[tuple[str, Row]]) -> dict[str, str]:
-    """Integers among the labels in their shortest spelling; other labels as they are."""
+def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) -> dict[str, str]:
+    """Integers among the labels of the rows in their shortest spelling; other labels as they are."""
     short: dict[str, str] = {}
-    first: dict[str, tuple[str, Row]] = {}
-    for text, row in rows:
-        if text in short:
-            continue
+    first: dict[str, str] = {}
+    for text in dict.fromkeys(texts):
         integer = INTEGER.fullmatch(text.strip())
         short[text] = (integer[1] * (integer[2] != "0") + integer[2]) if integer else text
-        known, place = first.setdefault(short[text], (text, row))
+        known = first.setdefault(short[text], text)
         if known != text:
+            one, other = (_place(layout, rows[texts.index(spelling)]) for spelling in (text, known))
             raise ValueError(
-                f"{_place(layout, row)}: {label} {text!r}, and {known!r} in {_place(layout, place)}, which is the same "
-                f"number; expected one spelling for one {label}"
+                f"{one}: {label} {text!r}, and {known!r} in {other}, which is the same number; expected one spelling "
+                f"for one {label}"
             )
     return short
 
