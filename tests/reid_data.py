@@ -6,10 +6,12 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
 
+from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.synthetic import SyntheticPersons
 
 MARKET = (
@@ -81,6 +83,15 @@ def write_flat(root: Path, ids: int = 4, images: int = 3) -> Path:
             (root / f"person {pid}").mkdir(parents=True, exist_ok=True)
             (root / f"person {pid}" / f"{k}.jpg").write_bytes(jpeg(pid, k % 2, k))
     return root
+
+
+def rows(dataset: ReIDDataset, split: Split) -> list[tuple[str, int, int]]:
+    """Path, identity and camera of each image of a split."""
+    assert split.pids.dtype == split.camids.dtype == np.int64
+    return [
+        (dataset.relative(path), pid, camid)
+        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True)
+    ]
 
 
 def make_model(seed: int = 0, **kwargs: object) -> nn.Module:

@@ -3,7 +3,8 @@
 images      image files: walk of folders, opener, reason why one cannot be read
 listing     list of the images below a folder or in tar files, cached
 sources     images without labels, for pre-training
-layouts     reader of the labels of each dataset layout
+layouts     reader of the labels of each dataset layout; tables: of CSV files
+labels      identities and cameras as numbers
 datasets    train, query and gallery of a labelled dataset
 check       errors and remarks on a dataset; findings: the rules
 loader      batches by worker processes

@@ -2,19 +2,19 @@
 
     open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
     open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
+    open_dataset("VeRi-776"), open_dataset("MARS")    VeRi-776, MARS and DukeMTMC-VideoReID, frame by frame
     open_dataset("crops/")                            a folder per identity, or names such as 0002_c1s1_000451_03.jpg
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
 
 Numeric identities keep their numbers. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
-images or queries have it too, it is an identity like others, and gets the next free number.
+images or queries have it too, it is an identity like others, and gets the next free number. Labels that are equal as
+numbers, such as 1 and 01, are refused in one dataset.
 """
 
 import hashlib
 import os
-import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from passreid_models.data.images import count, image_names, list_folder
-from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, read_csv, read_flat, read_folder, read_tree
+from passreid_models.data.labels import number_cameras, number_ids, settle
+from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, Row, read_flat, read_folder, read_tree
+from passreid_models.data.tables import read_csv
 from passreid_models.runtime import cache_dir, lock, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
@@ -62,8 +64,8 @@ class ReIDDataset:
     """Training images, queries and gallery; a split may be empty."""
 
     name: str
-    """``Market-1501``, ``DukeMTMC-reID``, ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``flat folder``,
-    ``CSV``, ``synthetic`` or ``unlabelled folder``."""
+    """``Market-1501``, ``DukeMTMC-reID``, ``VeRi-776``, ``MARS``, ``DukeMTMC-VideoReID``, ``MSMT17 V1``, ``MSMT17 V2``,
+    ``folder per identity``, ``flat folder``, ``CSV``, ``synthetic`` or ``unlabelled folder``."""
     root: Path
     train: Split
     query: Split
@@ -75,6 +77,8 @@ class ReIDDataset:
     """Recipe of generated persons; else empty."""
     parts: tuple[str, str, str] = ("", "", "")
     """Source of each split, such as ``query/``, for messages."""
+    repeated: tuple[str, ...] = ()
+    """Rows of a list that repeat an image of their split and are left out, such as ``own.csv:9``."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -181,18 +185,30 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     layout = read_folder(path) or _read_child(path)
     if layout is None:
         try:
-            layout = read_tree(path)
-        except ValueError:  # images beside folders
+            layout = _read_persons(path)
+        except ValueError:  # images beside folders, or folders of no identities
             if labelled:
                 raise
     if layout is None and labelled:
         layout = read_flat(path)
     elif layout is None:
         layout = Layout("unlabelled folder", path)
-        layout.rows["train"] = [(os.path.join(path, name), "-1", "") for name in image_names(str(path))]
+        layout.rows["train"] = [Row(os.path.join(path, name), "-1") for name in image_names(str(path))]
     if layout is None or not any(layout.rows.values()):
         raise ValueError(f"{data} holds {_contents(path)}, which is no known layout; expected {EXPECTED}")
     return _dataset(layout)
+
+
+def _read_persons(root: Path) -> Layout | None:
+    """Read a folder per identity, of two identities or more."""
+    layout = read_tree(root)
+    if layout and len({row.pid for row in layout.rows["gallery"]}) == 1:
+        folder = os.path.relpath(layout.rows["gallery"][0].path, root).split(os.sep)[0]
+        raise ValueError(
+            f"{root}: all images are in one folder, {folder}/, so that all would have one identity; expected a folder "
+            "for each identity"
+        )
+    return layout
 
 
 def _read_child(root: Path) -> Layout | None:
@@ -217,11 +233,12 @@ def _contents(path: Path) -> str:
 
 
 def _dataset(layout: Layout) -> ReIDDataset:
+    repeated = settle(layout)
     rows = [layout.rows[split] for split in SPLITS]
-    pids = _number_ids([[row[1] for row in split] for split in rows])
-    camids = _number_cameras([[row[2] for row in split] for split in rows])
+    pids = number_ids([[row.pid for row in split] for split in rows])
+    camids = number_cameras([[row.camid for row in split] for split in rows])
     train, query, gallery = (
-        Split([Path(row[0]) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
+        Split([Path(row.path) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
     test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
     return ReIDDataset(
@@ -232,40 +249,8 @@ def _dataset(layout: Layout) -> ReIDDataset:
         gallery=gallery,
         has_cameras=bool((test_camids >= 0).all() and len(np.unique(test_camids)) > 1),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
+        repeated=tuple(repeated),
     )
-
-
-def _number_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
-    """Number the identities of the three splits, given as text."""
-    train, query, gallery = map(set, labels)
-    names = train | query | gallery
-    junk, zeros = {"-1"} & names, {name for name in names if not name.strip("0")}
-    distractors = set() if zeros & (train | query) else zeros
-    persons = _natural(names - junk - distractors)
-    numbers = {int(name) for name in persons if name.isdecimal() and name.isascii()}
-    if len(numbers) == len(persons) and max(numbers, default=0) < 1 << 62:
-        pids = {name: int(name) or max(numbers) + 1 for name in persons}
-    else:
-        pids = {name: number for number, name in enumerate(persons, 1)}
-    pids |= dict.fromkeys(junk, -1) | dict.fromkeys(distractors, 0)
-    return [np.array([pids[name] for name in split], dtype=np.int64) for split in labels]
-
-
-def _number_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
-    """Number the cameras of the three splits, given as text, from 0; camera 1 is the first, unless there is a 0."""
-    names = _natural({name for split in labels for name in split} - {""})
-    if all(name.isdecimal() and name.isascii() for name in names) and len({int(name) for name in names}) == len(names):
-        first = min(1, *map(int, names)) if names else 1
-        camids = {name: int(name) - first for name in names}
-    else:
-        camids = {name: number for number, name in enumerate(names)}
-    camids[""] = -1
-    return [np.array([camids[name] for name in split], dtype=np.int64) for split in labels]
-
-
-def _natural(names: set[str]) -> list[str]:
-    """Sort names, with the numbers in them by value."""
-    return sorted(names, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
 
 
 def _open_synthetic(text: str) -> ReIDDataset:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.data.images import count, open_image, read_file, reason
+from passreid_models.data.layouts import VIDEOS
 from passreid_models.runtime import num_cores
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
@@ -45,7 +46,7 @@ class Finding:
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
     """Findings on identities, cameras and numbers of images."""
-    for rule in (_missing, _identities, _cameras, _matches, _counts):
+    for rule in (_missing, _repeated, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
 
@@ -57,6 +58,12 @@ def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
             level = "error" if dataset.name in PUBLISHED else "remark"
             where = f"{part} is missing or has no images" if part else "there are none"
             yield Finding(level, "missing split", f"no {name} images, so no {use}: {where}")
+
+
+def _repeated(dataset: ReIDDataset) -> Iterator[Finding]:
+    if lines := list(dataset.repeated):
+        message = f"{count(len(lines), 'repeated row')} of an image in a split, left out"
+        yield Finding("remark", "repeated rows", message, lines)
 
 
 def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
@@ -112,6 +119,9 @@ def _matches(dataset: ReIDDataset) -> Iterator[Finding]:
 
 
 def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
+    if dataset.name in VIDEOS:
+        message = f"{dataset.name} is read frame by frame; its published scores are of tracklets, so compare with none"
+        yield Finding("remark", "frames", message)
     for name, published in PUBLISHED.get(dataset.name, {}).items():
         split = dataset.splits[name]
         images, ids = len(split), split.num_ids

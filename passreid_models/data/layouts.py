@@ -2,48 +2,76 @@
 
 market/bounding_box_train|query|bounding_box_test/0002_c1s1_000451_03.jpg     Market-1501; -1_ junk, 0000_ distractor
 duke/bounding_box_train|query|bounding_box_test/0001_c2_f0046182.jpg          DukeMTMC-reID
+veri/image_train|image_query|image_test/0001_c001_00016450_0.jpg              VeRi-776
+mars/bbox_train|bbox_test/0006/0006C1T0001F001.jpg                            MARS; 00-1 junk, 0000 distractor
+duke-video/train|query|gallery/0001/0001/0001_C6_F0044_X2.jpg                 DukeMTMC-VideoReID
 msmt/list_train|val|query|gallery.txt with train/ and test/                   MSMT17 V1
                                       with mask_train_v2/ and mask_test_v2/   MSMT17 V2
 own/train|query|gallery/ID/*.jpg      also train_all and test                 folder per identity
 own/ID/*.jpg                          every image is train, query and gallery
-own/0002_c1s1_000451_03.jpg           the same without folders, by names as above
+own/0002_c1s1_000451_03.jpg           the same without folders, by names as above; also in train|query|gallery/
 own.csv                               path,pid,camid,split
 """
 
-import csv
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.synthetic.dataset import MARKER
 
-__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_csv", "read_flat", "read_folder", "read_tree"]
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree"]
 
 EXPECTED = (
     "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
-    "0002_c1s1_000451_03.jpg), MSMT17 (list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ "
-    "and test/ or mask_train_v2/ and mask_test_v2/), a folder per identity (DIR/ID/*.jpg, or ID folders in DIR/train, "
-    "DIR/query and DIR/gallery), a flat folder (DIR/0002_c1s1_000451_03.jpg), a CSV file with the columns "
-    "path,pid,camid,split, or synthetic:ids=200"
+    "0002_c1s1_000451_03.jpg), VeRi-776 (the same in image_train/, image_query/ and image_test/), MSMT17 "
+    "(list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ and test/ or mask_train_v2/ and "
+    "mask_test_v2/), a folder per identity (DIR/ID/*.jpg, or ID folders in DIR/train, DIR/query and DIR/gallery), a "
+    "flat folder (DIR/0002_c1s1_000451_03.jpg), a CSV file with the columns path,pid,camid,split, or synthetic:ids=200"
 )
 MARKER_3D = "synthetic3d.json"
 """File in a folder of ``passreid_synth3d`` that records how its persons were drawn."""
 SPLITS = ("train", "query", "gallery")
 MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-FOLDERS = {"train": ("train_all", "train", MARKET["train"]), "query": ("query",),
-           "gallery": ("gallery", "test", MARKET["gallery"])}  # fmt: skip
+VERI = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
+FOLDERS = {"train": ("train_all", "train", MARKET["train"], "bbox_train"), "query": ("query",),
+           "gallery": ("gallery", "test", MARKET["gallery"], "bbox_test")}  # fmt: skip
 LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
 VERSIONS = {"MSMT17 V1": ("train", "test"), "MSMT17 V2": ("mask_train_v2", "mask_test_v2")}
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
 DUKE_NAME = re.compile(r"\d+_c\d+_f\d+")
 MSMT_NAME = re.compile(r"\d+_\d+_\d+_\d{4}\D+_\d+_\d+")
-CAMERA = re.compile(r"(?:^|[_-])c(\d+)(?=s\d|[_.-])")  # of 0002_c1s1_000451_03.jpg
+VIDEOS = {
+    "MARS": re.compile(r"(\d{4}|00-1)C(\d)T\d{4}F\d{3,}\."),
+    "DukeMTMC-VideoReID": re.compile(r"(\d{4})_C(\d+)_F\d+_X\d+\."),
+}
+"""Names of frames, with identity and camera."""
+CAMERAS = (
+    *VIDEOS.values(),
+    re.compile(r"(.*?[_-])?[cC](\d+)(?=[sS]\d|[_.-])"),  # 0002_c1s1_000451_03.jpg
+    re.compile(r"(\d+)_\d+_(\d+)_\d{4}\D+_\d+_\d+"),  # MSMT17
+)
+SPLIT_WORD = re.compile(r"(train|test|query|querie|gallery|gallerie|probe)(ing|val|set|split|image|data)?s?")
+SET_WORD = re.compile(
+    r"(val|valid|validation|split|(data)?set|data|image|img|frame|crop|picture|photo|bbox|bounding|box(es)?|"
+    r"label(l?ed)?|unlabel(l?ed)?|detected|detection|multi|single|shot|all|mask|junk|distractor|\d+)s?"
+)
+CAMERA_FOLDER = re.compile(r"(cam|camera)[ _-]*\d+|(cam|camera)[ _-]+[a-z]|cameras?|cams|c[ _-]?\d+(s\d+)?")
 
-Row = tuple[str, str, str]
-"""Path, identity as text (``-1`` junk), camera as text (``""`` unknown)."""
+
+class Row(NamedTuple):
+    """An image with its labels as text."""
+
+    path: str
+    pid: str
+    """Identity: -1 is junk."""
+    camid: str = ""
+    """Camera: blank is unknown."""
+    line: str = ""
+    """Line of a list, such as ``own.csv:9``."""
 
 
 @dataclass
@@ -69,8 +97,13 @@ def read_folder(root: Path) -> Layout | None:
     lists = [name for names in LISTS.values() for name in names]
     if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
-    if any(_images_in(root / name) for name in folders & set(MARKET.values())):
-        return _read_market(root, folders)
+    own = {"train": "train", "query": "query", "gallery": "gallery" if "gallery" in folders else "test"}
+    in_own = (name for split in ("train", "gallery") if own[split] in folders for name in _images_in(root / own[split]))
+    if not folders & {MARKET["train"], MARKET["gallery"]} and any(map(MARKET_NAME.match, in_own)):
+        return _read_market("flat folder", root, folders, own)
+    for layout, parts in (("Market-1501", MARKET), ("VeRi-776", VERI)):
+        if any(_images_in(root / name) for name in folders & set(parts.values())):
+            return _read_market(layout, root, folders, parts)
     if any(list_folder(str(root / name))[1] for names in FOLDERS.values() for name in folders & set(names)):
         return _read_split_folders(root, folders)
     return None
@@ -82,20 +115,26 @@ def read_tree(root: Path) -> Layout | None:
     Raises:
         ValueError: If images lie beside the folders of identities, or deeper.
     """
+    expected = f"expected {root.name}/ID/*.jpg, with an ID of any text"
+    names = list(image_names(str(root)))
+    _refuse_other_folders(root, list(dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)))
     rows: list[Row] = []
-    stray, expected = "", f"expected {root.name}/ID/*.jpg, with an ID of any text"
-    for name in image_names(str(root)):
+    stray = ""
+    for name in names:
         identity, _, image = name.rpartition("/")
+        video = next((frame for pattern in VIDEOS.values() if (frame := pattern.match(image))), None)
+        if "/" in identity and video and identity.partition("/")[0] == video[1]:  # ID/TRACKLET/FRAME
+            identity = video[1]
         if "/" in identity:
             raise ValueError(f"{root / name}: an image below the folder of an identity; {expected}")
         if identity:
-            rows.append((os.path.join(root, name), identity, _camera(image)))
+            pid = "-1" if video and identity == "00-1" else identity
+            rows.append(Row(os.path.join(root, name), pid, _camera(image)))
         else:
             stray = stray or name
     if rows and stray:
         raise ValueError(f"{root / stray}: an image beside the folders of identities; {expected}")
-    query = [row for row in rows if row[1] != "-1"]
-    return Layout("folder per identity", root, {"train": rows, "query": query, "gallery": rows}) if rows else None
+    return _one_set("folder per identity", root, rows) if rows else None
 
 
 def read_flat(root: Path) -> Layout | None:
@@ -108,58 +147,49 @@ def read_flat(root: Path) -> Layout | None:
     """
     if not any(map(MARKET_NAME.match, _images_in(root))):
         return None
-    rows = _market_rows(root)
-    distractors = {"0000"} if any(pid == "-1" for _, pid, _ in rows) else set()
-    train = [row for row in rows if row[1] not in distractors]
-    query = [row for row in train if row[1] != "-1"]
-    return Layout("flat folder", root, {"train": train, "query": query, "gallery": rows})
+    return _one_set("flat folder", root, _market_rows(root))
 
 
-def read_csv(file: Path) -> Layout:
-    """Read a CSV file with the columns path, pid, split, and camid if cameras are known.
+def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
+    """Layout whose images are all training images, queries and gallery; without junk and distractors as queries."""
+    has_junk = any(row.pid == "-1" for row in rows)
+    train = [row for row in rows if row.pid.strip("0") or not has_junk]  # 0000 are distractors beside junk
+    query = [row for row in train if row.pid != "-1"]
+    return Layout(name, root, {"train": train, "query": query, "gallery": rows})
 
-    Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` stands for ``gallery`` too.
+
+def _refuse_other_folders(root: Path, folders: list[str]) -> None:
+    """Refuse folders of images whose names are those of splits, sets or cameras.
 
     Raises:
-        ValueError: If columns are missing, or a line has a blank value or an unknown split.
+        ValueError: If there is one.
     """
-    layout = Layout("CSV", file.parent, parts=dict.fromkeys(SPLITS, file.name))
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            if missing := [name for name in ("path", "pid", "split") if name not in columns]:
-                raise ValueError(
-                    f"{file}: the first line names no column {' and '.join(missing)} but {', '.join(columns) or 'none'}"
-                    "; expected path,pid,camid,split (camid may be left out)"
-                )
-            names = ("path", "pid", "split", *(["camid"] if "camid" in columns else []))
-            for line in reader:
-                values = {name: (line[name] or "").strip() for name in names}
-                if blank := [name for name in names if not values[name]]:
-                    raise ValueError(f"{file}:{reader.line_num}: no {' and no '.join(blank)}; expected a value")
-                split = "gallery" if values["split"] == "test" else values["split"]
-                if split not in SPLITS:
-                    raise ValueError(
-                        f"{file}:{reader.line_num}: split is {values['split']!r}; expected train, query or gallery"
-                    )
-                path = os.path.normpath(os.path.join(file.parent, values["path"]))
-                camera = values.get("camid", "")
-                layout.rows[split].append((path, values["pid"], "" if camera == "-1" else camera))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file}: no CSV file in UTF-8: {e}") from None
-    if not any(layout.rows.values()):
-        raise ValueError(f"{file}: no line after the first; expected one line per image: path,pid,camid,split")
-    return layout
+    kinds: dict[str, list[str]] = {"a camera": [], "a split or set": []}
+    for folder in folders:
+        words = re.findall(r"[a-z]+|\d+", folder.lower())
+        if CAMERA_FOLDER.fullmatch(folder.strip().lower()):
+            kinds["a camera"].append(folder)
+        elif any(map(SPLIT_WORD.fullmatch, words)) or (
+            not all(map(str.isdecimal, words)) and all(map(SET_WORD.fullmatch, words))
+        ):
+            kinds["a split or set"].append(folder)
+    for kind, names in kinds.items():
+        if names:
+            shown = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+            raise ValueError(
+                f"{root}: {'a folder is' if len(names) == 1 else f'{len(names)} folders are'} named like {kind}, not "
+                f"like an identity: {shown}; expected {root.name}/ID/*.jpg, or train/, query/ and gallery/ with a "
+                "folder for each identity, or a CSV file with the columns path,pid,camid,split"
+            )
 
 
-def _read_market(root: Path, folders: set[str]) -> Layout:
-    layout = Layout("Market-1501", root, parts={split: f"{name}/" for split, name in MARKET.items()})
-    for split, folder in MARKET.items():
+def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]) -> Layout:
+    layout = Layout(name, root, parts={split: f"{folder}/" for split, folder in parts.items()})
+    for split, folder in parts.items():
         if folder in folders:
             layout.rows[split] = _market_rows(root / folder)
-    if all(DUKE_NAME.match(os.path.basename(row[0])) for rows in layout.rows.values() for row in rows):
+    names = [os.path.basename(row.path) for rows in layout.rows.values() for row in rows]
+    if parts is MARKET and all(map(DUKE_NAME.match, names)):
         layout.name = "DukeMTMC-reID"
     if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
         layout.name = "synthetic"
@@ -176,7 +206,7 @@ def _market_rows(folder: Path) -> list[Row]:
                 f"{folder / name}: the name shows no identity and camera; expected PPPP_cC in front, such as "
                 "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
             )
-        rows.append((os.path.join(folder, name), labels[1], labels[2]))
+        rows.append(Row(os.path.join(folder, name), str(int(labels[1])), str(int(labels[2]))))
     return rows
 
 
@@ -227,7 +257,7 @@ def _msmt17_version(root: Path, folders: set[str]) -> str:
 
 def _read_list(file: Path, folder: Path) -> Iterator[Row]:
     """Rows of a list of MSMT17, whose identities count from 0; here from 1, since 0 would be a distractor."""
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines(), 1):
         if not line.strip():
             continue
         path, _, pid = line.strip().rpartition(" ")
@@ -237,25 +267,29 @@ def _read_list(file: Path, folder: Path) -> Iterator[Row]:
                 f"{file}:{number}: {line.strip()!r}; expected a path, whose name has the camera as the third _ field, "
                 "and an identity, such as 0000/0000_000_01_0303morning_0008_0.jpg 0"
             )
-        yield os.path.join(folder, path.strip()), str(int(pid) + 1), camera[0]
+        line_name = f"{file.name}:{number}"
+        yield Row(os.path.join(folder, path.strip()), str(int(pid) + 1), str(int(camera[0])), line_name)
 
 
 def _read_split_folders(root: Path, folders: set[str]) -> Layout:
     layout = Layout("folder per identity", root)
     for split, names in FOLDERS.items():
         name = next((name for name in names if name in folders), None)
-        layout.parts[split] = f"{name or names[-1 if split == 'train' else 0]}/"
+        layout.parts[split] = f"{name or names[1 if split == 'train' else 0]}/"
         tree = read_tree(root / name) if name else None
         if tree:
             layout.rows[split] = tree.rows["gallery"]
-    if "query" not in folders:  # every image of the gallery is a query
-        layout.rows["query"] = [row for row in layout.rows["gallery"] if row[1] != "-1"]
+    if "query" not in folders and tree:  # every image of the gallery is a query
+        layout.rows["query"] = tree.rows["query"]
+    for video, frame in VIDEOS.items():
+        if all(frame.match(os.path.basename(row.path)) for rows in layout.rows.values() for row in rows):
+            layout.name = video
     return layout
 
 
 def _camera(name: str) -> str:
-    camera = CAMERA.search(name)
-    return camera[1] if camera else ""
+    camera = next((match for pattern in CAMERAS if (match := pattern.match(name))), None)
+    return str(int(camera[2])) if camera else ""
 
 
 def _images_in(folder: Path) -> list[str]:

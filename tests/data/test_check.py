@@ -196,6 +196,14 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         "1 training identity with one image, too few for the triplet loss, which takes two: bounding_box_train/00"),
     "junk in training": (
         csv("0.jpg,-1,1,train"), "remark", "junk", "1 training image marked as junk (-1), of no use there: 0.jpg"),
+    "contradiction": (
+        csv("0.jpg,a,1,query", "0.jpg,b,1,gallery"), "error", "layout", "/own.csv:3: "),
+    "repeated rows": (
+        csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "1.jpg,a,2,gallery"), "remark", "repeated rows",
+        "1 repeated row of an image in a split, left out: own.csv:4"),
+    "frames": (
+        lambda root: write(root, ["bbox_test/0006/0006C1T0001F001.jpg", "bbox_test/0006/0006C2T0001F001.jpg"]),
+        "remark", "frames", "MARS is read frame by frame; its published scores are of tracklets, so compare with none"),
     "one set": (flat, "remark", "one set", "12 images both in training and test: scores of a model"),
 }  # fmt: skip
 

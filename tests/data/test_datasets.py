@@ -3,22 +3,15 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
-import numpy as np
 import pytest
+import torch
 
-from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
+from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.retrieval import RetrievalMetrics, evaluate
 from passreid_models.synthetic import SyntheticPersons
-from tests.reid_data import MARKET, jpeg, write, write_csv, write_flat, write_msmt17
-
-
-def rows(dataset: ReIDDataset, split: Split) -> list[tuple[str, int, int]]:
-    assert split.pids.dtype == split.camids.dtype == np.int64
-    return [
-        (dataset.relative(path), pid, camid)
-        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True)
-    ]
-
+from tests.reid_data import MARKET, jpeg, rows, write, write_csv, write_flat, write_msmt17
 
 # ---------------------------------------------------------------------------------------- Market-1501, DukeMTMC-reID
 
@@ -105,6 +98,76 @@ def test_a_single_camera_does_not_count(tmp_path):
     assert dataset.query.camids.tolist() == [0]
 
 
+# ------------------------------------------------------------------------------- VeRi-776, MARS, DukeMTMC-VideoReID
+
+
+def score(dataset: ReIDDataset) -> RetrievalMetrics:
+    """Metrics of descriptors that are drawn by the content of the image."""
+    x = [
+        torch.stack([torch.randn(8, generator=torch.Generator().manual_seed(crc32(p.read_bytes()))) for p in s.paths])
+        for s in (dataset.query, dataset.gallery)
+    ]
+    cameras = (dataset.query.camids, dataset.gallery.camids) if dataset.has_cameras else (None, None)
+    own = None if dataset.has_cameras else dataset.own
+    return evaluate(*x, dataset.query.pids, dataset.gallery.pids, *cameras, own=own)
+
+
+def test_veri_gives_what_the_market_layout_of_the_same_files_gives(tmp_path):
+    names = [name.replace("_c", "_c00").replace("s1", "_0001") for name in MARKET]
+    market = open_dataset(write(tmp_path / "market", names))
+    folders = {"bounding_box_train": "image_train", "query": "image_query", "bounding_box_test": "image_test"}
+    veri = open_dataset(write(tmp_path / "VeRi", [f"{folders[a]}/{b}" for a, b in (n.split("/") for n in names)]))
+    assert (veri.name, veri.parts) == ("VeRi-776", ("image_train/", "image_query/", "image_test/"))
+    for a, b in zip(market.splits.values(), veri.splits.values(), strict=True):
+        assert (a.pids.tolist(), a.camids.tolist()) == (b.pids.tolist(), b.camids.tolist())
+    assert (veri.query.pids.tolist(), veri.query.camids.tolist()) == ([1, 3], [0, 5])
+    assert score(veri).mAP == score(market).mAP
+
+
+def test_mars_has_cameras_junk_and_distractors_and_leaves_out_the_frames_of_the_tracklet(tmp_path):
+    dataset = open_dataset(write(tmp_path, [
+        "bbox_train/0001/0001C1T0001F001.jpg", "bbox_train/0001/0001C2T0001F001.jpg",
+        "bbox_test/00-1/00-1C1T0001F001.jpg", "bbox_test/0000/0000C6T0001F001.jpg",
+        "bbox_test/0006/0006C1T0001F001.jpg", "bbox_test/0006/0006C1T0001F002.jpg",
+        "bbox_test/0006/0006C3T0002F001.jpg",
+    ]))  # fmt: skip
+    assert dataset.name == "MARS"
+    assert (dataset.train.pids.tolist(), dataset.train.camids.tolist()) == ([1, 1], [0, 1])
+    assert dataset.gallery.pids.tolist() == [-1, 0, 6, 6, 6]
+    assert dataset.gallery.camids.tolist() == [0, 5, 0, 0, 2]
+    assert (dataset.query.pids.tolist(), dataset.query.camids.tolist()) == ([6, 6, 6], [0, 0, 2])
+    assert dataset.has_cameras
+    assert dataset.matches.tolist() == [1, 1, 2]  # frames of the query's own tracklet do not count
+    inner = open_dataset(tmp_path / "bbox_test")
+    assert inner.query.pids.tolist() == inner.train.pids.tolist()[1:] == [6, 6, 6]
+
+
+def test_dukemtmc_videoreid_has_a_folder_for_each_tracklet(tmp_path):
+    dataset = open_dataset(write(tmp_path, [
+        "train/0001/0001/0001_C6_F0044_X2.jpg", "train/0001/0002/0001_C7_F0044_X3.jpg",
+        "query/0005/0010/0005_C1_F0001_X9.jpg", "query/0005/0010/0005_C1_F0002_X9.jpg",
+        "gallery/0005/0010/0005_C1_F0001_X9.jpg", "gallery/0005/0011/0005_C8_F0001_X10.jpg",
+        "gallery/0009/0012/0009_C2_F0001_X11.jpg",
+    ]))  # fmt: skip
+    assert dataset.name == "DukeMTMC-VideoReID"
+    assert (dataset.train.pids.tolist(), dataset.train.camids.tolist()) == ([1, 1], [5, 6])
+    assert (dataset.query.pids.tolist(), dataset.query.camids.tolist()) == ([5, 5], [0, 0])
+    assert (dataset.gallery.pids.tolist(), dataset.gallery.camids.tolist()) == ([5, 5, 9], [0, 7, 1])
+    assert dataset.matches.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "camera"),
+    [
+        ("0006C1T0001F001.jpg", 1), ("0001_C6_F0044_X2.jpg", 6), ("0002_c3s1_000451_03.jpg", 3), ("7_c001_0_0.jpg", 1),
+        ("anna-c4-c9-1.png", 4), ("0000_000_01_0303morning_0008_0.jpg", 1), ("c2.jpg", 2), ("abc2_1.jpg", 0),
+    ],
+)  # fmt: skip
+def test_cameras_are_read_from_the_names_of_images(tmp_path, name, camera):
+    dataset = open_dataset(write(tmp_path, [f"anna/{name}", "bert/x_c0_1.jpg"]))
+    assert dataset.train.camids.tolist() == ([camera, 0] if camera else [-1, 0])
+
+
 # ------------------------------------------------------------------------------------------------------------ MSMT17
 
 
@@ -173,6 +236,46 @@ def test_folders_of_numbers_keep_them_and_others_are_numbered_in_natural_order(t
     assert rows(texts, texts.train) == [("anna/a.jpg", 1, -1), ("id10/a.jpg", 3, -1), ("id9/a.jpg", 2, -1)]
 
 
+OTHER_FOLDERS = {
+    "VeRi": (["image_train/1/x.jpg", "image_test/1/x.jpg"], "2 folders are named like a split or set, .*: image_t"),
+    "PRID2011": (["single_shot/cam_a/person_0001.png", "multi_shot/cam_a/person_0001/1.png"],
+                 "2 folders are named like a split or set, .*: multi_shot, single_shot"),
+    "PRID2011, multi-shot": (["cam_a/person_0001/1.png", "cam_b/person_0001/1.png"],
+                             "2 folders are named like a camera, not like an identity: cam_a, cam_b; expected data/ID"),
+    "PRID2011, single-shot": (["cam_a/person_0001.png", "cam_b/person_0001.png"], "like a camera, .*: cam_a, cam_b"),
+    "iLIDS-VID": (["cam1/person001/1.png", "cam2/person001/1.png"], "like a camera, .*: cam1, cam2; expected"),
+    "VIPeR": (["cam_a/000_45.bmp", "cam_b/000_90.bmp"], "like a camera, not like an identity: cam_a, cam_b; expected"),
+    "GRID": (["probe/0001_1_25004.jpeg", "gallery/0001_2_25023.jpeg"], "like a split or set, .*: gallery, probe"),
+    "CUHK03": (["images_detected/1_001_1_01.png", "images_labeled/1_001_1_01.png"], "images_detected, images_labeled"),
+    "VehicleID": (["image/0000001.jpg", "image/0000002.jpg"], "a folder is named like a split or set, .*: image; ex"),
+    "CUHK01": (["campus/0001001.png", "campus/0002001.png"], r"all images are in one folder, campus/, so that all"),
+    "cameras": (["c1/a.jpg", "c2/a.jpg", "c3/a.jpg", "Camera 4/a.jpg"], "4 folders .*: Camera 4, c1, c2, ..; expected"),
+    "one of them": (["anna/a.jpg", "bert/a.jpg", "train_split/a.jpg"], "a folder is named like a split .*: train_sp"),
+    "in a split": (["query/1/a.jpg", "gallery/1/b.jpg", "gallery/distractors/b.jpg"], "gallery: a folder is named"),
+    "upper case": (["Train/1/a.jpg", "TestSet/1/a.jpg"], "like a split or set, .*: TestSet, Train; expected data/ID/"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_FOLDERS)
+def test_folders_named_like_splits_sets_or_cameras_are_no_identities(tmp_path, case):
+    names, message = OTHER_FOLDERS[case]
+    with pytest.raises(ValueError, match=message):
+        open_dataset(write(tmp_path / "data", names))
+
+
+def test_such_folders_are_unlabelled_where_labels_are_not_needed(tmp_path):
+    dataset = open_dataset(write(tmp_path / "cameras", ["cam_a/1.jpg", "cam_b/1.jpg"]), labelled=False)
+    assert (dataset.name, dataset.train.pids.tolist()) == ("unlabelled folder", [-1, -1])
+    dataset = open_dataset(write(tmp_path / "one", ["monday/1.jpg", "monday/2.jpg"]), labelled=False)
+    assert (dataset.name, dataset.train.pids.tolist()) == ("unlabelled folder", [-1, -1])
+
+
+def test_folders_of_identities_have_any_other_name(tmp_path):
+    folders = ["-1", "0001", "7", "Valerie", "Camilla", "Carl", "anna", "c", "id_3", "person 3", "track12", "tester"]
+    dataset = open_dataset(write(tmp_path, [f"{folder}/a.jpg" for folder in folders]))
+    assert dataset.train.num_ids == len(folders) - 1
+
+
 def test_split_folders_are_numbered_together_and_cameras_come_from_the_names(tmp_path):
     files = ["train/7/0007_c1s1_000451_03.jpg", "train/9/0009_c2s1_000451_03.jpg", "query/3/0003_c1s1_000001_00.jpg",
              "gallery/3/0003_c4s1_000001_00.jpg", "gallery/-1/-1_c3s1_000001_00.jpg",
@@ -219,6 +322,17 @@ def test_a_flat_folder_is_train_query_and_gallery_by_its_names(tmp_path):
     assert dataset.description.startswith("flat folder, own/: 3 training images of 2 identities, 3 queries, 3 gallery")
 
 
+@pytest.mark.parametrize("test", ["gallery", "test"])
+def test_train_query_and_gallery_may_be_flat_folders(tmp_path, test):
+    names = [name.replace("bounding_box_train", "train").replace("bounding_box_test", test) for name in MARKET]
+    dataset = open_dataset(write(tmp_path / "own", names))
+    market = open_dataset(write(tmp_path / "market", MARKET))
+    assert (dataset.name, dataset.parts) == ("flat folder", ("train/", "query/", f"{test}/"))
+    assert [len(split) for split in dataset.splits.values()] == [4, 2, 6]
+    assert dataset.gallery.pids.tolist() == market.gallery.pids.tolist()
+    assert score(dataset).mAP == score(market).mAP
+
+
 def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_market1501(tmp_path):
     dataset = open_dataset(write(tmp_path, ["-1_c1.jpg", "0000_c1.jpg", "0001_c1.jpg", "0001_c2.jpg"]))
     assert dataset.query.pids.tolist() == [1, 1]
@@ -236,60 +350,6 @@ def test_folders_of_identities_with_such_names_are_no_flat_folder(tmp_path):
     dataset = open_dataset(write(tmp_path, ["7/0007_c1s1_000451_03.jpg", "9/0009_c2s1_000451_03.jpg"]))
     assert dataset.name == "folder per identity"
     assert dataset.train.pids.tolist() == [7, 9]
-
-
-# --------------------------------------------------------------------------------------------------------------- CSV
-
-
-def test_csv_with_any_text_as_identity_and_camera(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    dataset = open_dataset(write_csv(tmp_path / "lists" / "own.csv", [
-        "path, pid, camid, split, note",
-        "a.jpg,anna,lobby,train,",
-        "b.jpg,bert,gate 2,train,",
-        "",
-        "q/c.jpg,clara,gate 10,query,\"left, of the door\"",
-        f"{tmp_path}/elsewhere/d.jpg,clara,lobby,test,",
-        "../e.jpg,-1,lobby,gallery,",
-        "f.jpg,0,lobby,gallery,",
-    ]))  # fmt: skip
-    assert (dataset.name, dataset.root) == ("CSV", tmp_path / "lists")
-    assert rows(dataset, dataset.train) == [("a.jpg", 1, 2), ("b.jpg", 2, 0)]
-    assert rows(dataset, dataset.query) == [("q/c.jpg", 3, 1)]
-    assert rows(dataset, dataset.gallery) == [("../elsewhere/d.jpg", 3, 2), ("../e.jpg", -1, 2), ("f.jpg", 0, 2)]
-    assert dataset.description.startswith("CSV, own.csv: 2 training images of 2 identities, 1 query, 3 gallery images")
-
-
-def test_csv_without_cameras_may_name_one_file_as_query_and_gallery(tmp_path):
-    lines = ["path,pid,split", "a.jpg,1,query", "./a.jpg,1,gallery", "b.jpg,1,gallery"]
-    dataset = open_dataset(write_csv(tmp_path / "own.csv", lines))
-    assert not dataset.has_cameras
-    assert dataset.own.tolist() == [0]
-
-
-CSV_ERRORS = {
-    "no split": (
-        ["path,pid", "a.jpg,1"],
-        r"own.csv: the first line names no column split but path, pid; expected path,",
-    ),
-    "no header": (["a.jpg,1,2,train"], r"own.csv: the first line names no column path and pid and split but a.jpg, 1"),
-    "empty": ([], r"own.csv: the first line names no column path and pid and split but none"),
-    "no lines": (["path,pid,camid,split"], r"own.csv: no line after the first"),
-    "blank pid": (
-        ["path,pid,camid,split", "a.jpg,1,1,train", "b.jpg, ,1,train"],
-        r"own.csv:3: no pid; expected a value",
-    ),
-    "blank camera": (["path,pid,camid,split", "a.jpg,1,,train"], r"own.csv:2: no camid; expected a value"),
-    "short": (["path,pid,camid,split", "a.jpg,1"], r"own.csv:2: no split and no camid"),
-    "split": (["path,pid,split", "a.jpg,1,val"], r"own.csv:2: split is 'val'; expected train, query or gallery"),
-}
-
-
-@pytest.mark.parametrize("case", CSV_ERRORS)
-def test_a_csv_file_that_does_not_fit_is_refused_with_its_line(tmp_path, case):
-    lines, message = CSV_ERRORS[case]
-    with pytest.raises(ValueError, match=message):
-        open_dataset(write_csv(tmp_path / "own.csv", lines))
 
 
 # --------------------------------------------------------------------------------------------------------- synthetic

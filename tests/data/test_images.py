@@ -161,12 +161,12 @@ def test_loops_in_an_unlabelled_folder_end(tmp_path, add):
 
 
 def test_a_link_to_a_parent_that_is_a_dataset_is_not_taken_for_the_dataset(tmp_path):
-    names = ["query/0001_c1.jpg", "bounding_box_test/0001_c2.jpg", "others/anna/1.jpg"]
+    names = ["query/0001_c1.jpg", "bounding_box_test/0001_c2.jpg", "others/anna/1.jpg", "others/bob/1.jpg"]
     root = write(tmp_path / "market", names) / "others"
     (root / "up").symlink_to(root.parent)
     assert open_dataset(root, labelled=False).name == "unlabelled folder"
     (root / "up").unlink()
-    assert by_eval(root) == ["anna/1.jpg"]
+    assert by_eval(root) == ["anna/1.jpg", "bob/1.jpg"]
 
 
 def test_query_and_gallery_may_be_links_to_one_folder(tmp_path):

@@ -1,0 +1,106 @@
+"""Labels as text become numbers: one for each identity and camera in all splits."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from passreid_models.data.layouts import SPLITS, Layout, Row
+
+__all__ = ["number_cameras", "number_ids", "settle"]
+
+INTEGER = re.compile(r"(-?)0*(0|[1-9][0-9]*)(?:\.0+)?")
+
+
+def settle(layout: Layout) -> list[str]:
+    """Bring the rows of a layout into one form: a spelling for each number, and a row for each image of a split.
+
+    ``01`` and ``1.0``, as spreadsheets write them, become ``1``. Where one dataset has two spellings of a number, they
+    may be one person or two, so they are refused.
+
+    Args:
+        layout: Layout; its rows are replaced.
+
+    Returns:
+        Places of the rows that repeat an image of their split, which are left out: files with lines.
+
+    Raises:
+        ValueError: If two labels are equal as numbers but not as text, or an image has two identities or cameras.
+    """
+    rows = [row for split in SPLITS for row in layout.rows[split]]
+    pids = _spellings(layout, "identity", rows, [row.pid for row in rows])
+    camids = _spellings(layout, "camera", rows, [row.camid for row in rows])
+    camids = {text: "" if camid == "-1" else camid for text, camid in camids.items()}
+    first: dict[str, Row] = {}
+    repeated = []
+    for split in SPLITS:
+        kept: dict[str, Row] = {}
+        for given in layout.rows[split]:
+            row = Row(given.path, pids[given.pid], camids[given.camid], given.line)
+            known = first.setdefault(row.path, row)
+            if (row.pid, row.camid) != (known.pid, known.camid):
+                label, one, other = "identity", row.pid, known.pid
+                if one == other:
+                    label, one, other = "camera", row.camid or "unknown", known.camid or "unknown"
+                raise ValueError(
+                    f"{_place(layout, row)}: {row.path} has {label} {one}, and {other} in {_place(layout, known)}; "
+                    "expected one identity and one camera for an image"
+                )
+            if kept.setdefault(row.path, row) is not row:
+                repeated.append(row.line or row.path)
+        layout.rows[split] = list(kept.values())
+    return repeated
+
+
+def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) -> dict[str, str]:
+    """Integers among the labels of the rows in their shortest spelling; other labels as they are."""
+    short: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for text in dict.fromkeys(texts):
+        integer = INTEGER.fullmatch(text.strip())
+        short[text] = (integer[1] * (integer[2] != "0") + integer[2]) if integer else text
+        known = first.setdefault(short[text], text)
+        if known != text:
+            one, other = (_place(layout, rows[texts.index(spelling)]) for spelling in (text, known))
+            raise ValueError(
+                f"{one}: {label} {text!r}, and {known!r} in {other}, which is the same number; expected one spelling "
+                f"for one {label}"
+            )
+    return short
+
+
+def _place(layout: Layout, row: Row) -> str:
+    return str(layout.root / (row.line or row.path))
+
+
+def number_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Number the identities of the three splits, given as text; int64 ``[N]`` each."""
+    train, query, gallery = map(set, labels)
+    names = train | query | gallery
+    junk, zeros = {"-1"} & names, {name for name in names if not name.strip("0")}
+    distractors = set() if zeros & (train | query) else zeros
+    persons = _natural(names - junk - distractors)
+    numbers = {int(name) for name in persons if name.isdecimal() and name.isascii()}
+    if len(numbers) == len(persons) and max(numbers, default=0) < 1 << 62:
+        pids = {name: int(name) or max(numbers) + 1 for name in persons}
+    else:
+        pids = {name: number for number, name in enumerate(persons, 1)}
+    pids |= dict.fromkeys(junk, -1) | dict.fromkeys(distractors, 0)
+    return [np.array([pids[name] for name in split], dtype=np.int64) for split in labels]
+
+
+def number_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
+    """Number the cameras of the three splits, given as text, from 0; camera 1 is the first, unless there is a 0."""
+    names = _natural({name for split in labels for name in split} - {""})
+    if all(name.isdecimal() and name.isascii() for name in names) and len({int(name) for name in names}) == len(names):
+        first = min(1, *map(int, names)) if names else 1
+        camids = {name: int(name) - first for name in names}
+    else:
+        camids = {name: number for number, name in enumerate(names)}
+    camids[""] = -1
+    return [np.array([camids[name] for name in split], dtype=np.int64) for split in labels]
+
+
+def _natural(names: set[str]) -> list[str]:
+    """Sort names, with the numbers in them by value."""
+    return sorted(names, key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", name))])
