@@ -125,6 +125,23 @@ def test_embed_leaves_out_unreadable_images_by_name_and_exits_with_1(images, mod
     assert "nan" not in "".join(rows[1:])
 
 
+def test_descriptors_that_overflow_are_named_and_not_written(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    model, out = timm.create_model("test_pass_vit"), tmp_path / "f.npz"
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    passreid_models.save_pretrained(model, tmp_path / "model")
+    (images / "1.png").write_bytes(b"damaged")
+    assert run("embed", images, "-o", out, "--model", tmp_path / "model", "--dtype", "float16") == 1
+    assert not out.exists()
+    lines, advice = capsys.readouterr().err.splitlines(), "compute in float32 or bfloat16 (--dtype)"
+    assert lines[0] == f"passreid: left out: {images / '0.png'}: the descriptor is not finite: {advice}"
+    assert lines[3:] == [
+        f"passreid: 2 of 3 descriptors are not finite: {advice}",
+        "passreid: 1 of 3 images could not be read",
+    ]
+
+
 def test_embed_strict_stops_at_an_unreadable_image_and_writes_nothing(images, model_name, tmp_path, capsys):
     out, missing = tmp_path / "f.npz", tmp_path / "missing.jpg"
     sentence = refused(capsys, "embed", images, missing, "-o", out, "--model", model_name, "--strict")

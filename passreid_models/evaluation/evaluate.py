@@ -19,7 +19,7 @@ from torch import nn
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
-from passreid_models.embed import Embedder
+from passreid_models.embed import Embedder, finite_advice, is_not_finite
 from passreid_models.evaluation.extract import extract
 from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
 from passreid_models.evaluation.pictures import draw_evaluation
@@ -176,12 +176,14 @@ def score(
     retrieved = _retrieve(dataset, Embedder(model, device), None, progress=False)
     if retrieved.unreadable:
         _logger.warning(f"{len(retrieved.unreadable)} images cannot be read, the first: {retrieved.unreadable[0]}")
+    if retrieved.not_finite:
+        _logger.warning(f"{retrieved.not_finite_text}; the first: {retrieved.not_finite[0].partition(': ')[0]}")
     scores = on_first(lambda: percent(retrieved.metrics()))
     return {key: scores[key] for key in ("mAP", "rank1")}
 
 
 def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None, progress: bool) -> Retrieved:
-    """Descriptors of queries and gallery, without junk and unreadable images."""
+    """Descriptors of queries and gallery, without junk and images that have none."""
     dataset.require("query", "gallery")
     rows_q, rows_g = (np.flatnonzero(split.pids != -1) for split in (dataset.query, dataset.gallery))
     paths = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
@@ -194,7 +196,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     positions_q, positions_g = positions_q[readable[positions_q]], positions_g[readable[positions_g]]
     rows = np.full(len(dataset.gallery) + 1, -1)  # new row of each row of the gallery; the last is for -1
     rows[rows_g] = np.arange(len(rows_g))
-    x = features.descriptors
+    x, failures = features.descriptors, features.errors.values()
     if embed.device.type == "cuda":
         x = x.to(embed.device)
     return Retrieved(
@@ -205,7 +207,9 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
         own=rows[dataset.own[rows_q]],
         has_cameras=dataset.has_cameras,
         metric="cosine" if embed.l2_normalize else "euclidean",
-        unreadable=list(features.errors.values()),
+        unreadable=[error for error in failures if not is_not_finite(error)],
+        not_finite=[error for error in failures if is_not_finite(error)],
+        advice=finite_advice(embed.dtype),
         images=len(files),
         cached=features.cached,
     )

@@ -18,7 +18,7 @@ FPRS = (1e-3, 1e-4)
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """Queries and gallery images with their descriptors, without junk and unreadable images."""
+    """Queries and gallery images with their descriptors, without junk and images that have none."""
 
     query: Split
     gallery: Split
@@ -27,9 +27,16 @@ class Retrieved:
     own: np.ndarray  # [Q], row in the gallery or -1
     has_cameras: bool
     metric: str
-    unreadable: list[str]
+    unreadable: list[str]  # images, each with the reason
+    not_finite: list[str]  # images that can be read and whose descriptor is not finite
+    advice: str  # where descriptors are not finite
     images: int
     cached: int
+
+    @property
+    def not_finite_text(self) -> str:
+        """How many descriptors are not finite, and what to do."""
+        return f"{len(self.not_finite):,} of {self.images:,} descriptors are not finite: {self.advice}"
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -50,6 +57,8 @@ class Retrieved:
         """
         for name, split in (("query", self.query), ("gallery", self.gallery)):
             if not len(split):
+                if self.not_finite:
+                    raise ValueError(f"no {name} image can be ranked: {self.not_finite_text}")
                 first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
                 raise ValueError(f"no {name} image can be ranked: all are junk or cannot be read{first}")
         return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
@@ -83,6 +92,11 @@ class Evaluation:
         return self.retrieved.unreadable
 
     @property
+    def not_finite(self) -> list[str]:
+        """Images that can be read and whose descriptor is not finite, each with the reason."""
+        return self.retrieved.not_finite
+
+    @property
     def protocol(self) -> str:
         """Images that are left out of the ranking of a query, in words."""
         if self.retrieved.has_cameras:
@@ -111,6 +125,7 @@ class Evaluation:
             "images": self.retrieved.images,
             "from_cache": self.retrieved.cached,
             "unreadable": self.unreadable,
+            "not_finite": self.not_finite,
             **percent(self.metrics),
             "cmc": [round(100 * float(share), 4) for share in self.metrics.cmc],
             "eer": 100 * self.roc.eer,
@@ -145,6 +160,7 @@ class Evaluation:
         counts = [f"{queries['counted']:,} of {queries['total']:,} queries count"]
         counts += [f"{queries['without_match']:,} have no match"] if queries["without_match"] else []
         counts += [f"{len(self.unreadable):,} images cannot be read"] if self.unreadable else []
+        counts += [self.retrieved.not_finite_text] if self.not_finite else []
         lines = [
             self.dataset.description,
             ", ".join(filter(None, [*kind, f"{values['metric']} distance"])),

@@ -162,6 +162,6 @@ def _to_descriptors(features: Tensor | ArrayLike) -> Tensor:
     bad = (~x.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(
-            f"descriptors of {len(bad)} images are not finite, the first in row {bad[0]}: leave unreadable images out"
+            f"descriptors of {len(bad)} images are not finite, the first in row {bad[0]}: leave these images out"
         )
     return x

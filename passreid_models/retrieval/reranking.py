@@ -31,7 +31,7 @@ class Reranked:
             lambda_value: Weight of the original distance.
             budget_mb: Memory for temporary arrays.
         """
-        self.shape, self.device = pairs.shape, pairs.device
+        self.shape, self.device, self.num_not_finite = pairs.shape, pairs.device, pairs.num_not_finite
         self._pairs, self._farthest, self._lambda, self._budget_mb = pairs, farthest, lambda_value, budget_mb
         self._query, self._gallery = v[: self.shape[0]], v[self.shape[0] :].tocsc()
 

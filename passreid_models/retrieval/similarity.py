@@ -35,6 +35,7 @@ class Similarities:
         self.query_norms, self.gallery_norms = self._norms(self.query), self._norms(self.gallery)  # [Q], [G]
         self.unreadable_queries = ~self.query_norms.isfinite()
         self.unreadable = (~self.gallery_norms.isfinite()).nonzero()[:, 0]
+        self.num_not_finite = int(self.unreadable_queries.sum()) + len(self.unreadable)
         self.copies, self.originals = _copies(self.gallery)
         # unit vectors need no division
         self.scaled = [bool(((x - 1).abs() > 1e-6).any()) for x in (self.query_norms, self.gallery_norms)]

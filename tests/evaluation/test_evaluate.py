@@ -8,9 +8,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -19,7 +21,7 @@ from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
-from passreid_models.evaluation.feature_cache import weights_key
+from passreid_models.evaluation.feature_cache import _checksum, weights_key
 from passreid_models.retrieval import evaluate, evaluate_distances, rerank, roc
 from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
 from tests.tiny_runs import world
@@ -193,6 +195,57 @@ def test_unreadable_images_are_named_left_out_and_counted(tmp_path, embed):
     assert "3 images cannot be read" in str(evaluation)
 
 
+@pytest.fixture
+def overflow(monkeypatch) -> list[Path]:
+    """Images whose pixels are not finite."""
+    paths: list[Path] = []
+    load = Embedder._load
+    monkeypatch.setattr(
+        Embedder, "_load", lambda self, item, bgr: load(self, item, bgr) * (torch.nan if item in paths else 1)
+    )
+    return paths
+
+
+def test_descriptors_that_are_not_finite_are_named_left_out_and_counted(market, embed, overflow):
+    overflow += [market.query.paths[3], market.gallery.paths[5]]
+    evaluation = run(market, embed)
+    scores = evaluation.to_dict()
+    assert scores["unreadable"] == []
+    assert [line.split(": ")[:2] for line in scores["not_finite"]] == [
+        [str(path), "the descriptor is not finite"] for path in overflow
+    ]
+    assert f"2 of {evaluation.retrieved.images} descriptors are not finite: float32 overflows" in str(evaluation)
+    q, g = ([i for i, path in enumerate(s.paths) if path not in overflow] for s in (market.query, market.gallery))
+    expected = evaluate(
+        embed([market.query.paths[i] for i in q]), embed([market.gallery.paths[i] for i in g]),
+        market.query.pids[q], market.gallery.pids[g], market.query.camids[q], market.gallery.camids[g],
+    )  # fmt: skip
+    assert evaluation.metrics.mAP == pytest.approx(expected.mAP)
+    assert evaluation.metrics.num_not_finite == 0
+
+
+def test_a_dtype_that_overflows_is_refused_with_the_advice_and_caches_nothing(market, cache_folder):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    total = len(market.query) + len(market.gallery)
+    sentence = f"{total} of {total} descriptors are not finite: compute in float32 or bfloat16"
+    with pytest.raises(ValueError, match=f"no query image can be ranked: {sentence}"):
+        run(market, Embedder(model, "cpu", torch.float16), cache=True)
+    assert not list(cache_folder.rglob("*.safetensors"))
+    assert run(market, Embedder(model, "cpu"), cache=True).not_finite == []
+
+
+def test_score_names_what_is_not_finite_and_goes_on(market, overflow, caplog):
+    overflow.append(market.gallery.paths[5])
+    with caplog.at_level(logging.WARNING):
+        scores = score(make_model(), market, "cpu")
+    total = len(market.query) + len(market.gallery)
+    assert f"1 of {total} descriptors are not finite: " in caplog.text
+    assert f"the first: {overflow[0]}" in caplog.text
+    assert scores["mAP"] == pytest.approx(run(market, Embedder(make_model(), "cpu")).to_dict()["mAP"])
+
+
 def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, embed):
     dataset = open_dataset(write_flat(tmp_path / "own"))
     dataset.gallery.paths[0].write_bytes(b"")
@@ -309,6 +362,25 @@ def test_unreadable_images_are_not_cached_and_are_read_again(tmp_path, embed, se
     dataset.query.paths[0].write_bytes(good)
     assert run(dataset, embed, cache=True).unreadable == []
     assert seen == [dataset.query.paths[0].name] * 2
+
+
+def test_descriptors_that_are_not_finite_are_not_cached_and_unknown_where_an_older_version_cached_them(
+    market, embed, seen, cache_folder
+):
+    expected = run(market, embed, cache=True)
+    [file] = (cache_folder / "features").glob("*.safetensors")
+    with safe_open(file, "numpy") as tensors:
+        hashes, descriptors = tensors.get_tensor("hashes"), tensors.get_tensor("descriptors")
+        metadata = tensors.metadata()
+    descriptors = descriptors.copy()
+    descriptors[2], descriptors[4, 7] = np.nan, np.inf
+    metadata["checksum"] = _checksum(hashes, descriptors)
+    save_file({"hashes": hashes, "descriptors": descriptors}, file, metadata)
+    seen.clear()
+    again = run(market, embed, cache=True)
+    assert len(seen) == 2
+    assert torch.equal(again.retrieved.gallery_features, expected.retrieved.gallery_features)
+    assert run(market, embed, cache=True).retrieved.cached == again.retrieved.images
 
 
 def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, cache_folder):

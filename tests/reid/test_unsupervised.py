@@ -340,6 +340,18 @@ def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, mo
     assert files(tmp_path) == set()
 
 
+def test_descriptors_that_are_not_finite_are_in_no_cluster_and_too_many_end_the_run(data, tmp_path, monkeypatch):
+    bad, load = min((data / "bounding_box_train").iterdir()), Embedder._load
+    monkeypatch.setattr(
+        Embedder, "_load", lambda self, item, bgr: load(self, item, bgr) * (torch.nan if item == bad else 1)
+    )
+    cluster(cluster_config(data, tmp_path / "run", epochs=1, max_unreadable=0.1))
+    assert state_of(steps(tmp_path / "run")[-1])["labels"][0] == -1
+    assert f"left out: {bad}: the descriptor is not finite" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(ValueError, match=r"^1 of 36 descriptors are not finite and cannot be clustered: .* --lr \(it"):
+        cluster(cluster_config(data, tmp_path / "strict", epochs=1))
+
+
 def test_an_outlier_that_replaces_an_unreadable_image_is_ignored(data, tmp_path):
     trainer = ClusterTrainer(cluster_config(data, tmp_path), 4, CPU)
     features, outputs = torch.randn(2, 4, 128)

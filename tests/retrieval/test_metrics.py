@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from passreid_models.retrieval import RetrievalMetrics, evaluate, evaluate_distances, metrics, rank
+from passreid_models.retrieval import RetrievalMetrics, evaluate, evaluate_distances, metrics, rank, rerank
 from tests import GOLDEN
 
 NAN = float("nan")
@@ -248,6 +248,13 @@ def test_unreadable_gallery_images_count_as_ranked_last():
     result = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
     assert result.mAP == 1 / 4
     assert result.cmc.tolist() == [0, 0, 0, 1]
+    assert result.num_not_finite == 1
+    assert "num_not_finite=1" in repr(result)
+    queries = torch.cat([line([1.0]), torch.full((1, 2), NAN)])
+    labels = [1, 1], [2, 3, 1, 4]
+    assert evaluate(queries, gallery, *labels).num_not_finite == 2
+    assert evaluate_distances(rerank(queries, gallery, k1=2, k2=1), *labels).num_not_finite == 2
+    assert evaluate(line([1.0]), gallery[[0, 1, 3]], [1], [2, 1, 3]).num_not_finite == 0
 
 
 # ---- rank
