@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passreid_models.retrieval.protocol import Pairs, Protocol, indices
 from passreid_models.retrieval.reranking import Reranked
-from passreid_models.retrieval.similarity import Similarities, chunks
+from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks
 
 __all__ = ["RetrievalMetrics", "evaluate", "evaluate_distances"]
 
@@ -77,8 +77,8 @@ class _Rows(Interface):
 
 
 def evaluate(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def evaluate_distances(
-    distances: Tensor | Reranked,
+    distances: Tensor | ArrayLike | Reranked,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -144,8 +144,10 @@ def evaluate_distances(
     Raises:
         ValueError: If shapes do not match, or no query has a match.
     """
-    if isinstance(distances, Tensor) and distances.ndim != 2:
-        raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
+    if not isinstance(distances, Reranked):
+        distances = as_tensor(distances)
+        if distances.ndim != 2:
+            raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
     protocol = Protocol(distances.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
     not_finite = distances.num_not_finite if isinstance(distances, Reranked) else 0
     return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb, not_finite)
@@ -160,7 +162,7 @@ class _NegatedDistances:
     def rows(self, start: int, stop: int) -> Tensor:
         if isinstance(self.distances, Reranked):
             return self.distances.rows(start, stop).neg_()
-        rows = self.distances[start:stop].detach()
+        rows = self.distances[start:stop]
         rows = -(rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
         return rows.nan_to_num_(nan=torch.finfo(rows.dtype).min)  # -inf too becomes the least finite number
 
