@@ -20,7 +20,7 @@ from tqdm import tqdm
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
-from passreid_models.runtime import atomic_file, num_cores
+from passreid_models.runtime import atomic_file, num_cores, unwrap
 
 __all__ = ["Embedder", "finite_advice", "is_not_finite", "save_features"]
 
@@ -52,7 +52,8 @@ class Embedder:
         """
         Args:
             model: Name of a model with weights: an architecture, ``architecture.tag``, ``tag``, ``hf-hub:ORG/NAME``, an
-                exported folder, a run, or a checkpoint file; or a model, which is left as it is.
+                exported folder, a run, or a checkpoint file; or a model, compiled or in ``DistributedDataParallel``
+                too, which is left as it is.
             device: Device, as ``pick_device`` takes it; by default the accelerator, if there is one.
             dtype: Dtype of weights and activations, such as ``torch.bfloat16``; descriptors are always float32.
             batch_size: Images per batch.
@@ -68,7 +69,7 @@ class Embedder:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         self.device, self.dtype = pick_device(device), dtype or torch.float32
         if isinstance(model, nn.Module):
-            network: Any = deepcopy(model)
+            network: Any = deepcopy(unwrap(model))
         else:
             network = find_model(os.fspath(model)).create(num_classes=0, global_pool=fusion)
         if not hasattr(network, "forward_parts"):

@@ -161,7 +161,7 @@ def score(
     """mAP and Rank-1 of a model in training, in percent, the same in every process: call it in all of them.
 
     Args:
-        model: Model of descriptors, also inside ``DistributedDataParallel`` or compiled; it is copied, not changed.
+        model: Model of descriptors, as the Embedder takes it; it is copied, not changed.
         dataset: Dataset with queries and gallery.
         device: Device, as ``pick_device`` takes it.
 
@@ -171,8 +171,6 @@ def score(
     Raises:
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        model = inner
     retrieved = _retrieve(dataset, Embedder(model, device), None, progress=False)
     if retrieved.unreadable:
         _logger.warning(f"{len(retrieved.unreadable)} images cannot be read, the first: {retrieved.unreadable[0]}")
