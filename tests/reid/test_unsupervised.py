@@ -18,6 +18,7 @@ from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid import unsupervised
 from passreid_models.reid.config import ClusterConfig
+from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterTrainer, cluster, compare_with_labels
 from passreid_models.training.warm_start import load_backbone
@@ -53,13 +54,21 @@ def test_the_export_is_the_descriptor_after_the_neck(whole, data):
     cfg = model.pretrained_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
     scored = [r for r in metrics(whole) if "mAP" in r]
-    assert [r["epoch"] for r in scored] == [1, 2]
+    assert [r["epoch"] for r in scored] == [0, 1, 2]
     assert score(model, open_dataset(data), CPU) == {k: scored[-1][k] for k in ("mAP", "rank1")}
 
 
 def test_config_json_says_how_the_weights_were_made(whole):
     provenance = json.loads((whole / "export" / "config.json").read_text())["provenance"]
     assert (provenance["method"], provenance["step"], provenance["config"]["eps"]) == ("cluster contrast", 6, 0.7)
+
+
+def test_the_start_is_evaluated_after_its_fresh_neck(whole, data):
+    torch.manual_seed(0)
+    trainer = ClusterTrainer(cluster_config(data, whole), 36, CPU)
+    (before,) = (r for r in metrics(whole) if "mAP" in r and r["step"] == 0)
+    assert score(without_drop_path(trainer.backbone), open_dataset(data), CPU)["mAP"] == before["mAP"]
+    assert " before, " in (whole / "log.txt").read_text()
 
 
 def test_each_epoch_reports_its_clusters_and_how_they_agree_with_the_labels(whole):
