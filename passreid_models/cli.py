@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
 
     Returns:
-        Exit code: 0 all done; 1 done in part, such as images left out; 2 a user's mistake, in one sentence;
-        130 interrupted.
+        Exit code: 0 all done; 1 done in part, such as images left out, or descriptors that are not finite; 2 a user's
+        mistake, in one sentence; 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in RUNS:
@@ -123,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
+    evaluate.add_argument(
+        "--open-set", action="store_true", help="also identification where some are not in the gallery"
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="draw rankings, CMC, ROC and similarities")
     evaluate.add_argument("--no-cache", action="store_true", help="neither read nor write cached descriptors")
@@ -267,22 +270,28 @@ def _eval(args: argparse.Namespace) -> int:
     import torch
 
     from passreid_models.evaluation.evaluate import evaluate_model
+    from passreid_models.evaluation.report import NonFiniteError
 
-    evaluation = evaluate_model(
-        args.data,
-        args.model,
-        size=args.size,
-        fusion=args.fusion,
-        flip=args.flip,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        rerank=args.rerank,
-        per_camera=args.per_camera,
-        cache=not args.no_cache,
-        json_file=args.json,
-        pictures=args.pictures,
-    )
+    try:
+        evaluation = evaluate_model(
+            args.data,
+            args.model,
+            size=args.size,
+            fusion=args.fusion,
+            flip=args.flip,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            rerank=args.rerank,
+            per_camera=args.per_camera,
+            open_set=args.open_set,
+            cache=not args.no_cache,
+            json_file=args.json,
+            pictures=args.pictures,
+        )
+    except NonFiniteError as e:
+        print(f"passreid: {e}", file=sys.stderr)
+        return 1
     if evaluation is None:  # the first process prints
         return 0
     print(evaluation)

@@ -39,6 +39,7 @@ def evaluate_model(
     device: str | torch.device | None = None,
     rerank: bool = False,
     per_camera: bool = False,
+    open_set: bool = False,
     cache: bool | str | Path = True,
     json_file: str | Path | None = None,
     pictures: str | Path | None = None,
@@ -52,6 +53,7 @@ def evaluate_model(
         device: Device, as ``process_group`` takes it.
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Cache of descriptors, as in ``evaluate_dataset``.
         json_file: File to write ``Evaluation.to_dict()`` to.
         pictures: Folder for the pictures of ``pictures.draw_evaluation``.
@@ -70,7 +72,9 @@ def evaluate_model(
     with process_group(device) as own_device:
         dataset = open_dataset(data).require("query", "gallery")
         embed = make_embedder(model, device=own_device, **options)
-        evaluation = evaluate_dataset(dataset, embed, name=model, rerank=rerank, per_camera=per_camera, cache=cache)
+        evaluation = evaluate_dataset(
+            dataset, embed, name=model, rerank=rerank, per_camera=per_camera, open_set=open_set, cache=cache
+        )
     if evaluation and json_file is not None:
         with atomic_file(json_file) as temporary:
             temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n")
@@ -114,6 +118,7 @@ def evaluate_dataset(
     name: str = "",
     rerank: bool = False,
     per_camera: bool = False,
+    open_set: bool = False,
     cache: bool | str | Path = True,
 ) -> Evaluation | None:
     """Evaluate a model; in a process group, call it in every process.
@@ -124,12 +129,14 @@ def evaluate_dataset(
         name: Name of the model in the report.
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Read and keep descriptors in the package's cache (True), or in this folder.
 
     Returns:
         The evaluation in the first process, None in the others.
 
     Raises:
+        NonFiniteError: If nothing can be ranked, since descriptors are not finite.
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
     store = None
@@ -150,7 +157,8 @@ def evaluate_dataset(
         "weights": store.key if store else weights_key(embed),
     }
     reranked = retrieved.reranked() if rerank else None
-    return Evaluation(dataset, model, retrieved, retrieved.metrics(), retrieved.roc(), reranked, per_camera)
+    metrics, curve, identification = retrieved.metrics(), retrieved.roc(), retrieved.open_set() if open_set else None
+    return Evaluation(dataset, model, retrieved, metrics, curve, reranked, per_camera, identification)
 
 
 def score(
@@ -169,6 +177,7 @@ def score(
         ``mAP`` and ``rank1``.
 
     Raises:
+        NonFiniteError: If nothing can be ranked, since descriptors are not finite.
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
     retrieved = _retrieve(dataset, Embedder(model, device), None, progress=False)

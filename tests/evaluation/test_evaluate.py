@@ -22,7 +22,7 @@ from passreid_models.device import process_group
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
 from passreid_models.evaluation.feature_cache import _checksum, weights_key
-from passreid_models.retrieval import evaluate, evaluate_distances, rerank, roc
+from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
 from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
 from tests.tiny_runs import world
 
@@ -149,6 +149,65 @@ def test_descriptors_that_are_compared_as_they_come_are_compared_by_distance(mar
     assert scores["model"]["neck"] == "multi"
 
 
+def test_the_open_set_is_that_of_the_descriptors_without_half_of_the_persons(market, embed):
+    query, gallery = embed(market.query.paths), embed(market.gallery.paths)
+    removed = unknown_identities(market.query.pids)
+    kept = ~np.isin(market.gallery.pids, removed)
+    expected = open_set(
+        query, gallery[torch.from_numpy(kept)], market.query.pids, market.gallery.pids[kept],
+        market.query.camids, market.gallery.camids[kept],
+    )  # fmt: skip
+    evaluation = run(market, embed, open_set=True)
+    scores = evaluation.to_dict()["open_set"]
+    assert scores == {
+        "gallery": kept.sum(), "known_queries": 8, "unknown_queries": 8, "removed_identities": 2,
+        "identification": [
+            {"fpir": 0.01, "dir": None, "threshold": None},  # less than one of 8
+            {"fpir": 0.1, "dir": None, "threshold": None},
+        ],
+    }  # fmt: skip
+    result = evaluation.open_set
+    assert result is not None
+    assert np.array_equal(result.unknown, expected.unknown)
+    assert np.array_equal(result.known, expected.known)
+    lines = str(evaluation).splitlines()
+    assert [line.split() for line in lines[-5:-3]] == [["FPIR", "1", "%", "-", "-"], ["FPIR", "10", "%", "-", "-"]]
+    assert lines[-3] == "-: 8 queries of unknown persons are too few to measure it"
+    assert lines[-2].startswith("8 queries of known and 8 queries of unknown persons, ")
+    assert lines[-1].startswith("the gallery holds all persons: 2 of them, by seed 0, were taken out")
+    json.dumps(evaluation.to_dict(), allow_nan=False)
+    assert "open_set" not in run(market, embed).to_dict()
+
+
+def test_unknown_persons_of_the_dataset_are_those_of_the_open_set_and_rates_have_thresholds(tmp_path, embed):
+    names = [f"query/{pid:04}_c1_{k}.jpg" for pid in range(1, 5) for k in range(5)]
+    names += [f"bounding_box_test/{pid:04}_c2_{k}.jpg" for pid in (1, 2) for k in range(3)]
+    evaluation = run(open_dataset(write(tmp_path, names)), embed, open_set=True)
+    scores, result = evaluation.to_dict()["open_set"], evaluation.open_set
+    assert result is not None
+    assert (scores["gallery"], scores["known_queries"], scores["unknown_queries"]) == (6, 10, 10)
+    assert scores["removed_identities"] == 0
+    rare, frequent = scores["identification"]
+    assert rare == {"fpir": 0.01, "dir": None, "threshold": None}
+    assert frequent == {"fpir": 0.1, "dir": 100 * result.dir_at(0.1), "threshold": result.threshold(0.1)}
+    row = next(line for line in str(evaluation).splitlines() if line.startswith("FPIR 10 %"))
+    assert row.split()[3:] == [f"{frequent['dir']:.1f}", f"{frequent['threshold']:.4f}"]
+    assert "were taken out" not in str(evaluation)
+
+
+def test_the_open_set_of_images_that_are_query_and_gallery_leaves_out_the_query_itself(tmp_path, embed):
+    dataset = open_dataset(write_flat(tmp_path / "own"))
+    evaluation = run(dataset, embed, open_set=True)
+    x, removed = embed(dataset.gallery.paths), evaluation.retrieved.removed
+    similarities = (x @ x.T).fill_diagonal_(-2)
+    similarities[:, torch.from_numpy(np.isin(dataset.gallery.pids, removed))] = -2
+    best = similarities.amax(1)[torch.from_numpy(np.isin(dataset.query.pids, removed))]
+    assert evaluation.open_set is not None
+    assert evaluation.open_set.unknown == pytest.approx(best.sort().values.numpy(), abs=1e-6)
+    assert (len(evaluation.open_set.known), evaluation.open_set.num_gallery) == (6, 6)
+
+
+# -------------------------------------------------------------------------------------------------------- the report
 # -------------------------------------------------------------------------------------------------------- the report
 
 
