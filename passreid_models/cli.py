@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
 
     Returns:
-        Exit code: 0 all done; 1 done in part, such as unreadable images left out; 2 a user's mistake, in one sentence;
-        130 interrupted.
+        Exit code: 0 all done; 1 done in part, such as images left out, or descriptors that are not finite; 2 a user's
+        mistake, in one sentence; 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] and argv[0] in RUNS:
@@ -129,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
+    evaluate.add_argument(
+        "--open-set", action="store_true", help="also identification where some are not in the gallery"
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="draw rankings, CMC, ROC and similarities")
     evaluate.add_argument("--no-cache", action="store_true", help="neither read nor write cached descriptors")
@@ -242,7 +245,7 @@ def _embed(args: argparse.Namespace) -> int:
     import torch
 
     from passreid_models.data.images import find_images
-    from passreid_models.embed import Embedder, check_format, save_features
+    from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
 
     check_format(args.output, args.parts)
     names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
@@ -250,16 +253,22 @@ def _embed(args: argparse.Namespace) -> int:
         args.model, args.device, getattr(torch, args.dtype), args.batch_size, fusion=args.fusion, flip=args.flip
     )
     errors: dict[int, str] | None = None if args.strict else {}
-    descriptors, parts = embed(names, parts=True, errors=errors)
+    result = embed(names, parts=args.parts, errors=errors)
+    descriptors, parts = result if args.parts else (result, None)
     failed = errors or {}
     for reason in failed.values():
         print(f"passreid: left out: {reason}", file=sys.stderr)
     rows = [i for i in range(len(names)) if i not in failed]
     if rows:
-        save_features(args.output, [names[i] for i in rows], descriptors[rows], parts[rows] if args.parts else None)
+        save_features(
+            args.output, [names[i] for i in rows], descriptors[rows], parts[rows] if parts is not None else None
+        )
         print(f"{len(rows)} descriptors of width {embed.dim} -> {args.output}")
-    if failed:
-        print(f"passreid: {len(failed)} of {len(names)} images could not be read", file=sys.stderr)
+    if not_finite := sum(map(is_not_finite, failed.values())):
+        advice = finite_advice(embed.dtype)
+        print(f"passreid: {not_finite} of {len(names)} descriptors are not finite: {advice}", file=sys.stderr)
+    if unreadable := len(failed) - not_finite:
+        print(f"passreid: {unreadable} of {len(names)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -267,28 +276,35 @@ def _eval(args: argparse.Namespace) -> int:
     import torch
 
     from passreid_models.evaluation.evaluate import evaluate_model
+    from passreid_models.evaluation.report import NonFiniteError
 
-    evaluation = evaluate_model(
-        args.data,
-        args.model,
-        size=args.size,
-        fusion=args.fusion,
-        flip=args.flip,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        rerank=args.rerank,
-        per_camera=args.per_camera,
-        cache=not args.no_cache,
-        json_file=args.json,
-        pictures=args.pictures,
-    )
+    try:
+        evaluation = evaluate_model(
+            args.data,
+            args.model,
+            size=args.size,
+            fusion=args.fusion,
+            flip=args.flip,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=getattr(torch, args.dtype),
+            rerank=args.rerank,
+            per_camera=args.per_camera,
+            open_set=args.open_set,
+            cache=not args.no_cache,
+            json_file=args.json,
+            pictures=args.pictures,
+        )
+    except NonFiniteError as e:
+        print(f"passreid: {e}", file=sys.stderr)
+        return 1
     if evaluation is None:  # the first process prints
         return 0
     print(evaluation)
-    for reason in evaluation.unreadable:
+    left_out = [*evaluation.unreadable, *evaluation.not_finite]
+    for reason in left_out:
         print(f"passreid: left out: {reason}", file=sys.stderr)
-    return 1 if evaluation.unreadable else 0
+    return 1 if left_out else 0
 
 
 def _data_check(args: argparse.Namespace) -> int:

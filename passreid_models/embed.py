@@ -20,10 +20,11 @@ from tqdm import tqdm
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
-from passreid_models.runtime import atomic_file, num_cores
+from passreid_models.runtime import atomic_file, num_cores, unwrap
 
-__all__ = ["Embedder", "save_features"]
+__all__ = ["Embedder", "finite_advice", "is_not_finite", "save_features"]
 
+NOT_FINITE = "the descriptor is not finite"
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
 
@@ -51,7 +52,8 @@ class Embedder:
         """
         Args:
             model: Name of a model with weights: an architecture, ``architecture.tag``, ``tag``, ``hf-hub:ORG/NAME``, an
-                exported folder, a run, or a checkpoint file; or a model, which is left as it is.
+                exported folder, a run, or a checkpoint file; or a model, compiled or in ``DistributedDataParallel``
+                too, which is left as it is.
             device: Device, as ``pick_device`` takes it; by default the accelerator, if there is one.
             dtype: Dtype of weights and activations, such as ``torch.bfloat16``; descriptors are always float32.
             batch_size: Images per batch.
@@ -67,7 +69,7 @@ class Embedder:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         self.device, self.dtype = pick_device(device), dtype or torch.float32
         if isinstance(model, nn.Module):
-            network: Any = deepcopy(model)
+            network: Any = deepcopy(unwrap(model))
         else:
             network = find_model(os.fspath(model)).create(num_classes=0, global_pool=fusion)
         if not hasattr(network, "forward_parts"):
@@ -114,8 +116,8 @@ class Embedder:
                 ``[3, H, W]`` or ``[B, 3, H, W]``, which are taken as preprocessed.
             parts: Return the part tokens too.
             bgr: Arrays have the channel order of OpenCV.
-            errors: If given, an unreadable image gets a row of NaN and an entry ``{row: reason}`` here; otherwise it
-                raises.
+            errors: If given, an image that is unreadable, or whose descriptor is not finite, gets a row of NaN and an
+                entry ``{row: reason}`` here; otherwise it raises.
             progress: Show a bar, on a terminal, if it takes more than a few seconds.
 
         Returns:
@@ -123,7 +125,8 @@ class Embedder:
             a pair of these and the L2-normalised parts ``[N, P, D]``.
 
         Raises:
-            ImageError: If an image cannot be read and ``errors`` is None.
+            ImageError: If an image cannot be read, or its descriptor or a part asked for is not finite, and ``errors``
+                is None.
             FileNotFoundError: If a folder holds no image.
         """
         items = list(self._flatten([images] if isinstance(images, ImageLike) else images))
@@ -133,17 +136,20 @@ class Embedder:
         row = 0
         with bar, torch.inference_mode():
             for batch in self._batches(items, bgr):
-                good = [x for x in batch if isinstance(x, Tensor)]
-                for i, failure in enumerate(batch, row):
+                block, part_block = descriptors[row : row + len(batch)], part_tokens[row : row + len(batch)]
+                good = [i for i, x in enumerate(batch) if isinstance(x, Tensor)]
+                if good and (errors is not None or len(good) == len(batch)):
+                    x = torch.stack([x for x in batch if isinstance(x, Tensor)])
+                    block[good], part_block[good], finite = self._forward(x, parts)
+                    for i in (i for i, is_finite in zip(good, finite.tolist(), strict=True) if not is_finite):
+                        advice = finite_advice(self.dtype)
+                        batch[i] = ImageError(f"{_name(items[row + i])}: {NOT_FINITE}: {advice}")
+                for i, failure in enumerate(batch):
                     if isinstance(failure, ImageError):
                         if errors is None:
                             raise failure
-                        errors[i] = str(failure)
-                rows = torch.tensor([isinstance(x, Tensor) for x in batch])
-                block, part_block = descriptors[row : row + len(batch)], part_tokens[row : row + len(batch)]
-                block[~rows], part_block[~rows] = torch.nan, torch.nan
-                if good:
-                    block[rows], part_block[rows] = self._forward(torch.stack(good))
+                        errors[row + i] = str(failure)
+                        block[i], part_block[i] = torch.nan, torch.nan
                 row += len(batch)
                 bar.update(len(batch))
         return (descriptors, part_tokens) if parts else descriptors
@@ -180,7 +186,8 @@ class Embedder:
             )
         return self([image.crop(tuple(box)) for box in pixels.tolist()], parts=parts, progress=False)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, x: Tensor, with_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return descriptors, parts, and whether those of each image are finite, bool ``[B]``."""
         x = x.to(self.device, self.dtype, non_blocking=True)
         tokens = self.model.forward_features(x)
         descriptors = self.model.forward_head(tokens, pre_logits=True)
@@ -189,10 +196,13 @@ class Embedder:
             mirrored = self.model.forward_features(x.flip(-1))
             descriptors = (descriptors + self.model.forward_head(mirrored, pre_logits=True)) / 2
             parts = parts + mirrored[:, 1 : self.model.num_prefix_tokens]
-        descriptors = descriptors.float()
+        descriptors, parts = descriptors.float(), parts.float()
+        finite = torch.linalg.vector_norm(descriptors, dim=-1).isfinite()  # an infinite length would become zeros
+        if with_parts:
+            finite &= torch.linalg.vector_norm(parts, dim=-1).isfinite().all(dim=1)
         if self.l2_normalize:
             descriptors = F.normalize(descriptors, dim=-1)
-        return descriptors.cpu(), F.normalize(parts.float(), dim=-1).cpu()
+        return descriptors.cpu(), F.normalize(parts, dim=-1).cpu(), finite.cpu()
 
     def _flatten(self, images: Any) -> Iterator[Any]:
         """Yield single images: the files of folders, the rows of batched tensors."""
@@ -220,7 +230,6 @@ class Embedder:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, item: Any, bgr: bool) -> Tensor | ImageError:
-        name = os.fspath(item) if isinstance(item, str | os.PathLike) else f"a {type(item).__name__}"
         try:
             if isinstance(item, Tensor) and item.is_floating_point():
                 if tuple(item.shape) != self.input_size:
@@ -229,7 +238,23 @@ class Embedder:
                 return item.float().cpu()
             return self.transform(open_image(item, bgr))
         except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
-            return ImageError(f"{name}: {reason(e)}")
+            return ImageError(f"{_name(item)}: {reason(e)}")
+
+
+def _name(item: Any) -> str:
+    return os.fspath(item) if isinstance(item, str | os.PathLike) else f"a {type(item).__name__}"
+
+
+def is_not_finite(error: str) -> bool:
+    """Whether an entry of the Embedder's ``errors`` is of an image that can be read, whose descriptor is not finite."""
+    return f": {NOT_FINITE}: " in error
+
+
+def finite_advice(dtype: torch.dtype) -> str:
+    """Advice to a user whose descriptors are not finite in this dtype."""
+    if dtype == torch.float16:
+        return "compute in float32 or bfloat16 (--dtype)"
+    return f"{str(dtype).removeprefix('torch.')} overflows, or weights or pixels are not finite; try other weights"
 
 
 def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, parts: Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -133,6 +133,13 @@ def share_first(tensors: Iterable[Tensor]) -> None:
     if world()[1] > 1:
         for x in tensors:
             dist.broadcast(x, 0)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Model inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``."""
+    while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        model = inner
+    return model
 
 
 def num_cores() -> int:

@@ -125,6 +125,39 @@ def test_embed_leaves_out_unreadable_images_by_name_and_exits_with_1(images, mod
     assert "nan" not in "".join(rows[1:])
 
 
+def test_descriptors_that_overflow_are_named_and_not_written(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    model, out = timm.create_model("test_pass_vit"), tmp_path / "f.npz"
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    passreid_models.save_pretrained(model, tmp_path / "model")
+    (images / "1.png").write_bytes(b"damaged")
+    assert run("embed", images, "-o", out, "--model", tmp_path / "model", "--dtype", "float16") == 1
+    assert not out.exists()
+    lines, advice = capsys.readouterr().err.splitlines(), "compute in float32 or bfloat16 (--dtype)"
+    assert lines[0] == f"passreid: left out: {images / '0.png'}: the descriptor is not finite: {advice}"
+    assert lines[3:] == [
+        f"passreid: 2 of 3 descriptors are not finite: {advice}",
+        "passreid: 1 of 3 images could not be read",
+    ]
+
+
+def test_eval_of_descriptors_that_overflow_gives_the_advice_and_exits_with_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    model = timm.create_model("test_pass_vit")
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    passreid_models.save_pretrained(model, tmp_path / "model")
+    data = "synthetic:ids=8,images=4,cameras=2,seed=0,size=64x32"
+    assert run("eval", data, "--model", tmp_path / "model", "--dtype", "float16", "--device", "cpu") == 1
+    advice = "16 of 16 descriptors are not finite: compute in float32 or bfloat16 (--dtype)"
+    assert capsys.readouterr().err.splitlines()[-1] == f"passreid: no query image can be ranked: {advice}"
+    assert not list((tmp_path / "cache" / "features").glob("*"))
+    assert run("eval", data, "--model", tmp_path / "model", "--dtype", "bfloat16", "--device", "cpu", "--open-set") == 0
+    assert "as an open set" in capsys.readouterr().out
+
+
 def test_embed_strict_stops_at_an_unreadable_image_and_writes_nothing(images, model_name, tmp_path, capsys):
     out, missing = tmp_path / "f.npz", tmp_path / "missing.jpg"
     sentence = refused(capsys, "embed", images, missing, "-o", out, "--model", model_name, "--strict")

@@ -456,6 +456,63 @@ def test_batches_that_are_unreadable_as_a_whole_are_passed_over(model, files, tm
     assert descriptors.isnan().all(dim=1).tolist() == [True] * 4 + [False] * 2
 
 
+def overflowing(**kwargs: Any) -> nn.Module:
+    """A model whose activations are finite in float32 and bfloat16, and not in float16."""
+    model = make_model(**kwargs)
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    return model
+
+
+@pytest.mark.parametrize("neck", ["", "multi"])
+def test_descriptors_that_are_not_finite_are_errors_of_their_rows(files, neck):
+    embed = Embedder(overflowing(neck=neck), "cpu", torch.float16, batch_size=4)
+    errors: dict[int, str] = {}
+    assert embed(files[:6], errors=errors).isnan().all()
+    advice = "the descriptor is not finite: compute in float32 or bfloat16 (--dtype)"
+    assert errors == {i: f"{path}: {advice}" for i, path in enumerate(files[:6])}
+    with pytest.raises(ImageError, match=rf"{files[0]}: the descriptor is not finite"):
+        embed(files[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert Embedder(overflowing(neck=neck), "cpu", dtype)(files[:6]).isfinite().all()
+
+
+def test_an_infinite_length_is_not_finite_though_its_unit_vector_would_be_zeros(model, files, monkeypatch):
+    embed = Embedder(model, "cpu")
+    monkeypatch.setattr(embed.model, "forward_head", lambda tokens, pre_logits: torch.full((len(tokens), 128), 1e30))
+    with pytest.raises(ImageError, match="the descriptor is not finite: float32 overflows, or weights or pixels"):
+        embed(files[0])
+
+
+def test_one_image_that_is_not_finite_leaves_the_others_of_its_batch(embed, files, tmp_path):
+    good = torch.rand(3, 64, 32)
+    bad = good.clone()
+    bad[0, 3, 4] = torch.inf
+    errors: dict[int, str] = {}
+    descriptors, parts = embed([good, bad, tmp_path / "missing.jpg", good], parts=True, errors=errors)
+    assert {i: reason.split(": ")[0] for i, reason in errors.items()} == {1: "a Tensor", 2: f"{tmp_path}/missing.jpg"}
+    for x in (descriptors, parts.flatten(1)):
+        assert x.isnan().all(dim=1).tolist() == [False, True, True, False]
+        assert x[[0, 3]].isfinite().all()
+
+
+def test_parts_that_are_not_finite_count_where_they_are_asked_for(files):
+    model = make_model(global_pool="token")
+    embed = Embedder(model, "cpu")
+    forward = embed.model.forward_features
+
+    def without_part(x: Tensor) -> Tensor:
+        tokens = forward(x)
+        tokens[0, 1] = torch.nan
+        return tokens
+
+    embed.model.forward_features = without_part
+    assert embed(files[:2]).isfinite().all()
+    errors: dict[int, str] = {}
+    embed(files[:2], parts=True, errors=errors)
+    assert list(errors) == [0]
+
+
 def test_errors_count_the_rows_of_the_result_behind_an_unfolded_folder(embed, files, tmp_path):
     errors: dict[int, str] = {}
     descriptors = embed([files[0].parent, tmp_path / "missing.jpg", files[0]], errors=errors)

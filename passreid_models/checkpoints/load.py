@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from passreid_models.architectures import HALF, IMAGENET, architecture_name
 from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid
 from passreid_models.checkpoints.read import CheckpointError, StateDict
+from passreid_models.runtime import unwrap
 
 _logger = logging.getLogger(__name__)
 RESIZE_METHODS = ("auto", "bicubic", "bilinear")
@@ -251,6 +252,7 @@ def load_report(model: nn.Module) -> LoadReport:
     Raises:
         ValueError: If the model was made without pretrained weights.
     """
+    model = unwrap(model)
     origin = getattr(getattr(model, "model", model), "origin", Origin())  # features_only wraps the model
     if origin.load_report is None:
         raise ValueError("this model was made without pretrained weights: there is no load to report")

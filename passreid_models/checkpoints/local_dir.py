@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architecture, architecture_name
 from passreid_models.checkpoints.convert import Converted, convert_file, published_descriptor
 from passreid_models.checkpoints.load import LoadReport, load_report
-from passreid_models.runtime import atomic_folder, sha256
+from passreid_models.runtime import atomic_folder, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
@@ -36,7 +36,7 @@ def save_pretrained(
     """Write ``model`` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it again.
 
     Args:
-        model: A registered model, not a ``features_only`` wrapper.
+        model: A registered model, compiled or in ``DistributedDataParallel`` too; not a ``features_only`` wrapper.
         folder: Output; written whole or not at all.
         extras: Tensors for ``extras.safetensors``.
         info: Further top-level entries of ``config.json``.
@@ -49,7 +49,7 @@ def save_pretrained(
     folder = Path(folder)
     if not overwrite:
         _check_free(folder)
-    m = cast(Any, model)
+    m = cast(Any, unwrap(model))
     registered = ARCHITECTURES[m.pretrained_cfg["architecture"]]
     img_size = tuple(m.patch_embed.img_size)
     actual = Architecture(

@@ -19,7 +19,7 @@ from torch import nn
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
-from passreid_models.embed import Embedder
+from passreid_models.embed import Embedder, finite_advice, is_not_finite
 from passreid_models.evaluation.extract import extract
 from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
 from passreid_models.evaluation.pictures import draw_evaluation
@@ -39,6 +39,7 @@ def evaluate_model(
     device: str | torch.device | None = None,
     rerank: bool = False,
     per_camera: bool = False,
+    open_set: bool = False,
     cache: bool | str | Path = True,
     json_file: str | Path | None = None,
     pictures: str | Path | None = None,
@@ -52,6 +53,7 @@ def evaluate_model(
         device: Device, as ``process_group`` takes it.
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Cache of descriptors, as in ``evaluate_dataset``.
         json_file: File to write ``Evaluation.to_dict()`` to.
         pictures: Folder for the pictures of ``pictures.draw_evaluation``.
@@ -70,7 +72,9 @@ def evaluate_model(
     with process_group(device) as own_device:
         dataset = open_dataset(data).require("query", "gallery")
         embed = make_embedder(model, device=own_device, **options)
-        evaluation = evaluate_dataset(dataset, embed, name=model, rerank=rerank, per_camera=per_camera, cache=cache)
+        evaluation = evaluate_dataset(
+            dataset, embed, name=model, rerank=rerank, per_camera=per_camera, open_set=open_set, cache=cache
+        )
     if evaluation and json_file is not None:
         with atomic_file(json_file) as temporary:
             temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n")
@@ -114,6 +118,7 @@ def evaluate_dataset(
     name: str = "",
     rerank: bool = False,
     per_camera: bool = False,
+    open_set: bool = False,
     cache: bool | str | Path = True,
 ) -> Evaluation | None:
     """Evaluate a model; in a process group, call it in every process.
@@ -124,12 +129,14 @@ def evaluate_dataset(
         name: Name of the model in the report.
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
+        open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Read and keep descriptors in the package's cache (True), or in this folder.
 
     Returns:
         The evaluation in the first process, None in the others.
 
     Raises:
+        NonFiniteError: If nothing can be ranked, since descriptors are not finite.
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
     store = None
@@ -150,7 +157,8 @@ def evaluate_dataset(
         "weights": store.key if store else weights_key(embed),
     }
     reranked = retrieved.reranked() if rerank else None
-    return Evaluation(dataset, model, retrieved, retrieved.metrics(), retrieved.roc(), reranked, per_camera)
+    metrics, curve, identification = retrieved.metrics(), retrieved.roc(), retrieved.open_set() if open_set else None
+    return Evaluation(dataset, model, retrieved, metrics, curve, reranked, per_camera, identification)
 
 
 def score(
@@ -161,7 +169,7 @@ def score(
     """mAP and Rank-1 of a model in training, in percent, the same in every process: call it in all of them.
 
     Args:
-        model: Model of descriptors, also inside ``DistributedDataParallel`` or compiled; it is copied, not changed.
+        model: Model of descriptors, as the Embedder takes it; it is copied, not changed.
         dataset: Dataset with queries and gallery.
         device: Device, as ``pick_device`` takes it.
 
@@ -169,19 +177,20 @@ def score(
         ``mAP`` and ``rank1``.
 
     Raises:
+        NonFiniteError: If nothing can be ranked, since descriptors are not finite.
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        model = inner
     retrieved = _retrieve(dataset, Embedder(model, device), None, progress=False)
     if retrieved.unreadable:
         _logger.warning(f"{len(retrieved.unreadable)} images cannot be read, the first: {retrieved.unreadable[0]}")
+    if retrieved.not_finite:
+        _logger.warning(f"{retrieved.not_finite_text}; the first: {retrieved.not_finite[0].partition(': ')[0]}")
     scores = on_first(lambda: percent(retrieved.metrics()))
     return {key: scores[key] for key in ("mAP", "rank1")}
 
 
 def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None, progress: bool) -> Retrieved:
-    """Descriptors of queries and gallery, without junk and unreadable images."""
+    """Descriptors of queries and gallery, without junk and images that have none."""
     dataset.require("query", "gallery")
     rows_q, rows_g = (np.flatnonzero(split.pids != -1) for split in (dataset.query, dataset.gallery))
     paths = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
@@ -194,7 +203,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     positions_q, positions_g = positions_q[readable[positions_q]], positions_g[readable[positions_g]]
     rows = np.full(len(dataset.gallery) + 1, -1)  # new row of each row of the gallery; the last is for -1
     rows[rows_g] = np.arange(len(rows_g))
-    x = features.descriptors
+    x, failures = features.descriptors, features.errors.values()
     if embed.device.type == "cuda":
         x = x.to(embed.device)
     return Retrieved(
@@ -205,7 +214,9 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
         own=rows[dataset.own[rows_q]],
         has_cameras=dataset.has_cameras,
         metric="cosine" if embed.l2_normalize else "euclidean",
-        unreadable=list(features.errors.values()),
+        unreadable=[error for error in failures if not is_not_finite(error)],
+        not_finite=[error for error in failures if is_not_finite(error)],
+        advice=finite_advice(embed.dtype),
         images=len(files),
         cached=features.cached,
     )

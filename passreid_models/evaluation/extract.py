@@ -22,15 +22,15 @@ class Features:
     """Descriptors in the order of the files, in every process."""
 
     descriptors: Tensor
-    """Float32 ``[N, C]`` on the CPU; the rows of unreadable images are NaN."""
+    """Float32 ``[N, C]`` on the CPU; the rows of images without a descriptor are NaN."""
     errors: dict[int, str]
-    """Messages about unreadable images by row, with the name of the file."""
+    """Messages about images without a descriptor by row, with the name of the file, as of the Embedder."""
     cached: int
     """Number of descriptors from the cache."""
 
     @property
     def readable(self) -> np.ndarray:
-        """Whether each image can be read, bool ``[N]``."""
+        """Whether each image can be read and has a finite descriptor, bool ``[N]``."""
         mask = np.ones(len(self.descriptors), dtype=bool)
         mask[list(self.errors)] = False
         return mask

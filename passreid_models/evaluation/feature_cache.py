@@ -45,7 +45,10 @@ class FeatureCache:
         self.file = folder / f"{self.key[:16]}-{scope[:16]}.safetensors"
 
     def load(self) -> dict[str, np.ndarray]:
-        """Read the descriptors ``[C]`` by SHA-256 of the image; a damaged file is logged, and counts as empty."""
+        """Read the descriptors ``[C]`` by SHA-256 of the image; a damaged file is logged, and counts as empty.
+
+        Rows that are not finite, which earlier versions kept, are left out.
+        """
         if not self.file.is_file():
             return {}
         try:
@@ -62,7 +65,8 @@ class FeatureCache:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
             _logger.warning(f"{self.file} is damaged ({e}): its descriptors are computed again")
             return {}
-        return {digest.tobytes().hex(): row for digest, row in zip(hashes, descriptors, strict=True)}
+        finite = np.isfinite(descriptors).all(axis=1)
+        return {digest.tobytes().hex(): row for digest, row in zip(hashes[finite], descriptors[finite], strict=True)}
 
     def store(self, hashes: Sequence[str], descriptors: Tensor) -> None:
         """Write the descriptors ``[N, C]`` of the images with these hashes, and drop all earlier ones.

@@ -5,20 +5,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from passreid_models.data.datasets import ReIDDataset, Split
-from passreid_models.retrieval import ROC, RetrievalMetrics, evaluate, evaluate_distances, rerank, roc
+from passreid_models.retrieval import (
+    ROC,
+    OpenSet,
+    RetrievalMetrics,
+    evaluate,
+    evaluate_distances,
+    open_set,
+    rerank,
+    roc,
+    unknown_identities,
+)
 
-__all__ = ["Evaluation", "Retrieved", "percent"]
+__all__ = ["Evaluation", "NonFiniteError", "Retrieved", "percent"]
 
 RANKS = (1, 5, 10)
 FPRS = (1e-3, 1e-4)
+FPIRS = (0.01, 0.1)
+
+
+class NonFiniteError(ValueError):
+    """Raised when too few descriptors are finite to rank anything."""
 
 
 @dataclass(frozen=True, eq=False)
 class Retrieved:
-    """Queries and gallery images with their descriptors, without junk and unreadable images."""
+    """Queries and gallery images with their descriptors, without junk and images that have none."""
 
     query: Split
     gallery: Split
@@ -27,9 +43,16 @@ class Retrieved:
     own: np.ndarray  # [Q], row in the gallery or -1
     has_cameras: bool
     metric: str
-    unreadable: list[str]
+    unreadable: list[str]  # images, each with the reason
+    not_finite: list[str]  # images that can be read and whose descriptor is not finite
+    advice: str  # where descriptors are not finite
     images: int
     cached: int
+
+    @property
+    def not_finite_text(self) -> str:
+        """How many descriptors are not finite, and what to do."""
+        return f"{len(self.not_finite):,} of {self.images:,} descriptors are not finite: {self.advice}"
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -46,10 +69,13 @@ class Retrieved:
         """mAP, mINP and CMC.
 
         Raises:
-            ValueError: If no query, or no gallery image, is left, or no query has a match.
+            NonFiniteError: If no query, or no gallery image, is left, since descriptors are not finite.
+            ValueError: If none is left for another reason, or no query has a match.
         """
         for name, split in (("query", self.query), ("gallery", self.gallery)):
             if not len(split):
+                if self.not_finite:
+                    raise NonFiniteError(f"no {name} image can be ranked: {self.not_finite_text}")
                 first = f"; the first: {self.unreadable[0]}" if self.unreadable else ""
                 raise ValueError(f"no {name} image can be ranked: all are junk or cannot be read{first}")
         return evaluate(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
@@ -62,6 +88,27 @@ class Retrieved:
     def roc(self) -> ROC:
         """ROC of a verification over all pairs that count."""
         return roc(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
+
+    @property
+    def removed(self) -> np.ndarray:
+        """Identities that ``open_set`` takes out of the gallery: half of the queries', if all of these are in it."""
+        if not np.isin(self.query.pids, self.gallery.pids).all():
+            return np.empty(0, dtype=np.int64)
+        return unknown_identities(self.query.pids)
+
+    def open_set(self) -> OpenSet:
+        """Open-set identification, in a gallery without the ``removed`` identities.
+
+        Raises:
+            ValueError: If there are no queries of known persons or none of unknown ones.
+        """
+        kept = ~np.isin(self.gallery.pids, self.removed)
+        rows = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # new row of each row; the last is for -1
+        labels = {**self.labels, "gallery_pids": self.gallery.pids[kept], "own": rows[self.own]}
+        if self.has_cameras:
+            labels["gallery_camids"] = self.gallery.camids[kept]
+        gallery = self.gallery_features[torch.from_numpy(kept).to(self.gallery_features.device)]
+        return open_set(self.query_features, gallery, **labels, metric=self.metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +123,17 @@ class Evaluation:
     roc: ROC
     rerank: RetrievalMetrics | None = None
     per_camera: bool = False
+    open_set: OpenSet | None = None
 
     @property
     def unreadable(self) -> list[str]:
         """Unreadable images, each with the reason."""
         return self.retrieved.unreadable
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Images that can be read and whose descriptor is not finite, each with the reason."""
+        return self.retrieved.not_finite
 
     @property
     def protocol(self) -> str:
@@ -111,6 +164,7 @@ class Evaluation:
             "images": self.retrieved.images,
             "from_cache": self.retrieved.cached,
             "unreadable": self.unreadable,
+            "not_finite": self.not_finite,
             **percent(self.metrics),
             "cmc": [round(100 * float(share), 4) for share in self.metrics.cmc],
             "eer": 100 * self.roc.eer,
@@ -124,7 +178,21 @@ class Evaluation:
             values["reranked"] = percent(self.rerank)
         if self.per_camera:
             values["cameras"] = self._cameras()
+        if self.open_set:
+            values["open_set"] = self._open_set(self.open_set)
         return values
+
+    def _open_set(self, result: OpenSet) -> dict[str, Any]:
+        return {
+            "gallery": result.num_gallery,
+            "known_queries": len(result.known),
+            "unknown_queries": len(result.unknown),
+            "removed_identities": len(self.retrieved.removed),
+            "identification": [
+                {"fpir": x, "dir": _finite(100 * result.dir_at(x)), "threshold": _finite(result.threshold(x))}
+                for x in FPIRS
+            ],
+        }
 
     def _cameras(self) -> list[dict[str, Any]]:
         precisions, first = np.asarray(self.metrics.average_precision), np.asarray(self.metrics.first_match)  # [Q]
@@ -145,6 +213,7 @@ class Evaluation:
         counts = [f"{queries['counted']:,} of {queries['total']:,} queries count"]
         counts += [f"{queries['without_match']:,} have no match"] if queries["without_match"] else []
         counts += [f"{len(self.unreadable):,} images cannot be read"] if self.unreadable else []
+        counts += [self.retrieved.not_finite_text] if self.not_finite else []
         lines = [
             self.dataset.description,
             ", ".join(filter(None, [*kind, f"{values['metric']} distance"])),
@@ -160,18 +229,41 @@ class Evaluation:
         for name, row in table:
             cells = [f"{row[key]:>{width}.1f}" if key in row else " " * width for key, width in COLUMNS.items()]
             lines.append(f"{name:<12}{row.get('queries', ''):>9}{''.join(cells)}".rstrip())
-        lines += ["", f"{'as a verification':<21}{'TPR':>8}{'similarity':>12}"]
         rows = [(f"EER {values['eer']:.2f} %", 100 - values["eer"], values["eer_threshold"])]
         rows += [(f"FPR {row['fpr']:g}", row["tpr"], row["threshold"]) for row in values["verification"]]
-        for name, tpr, threshold in rows:
-            cells = ["-" if value is None else f"{value:.{digits}f}" for value, digits in ((tpr, 1), (threshold, 4))]
-            lines.append("{:<21}{:>8}{:>12}".format(name, *cells))
+        lines += _rates("as a verification", "TPR", rows)
         if any(row["tpr"] is None for row in values["verification"]):
             lines.append(f"-: {self.roc.num_negatives:,} pairs of two identities are too few to measure it")
+        if "open_set" in values:
+            lines += self._open_set_lines(values["open_set"])
         return "\n".join(lines)
+
+    def _open_set_lines(self, values: dict[str, Any]) -> list[str]:
+        rows = [(f"FPIR {100 * row['fpir']:g} %", row["dir"], row["threshold"]) for row in values["identification"]]
+        lines = _rates("as an open set", "DIR", rows)
+        unknown = f"{values['unknown_queries']:,} queries of unknown persons"
+        if any(row["dir"] is None for row in values["identification"]):
+            lines.append(f"-: {unknown} are too few to measure it")
+        lines.append(
+            f"{values['known_queries']:,} queries of known and {unknown}, {values['gallery']:,} gallery images"
+        )
+        if count := values["removed_identities"]:
+            lines.append(
+                f"the gallery holds all persons: {count:,} of them, by seed 0, were taken out and count as unknown"
+            )
+        return lines
 
 
 COLUMNS = {"mAP": 8, "mINP": 8, **{f"rank{k}": 9 for k in RANKS}}
+
+
+def _rates(title: str, rate: str, rows: list[tuple[str, float | None, float | None]]) -> list[str]:
+    """Table of rates in percent and the thresholds that belong to them."""
+    lines = ["", f"{title:<21}{rate:>8}{'similarity':>12}"]
+    for name, value, threshold in rows:
+        cells = ["-" if x is None else f"{x:.{digits}f}" for x, digits in ((value, 1), (threshold, 4))]
+        lines.append("{:<21}{:>8}{:>12}".format(name, *cells))
+    return lines
 
 
 def percent(metrics: RetrievalMetrics) -> dict[str, float]:

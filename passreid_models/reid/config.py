@@ -29,7 +29,8 @@ class ReIDConfig(RunConfig):
         erase_prob: Probability of random erasing.
         momentum: Momentum of SGD.
         eval_data: Dataset with queries and gallery to evaluate on; by default ``data``, if it has both.
-        eval_epochs: Epochs between two evaluations; the last epoch is always evaluated; 0: no evaluation.
+        eval_epochs: Epochs between two evaluations; the model is also evaluated before the first step and after the
+            last epoch; 0: no evaluation.
     """
 
     FREE = (*RunConfig.FREE, "eval_data", "eval_epochs")

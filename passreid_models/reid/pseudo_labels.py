@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest, sparse
-from passreid_models.retrieval.similarity import Similarities
+from passreid_models.retrieval.similarity import Similarities, as_tensor
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -155,13 +154,13 @@ def find_dbscan() -> Any:
 
 def _to_descriptors(features: Tensor | ArrayLike) -> Tensor:
     """Convert to float32 ``[N, C]``; refuse other shapes, and rows that are not finite."""
-    x = torch.as_tensor(features).detach()
+    x = as_tensor(features)
     if x.ndim != 2:
         raise ValueError(f"expected descriptors [N, C], got {tuple(x.shape)}")
     x = x.float()
     bad = (~x.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(
-            f"descriptors of {len(bad)} images are not finite, the first in row {bad[0]}: leave unreadable images out"
+            f"descriptors of {len(bad)} images are not finite, the first in row {bad[0]}: leave these images out"
         )
     return x

@@ -1,7 +1,7 @@
-"""Base of the re-ID runs: dataset, evaluation between epochs, and the best model so far.
+"""Base of the re-ID runs: dataset, evaluation before the first step and between epochs, and the best model so far.
 
 RUN/export/   current model
-RUN/best/     model of the highest mAP, if the run is evaluated
+RUN/best/     model of the highest mAP after an epoch, if the run is evaluated
 """
 
 import logging
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ReIDRun(Run):
-    """Run on a re-ID dataset, evaluated between epochs."""
+    """Run on a re-ID dataset, evaluated before the first step and between epochs."""
 
     labelled = True
     epoch_figure = "mAP"
@@ -89,23 +89,48 @@ class ReIDRun(Run):
     def about(self) -> dict[str, Any]:
         return {"data": self.dataset.description}
 
+    def before_training(self) -> None:
+        if self.eval_dataset is not None and (scores := self._score(self.eval_dataset)):
+            self.before = {**scores, "evaluated_on": self.eval_dataset.fingerprint}
+            self.write(scores)
+
     def after_epoch(self) -> None:
-        t, c = self.trainer, self.config
-        if self.eval_dataset is None or (t.epoch % c.eval_epochs and t.step < t.total_steps):
+        t, c, dataset = self.trainer, self.config, self.eval_dataset
+        if dataset is None or (t.epoch % c.eval_epochs and t.step < t.total_steps):
             return
-        t.share_statistics()
-        model, _ = self.exported()
-        try:
-            scores = score(model, self.eval_dataset, t.device)  # the processes share the images
-        except (ValueError, OSError) as e:
-            _logger.warning(f"evaluation: {e}")
+        scores = self._score(dataset)
+        if not scores:
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            self.export_to(self.folder.path / "best", **scores, evaluated_on=self.eval_dataset.fingerprint)
+            self.export_to(self.folder.path / "best", **scores, evaluated_on=dataset.fingerprint)
         self.write(scores)  # last: for a resumed run it marks the end of the evaluation
-        if t.step == t.total_steps:  # the best model is chosen on the test set, the last is not
-            self.log(f"mAP {scores['mAP']:.1f} at the end, {self.best:.1f} at best ({self.folder.path / 'best'})")
+        if t.step == t.total_steps:
+            self._compare(scores["mAP"], dataset)
+
+    def _score(self, dataset: ReIDDataset) -> dict[str, float]:
+        """mAP and Rank-1 of the model as it is exported now; empty, with a warning, if it cannot be evaluated."""
+        t = self.trainer
+        t.share_statistics()
+        model, _ = self.exported()
+        try:
+            return score(model, dataset, t.device)  # the processes share the images
+        except (ValueError, OSError) as e:
+            _logger.warning(f"evaluation: {e}")
+            return {}
+
+    def _compare(self, last: float, dataset: ReIDDataset) -> None:
+        """Log the mAP before, at best and at the end; the best model is chosen on the test set, the last is not."""
+        folder, init = self.folder.path / "best", self.config.init
+        figures = f"{self.best:.1f} at best ({folder}), {last:.1f} at the end"
+        if self.before.get("evaluated_on") != dataset.fingerprint:  # of an older version, or of other data
+            self.log(f"mAP {figures}")
+            return
+        before = self.before["mAP"]
+        self.log(f"mAP {before:.1f} before, {figures}")
+        if last < before:
+            better = f"{folder} ranks better" if self.best > before else f"{init}, with which it began, ranks better"
+            self.log(f"this run ends below where it began: {better}")
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
-from passreid_models.embed import Embedder
+from passreid_models.embed import Embedder, is_not_finite
 from passreid_models.evaluation.extract import extract
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.reid.batches import ImageBatch
@@ -252,7 +252,13 @@ class ClusterRun(ReIDRun):
         extracted = extract(embed, self.train_split.paths)
         if self.is_main:  # every process has the errors of all
             self.name_unreadable(extracted.errors.values())
-        self.check_unreadable(len(extracted.errors), len(self.train_split))
+        broken, total = sum(map(is_not_finite, extracted.errors.values())), len(self.train_split)
+        self.check_unreadable(len(extracted.errors) - broken, total)
+        if broken > c.max_unreadable * total:
+            raise ValueError(
+                f"{broken} of {total} descriptors are not finite and cannot be clustered: the weights overflow; begin "
+                f"with other weights, or with a smaller --lr (it is {c.lr:g})"
+            )
         features, metric = extracted.descriptors, "cosine" if embed.l2_normalize else "euclidean"
         readable = extracted.readable
         x = features[torch.from_numpy(readable)].to(t.device)

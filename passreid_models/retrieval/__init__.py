@@ -1,7 +1,7 @@
 """Ranking of a gallery, re-ranking and metrics: pure functions on descriptors, identities and cameras.
 
-All process the queries in chunks, so that memory depends on ``budget_mb`` and not on queries x gallery, and compute on
-the device of the descriptors.
+Descriptors are tensors or arrays. All functions process the queries in chunks, so that memory depends on ``budget_mb``
+and not on queries x gallery, and compute on the device of the descriptors.
 """
 
 from passreid_models.retrieval.identification import OpenSet, open_set, unknown_identities

@@ -58,8 +58,8 @@ class OpenSet:
 
 
 def open_set(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -91,8 +91,9 @@ def open_set(
     """
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    best, best_right = (np.full(len(query), -np.inf, dtype=np.float32) for _ in range(2))
-    for start, stop in chunks(len(query), 8 * len(gallery) + 64 * protocol.max_same_pid, budget_mb, pairs.device):
+    num_queries, num_gallery = pairs.shape
+    best, best_right = (np.full(num_queries, -np.inf, dtype=np.float32) for _ in range(2))
+    for start, stop in chunks(num_queries, 8 * num_gallery + 64 * protocol.max_same_pid, budget_mb, pairs.device):
         matches, left_out = protocol.matches(start, stop)
         rows = pairs.rows(start, stop)
         protocol.hide(rows, left_out)
@@ -107,7 +108,7 @@ def open_set(
             f"open-set identification needs queries of known and of unknown persons; there are none of {kind}"
         )
     known = np.where(best_right >= best, best, -np.inf)[is_known]
-    return OpenSet(len(gallery) - len(protocol.junk), np.sort(known), np.sort(best[is_unknown]))
+    return OpenSet(num_gallery - len(protocol.junk), np.sort(known), np.sort(best[is_unknown]))
 
 
 def unknown_identities(query_pids: ArrayLike, seed: int = 0) -> np.ndarray:

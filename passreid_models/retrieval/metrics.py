@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passreid_models.retrieval.protocol import Pairs, Protocol, indices
 from passreid_models.retrieval.reranking import Reranked
-from passreid_models.retrieval.similarity import Similarities, chunks
+from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks
 
 __all__ = ["RetrievalMetrics", "evaluate", "evaluate_distances"]
 
@@ -33,6 +33,7 @@ class RetrievalMetrics:
         num_queries: Queries that have a match and are counted.
         average_precision: Average precision of each query ``[Q]``; NaN where it is not counted.
         first_match: Rank of each query's first match ``[Q]``, from 1; 0 where it is not counted.
+        num_not_finite: Queries and gallery images whose descriptor is not finite; they rank last, and are counted.
     """
 
     mAP: float
@@ -41,6 +42,7 @@ class RetrievalMetrics:
     num_queries: int
     average_precision: Tensor = field(repr=False)
     first_match: Tensor = field(repr=False)
+    num_not_finite: int = 0
 
     @property
     def rank1(self) -> float:
@@ -75,8 +77,8 @@ class _Rows(Interface):
 
 
 def evaluate(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -113,11 +115,11 @@ def evaluate(
     """
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    return _score(pairs, protocol, max_rank, budget_mb)
+    return _score(pairs, protocol, max_rank, budget_mb, pairs.num_not_finite)
 
 
 def evaluate_distances(
-    distances: Tensor | Reranked,
+    distances: Tensor | ArrayLike | Reranked,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -142,10 +144,13 @@ def evaluate_distances(
     Raises:
         ValueError: If shapes do not match, or no query has a match.
     """
-    if isinstance(distances, Tensor) and distances.ndim != 2:
-        raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
+    if not isinstance(distances, Reranked):
+        distances = as_tensor(distances)
+        if distances.ndim != 2:
+            raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
     protocol = Protocol(distances.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb)
+    not_finite = distances.num_not_finite if isinstance(distances, Reranked) else 0
+    return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb, not_finite)
 
 
 class _NegatedDistances:
@@ -157,12 +162,14 @@ class _NegatedDistances:
     def rows(self, start: int, stop: int) -> Tensor:
         if isinstance(self.distances, Reranked):
             return self.distances.rows(start, stop).neg_()
-        rows = self.distances[start:stop].detach()
+        rows = self.distances[start:stop]
         rows = -(rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
         return rows.nan_to_num_(nan=torch.finfo(rows.dtype).min)  # -inf too becomes the least finite number
 
 
-def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
+def _score(
+    similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float, not_finite: int
+) -> RetrievalMetrics:
     if max_rank < 1:
         raise ValueError(f"max_rank must be 1 or more, got {max_rank}")
     num_queries, num_gallery = similarities.shape
@@ -197,6 +204,7 @@ def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: fl
         num_queries=count,
         average_precision=torch.from_numpy(precision),
         first_match=torch.from_numpy(first),
+        num_not_finite=not_finite,
     )
 
 

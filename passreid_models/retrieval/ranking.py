@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from passreid_models.retrieval.similarity import LEAST, Similarities, chunks, top
+from passreid_models.retrieval.similarity import LEAST, Similarities, as_tensor, chunks, top
 
 __all__ = ["Ranking", "rank"]
 
@@ -17,7 +18,13 @@ class Ranking(NamedTuple):
     similarities: Tensor
 
 
-def rank(query: Tensor, gallery: Tensor, topk: int = 5, metric: str = "cosine", budget_mb: float = 256.0) -> Ranking:
+def rank(
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
+    topk: int = 5,
+    metric: str = "cosine",
+    budget_mb: float = 256.0,
+) -> Ranking:
     """Rank the ``topk`` most similar gallery images of each query.
 
     Equal similarities are ordered by gallery index; rows of NaN (unreadable images) come last, with -inf.
@@ -36,7 +43,10 @@ def rank(query: Tensor, gallery: Tensor, topk: int = 5, metric: str = "cosine", 
     Raises:
         ValueError: If the shapes do not match, the gallery is empty, or ``topk`` or ``budget_mb`` is too small.
     """
-    pairs = Similarities(query[None] if query.ndim == 1 else query, gallery, metric)
+    if query is not gallery:
+        query = as_tensor(query)
+        query = query[None] if query.ndim == 1 else query
+    pairs = Similarities(query, gallery, metric)
     if topk < 1:
         raise ValueError(f"topk must be 1 or more, got {topk}")
     num_queries, num_gallery = pairs.shape

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest
@@ -31,7 +32,7 @@ class Reranked:
             lambda_value: Weight of the original distance.
             budget_mb: Memory for temporary arrays.
         """
-        self.shape, self.device = pairs.shape, pairs.device
+        self.shape, self.device, self.num_not_finite = pairs.shape, pairs.device, pairs.num_not_finite
         self._pairs, self._farthest, self._lambda, self._budget_mb = pairs, farthest, lambda_value, budget_mb
         self._query, self._gallery = v[: self.shape[0]], v[self.shape[0] :].tocsc()
 
@@ -56,8 +57,8 @@ class Reranked:
 
 
 def rerank(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
     k1: int = 20,
     k2: int = 6,
     lambda_value: float = 0.3,
@@ -99,4 +100,4 @@ def rerank(
     neighbours = nearest(joint, max(k1 + 1, k2), budget_mb, farthest)
     farthest = np.clip(farthest, 1e-12, np.finfo(np.float32).max)  # it is 0 where all images are alike
     v = encode(joint, neighbours, k1 + 1, round(k1 / 2) + 1, k2, farthest, budget_mb)
-    return Reranked(pairs, torch.from_numpy(farthest[: len(query)]).to(pairs.device), v, lambda_value, budget_mb)
+    return Reranked(pairs, torch.from_numpy(farthest[: pairs.shape[0]]).to(pairs.device), v, lambda_value, budget_mb)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 LEAST = torch.finfo(torch.float32).min  # similarity of unreadable images; left-out ones are below it, at -inf
@@ -22,7 +23,10 @@ class Similarities:
     finite number. Equal descriptors of the gallery have exactly the same similarity to a query.
     """
 
-    def __init__(self, query: Tensor, gallery: Tensor, metric: str) -> None:
+    def __init__(self, query: Tensor | ArrayLike, gallery: Tensor | ArrayLike, metric: str) -> None:
+        same = query is gallery
+        gallery = as_tensor(gallery)
+        query = gallery if same else as_tensor(query)
         if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1] or not len(gallery):
             raise ValueError(
                 f"expected descriptors [Q, C] and [G, C], G > 0; got {tuple(query.shape)} and {tuple(gallery.shape)}"
@@ -30,11 +34,12 @@ class Similarities:
         if metric not in METRICS:
             raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
         self.metric = metric
-        self.gallery = gallery.detach().float()
-        self.query = self.gallery if query is gallery else query.detach().to(gallery.device).float()
+        self.gallery = gallery.float()
+        self.query = self.gallery if same else query.to(gallery.device).float()
         self.query_norms, self.gallery_norms = self._norms(self.query), self._norms(self.gallery)  # [Q], [G]
         self.unreadable_queries = ~self.query_norms.isfinite()
         self.unreadable = (~self.gallery_norms.isfinite()).nonzero()[:, 0]
+        self.num_not_finite = int(self.unreadable_queries.sum()) + len(self.unreadable)
         self.copies, self.originals = _copies(self.gallery)
         # unit vectors need no division
         self.scaled = [bool(((x - 1).abs() > 1e-6).any()) for x in (self.query_norms, self.gallery_norms)]
@@ -95,6 +100,24 @@ class Similarities:
             np.matmul(query.numpy(), self.gallery.numpy().T, out=product.numpy())
             return product
         return torch.mm(query, self.gallery.T, out=product)
+
+
+def as_tensor(x: Tensor | ArrayLike) -> Tensor:
+    """Detach a tensor, or make one of an array or nested lists, in any byte order; float16 stays float16.
+
+    Raises:
+        ValueError: If it does not hold real numbers.
+    """
+    if isinstance(x, Tensor):
+        return x.detach()
+    try:
+        array = np.asarray(x)
+    except ValueError as e:  # rows of unequal lengths
+        raise ValueError(f"expected a tensor or an array of numbers: {e}") from None
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"expected a tensor or an array of numbers, got an array of {array.dtype}")
+    dtype = array.dtype.newbyteorder("=") if array.dtype in (np.float16, np.float32, np.float64) else np.float32
+    return torch.from_numpy(np.require(array, dtype, ["C", "W"]))  # torch warns of arrays that are read-only
 
 
 def _copies(x: Tensor) -> tuple[Tensor, Tensor]:

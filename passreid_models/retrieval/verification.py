@@ -88,8 +88,8 @@ class ROC:
 
 
 def roc(
-    query: Tensor,
-    gallery: Tensor,
+    query: Tensor | ArrayLike,
+    gallery: Tensor | ArrayLike,
     query_pids: ArrayLike,
     gallery_pids: ArrayLike,
     query_camids: ArrayLike | None = None,
@@ -121,9 +121,10 @@ def roc(
     """
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    num_queries, num_gallery = pairs.shape
     low, high = _range(pairs)
     total, positive = (np.zeros(BINS + 1, dtype=np.int64) for _ in range(2))  # the last bin is of left-out pairs
-    for start, stop in chunks(len(query), 20 * len(gallery) + 64 * protocol.max_same_pid, budget_mb, pairs.device):
+    for start, stop in chunks(num_queries, 20 * num_gallery + 64 * protocol.max_same_pid, budget_mb, pairs.device):
         matches, left_out = protocol.matches(start, stop)
         rows = pairs.rows(start, stop)
         protocol.hide(rows, left_out)

@@ -54,6 +54,11 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
             y = [math.nan if v is None else v for v in values]  # null (not finite) is a gap in the curve
             largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
             axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
+        scores = [(r["epoch"], r["mAP"]) for r in records if r.get("mAP") is not None] if "mAP" in keys else []
+        if len(scores) > 1 and scores[0][0] == 0:
+            (_, before), *later = scores
+            title += f": mAP {before:.1f} before, {max(y for _, y in later):.1f} at best, {later[-1][1]:.1f} at the end"
+            axes.axhline(before, color="gray", linestyle=":", linewidth=1)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.legend(fontsize=7)

@@ -49,7 +49,7 @@ class Run:
     """Training loop around the step of a trainer: data, checkpoints, log, signals.
 
     A task implements ``prepare``, ``batches``, ``announcement``, ``exported`` and ``about``, and may override
-    ``before_step`` and ``after_epoch``.
+    ``before_training``, ``before_step`` and ``after_epoch``.
     """
 
     program: ClassVar[str] = "passreid-train"
@@ -71,10 +71,12 @@ class Run:
         self.config = config
         self.trainer = self.prepare(device, checkpoint)
         self.origin = checkpoint.get("origin", {}) if checkpoint else provenance_of(config.init, self.config.model)
+        self.before: dict[str, Any] = checkpoint.get("before", {}) if checkpoint else {}
+        """Scores of ``before_training``, kept in the checkpoints."""
         self._check_same_step()
         if self.is_main:
             self.folder.open()
-            self.folder.forget_after(self.trainer.step)
+            self.folder.forget_after(self.trainer.step if checkpoint else -1)  # of a run that was killed at once
             self.config.save(self.folder.path / "config.yaml")
         all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
         self.unreadable: set[str] = set()
@@ -104,6 +106,9 @@ class Run:
     def about(self) -> dict[str, Any]:
         """Entries of the provenance that only the task can give."""
         raise NotImplementedError
+
+    def before_training(self) -> None:
+        """Evaluate the networks before the first step of a new run."""
 
     def before_step(self) -> None:
         """Prepare what the next batches depend on, such as clusters."""
@@ -145,6 +150,8 @@ class Run:
             self.log(f"weights: {config.init}")
         if trainer.step:
             self.log(f"resumed at step {trainer.step} of {trainer.total_steps}")
+        else:
+            self.before_training()
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
             self._export()
         batches = closing(self.batches())
@@ -247,7 +254,7 @@ class Run:
     def _save(self) -> None:
         """Write checkpoint and export, in the first process."""
         if self.is_main:
-            self.folder.save({**self.trainer.state(), "origin": self.origin}, self.config.keep)
+            self.folder.save({**self.trainer.state(), "origin": self.origin, "before": self.before}, self.config.keep)
         self._export()
         self.saved_at, self.saved_epoch = time.monotonic(), self.trainer.epoch
 

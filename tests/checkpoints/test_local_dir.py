@@ -1,18 +1,23 @@
 """A saved model comes back bit for bit through timm's ``local-dir:``, with all that belongs to it."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from passreid_models.checkpoints import local_dir
 from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.local_dir import convert_checkpoint, save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
+from passreid_models.embed import Embedder
 
 TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))
 
@@ -45,6 +50,31 @@ def create(name: str = "test_pass_vit", **kwargs) -> nn.Module:
         if tensor.is_floating_point():
             tensor.copy_(0.5 * torch.rand(tensor.shape, generator=generator) + 0.1)
     return model.eval()
+
+
+@pytest.fixture(params=["compiled", "DataParallel", "DDP", "compiled DDP", "averaged"])
+def wrap(request, tmp_path) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    if "DDP" not in request.param:
+        yield {"compiled": torch.compile, "DataParallel": nn.DataParallel, "averaged": AveragedModel}[request.param]
+        return
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield lambda x: DistributedDataParallel(torch.compile(x) if "compiled" in request.param else x)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_wrapped_model_is_saved_embedded_and_reported_as_the_model_inside(wrap, tmp_path):
+    model, x = create(), torch.randn(2, 3, 64, 32)
+    save_pretrained(model, tmp_path / "plain")
+    model = load(tmp_path / "plain")
+    wrapped = wrap(model)
+    save_pretrained(wrapped, tmp_path / "wrapped")
+    plain, saved = (safetensors.torch.load_file(tmp_path / x / "model.safetensors") for x in ("plain", "wrapped"))
+    assert plain.keys() == saved.keys()
+    assert all(torch.equal(plain[k], saved[k]) for k in plain)
+    assert torch.equal(Embedder(wrapped, "cpu")(x), Embedder(model, "cpu")(x))
+    assert load_report(wrapped).to_dict() == load_report(model).to_dict()
 
 
 def load(folder: Path, **kwargs) -> nn.Module:

@@ -8,9 +8,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -19,8 +21,8 @@ from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
-from passreid_models.evaluation.feature_cache import weights_key
-from passreid_models.retrieval import evaluate, evaluate_distances, rerank, roc
+from passreid_models.evaluation.feature_cache import _checksum, weights_key
+from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
 from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
 from tests.tiny_runs import world
 
@@ -147,6 +149,65 @@ def test_descriptors_that_are_compared_as_they_come_are_compared_by_distance(mar
     assert scores["model"]["neck"] == "multi"
 
 
+def test_the_open_set_is_that_of_the_descriptors_without_half_of_the_persons(market, embed):
+    query, gallery = embed(market.query.paths), embed(market.gallery.paths)
+    removed = unknown_identities(market.query.pids)
+    kept = ~np.isin(market.gallery.pids, removed)
+    expected = open_set(
+        query, gallery[torch.from_numpy(kept)], market.query.pids, market.gallery.pids[kept],
+        market.query.camids, market.gallery.camids[kept],
+    )  # fmt: skip
+    evaluation = run(market, embed, open_set=True)
+    scores = evaluation.to_dict()["open_set"]
+    assert scores == {
+        "gallery": kept.sum(), "known_queries": 8, "unknown_queries": 8, "removed_identities": 2,
+        "identification": [
+            {"fpir": 0.01, "dir": None, "threshold": None},  # less than one of 8
+            {"fpir": 0.1, "dir": None, "threshold": None},
+        ],
+    }  # fmt: skip
+    result = evaluation.open_set
+    assert result is not None
+    assert np.array_equal(result.unknown, expected.unknown)
+    assert np.array_equal(result.known, expected.known)
+    lines = str(evaluation).splitlines()
+    assert [line.split() for line in lines[-5:-3]] == [["FPIR", "1", "%", "-", "-"], ["FPIR", "10", "%", "-", "-"]]
+    assert lines[-3] == "-: 8 queries of unknown persons are too few to measure it"
+    assert lines[-2].startswith("8 queries of known and 8 queries of unknown persons, ")
+    assert lines[-1].startswith("the gallery holds all persons: 2 of them, by seed 0, were taken out")
+    json.dumps(evaluation.to_dict(), allow_nan=False)
+    assert "open_set" not in run(market, embed).to_dict()
+
+
+def test_unknown_persons_of_the_dataset_are_those_of_the_open_set_and_rates_have_thresholds(tmp_path, embed):
+    names = [f"query/{pid:04}_c1_{k}.jpg" for pid in range(1, 5) for k in range(5)]
+    names += [f"bounding_box_test/{pid:04}_c2_{k}.jpg" for pid in (1, 2) for k in range(3)]
+    evaluation = run(open_dataset(write(tmp_path, names)), embed, open_set=True)
+    scores, result = evaluation.to_dict()["open_set"], evaluation.open_set
+    assert result is not None
+    assert (scores["gallery"], scores["known_queries"], scores["unknown_queries"]) == (6, 10, 10)
+    assert scores["removed_identities"] == 0
+    rare, frequent = scores["identification"]
+    assert rare == {"fpir": 0.01, "dir": None, "threshold": None}
+    assert frequent == {"fpir": 0.1, "dir": 100 * result.dir_at(0.1), "threshold": result.threshold(0.1)}
+    row = next(line for line in str(evaluation).splitlines() if line.startswith("FPIR 10 %"))
+    assert row.split()[3:] == [f"{frequent['dir']:.1f}", f"{frequent['threshold']:.4f}"]
+    assert "were taken out" not in str(evaluation)
+
+
+def test_the_open_set_of_images_that_are_query_and_gallery_leaves_out_the_query_itself(tmp_path, embed):
+    dataset = open_dataset(write_flat(tmp_path / "own"))
+    evaluation = run(dataset, embed, open_set=True)
+    x, removed = embed(dataset.gallery.paths), evaluation.retrieved.removed
+    similarities = (x @ x.T).fill_diagonal_(-2)
+    similarities[:, torch.from_numpy(np.isin(dataset.gallery.pids, removed))] = -2
+    best = similarities.amax(1)[torch.from_numpy(np.isin(dataset.query.pids, removed))]
+    assert evaluation.open_set is not None
+    assert evaluation.open_set.unknown == pytest.approx(best.sort().values.numpy(), abs=1e-6)
+    assert (len(evaluation.open_set.known), evaluation.open_set.num_gallery) == (6, 6)
+
+
+# -------------------------------------------------------------------------------------------------------- the report
 # -------------------------------------------------------------------------------------------------------- the report
 
 
@@ -191,6 +252,57 @@ def test_unreadable_images_are_named_left_out_and_counted(tmp_path, embed):
     )  # fmt: skip
     assert evaluation.metrics.mAP == pytest.approx(expected.mAP)
     assert "3 images cannot be read" in str(evaluation)
+
+
+@pytest.fixture
+def overflow(monkeypatch) -> list[Path]:
+    """Images whose pixels are not finite."""
+    paths: list[Path] = []
+    load = Embedder._load
+    monkeypatch.setattr(
+        Embedder, "_load", lambda self, item, bgr: load(self, item, bgr) * (torch.nan if item in paths else 1)
+    )
+    return paths
+
+
+def test_descriptors_that_are_not_finite_are_named_left_out_and_counted(market, embed, overflow):
+    overflow += [market.query.paths[3], market.gallery.paths[5]]
+    evaluation = run(market, embed)
+    scores = evaluation.to_dict()
+    assert scores["unreadable"] == []
+    assert [line.split(": ")[:2] for line in scores["not_finite"]] == [
+        [str(path), "the descriptor is not finite"] for path in overflow
+    ]
+    assert f"2 of {evaluation.retrieved.images} descriptors are not finite: float32 overflows" in str(evaluation)
+    q, g = ([i for i, path in enumerate(s.paths) if path not in overflow] for s in (market.query, market.gallery))
+    expected = evaluate(
+        embed([market.query.paths[i] for i in q]), embed([market.gallery.paths[i] for i in g]),
+        market.query.pids[q], market.gallery.pids[g], market.query.camids[q], market.gallery.camids[g],
+    )  # fmt: skip
+    assert evaluation.metrics.mAP == pytest.approx(expected.mAP)
+    assert evaluation.metrics.num_not_finite == 0
+
+
+def test_a_dtype_that_overflows_is_refused_with_the_advice_and_caches_nothing(market, cache_folder):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    total = len(market.query) + len(market.gallery)
+    sentence = f"{total} of {total} descriptors are not finite: compute in float32 or bfloat16"
+    with pytest.raises(ValueError, match=f"no query image can be ranked: {sentence}"):
+        run(market, Embedder(model, "cpu", torch.float16), cache=True)
+    assert not list(cache_folder.rglob("*.safetensors"))
+    assert run(market, Embedder(model, "cpu"), cache=True).not_finite == []
+
+
+def test_score_names_what_is_not_finite_and_goes_on(market, overflow, caplog):
+    overflow.append(market.gallery.paths[5])
+    with caplog.at_level(logging.WARNING):
+        scores = score(make_model(), market, "cpu")
+    total = len(market.query) + len(market.gallery)
+    assert f"1 of {total} descriptors are not finite: " in caplog.text
+    assert f"the first: {overflow[0]}" in caplog.text
+    assert scores["mAP"] == pytest.approx(run(market, Embedder(make_model(), "cpu")).to_dict()["mAP"])
 
 
 def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, embed):
@@ -309,6 +421,25 @@ def test_unreadable_images_are_not_cached_and_are_read_again(tmp_path, embed, se
     dataset.query.paths[0].write_bytes(good)
     assert run(dataset, embed, cache=True).unreadable == []
     assert seen == [dataset.query.paths[0].name] * 2
+
+
+def test_descriptors_that_are_not_finite_are_not_cached_and_unknown_where_an_older_version_cached_them(
+    market, embed, seen, cache_folder
+):
+    expected = run(market, embed, cache=True)
+    [file] = (cache_folder / "features").glob("*.safetensors")
+    with safe_open(file, "numpy") as tensors:
+        hashes, descriptors = tensors.get_tensor("hashes"), tensors.get_tensor("descriptors")
+        metadata = tensors.metadata()
+    descriptors = descriptors.copy()
+    descriptors[2], descriptors[4, 7] = np.nan, np.inf
+    metadata["checksum"] = _checksum(hashes, descriptors)
+    save_file({"hashes": hashes, "descriptors": descriptors}, file, metadata)
+    seen.clear()
+    again = run(market, embed, cache=True)
+    assert len(seen) == 2
+    assert torch.equal(again.retrieved.gallery_features, expected.retrieved.gallery_features)
+    assert run(market, embed, cache=True).retrieved.cached == again.retrieved.images
 
 
 def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, cache_folder):

@@ -45,6 +45,8 @@ def plain(folder: Path, has_cameras: bool, own: int = -1) -> Retrieved:
         has_cameras=has_cameras,
         metric="cosine",
         unreadable=[],
+        not_finite=[],
+        advice="",
         images=6,
         cached=0,
     )

@@ -17,6 +17,7 @@ from passreid_models import load_report
 from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
+from passreid_models.reid import run as reid_run
 from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.reid.model import ReIDModel
@@ -30,6 +31,7 @@ from tests.tiny_runs import files, metrics, world
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = SupervisedTrainer.state_keys
 CPU = torch.device("cpu")
+STATISTICS_OF_FINE_TUNING = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,8 @@ def test_config_json_says_how_the_weights_were_made(whole):
 
 def test_the_best_export_is_the_epoch_of_the_highest_map(whole, data):
     scored = [r for r in metrics(whole) if "mAP" in r]
-    assert [r["epoch"] for r in scored] == [2, 3]  # every second epoch, and the last
-    best = max(scored, key=lambda r: (r["mAP"], -r["step"]))
+    assert [r["epoch"] for r in scored] == [0, 2, 3]  # before the first step, every second epoch, and the last
+    best = max(scored[1:], key=lambda r: (r["mAP"], -r["step"]))
     provenance = json.loads((whole / "best" / "config.json").read_text())["provenance"]
     assert (provenance["mAP"], provenance["step"]) == (best["mAP"], best["step"])
     model = timm.create_model(f"local-dir:{whole}/best", pretrained=True)
@@ -160,6 +162,62 @@ def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, 
     assert [(r["step"], r["mAP"]) for r in metrics(cut) if "mAP" in r] == [
         (r["step"], r["mAP"]) for r in metrics(whole) if "mAP" in r
     ]
+
+
+def last_lines(run: Path) -> list[str]:
+    """Log lines after the last evaluation, without the time."""
+    lines = [line[20:] for line in (run / "log.txt").read_text().splitlines()]
+    return [line for line in lines if line.startswith(("mAP ", "this run ends"))]
+
+
+def test_the_start_is_evaluated_as_this_run_would_export_it(data, model, tmp_path):
+    finetune(finetune_config(data, tmp_path / "run", init=str(model), epochs=1, lr=0))
+    before, last = (r for r in metrics(tmp_path / "run") if "mAP" in r)
+    own = timm.create_model(f"local-dir:{model}", pretrained=True, pretrained_cfg_overlay=STATISTICS_OF_FINE_TUNING)
+    assert (before["step"], before["epoch"]) == (0, 0)
+    assert before["mAP"] == score(own, open_dataset(data), CPU)["mAP"] == last["mAP"]
+    value = f"{before['mAP']:.1f}"
+    assert last_lines(tmp_path / "run") == [
+        f"mAP {value} before, {value} at best ({tmp_path}/run/best), {value} at the end"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "better"),
+    [
+        ([50, 40, 30], "random, with which it began, ranks better"),
+        ([50, 60, 30], "{run}/best ranks better"),
+        ([50, 40, 60], None),
+    ],
+)
+def test_a_run_that_ends_below_where_it_began_says_so(data, tmp_path, monkeypatch, scores, better):
+    values = iter(scores)
+    monkeypatch.setattr(reid_run, "score", lambda *args: dict.fromkeys(("mAP", "rank1"), float(next(values))))
+    run, stop = tmp_path / "run", {"eval_epochs": 1, "epochs": 2, "save_minutes": 0}
+    finetune(finetune_config(data, run, **stop))
+    first, best, last = scores[0], max(scores[1:]), scores[2]
+    summary = f"mAP {first:.1f} before, {best:.1f} at best ({run}/best), {last:.1f} at the end"
+    sentence = f"this run ends below where it began: {better}" if better else None
+    assert last_lines(run) == list(filter(None, [summary, sentence and sentence.format(run=run)]))
+
+
+def test_a_resumed_run_compares_with_its_start_without_evaluating_it_again(whole, data, tmp_path):
+    cut = shutil.copytree(whole, tmp_path / "run")
+    for checkpoint in steps(cut)[1:]:
+        checkpoint.unlink()
+    (cut / "log.txt").unlink()
+    finetune(finetune_config(data, cut, resume="auto"))
+    scored = [r for r in metrics(cut) if "mAP" in r]
+    assert [r["epoch"] for r in scored] == [0, 2, 3]
+    assert last_lines(cut)[0].startswith(f"mAP {scored[0]['mAP']:.1f} before, ")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_its_metrics_anew(data, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 0, "epoch": 0.0, "mAP": 99.0}\n')
+    finetune(finetune_config(data, out, epochs=1))
+    assert [r["mAP"] < 99 for r in metrics(out) if r["step"] == 0] == [True]
 
 
 def test_the_best_model_on_other_data_does_not_count(whole, data, tmp_path):
@@ -309,9 +367,9 @@ def test_a_run_of_two_processes_evaluates_and_exports_once(data, tmp_path):
     children = world(_finetune, config, folder=tmp_path / "printed")
     assert [child.wait() for child in children] == [0, 0], children[0].output
     scored = [r for r in metrics(tmp_path / "run") if "mAP" in r]
-    assert len(scored) == 1
+    assert [r["epoch"] for r in scored] == [0, 2]
     model = timm.create_model(f"local-dir:{tmp_path}/run/export", pretrained=True)
-    assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(scored[0]["mAP"], abs=1e-4)
+    assert score(model, open_dataset(data), CPU)["mAP"] == pytest.approx(scored[-1]["mAP"], abs=1e-4)
     with pytest.raises(ValueError, match="ids_per_batch: 3 is not divisible by 2 processes"):
         _refuse(replace(config, ids_per_batch=3))
 

@@ -18,6 +18,7 @@ from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid import unsupervised
 from passreid_models.reid.config import ClusterConfig
+from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterTrainer, cluster, compare_with_labels
 from passreid_models.training.warm_start import load_backbone
@@ -53,13 +54,21 @@ def test_the_export_is_the_descriptor_after_the_neck(whole, data):
     cfg = model.pretrained_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
     scored = [r for r in metrics(whole) if "mAP" in r]
-    assert [r["epoch"] for r in scored] == [1, 2]
+    assert [r["epoch"] for r in scored] == [0, 1, 2]
     assert score(model, open_dataset(data), CPU) == {k: scored[-1][k] for k in ("mAP", "rank1")}
 
 
 def test_config_json_says_how_the_weights_were_made(whole):
     provenance = json.loads((whole / "export" / "config.json").read_text())["provenance"]
     assert (provenance["method"], provenance["step"], provenance["config"]["eps"]) == ("cluster contrast", 6, 0.7)
+
+
+def test_the_start_is_evaluated_after_its_fresh_neck(whole, data):
+    torch.manual_seed(0)
+    trainer = ClusterTrainer(cluster_config(data, whole), 36, CPU)
+    (before,) = (r for r in metrics(whole) if "mAP" in r and r["step"] == 0)
+    assert score(without_drop_path(trainer.backbone), open_dataset(data), CPU)["mAP"] == before["mAP"]
+    assert " before, " in (whole / "log.txt").read_text()
 
 
 def test_each_epoch_reports_its_clusters_and_how_they_agree_with_the_labels(whole):
@@ -338,6 +347,18 @@ def test_clusters_that_the_processes_cannot_share_are_refused(data, tmp_path, mo
         with pytest.raises(ValueError, match="clusters_per_batch: 2 is not divisible by 3 processes"):
             cluster(cluster_config(data, tmp_path / "run", **options))
     assert files(tmp_path) == set()
+
+
+def test_descriptors_that_are_not_finite_are_in_no_cluster_and_too_many_end_the_run(data, tmp_path, monkeypatch):
+    bad, load = min((data / "bounding_box_train").iterdir()), Embedder._load
+    monkeypatch.setattr(
+        Embedder, "_load", lambda self, item, bgr: load(self, item, bgr) * (torch.nan if item == bad else 1)
+    )
+    cluster(cluster_config(data, tmp_path / "run", epochs=1, max_unreadable=0.1))
+    assert state_of(steps(tmp_path / "run")[-1])["labels"][0] == -1
+    assert f"left out: {bad}: the descriptor is not finite" in (tmp_path / "run" / "log.txt").read_text()
+    with pytest.raises(ValueError, match=r"^1 of 36 descriptors are not finite and cannot be clustered: .* --lr \(it"):
+        cluster(cluster_config(data, tmp_path / "strict", epochs=1))
 
 
 def test_an_outlier_that_replaces_an_unreadable_image_is_ignored(data, tmp_path):

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from passreid_models.retrieval import RetrievalMetrics, evaluate, evaluate_distances, metrics, rank
+from passreid_models.retrieval import (
+    RetrievalMetrics,
+    evaluate,
+    evaluate_distances,
+    metrics,
+    open_set,
+    rank,
+    rerank,
+    roc,
+)
 from tests import GOLDEN
 
 NAN = float("nan")
@@ -248,6 +257,74 @@ def test_unreadable_gallery_images_count_as_ranked_last():
     result = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
     assert result.mAP == 1 / 4
     assert result.cmc.tolist() == [0, 0, 0, 1]
+    assert result.num_not_finite == 1
+    assert "num_not_finite=1" in repr(result)
+    queries = torch.cat([line([1.0]), torch.full((1, 2), NAN)])
+    labels = [1, 1], [2, 3, 1, 4]
+    assert evaluate(queries, gallery, *labels).num_not_finite == 2
+    assert evaluate_distances(rerank(queries, gallery, k1=2, k2=1), *labels).num_not_finite == 2
+    assert evaluate(line([1.0]), gallery[[0, 1, 3]], [1], [2, 1, 3]).num_not_finite == 0
+
+
+# ---- Arrays
+
+
+def _read_only(x: Tensor) -> np.ndarray:
+    array = x.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "convert",
+    [
+        Tensor.numpy,
+        Tensor.tolist,
+        _read_only,
+        lambda x: x.double().numpy(),
+        lambda x: x.numpy().astype(">f4"),
+        lambda x: np.asfortranarray(x.numpy()),
+        lambda x: x.flip(0).numpy()[::-1],  # torch has no negative strides
+        lambda x: x.clone().requires_grad_(),
+    ],
+)
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_arrays_give_what_tensors_give(convert, metric):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(6, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    pids = [0, 1, 2, 3, 8, 9], [i % 4 for i in range(20)]
+    expected, arrays = (query, gallery), (convert(query), convert(gallery))
+    for function in (evaluate, roc, open_set):
+        assert str(function(*arrays, *pids, metric=metric)) == str(function(*expected, *pids, metric=metric))
+    ranking = rank(*arrays, topk=3, metric=metric)
+    assert torch.equal(ranking.indices, rank(*expected, topk=3, metric=metric).indices)
+    assert torch.equal(rank(arrays[0][0], arrays[1], 3, metric).indices, ranking.indices[:1])
+    assert torch.equal(rank(arrays[1], arrays[1], 1, metric).indices[:, 0], torch.arange(20))
+    distances = rerank(*arrays, k1=5, metric=metric).dense()
+    assert torch.equal(distances, rerank(*expected, k1=5, metric=metric).dense())
+    if convert is not _read_only:
+        assert evaluate_distances(convert(distances), *pids).mAP == evaluate_distances(distances, *pids).mAP
+
+
+def test_float16_arrays_are_compared_in_float32():
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(0)).half()
+    assert torch.equal(rank(x.numpy(), x.numpy()).similarities, rank(x.float(), x.float()).similarities)
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        (np.array([["a.jpg", "b.jpg"]]), "expected a tensor or an array of numbers, got an array of <U5"),
+        ([[1.0, 2.0], [1.0]], "expected a tensor or an array of numbers: .*inhomogeneous"),
+        (np.zeros((1, 3)), r"expected descriptors \[Q, C\] and \[G, C\], G > 0; got \(1, 3\) and \(4, 2\)"),
+        (np.zeros((1, 2), complex), "got an array of complex128"),
+    ],
+)
+def test_what_is_no_array_of_descriptors_is_refused(query, reason):
+    for function in (rank, rerank, lambda q, g: evaluate(q, g, [1], [1, 2, 1, 3])):
+        with pytest.raises(ValueError, match=reason):
+            function(query, np.zeros((4, 2)))
 
 
 # ---- rank

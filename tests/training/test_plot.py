@@ -96,6 +96,17 @@ def test_metrics_in_some_lines_only_are_drawn_at_those_epochs(tmp_path, curves):
     assert "kl" not in curves
 
 
+def test_the_panel_of_the_map_says_where_the_run_began(tmp_path, curves, monkeypatch):
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, title, **options: titles.append(title))
+    scores = [{"step": step, "epoch": step / 2, "mAP": mAP} for step, mAP in ((0, 37.2), (2, 36.6), (4, 34.4))]
+    plot_run(write(tmp_path, [scores[0], record(1), *scores[1:]]))
+    assert titles[-2] == "retrieval, %: mAP 37.2 before, 36.6 at best, 34.4 at the end"
+    assert curves["mAP"] == ([0.0, 1.0, 2.0], [37.2, 36.6, 34.4])
+    plot_run(write(tmp_path, [record(1), *scores[1:]]))  # a run of an older version
+    assert titles[-2] == "retrieval, %"
+
+
 def test_null_is_a_gap_in_a_curve(tmp_path, curves):
     records = [record(1), {**record(2), "loss": None, "lr": None}, {**record(4), "kl": None}]
     plot_run(write(tmp_path, records))
