@@ -1,11 +1,11 @@
 """Publishing of an exported folder on the Hugging Face Hub, with a model card."""
 
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.checkpoints.read import read_checkpoint
 from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights, short_error
 
@@ -123,9 +123,9 @@ def card_of(folder: Path, repo_id: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
     try:
-        card = model_card(json.loads((folder / "config.json").read_text()), repo_id)
-    except (KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder / 'config.json'} was not written by this package: {e}") from None
+        card = model_card(read_config(folder), repo_id)
+    except KeyError as e:
+        raise ValueError(f"{folder / 'config.json'} was not written by this package: it has no {e}") from None
     own_card = folder / "README.md"
     return own_card.read_text() if own_card.is_file() else card
 

@@ -218,11 +218,20 @@ def test_a_damaged_file_does_not_leave(tmp_path, no_network):
         publish(folder, "org/name")
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"architecture": "vit", "pretrained_cfg": {}}'])
-def test_a_config_of_another_make_is_refused(tmp_path, no_network, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("{}", "is not the config of a model of this package"),
+        ("[1]", "is not the config of a model of this package"),
+        ('{"architecture": "vit", "pretrained_cfg": {}}', "is not the config of a model of this package"),
+        ('{"architecture": "test_pass_vit", "pretrained_cfg": {}}', "was not written by this package: it has no"),
+    ],
+)
+def test_a_config_of_another_make_is_refused(tmp_path, no_network, text, message):
     folder = written(tmp_path / "model")
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"model/config\.json was not written by this package"):
+    with pytest.raises(ValueError, match=rf"model/config\.json {message}"):
         publish(folder, "org/name")
 
 
