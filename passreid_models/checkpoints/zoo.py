@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -333,9 +334,14 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
         WeightsUnavailableError: If the repository or the file is not available.
         CheckpointError: If the file is damaged after a second download too.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     repo_id, _, revision = hub_id.partition("@")
+    if not try_to_load_from_cache(repo_id, filename, cache, revision or None):
+        try:
+            _reach(hf_hub_url(repo_id, filename, revision=revision or None))
+        except Exception as e:
+            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
     for again in (False, True):
         try:
             path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
@@ -346,6 +352,24 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
             return Path(path)
         blob.unlink()
     raise CheckpointError(f"{filename} of {hub_id} arrives damaged: its SHA-256 is not the one the Hub states")
+
+
+def _reach(url: str) -> None:
+    """Raise an exception if the Hub does not answer twice; its client would wait 23 s for a file not in its cache."""
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    for last in (False, True):
+        try:
+            get_hf_file_metadata(url, timeout=10)
+        except (HfHubHTTPError, OfflineModeIsEnabled):
+            return  # the download says what is wrong
+        except Exception:
+            if last:
+                raise
+            time.sleep(1)
+        else:
+            return
 
 
 def short_error(error: Exception) -> str:

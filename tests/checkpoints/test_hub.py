@@ -88,9 +88,12 @@ results = {name: load("hf-hub:org/" + name) for name in ("tiny", "tiny@v1", "onc
 results["another cache"] = load("hf-hub:org/tiny", cache_dir=os.environ["OTHER_CACHE"])
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
 results["tag"] = load("test_pass_vit.published")
-time.sleep = lambda seconds: None  # between its tries for what is not in the cache, the client waits 23 s
+waits = []
+time.sleep = waits.append  # between its tries for what is not in the cache, the client waits 23 s
 results["never loaded"] = error("hf-hub:org/other")
+waits.clear()
 results["tag never loaded"] = error("test_pass_vit.other")
+results["waits"] = waits
 print(json.dumps(results))
 """
 
@@ -266,6 +269,10 @@ def test_a_tag_that_is_nowhere_is_an_error_of_one_sentence_that_names_both(hub, 
     url = f"https://drive.google.com/file/d/ID-{name}/view"
     assert f"download {url} by hand and run `passreid weights pull test_pass_vit.{name} --from FILE`" in message
     assert "\n" not in message
+
+
+def test_without_a_network_hub_and_drive_are_each_asked_once_more_after_a_second(hub):
+    assert hub.offline["waits"] == [1, 1]
 
 
 def test_a_damaged_repository_of_a_tag_is_an_error_and_not_passed_over(hub):
