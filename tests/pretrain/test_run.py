@@ -21,6 +21,7 @@ import torch
 from passreid_models import __version__
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
+from passreid_models.data import images
 from passreid_models.data.images import ImageError
 from passreid_models.pretrain.batches import ViewBatch
 from passreid_models.pretrain.config import PretrainConfig
@@ -654,16 +655,27 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_other_behind(data, home):
     assert "fewer --workers" in message
 
 
+def run_on_a_disk_that_is_gone(words: list[str]) -> int:
+    """Run where reading ``gone.png`` waits forever, as from a network disk."""
+    read_file = images.read_file
+
+    def wait(path: str) -> bytes:
+        if path.endswith("gone.png"):
+            time.sleep(3600)
+        return read_file(path)
+
+    images.read_file = wait
+    return run_cli(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_second_ctrl_c_ends_a_run_whose_data_hangs(data, tmp_path, workers):
-    pipe = tmp_path / "pipe.png"
-    os.mkfifo(pipe)  # reading it waits forever, as on a network disk that is gone
-    images = "\n".join(map(str, [*sorted(data.iterdir()), pipe]))
-    (tmp_path / "list.txt").write_text(images)
+    paths = [*sorted(data.iterdir()), tmp_path / "gone.png"]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
     run = tmp_path / "run"
     words = flags(tmp_path / "list.txt", run, workers=workers)
-    with Child(run_cli, words, folder=tmp_path / "printed") as child:
+    with Child(run_on_a_disk_that_is_gone, words, folder=tmp_path / "printed") as child:
         seen = [-1, 0]
         while seen[-1] != seen[-2] or not seen[-1]:
             time.sleep(2)
