@@ -349,7 +349,11 @@ def _create_pass_vit(
     if source:
         model.pretrained_cfg["source"] = source
     if pretrained:
-        load_report(model).source = str(file)
+        report = load_report(model)
+        report.source = str(file)
+        unknown = converted and is_untagged and converted.task == "unsupervised" and not converted.fusion
+        if unknown and kwargs.get("global_pool") is None:
+            report.notes.append("fusion: the tensors do not show it, 'cat' assumed; the MSMT17 models have 'mean'")
     network.origin = replace(
         network.origin,
         model_args={k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES},

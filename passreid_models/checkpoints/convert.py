@@ -37,7 +37,9 @@ class Converted:
 
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
+_ANCHOR = "blocks.0.attn.qkv.weight"
 _BACKBONE = re.compile(r"(?:cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.|fc_norm\.)")
+_WEIGHTS = re.compile(rf"{_BACKBONE.pattern}|part|cls_pos|bottleneck|classifier\.|head\.weight|head\.bias")
 _IGNORED = {
     r"head\.(mlp|last_layer)": "projection head of the pre-training",
     r"fc\.": "unused ImageNet head",
@@ -73,8 +75,13 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
         CheckpointError: If it is not a checkpoint of this family, or holds NaN or infinite values.
     """
     tensors, wrapping = unwrap_checkpoint(checkpoint, network)
-    source = {_WRAPPERS.sub("", k): v for k, v in tensors.items()}
+    tensors, prefix, ignored = _one_network(tensors, network)
+    source = _strip_wrappers(tensors)
     _check_is_vit(source)
+    weights = {k: v for k, v in source.items() if _WEIGHTS.match(k) and not k.endswith("num_batches_tracked")}
+    if wrong := [k for k, v in weights.items() if not v.is_floating_point()]:
+        types = f"{wrong[0]} is {str(source[wrong[0]].dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{len(wrong)} tensors are not of floating point, {types}: are these quantised weights?")
     if bad := [k for k, v in source.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise CheckpointError(f"NaN or infinite values in {len(bad)} tensors, the first: {', '.join(bad[:3])}")
 
@@ -82,7 +89,6 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     classifier: StateDict = {}
     bottlenecks: StateDict = {}
     parts: dict[int, list[str]] = {}
-    ignored: dict[str, str] = {}
     for key, value in source.items():
         if part := re.fullmatch(r"part(?:_token)?(\d+)(_pos)?", key):
             parts.setdefault(int(part[1]), []).append(key)
@@ -135,7 +141,48 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     kind = {"supervised": "supervised re-ID model", "unsupervised": "unsupervised re-ID model"}.get(task, "")
     own = "passreid-models file" if "reg_token" in source or "patch_embed.proj.conv.0.weight" in source else ""
     layout = kind or wrapping or ("pre-training checkpoint" if task == "pretrain" else own or "backbone")
+    layout += f", keys of {prefix!r}" if prefix else ""
     return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
+
+
+def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict[str, str]]:
+    """Tensors of one network without the prefix of another trainer, such as ``model.``; the prefix; what is left out.
+
+    Raises:
+        CheckpointError: If several networks have such prefixes, and none or more than one is the teacher or an EMA.
+    """
+    prefixes = [_WRAPPERS.sub("", k.removesuffix(_ANCHOR)) and k.removesuffix(_ANCHOR) for k in tensors
+                if k.endswith(_ANCHOR)]  # fmt: skip
+    if not prefixes or not all(prefixes):
+        return tensors, "", {}
+    words = ("teacher", "ema") if network == "teacher" else (network,)
+    chosen = prefixes if len(prefixes) == 1 else [p for p in prefixes if any(word in p.lower() for word in words)]
+    if len(chosen) != 1:
+        raise CheckpointError(
+            f"it holds {len(prefixes)} networks, with keys of {', '.join(map(repr, prefixes))}; expected one, or one "
+            f"that is called {' or '.join(words)}"
+        )
+    taken = {k.removeprefix(chosen[0]): v for k, v in tensors.items() if k.startswith(chosen[0])}
+    others = {k: f"not among the keys of {chosen[0]!r}" for k in tensors if not k.startswith(chosen[0])}
+    return taken, chosen[0], others
+
+
+def _strip_wrappers(tensors: StateDict) -> StateDict:
+    """Tensors without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: If two keys become one, and their tensors differ.
+    """
+    source: StateDict = {}
+    keys: dict[str, str] = {}
+    for key, value in tensors.items():
+        name = _WRAPPERS.sub("", key)
+        if name in source and not (source[name].shape == value.shape and bool((source[name] == value).all())):
+            raise CheckpointError(
+                f"the keys {keys[name]} and {key} are one without their prefixes, and their tensors differ"
+            )
+        source[name], keys[name] = value, key
+    return source
 
 
 def _check_is_vit(source: StateDict) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def read_checkpoint(path: str | Path) -> Any:
             return safetensors.torch.load_file(path)
         except SafetensorError as e:
             raise CheckpointError(f"{path} is not a whole safetensors file ({e}): download it again") from None
+    if damaged := _damaged_entry(path):
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match; download or copy it again")
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -56,6 +59,15 @@ def read_checkpoint(path: str | Path) -> Any:
             is_zip = file.read(2) == b"PK"
         what = "is cut short or damaged: download it again" if is_zip else "is not a PyTorch checkpoint"
         raise CheckpointError(f"{path} {what} ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]})") from None
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """First entry of a zip file whose CRC-32 does not match, which torch does not check; None if there is none."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):  # torch.load says what it is
+        return None
 
 
 def _safe_globals() -> list[Any]:

@@ -889,3 +889,60 @@ def test_preprocessing_in_an_overlay_overrides_that_of_the_layout():
         "pass_vit_small_patch16", pretrained=True, pretrained_cfg_overlay=overlay, **dims
     ).pretrained_cfg
     assert (tuple(cfg["mean"]), cfg["interpolation"]) == ((0.5, 0.5, 0.5), "bicubic")
+
+
+# ---- Files of other trainers, and damaged ones
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, Tensor]:
+    return torch.load(GOLDEN / "upstream_backbone.pth", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "net.", "encoder.", "timm_model.", "teacher.backbone.", "student_backbone."]
+)
+def test_the_prefix_of_another_trainer_is_taken_off_and_reported(official, prefix):
+    tensors = {**{f"{prefix}{k}": v for k, v in official.items()}, "step": torch.ones(1), "queue": torch.arange(3)}
+    converted, expected = convert_state_dict(tensors), convert_state_dict(official)
+    assert converted.backbone.keys() == expected.backbone.keys()
+    assert all(torch.equal(v, expected.backbone[k]) for k, v in converted.backbone.items())
+    assert converted.layout == f"{expected.layout}, keys of {prefix!r}"
+    assert converted.ignored["queue"] == f"not among the keys of {prefix!r}"
+
+
+def test_of_several_networks_the_teacher_or_the_average_is_taken_and_others_are_named(official):
+    def both(*prefixes: str) -> dict[str, Tensor]:
+        return {f"{p}{k}": v + i for i, p in enumerate(prefixes) for k, v in official.items()}
+
+    for prefixes in (("student_net.", "teacher_net."), ("model.", "model_ema.")):
+        converted = convert_state_dict(both(*prefixes))
+        assert torch.equal(converted.backbone["norm.weight"], official["norm.weight"] + 1)
+        assert converted.ignored[f"{prefixes[0]}norm.weight"] == f"not among the keys of {prefixes[1]!r}"
+    student = convert_state_dict(both("student_net.", "teacher_net."), "student")
+    assert torch.equal(student.backbone["norm.weight"], official["norm.weight"])
+    with pytest.raises(CheckpointError, match=r"it holds 2 networks, with keys of 'a\.', 'b\.'; expected one"):
+        convert_state_dict(both("a.", "b."))
+
+
+def test_keys_that_become_one_are_refused_unless_their_tensors_are_equal(official):
+    doubled = {**official, **{f"module.{k}": v.clone() for k, v in official.items()}}
+    assert convert_state_dict(doubled).backbone.keys() == convert_state_dict(official).backbone.keys()
+    doubled["module.norm.weight"] = doubled["module.norm.weight"] * 0
+    with pytest.raises(CheckpointError, match=r"the keys norm\.weight and module\.norm\.weight are one without"):
+        convert_state_dict(doubled)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_of_floating_point_are_refused(official, dtype):
+    with pytest.raises(CheckpointError, match=f"are not of floating point, .* is {str(dtype)[6:]}"):
+        convert_state_dict({k: v.to(dtype) for k, v in official.items()})
+    convert_state_dict({**official, "queue_ptr": torch.zeros(1, dtype=torch.long)})  # no weight
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
+    content = bytearray((GOLDEN / "upstream_backbone.pth").read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"flipped\.pth is damaged: the checksum of .* does not match"):
+        read_checkpoint(tmp_path / "flipped.pth")
