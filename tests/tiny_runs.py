@@ -183,6 +183,7 @@ class Child:
 def _begin(function: Callable[..., Any], args: tuple, printed: Path, options: dict[str, Any]) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore Ctrl-C
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has all below it ignore the end of the terminal
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in a process of a shell
     file = os.open(printed, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from passreid_models.data.images import ImageError
 
 # these stop a run; Slurm warns of pre-emption by a signal that the user chooses, often USR1
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+SIGHUP = getattr(signal, "SIGHUP", None)  # a lost terminal
 MAX_TRIES = 1000  # unreadable images in a row
 
 

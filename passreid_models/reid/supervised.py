@@ -38,7 +38,7 @@ def finetune(config: FinetuneConfig) -> Path:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
         OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
-        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+        Stopped: On SIGINT, SIGTERM, SIGUSR1 or SIGHUP, or after ``max_minutes``, with the state saved.
     """
     return run_in_folder(SupervisedRun, config)
 

@@ -57,7 +57,7 @@ def cluster(config: ClusterConfig) -> Path:
         ValueError: If a setting does not fit the data, the machine, or the run to resume; if there are no clusters.
         OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
-        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+        Stopped: On SIGINT, SIGTERM, SIGUSR1 or SIGHUP, or after ``max_minutes``, with the state saved.
     """
     with process_group(config.device):  # one for both runs
         if config.source:
@@ -270,7 +270,8 @@ class ClusterRun(ReIDRun):
         else:
             t.begin_epoch(torch.from_numpy(labels), features)
         figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
-        self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
+        if not (self.is_main and self.folder.has_metric(t.step, "clusters")):  # else killed before the next checkpoint
+            self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 
     def _keep_clusters(self, count: int, labels: np.ndarray) -> None:
         """Keep the clusters of the epoch before, since too few were found; without any, end the run."""

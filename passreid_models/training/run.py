@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from passreid_models.checkpoints.local_dir import save_pretrained
-from passreid_models.data.loader import SIGNALS
+from passreid_models.data.loader import SIGHUP, SIGNALS
 from passreid_models.device import process_group
 from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
 from passreid_models.training.config import RunConfig
@@ -65,6 +65,7 @@ class Run:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.folder = RunFolder(config.out, self.program, self.trainer_class.state_keys)
         self.is_main = world()[0] == 0
+        newest = self.folder.latest()
         checkpoint = self.folder.find(config.resume)
         if checkpoint is not None:  # it holds all weights, and init may be gone
             config = replace(config, init=checkpoint["config"]["init"])
@@ -76,6 +77,9 @@ class Run:
         self._check_same_step()
         if self.is_main:
             self.folder.open()
+            if self.folder.latest() != newest:  # it was looked at before it was locked
+                self.folder.close()
+                raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
             self.folder.forget_after(self.trainer.step if checkpoint else -1)  # of a run that was killed at once
             self.config.save(self.folder.path / "config.yaml")
         all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
@@ -311,7 +315,7 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
         OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
-        Stopped: On SIGINT, SIGTERM or SIGUSR1, or after ``max_minutes``, with the state saved.
+        Stopped: On SIGINT, SIGTERM, SIGUSR1 or SIGHUP, or after ``max_minutes``, with the state saved.
     """
     try:
         log = log_to(Path(config.out) / "log.txt")
@@ -347,7 +351,9 @@ def _signals() -> Iterator[list[int]]:
         os.write(2, f"\nsaving after this step{advice}\n".encode())  # print may be in the middle of a line
 
     in_main = threading.current_thread() is threading.main_thread()  # only this one may set handlers
-    previous = {s: signal.signal(s, receive) for s in SIGNALS if in_main}
+    # a run under nohup ignores the end of its terminal
+    caught = [s for s in SIGNALS if s != SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    previous = {s: signal.signal(s, receive) for s in caught if in_main}
     try:
         yield received
     finally:

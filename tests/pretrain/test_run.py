@@ -25,7 +25,7 @@ from passreid_models.data import images
 from passreid_models.data.images import ImageError
 from passreid_models.pretrain.batches import ViewBatch
 from passreid_models.pretrain.config import PretrainConfig
-from passreid_models.pretrain.run import train
+from passreid_models.pretrain.run import PretrainRun, train
 from passreid_models.pretrain.trainer import PretrainTrainer
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.run import Stopped, pick_workers
@@ -218,7 +218,7 @@ class Stop(NamedTuple):
 def stops(home, data) -> list[Stop]:
     """A run that each signal stops once, with two workers."""
     run, records = home / "stopped", []
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         words = flags(data, run, **LONG, workers=2, resume="auto")
         with Child(run_cli, words, folder=home / "printed") as child:
             steps = steps_logged(run)
@@ -230,7 +230,7 @@ def stops(home, data) -> list[Stop]:
 
 
 def test_a_signal_stops_the_run_with_128_plus_its_number_and_advice_to_resume(stops):
-    assert [s.code for s in stops] == [143, 138, 130]
+    assert [s.code for s in stops] == [143, 138, 129, 130]
     for stop in stops:
         message = one_sentence(stop.output)
         assert message == f"passreid-train: stopped at step {stop.steps} of {LONG_STEPS}; --resume auto continues"
@@ -653,6 +653,23 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_other_behind(data, home):
     message = one_sentence(child.output)
     assert "a process that loads images died (DataLoader worker" in message
     assert "fewer --workers" in message
+
+
+def test_a_run_that_another_process_made_meanwhile_is_left_alone(whole, data, tmp_path, monkeypatch):
+    prepare = PretrainRun.prepare
+
+    def slowly(self: PretrainRun, *args: object) -> PretrainTrainer:
+        trainer = prepare(self, *args)
+        monkeypatch.undo()
+        train(tiny(data, tmp_path / "run"))  # from its beginning to its end
+        return trainer
+
+    monkeypatch.setattr(PretrainRun, "prepare", slowly)
+    with pytest.raises(ValueError, match="another process has trained in it just now: start again"):
+        train(tiny(data, tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.later"))
+    assert_same_bits(tmp_path / "run", result(whole))
+    train(tiny(data, tmp_path / "run", resume="auto"))  # the lock is free
 
 
 def run_on_a_disk_that_is_gone(words: list[str]) -> int:

@@ -20,7 +20,7 @@ from passreid_models.reid import unsupervised
 from passreid_models.reid.config import ClusterConfig
 from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
-from passreid_models.reid.unsupervised import ClusterTrainer, cluster, compare_with_labels
+from passreid_models.reid.unsupervised import ClusterRun, ClusterTrainer, cluster, compare_with_labels
 from passreid_models.training.warm_start import load_backbone
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
@@ -94,6 +94,16 @@ def test_the_clusters_of_an_epoch_are_those_of_the_descriptors_before_it(whole, 
     assert np.array_equal(after["labels"].numpy(), labels)
     assert len(after["centroids"]) == labels.max() + 1
     torch.testing.assert_close(after["centroids"].norm(dim=1), torch.ones(len(after["centroids"])))
+
+
+def test_a_kill_after_the_clustering_of_an_epoch_leaves_its_row_once(data, tmp_path, monkeypatch):
+    load = ClusterRun.load
+    monkeypatch.setattr(ClusterRun, "load", lambda self, batches: 1 / 0 if self.trainer.epoch else load(self, batches))
+    with pytest.raises(ZeroDivisionError):
+        cluster(cluster_config(data, tmp_path / "run"))
+    monkeypatch.undo()
+    cluster(cluster_config(data, tmp_path / "run", resume="auto"))
+    assert [row["epoch"] for row in metrics(tmp_path / "run") if "clusters" in row] == [0, 1]
 
 
 def test_multi_neck_descriptors_are_clustered_as_they_come(data, tmp_path, monkeypatch):
