@@ -109,13 +109,15 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
 
     folded = {}
     if "cls_pos" in source:
-        backbone["cls_token"] = source["cls_token"].float() + source["cls_pos"].float()
+        backbone["cls_token"] = _sum(source, "cls_token", "cls_pos")
         folded["cls_token"] = ["cls_token", "cls_pos"]
     if parts:
         names = [name for k in sorted(parts) for name in (f"part_token{k}", f"part{k}_pos")]
         if missing := [name for name in ("cls_pos", *names) if name not in source]:
             raise CheckpointError(f"part tokens without their counterpart: {', '.join(missing)} missing")
-        pairs = [source[a].float() + source[b].float() for a, b in zip(names[::2], names[1::2], strict=True)]
+        pairs = [_sum(source, token, pos) for token, pos in zip(names[::2], names[1::2], strict=True)]
+        if len({pair.shape for pair in pairs} | {source["cls_token"].shape}) > 1:
+            raise CheckpointError(f"{', '.join(names[::2])} and cls_token have different shapes; expected one for all")
         backbone["reg_token"] = torch.cat(pairs, dim=1)
         folded["reg_token"] = names
 
@@ -143,6 +145,21 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     layout = kind or wrapping or ("pre-training checkpoint" if task == "pretrain" else own or "backbone")
     layout += f", keys of {prefix!r}" if prefix else ""
     return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
+
+
+def _sum(source: StateDict, token: str, pos: str) -> torch.Tensor:
+    """A token with its position.
+
+    Raises:
+        CheckpointError: If their shapes differ, which a sum would hide.
+    """
+    a, b = source[token], source[pos]
+    if a.shape != b.shape or a.ndim != 3:
+        shapes = " and ".join(
+            f"{name} is {'x'.join(map(str, x.shape)) or 'a scalar'}" for name, x in ((token, a), (pos, b))
+        )
+        raise CheckpointError(f"{shapes}; expected both as 1x1xD")
+    return a.float() + b.float()
 
 
 def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict[str, str]]:

@@ -946,3 +946,10 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
     (tmp_path / "flipped.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"flipped\.pth is damaged: the checksum of .* does not match"):
         read_checkpoint(tmp_path / "flipped.pth")
+
+
+@pytest.mark.parametrize("key", ["cls_pos", "part1_pos", "part_token2"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_a_token_and_a_position_of_other_shapes_are_refused_and_not_broadcast(official, key, shape):
+    with pytest.raises(CheckpointError, match=f"{key} is .*; expected both as 1x1xD"):
+        convert_state_dict({**official, key: torch.ones(shape)})

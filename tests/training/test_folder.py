@@ -47,7 +47,12 @@ def names(run: RunFolder) -> list[str]:
 
 def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
-    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "other": b"no checkpoint"}[how])
+    weights = state(int(path.stem.removeprefix("step_")))["student"]["w"].numpy().tobytes()
+    flipped = bytearray(data)
+    flipped[data.index(weights)] ^= 1  # torch does not look at the checksums
+    path.write_bytes(
+        {"cut": data[: len(data) // 2], "empty": b"", "other": b"no checkpoint", "flipped": bytes(flipped)}[how]
+    )
 
 
 # ---- Saving
@@ -147,7 +152,7 @@ def test_errors_of_the_writer_are_one_line_with_the_last_whole_checkpoint(folder
 # ---- Loading
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "other"])
+@pytest.mark.parametrize("how", ["cut", "empty", "other", "flipped"])
 def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, caplog, how):
     for step in (1, 2, 3):
         folder.save(state(step), keep=3)
