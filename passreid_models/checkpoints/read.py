@@ -97,7 +97,12 @@ def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateD
         checkpoint, layout = checkpoint[network], f"pre-training checkpoint, {network}"
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
-            checkpoint, layout = checkpoint[name], layout or f"'{name}' of a training checkpoint"
+            others = [
+                key for key, value in checkpoint.items() if "ema" in str(key).lower() and isinstance(value, Mapping)
+            ]
+            layout = layout or f"'{name}' of a training checkpoint"
+            layout += f", not its {', '.join(map(repr, others))}" if others else ""
+            checkpoint = checkpoint[name]
     tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)} if isinstance(checkpoint, Mapping) else {}
     if not tensors or not all(isinstance(k, str) for k in tensors):
         raise CheckpointError(f"expected a dictionary of named tensors, got {_describe(checkpoint)}")

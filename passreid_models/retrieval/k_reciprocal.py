@@ -121,10 +121,12 @@ def _weights(
         raw = scales is None and pairs.metric == "euclidean"
         chunk = 2 - 2 * pairs.products(i, j) if raw else pairs.distances(pairs.at(i, j))
         distances[start:stop] = chunk.cpu().numpy()
+    firsts = np.flatnonzero(np.diff(rows, prepend=-1))
     if scales is not None or pairs.metric == "cosine":
         distances[rows == columns] = 0  # even for an unreadable image
+    else:  # long descriptors have distances far below 0, whose exponential overflows
+        distances -= np.repeat(np.minimum.reduceat(distances, firsts), np.diff(firsts, append=len(rows)))
     weights = np.exp(-distances if scales is None else -distances / scales[rows])
-    firsts = np.flatnonzero(np.diff(rows, prepend=-1))
     return weights / np.repeat(np.add.reduceat(weights, firsts), np.diff(firsts, append=len(rows)))
 
 

@@ -953,3 +953,9 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
 def test_a_token_and_a_position_of_other_shapes_are_refused_and_not_broadcast(official, key, shape):
     with pytest.raises(CheckpointError, match=f"{key} is .*; expected both as 1x1xD"):
         convert_state_dict({**official, key: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(("raw", "average"), [("model", "model_ema"), ("state_dict", "state_dict_ema")])
+def test_an_average_beside_the_raw_weights_is_reported(official, raw, average):
+    converted = convert_state_dict({raw: official, average: official})
+    assert converted.layout == f"'{raw}' of a training checkpoint, not its '{average}'"

@@ -74,6 +74,14 @@ def test_multi_neck_features_are_clustered_as_they_come_as_in_the_official_code(
     assert np.abs(normalised - golden["jaccard"].numpy()).max() > 0.1  # what normalising first would give
 
 
+@pytest.mark.parametrize("scale", [3.0, 30.0, 300.0])
+def test_the_weights_of_long_raw_descriptors_do_not_overflow(scale):
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        graph = jaccard_distances(persons(3, 60) * scale, 10, 1, metric="euclidean")
+    assert np.isfinite(graph.data).all()
+    assert graph.nnz > 60  # not only the diagonal
+
+
 def test_the_dense_implementation_of_the_benchmark_is_the_official_one(golden):
     distances = plain.plain_jaccard(golden["features"].numpy(), 30, 6)
     assert np.abs(distances - golden["jaccard_distance"].numpy()).max() < 1e-5
