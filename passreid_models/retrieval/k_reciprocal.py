@@ -116,18 +116,19 @@ def _weights(
 ) -> np.ndarray:
     """Weights ``[M]`` of images ``columns`` in the sets of images ``rows`` (ascending); they sum to 1 in each set."""
     distances = np.empty(len(rows), dtype=np.float32)
+    is_raw = scales is None and pairs.metric == "euclidean"
     for start, stop in chunks(len(rows), 16 * pairs.gallery.shape[1], budget_mb, pairs.device):
         i, j = (torch.from_numpy(x[start:stop]).long().to(pairs.device) for x in (rows, columns))
-        raw = scales is None and pairs.metric == "euclidean"
-        chunk = 2 - 2 * pairs.products(i, j) if raw else pairs.distances(pairs.at(i, j))
+        chunk = 2 - 2 * pairs.products(i, j) if is_raw else pairs.distances(pairs.at(i, j))
         distances[start:stop] = chunk.cpu().numpy()
     firsts = np.flatnonzero(np.diff(rows, prepend=-1))
-    if scales is not None or pairs.metric == "cosine":
+    counts = np.diff(firsts, append=len(rows))
+    if is_raw:  # long descriptors have distances far below 0, whose exponential overflows
+        distances -= np.repeat(np.minimum.reduceat(distances, firsts), counts)
+    else:
         distances[rows == columns] = 0  # even for an unreadable image
-    else:  # long descriptors have distances far below 0, whose exponential overflows
-        distances -= np.repeat(np.minimum.reduceat(distances, firsts), np.diff(firsts, append=len(rows)))
     weights = np.exp(-distances if scales is None else -distances / scales[rows])
-    return weights / np.repeat(np.add.reduceat(weights, firsts), np.diff(firsts, append=len(rows)))
+    return weights / np.repeat(np.add.reduceat(weights, firsts), counts)
 
 
 class Minima(NamedTuple):
