@@ -166,11 +166,7 @@ class PretrainConfig(RunConfig):
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise wrong(name, getattr(self, name), "more than 0")
-        for name in ("global_scale", "local_scale"):
-            if not 0 < getattr(self, name)[0] <= getattr(self, name)[1] <= 1:
-                raise wrong(name, getattr(self, name), "(least, most) with 0 < least <= most <= 1")
-        if not 0 < self.blur_radius[0] <= self.blur_radius[1] < math.inf:
-            raise wrong("blur_radius", self.blur_radius, "(least, most) with 0 < least <= most")
+        self.check_intervals((("global_scale local_scale", 1), ("blur_radius", math.inf)))
         pixels, reason = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
         for name in ("size", "local_size"):
             self.check_size(name, pixels, reason)

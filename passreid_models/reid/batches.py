@@ -5,15 +5,17 @@ The random augmentation of an image is a function of seed, step and place in the
 Shapes: B batch.
 """
 
+import math
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -21,6 +23,7 @@ from passreid_models.architectures import HALF
 from passreid_models.data.listing import Names
 from passreid_models.data.loader import batches_of, load_readable, make_loader
 from passreid_models.data.sources import FileSource
+from passreid_models.reid.config import ReIDConfig
 from passreid_models.runtime import seed_step
 
 RANDOM = "random"
@@ -37,43 +40,86 @@ class ImageBatch(NamedTuple):
     unreadable: list[str]
 
 
-@dataclass(frozen=True)
-class TrainTransform:
-    """Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do.
+def train_transform(
+    config: ReIDConfig,
+    erase_area: tuple[float, float] = (0.02, 1 / 3),
+    erase_value: tuple[float, float, float] | str = RANDOM,
+    erase_uniform: bool = False,
+) -> Any:
+    """Return the torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator.
+
+    Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do. Variation that is
+    switched on comes after the flip, as in a camera: light and colour, blur, then JPEG at a smaller size. What is
+    switched off draws no random number.
 
     Args:
-        size: Height and width in pixels.
-        flip_prob: Probability of a horizontal flip.
-        pad: Black pixels on each side, before the random crop.
-        erase_prob: Probability of random erasing (arXiv 1708.04896).
+        config: Configuration with its ``size``.
         erase_area: Smallest and largest erased share of the image.
         erase_value: Fill of the erased area, after normalisation: three numbers, or ``random`` for noise.
         erase_uniform: Draw the aspect ratio of the erased area uniformly, as Cluster Contrast does, not log-uniformly.
     """
+    from torchvision import transforms as T
+    from torchvision.transforms import v2
 
-    size: tuple[int, int] = (256, 128)
-    flip_prob: float = 0.5
-    pad: int = 10
-    erase_prob: float = 0.5
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
-    erase_value: tuple[float, float, float] | str = RANDOM
-    erase_uniform: bool = False
+    c, size = config, cast(tuple[int, int], config.size)
+    steps: list[Any] = [T.Resize(size, T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(c.flip_prob)]
+    if c.crop_scale[0] < 1:
+        steps[0] = _ResizedCrop(size, c.crop_scale)
+    if c.jitter_prob:
+        jitter = v2.ColorJitter(c.brightness, c.contrast, c.saturation, c.hue)
+        steps.append(v2.RandomApply([jitter], c.jitter_prob))
+    if c.gray_prob:
+        steps.append(v2.RandomGrayscale(c.gray_prob))
+    if c.blur_prob:
+        radius = min(math.ceil(3 * c.blur_radius[1]), min(size) - 1)
+        steps.append(v2.RandomApply([v2.GaussianBlur(2 * radius + 1, c.blur_radius)], c.blur_prob))
+    jpeg = [v2.RandomApply([v2.JPEG(c.jpeg_quality)], c.jpeg_prob)] if c.jpeg_prob else []
+    steps += [_Downscale(c.downscale_prob, c.downscale, jpeg)] if c.downscale_prob else jpeg
+    erasing = _UniformErasing if erase_uniform else T.RandomErasing
+    return T.Compose(
+        [
+            *steps,
+            T.RandomCrop(size, c.pad),
+            T.ToTensor(),
+            T.Normalize(*HALF),
+            erasing(c.erase_prob, erase_area, value=erase_value),
+        ]
+    )
 
-    def compose(self) -> Any:
-        """Return the torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator."""
-        from torchvision import transforms as T
 
-        erasing = _UniformErasing if self.erase_uniform else T.RandomErasing
-        return T.Compose(
-            [
-                T.Resize(self.size, T.InterpolationMode.BICUBIC),
-                T.RandomHorizontalFlip(self.flip_prob),
-                T.RandomCrop(self.size, self.pad),
-                T.ToTensor(),
-                T.Normalize(*HALF),
-                erasing(self.erase_prob, self.erase_area, value=self.erase_value),
-            ]
-        )
+class _ResizedCrop:
+    """Random resized crop whose aspect ratio is relative to that of the image, which need not be a square."""
+
+    def __init__(self, size: tuple[int, int], scale: tuple[float, float]) -> None:
+        self.size, self.scale = size, scale
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from torchvision.transforms import InterpolationMode, RandomResizedCrop
+        from torchvision.transforms.functional import resized_crop
+
+        aspect = image.width / image.height
+        box = RandomResizedCrop.get_params(image, self.scale, [aspect * 3 / 4, aspect * 4 / 3])
+        return resized_crop(image, *box, self.size, InterpolationMode.BICUBIC)
+
+
+class _Downscale:
+    """Scale an image down, apply transforms to it, and scale it up again, each by a random filter."""
+
+    FILTERS = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+
+    def __init__(self, p: float, factors: tuple[float, float], transforms: Sequence[Any]) -> None:
+        self.p, self.factors, self.transforms = p, factors, transforms
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size, up = image.size, None
+        if torch.rand(()) < self.p:
+            low, high = self.factors
+            factor = low + (high - low) * torch.rand(()).item()
+            down, up = (self.FILTERS[i] for i in torch.randint(len(self.FILTERS), (2,)))
+            image = image.resize((max(1, round(factor * size[0])), max(1, round(factor * size[1]))), down)
+        for transform in self.transforms:
+            image = transform(image)
+        return image if up is None else image.resize(size, up)
 
 
 class _UniformErasing:
@@ -103,17 +149,16 @@ class _UniformErasing:
 class TrainImages(Dataset):
     """Transformed images with their labels, indexed by (step, place in the batch, image)."""
 
-    def __init__(self, paths: list[Path], labels: np.ndarray, transform: TrainTransform, seed: int) -> None:
+    def __init__(self, paths: list[Path], labels: np.ndarray, transform: Any, seed: int) -> None:
         """
         Args:
             paths: N image files.
             labels: Classes, int64 ``[N]``.
-            transform: Augmentation of a training image.
+            transform: Augmentation of a training image, as of ``train_transform``.
             seed: Seed of the augmentation.
         """
         self.source = FileSource(Path("/"), Names(os.fsencode(path.absolute()) for path in paths))
-        self.labels, self.seed = labels, seed
-        self.transform = transform.compose()
+        self.labels, self.transform, self.seed = labels, transform, seed
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
         """

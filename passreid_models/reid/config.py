@@ -27,6 +27,19 @@ class ReIDConfig(RunConfig):
         flip_prob: Probability of a horizontal flip.
         pad: Black pixels added on each side before the random crop.
         erase_prob: Probability of random erasing.
+        crop_scale: Range of the area of a random crop, as a fraction of the image; 1 1: the whole image.
+        jitter_prob: Probability of the colour jitter.
+        brightness: Strength of the brightness jitter: factors are uniform in 1 ± this.
+        contrast: Strength of the contrast jitter: factors are uniform in 1 ± this.
+        saturation: Strength of the saturation jitter: factors are uniform in 1 ± this.
+        hue: Strength of the hue jitter: shifts are uniform in ± this, in turns.
+        gray_prob: Probability of grayscale.
+        blur_prob: Probability of the blur.
+        blur_radius: Range of the standard deviation of the blur, in pixels of the training image.
+        downscale_prob: Probability of scaling down and up again, as small persons in a large picture are.
+        downscale: Range of the factor of height and width.
+        jpeg_prob: Probability of JPEG compression, of the scaled-down image.
+        jpeg_quality: Range of the JPEG quality, 1 to 100.
         momentum: Momentum of SGD.
         eval_data: Dataset with queries and gallery to evaluate on; by default ``data``, if it has both.
         eval_epochs: Epochs between two evaluations; the model is also evaluated before the first step and after the
@@ -44,6 +57,19 @@ class ReIDConfig(RunConfig):
     flip_prob: float = 0.5
     pad: int = 10
     erase_prob: float = 0.5
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    jitter_prob: float = 0.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.3
+    hue: float = 0.05
+    gray_prob: float = 0.0
+    blur_prob: float = 0.0
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    downscale_prob: float = 0.0
+    downscale: tuple[float, float] = (0.3, 0.8)
+    jpeg_prob: float = 0.0
+    jpeg_quality: tuple[int, int] = (30, 90)
     momentum: float = 0.9
     eval_data: str = ""
     eval_epochs: int = 10
@@ -51,7 +77,14 @@ class ReIDConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choices({"fusion": ("", *FUSIONS), "neck": ("", *NECKS)})
-        self.check_ranges((("pad eval_epochs", 0, math.inf), ("momentum flip_prob erase_prob", 0, 1)))
+        self.check_ranges(
+            (
+                ("pad eval_epochs brightness contrast saturation", 0, math.inf),
+                ("momentum flip_prob erase_prob jitter_prob gray_prob blur_prob downscale_prob jpeg_prob", 0, 1),
+                ("hue", 0, 0.5),
+            )
+        )
+        self.check_intervals((("crop_scale downscale", 1), ("blur_radius", math.inf), ("jpeg_quality", 100)))
         self.check_size("size")
 
     def resolved(self, **values: Any) -> Self:
@@ -225,11 +258,21 @@ class ClusterConfig(ReIDConfig):
         return super().resolved(neck=self.neck or ("multi" if self.source else "single"), **values)
 
 
+# variation as between cameras; what is switched on has the default strengths
+DOMAIN = {
+    "crop_scale": (0.7, 1.0),
+    "jitter_prob": 0.8,
+    "gray_prob": 0.1,
+    "blur_prob": 0.3,
+    "downscale_prob": 0.3,
+    "jpeg_prob": 0.3,
+}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
         "pass-vit-s-384": {"size": (384, 128)},
         # 2 to 8 cores or one small GPU, thousands of images: fewer epochs
         "laptop": {"epochs": 24, "lr": 3e-3, "eval_epochs": 6},
+        "domain": DOMAIN,
     },
     "cluster": {
         # the published settings, named after the target
@@ -249,5 +292,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "eps": 0.5,
             "eval_epochs": 2,
         },
+        "domain": DOMAIN,
     },
 }

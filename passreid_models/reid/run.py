@@ -15,7 +15,7 @@ from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.evaluation.evaluate import score
-from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load_epoch, train_transform
 from passreid_models.training.config import wrong
 from passreid_models.training.run import Run, pick_workers
 from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
@@ -29,7 +29,7 @@ class ReIDRun(Run):
     labelled = True
     epoch_figure = "mAP"
     erasing: ClassVar[dict[str, Any]] = {}
-    """Settings of random erasing where they are not those of ``TrainTransform``."""
+    """Settings of random erasing where they are not those of ``train_transform``."""
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
         self.config = complete(self.config, checkpoint)
@@ -44,7 +44,7 @@ class ReIDRun(Run):
         self.images = TrainImages(
             self.train_split.paths,
             np.zeros(len(self.train_split), dtype=np.int64),
-            TrainTransform(config.size, config.flip_prob, config.pad, config.erase_prob, **self.erasing),
+            train_transform(config, **self.erasing),
             config.seed,
         )
         trainer = self.make_trainer(device, checkpoint)

@@ -171,6 +171,22 @@ class RunConfig:
                     expected = f"between {low} and {high}" if high < math.inf else f"{low} or more"
                     raise wrong(name, value, expected)
 
+    def check_intervals(self, intervals: Iterable[tuple[str, float]]) -> None:
+        """Check that values are (least, most) with 0 < least <= most.
+
+        Args:
+            intervals: Names of fields with a space between, and the largest value of ``most``.
+
+        Raises:
+            ValueError: The message begins with the field's name.
+        """
+        for names, high in intervals:
+            for name in names.split():
+                least, most = getattr(self, name)
+                if not (0 < least <= most <= high and most < math.inf):
+                    limit = f" <= {high}" if high < math.inf else ""
+                    raise wrong(name, (least, most), f"(least, most) with 0 < least <= most{limit}")
+
     def check_size(self, name: str, pixels: int = 16, why: str = "") -> None:
         """Check that height and width are multiples of ``pixels``; None passes.
 

@@ -1,17 +1,29 @@
 """Training images of re-ID: the transform, and that it is a function of seed, step and place in the batch."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as T
 
 from passreid_models.data.images import ImageError
-from passreid_models.reid.batches import KeySampler, TrainImages, TrainTransform, load_epoch
+from passreid_models.reid.batches import KeySampler, TrainImages, load_epoch, train_transform
+from passreid_models.reid.config import DOMAIN, FinetuneConfig
+from passreid_models.reid.unsupervised import ClusterRun
 
-USUAL = TrainTransform((64, 32))
-PLAIN = TrainTransform((64, 32), flip_prob=0, pad=0, erase_prob=0)
+
+def varied(**options: Any) -> Any:
+    """Transform to 64x32 with these options, and else with nothing random."""
+    return train_transform(
+        FinetuneConfig(**{"size": (64, 32), "flip_prob": 0.0, "pad": 0, "erase_prob": 0.0, **options})
+    )
+
+
+USUAL = train_transform(FinetuneConfig(size=(64, 32)))
+PLAIN = varied()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +36,7 @@ def paths(tmp_path_factory) -> list[Path]:
     return [*sorted(folder.glob("?.png")), folder / "broken.jpg"]
 
 
-def images(paths: list[Path], transform: TrainTransform = USUAL, seed: int = 0) -> TrainImages:
+def images(paths: list[Path], transform: Any = USUAL, seed: int = 0) -> TrainImages:
     return TrainImages(paths, np.array([7, 8, 9, 10, 11])[: len(paths)], transform, seed)
 
 
@@ -54,8 +66,7 @@ def test_the_generator_of_the_caller_is_unchanged(paths):
 
 
 def test_the_padding_is_black_and_the_crop_random(paths):
-    transform = TrainTransform((64, 32), flip_prob=0, pad=10, erase_prob=0)
-    x = images(paths, transform)
+    x = images(paths, varied(pad=10))
     black = [((x[step, 0, 0][0] == -1).all(0)).float().mean().item() for step in range(30)]
     assert len(set(black)) > 10
     assert max(black) > 0.2
@@ -64,7 +75,8 @@ def test_the_padding_is_black_and_the_crop_random(paths):
 def test_erasing_fills_with_noise_or_a_colour(paths):
     whole = images(paths, PLAIN)[0, 0, 0][0]
     for value in ("random", (0.485, 0.456, 0.406)):
-        erased = images(paths, TrainTransform((64, 32), 0, 0, 1, (0.1, 0.3), value))[0, 0, 0][0]
+        config = FinetuneConfig(size=(64, 32), flip_prob=0, pad=0, erase_prob=1)
+        erased = images(paths, train_transform(config, (0.1, 0.3), value))[0, 0, 0][0]
         changed = (erased != whole).any(0)
         assert 0.05 < changed.float().mean() < 0.35
         inside = erased[:, changed]
@@ -94,9 +106,9 @@ def test_an_epoch_has_the_batches_of_its_sampler(paths, workers):
     assert torch.equal(loaded[1].images[2], images(paths)[21, 2, 1][0])
 
 
-def erased(transform: TrainTransform, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+def erased(transform: Any, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the image and heights over widths of the rectangles that are erased; shares are 0 where none is."""
-    erasing = transform.compose().transforms[-1]
+    erasing = transform.transforms[-1]
     torch.manual_seed(0)
     areas, ratios = np.zeros(count), []
     for i in range(count):
@@ -108,13 +120,13 @@ def erased(transform: TrainTransform, count: int = 3000) -> tuple[np.ndarray, np
 
 
 def test_erasing_of_clusters_draws_area_and_aspect_ratio_uniformly():
-    transform = TrainTransform(erase_area=(0.02, 0.4), erase_value=(0.485, 0.456, 0.406), erase_uniform=True)
+    transform = train_transform(FinetuneConfig(size=(128, 64)), **ClusterRun.erasing)
     areas, ratios = erased(transform)
     assert np.mean(areas > 0) == pytest.approx(0.5, abs=0.03)
     assert 0.015 < areas[areas > 0].min() < areas.max() < 0.41
     # wide rectangles of large areas do not fit into a person's image, so the median is that of what fits
-    expected = expected_ratios(transform.erase_area, uniform=True)
-    log_uniform = expected_ratios(transform.erase_area, uniform=False)
+    expected = expected_ratios(ClusterRun.erasing["erase_area"], uniform=True)
+    log_uniform = expected_ratios(ClusterRun.erasing["erase_area"], uniform=False)
     assert np.median(ratios) == pytest.approx(expected, abs=0.08)
     assert abs(log_uniform - expected) > 0.3  # the two rules are told apart
 
@@ -129,8 +141,146 @@ def expected_ratios(area: tuple[float, float], uniform: bool) -> float:
 
 
 def test_erasing_of_clusters_fills_with_the_published_values():
-    erasing = TrainTransform(erase_prob=1.0, erase_value=(0.485, 0.456, 0.406), erase_uniform=True).compose()
+    erasing = train_transform(FinetuneConfig(size=(128, 64), erase_prob=1.0), **ClusterRun.erasing)
     torch.manual_seed(0)
     image = erasing.transforms[-1](torch.zeros(3, 128, 64))
     pixels = image[:, image[0] != 0]
     torch.testing.assert_close(pixels, torch.tensor([0.485, 0.456, 0.406])[:, None].expand_as(pixels))
+
+
+# ---- Variation
+
+
+def photograph(height: int = 96, width: int = 48) -> Image.Image:
+    """Smooth colours with an edge, so that blur, JPEG and every colour change show."""
+    y, x = np.mgrid[:height, :width] / (height, width)[0]
+    pixels = np.stack([0.2 + 0.6 * y, 0.3 + 0.5 * x, 0.5 + 0.3 * np.sin(9 * y)], 2)
+    pixels[height // 3 : height // 2] = (0.9, 0.2, 0.1)
+    return Image.fromarray((255 * pixels).astype(np.uint8))
+
+
+def draws(transform: Any, image: Image.Image | None = None, count: int = 40) -> torch.Tensor:
+    """Images that a transform makes of one, ``[count, 3, 64, 32]``."""
+    torch.manual_seed(0)
+    return torch.stack([transform(image or photograph()) for _ in range(count)])
+
+
+def test_the_published_transform_draws_the_same_numbers_as_ever():
+    published = T.Compose(
+        [
+            T.Resize((64, 32), T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(0.5),
+            T.RandomCrop((64, 32), 10),
+            T.ToTensor(),
+            T.Normalize((0.5,) * 3, (0.5,) * 3),
+            T.RandomErasing(0.5, (0.02, 1 / 3), value="random"),
+        ]
+    )
+    strengths = {
+        "brightness": 1.0,
+        "hue": 0.5,
+        "blur_radius": (1.0, 9.0),
+        "downscale": (0.1, 0.2),
+        "jpeg_quality": (1, 2),
+    }
+    for options in ({}, strengths):  # strengths without a probability are off
+        transform = train_transform(FinetuneConfig(size=(64, 32), **options))
+        assert torch.equal(draws(transform), draws(published))
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"crop_scale": (0.5, 0.9)},
+    {"jitter_prob": 1.0},
+    {"gray_prob": 1.0},
+    {"blur_prob": 1.0, "blur_radius": (0.5, 2.0)},  # least of the default, 0.1, changes no pixel
+    {"downscale_prob": 1.0},
+    {"jpeg_prob": 1.0},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: next(iter(s)))
+def test_an_operation_changes_every_image_at_probability_1_and_its_share_at_less(switch):
+    plain = PLAIN(photograph())
+    images = draws(varied(**switch))
+    assert all(not torch.equal(image, plain) for image in images)
+    if "gray_prob" not in switch:
+        assert len({image.numpy().tobytes() for image in images}) > 10
+    if (name := next(iter(switch))) != "crop_scale":
+        changed = [not torch.equal(image, plain) for image in draws(varied(**{**switch, name: 0.3}), count=300)]
+        assert np.mean(changed) == pytest.approx(0.3, abs=0.08)
+
+
+def test_gray_images_have_equal_channels():
+    images = draws(varied(gray_prob=1.0), count=2)
+    assert torch.equal(images[:, 0], images[:, 1])
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_jitter_factors_are_uniform_in_their_range():
+    gray = Image.new("RGB", (32, 64), (100, 100, 100))
+    alone = {"jitter_prob": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    factors = (draws(varied(**{**alone, "brightness": 0.4}), gray, 400)[:, 0, 0, 0] + 1) * 127.5 / 100
+    assert 0.59 <= factors.min() < 0.65
+    assert 1.35 < factors.max() <= 1.41
+    assert factors.mean() == pytest.approx(1, abs=0.04)
+    for name in ("contrast", "saturation", "hue"):
+        assert len(draws(varied(**{**alone, name: 0.4})).unique(dim=0)) > 10
+        if name != "contrast":  # gray has no colour to change
+            assert len(draws(varied(**{**alone, name: 0.4}), gray).unique(dim=0)) == 1
+
+
+def test_blur_widens_an_edge_by_its_standard_deviation():
+    edge = Image.fromarray(np.repeat((np.arange(32) >= 16)[None, :, None] * np.uint8(255), 64, 0).repeat(3, 2))
+    for sigma in (0.8, 2.0):
+        profile = (draws(varied(blur_prob=1.0, blur_radius=(sigma, sigma)), edge, 1)[0, 0, 32] + 1) / 2
+        weights = profile.diff()
+        centres = torch.arange(31) + 0.5
+        mean = (weights * centres).sum()
+        assert (weights * (centres - mean) ** 2).sum().sqrt() == pytest.approx(sigma, abs=0.12)
+    draws(varied(blur_prob=1.0, blur_radius=(30.0, 40.0)), edge, 1)  # the kernel is cut to the image
+
+
+def test_crops_cover_their_share_of_the_image_in_its_aspect_ratio():
+    """A ramp of x in red and of y in green tells the box of a crop."""
+    y, x = np.mgrid[:200, :50]
+    ramp = Image.fromarray(np.stack([x * 5, y * 255 // 199, 0 * x], 2).astype(np.uint8))
+    images = (draws(varied(crop_scale=(0.4, 0.6)), ramp, 300) + 1) / 2
+    widths = (images[:, 0, :, -1].mean(1) - images[:, 0, :, 0].mean(1)) * 255 / 5 / 50 * 32 / 31
+    heights = (images[:, 1, -1].mean(1) - images[:, 1, 0].mean(1)) * 64 / 63
+    areas = widths * heights
+    assert 0.35 < areas.min() < 0.43
+    assert 0.57 < areas.max() < 0.65
+    ratios = (widths / heights).log()
+    assert ratios.abs().max() < np.log(4 / 3) + 0.08
+    assert abs(ratios.mean()) < 0.05
+
+
+def test_a_scaled_down_image_has_the_detail_of_its_smaller_size():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8))
+    tenth = draws(varied(downscale_prob=1.0, downscale=(0.1, 0.1)), noise)
+    half = draws(varied(downscale_prob=1.0, downscale=(0.5, 0.5)), noise)
+    steps = [x.diff(dim=3).abs().mean() for x in (tenth, half, PLAIN(noise)[None])]
+    assert steps[0] < 0.5 * steps[1] < 0.5 * steps[2]
+    assert len(tenth.unique(dim=0)) == 9  # filters down times filters up
+
+
+def test_jpeg_of_a_lower_quality_is_further_from_the_image_and_of_the_smaller_size():
+    plain = PLAIN(photograph())
+    errors = [(draws(varied(jpeg_prob=1.0, jpeg_quality=(q, q)), count=1) - plain).abs().mean() for q in (5, 40, 95)]
+    assert errors[0] > errors[1] > errors[2] > 0
+    # blocks of 8 pixels at half the size are blocks of 16
+    small = {"downscale_prob": 1.0, "downscale": (0.5, 0.5)}
+    torch.manual_seed(0)
+    step = varied(**small, jpeg_prob=1.0).transforms[2]
+    sizes: list[tuple[int, int]] = []
+    step.transforms = [lambda image: sizes.append(image.size) or image]
+    assert step(photograph(64, 32)).size == (32, 64)
+    assert sizes == [(16, 32)]
+
+
+def test_variation_is_a_function_of_seed_step_and_place(paths):
+    transform = train_transform(FinetuneConfig(size=(64, 32), **DOMAIN))
+    x = images(paths, transform)
+    first = [x[step, 5, 0][0] for step in range(10)]
+    assert all(torch.equal(a, images(paths, transform)[step, 5, 0][0]) for step, a in enumerate(first))
+    assert len(torch.stack(first).unique(dim=0)) == 10

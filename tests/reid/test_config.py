@@ -7,7 +7,7 @@ import pytest
 import timm
 
 from passreid_models import cli, save_pretrained
-from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
+from passreid_models.reid.config import DOMAIN, PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.run import complete
 from passreid_models.training.command import read_config
 from passreid_models.training.config import RunConfig
@@ -122,6 +122,19 @@ def test_a_folder_of_another_package_is_refused_by_name(config, tmp_path):
 # ---- Flags and YAML
 
 
+def test_the_domain_preset_switches_all_variation_on_and_combines_with_others(config):
+    plain, both = parse(config, "crops/"), parse(config, "crops/", "--preset", "laptop,domain")
+    assert both == replace(parse(config, "crops/", "--preset", "laptop"), **DOMAIN)
+    names = ["jitter_prob", "gray_prob", "blur_prob", "downscale_prob", "jpeg_prob"]
+    assert {name: getattr(plain, name) for name in names} == dict.fromkeys(names, 0)
+    assert plain.crop_scale == (1, 1)
+    assert all(0 < getattr(both, name) < 1 for name in names)
+    assert 0 < both.crop_scale[0] < 1
+    assert (both.brightness, both.contrast, both.saturation, both.hue) == (0.4, 0.4, 0.3, 0.05)
+    pairs = parse(config, "crops/", "--crop-scale", 0.5, 1, "--jpeg-quality", "40,60", "--downscale=0.5x0.5")
+    assert (pairs.crop_scale, pairs.jpeg_quality, pairs.downscale) == ((0.5, 1), (40, 60), (0.5, 0.5))
+
+
 def test_flags_presets_and_files_set_the_same_fields(config, tmp_path):
     plain = parse(config, "crops/", "--init", "lup", "--size", "384x128", "--grad-checkpointing")
     assert plain == config(data="crops/", init="lup", size=(384, 128), grad_checkpointing=True)
@@ -169,6 +182,20 @@ def test_the_commands_report_a_mistake_in_one_line(command, capsys, tmp_path):
         ({"drop_path": 1.0}, "drop_path: expected at least 0 and less than 1"),
         ({"erase_prob": 1.5}, "erase_prob: expected between 0 and 1"),
         ({"log_steps": 0}, "log_steps: expected 1 or more"),
+        ({"jitter_prob": -0.1}, "jitter_prob: expected between 0 and 1"),
+        ({"gray_prob": 1.1}, "gray_prob: expected between 0 and 1"),
+        ({"blur_prob": 2}, "blur_prob: expected between 0 and 1"),
+        ({"downscale_prob": 2}, "downscale_prob: expected between 0 and 1"),
+        ({"jpeg_prob": 2}, "jpeg_prob: expected between 0 and 1"),
+        ({"brightness": -1}, "brightness: expected 0 or more, got -1"),
+        ({"hue": 0.6}, "hue: expected between 0 and 0.5, got 0.6"),
+        ({"crop_scale": (0.0, 1.0)}, r"crop_scale: expected \(least, most\) with 0 < least <= most <= 1, got"),
+        ({"downscale": (0.5, 1.5)}, r"downscale: expected \(least, most\) with 0 < least <= most <= 1, got"),
+        ({"blur_radius": (2.0, 1.0)}, r"blur_radius: expected \(least, most\) with 0 < least <= most, got"),
+        ({"blur_radius": (1.0, float("inf"))}, r"blur_radius: expected \(least, most\) with 0 < least <= most, got"),
+        ({"jpeg_quality": (0, 50)}, r"jpeg_quality: expected \(least, most\) with 0 < least <= most <= 100, got"),
+        ({"jpeg_quality": (30, 101)}, r"jpeg_quality: expected \(least, most\) with 0 < least <= most <= 100, got"),
+        ({"jpeg_quality": (30.5, 90)}, r"jpeg_quality: expected tuple\[int, int\]"),
     ],
 )
 def test_an_invalid_value_is_refused_by_name(config, options, message):

@@ -18,8 +18,8 @@ from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid import run as reid_run
-from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, TrainTransform, load_epoch
-from passreid_models.reid.config import FinetuneConfig
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load_epoch, train_transform
+from passreid_models.reid.config import PRESETS, FinetuneConfig
 from passreid_models.reid.model import ReIDModel
 from passreid_models.reid.samplers import identity_batches
 from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune
@@ -112,6 +112,19 @@ def test_a_run_resumes_bit_for_bit_from_any_step(whole, data, tmp_path, at):
         assert [r["step"] for r in metrics(tmp_path / "run") if "mAP" in r] == [len(steps(whole))]
     else:
         assert_same(numbers(tmp_path / "run", KEYS), expected)
+
+
+def test_a_varied_run_resumes_bit_for_bit_with_workers_or_without(data, tmp_path):
+    options = {**PRESETS["finetune"]["domain"], "epochs": 1, "save_minutes": 0, "keep": 99}
+    finetune(finetune_config(data, tmp_path / "whole", **options))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(steps(tmp_path / "whole")[2], tmp_path / "run" / "checkpoints")
+    finetune(finetune_config(data, tmp_path / "run", resume="auto", workers=1, **options))
+    assert_same(numbers(tmp_path / "run", KEYS), numbers(tmp_path / "whole", KEYS))
+    plain = finetune_config(data, tmp_path / "plain", epochs=1)
+    finetune(plain)
+    ours, without = (metrics(tmp_path / name)[-2]["loss"] for name in ("run", "plain"))
+    assert ours != without
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, data):
@@ -331,7 +344,7 @@ def _write_gradients(data: str, out: str) -> int:
         labels = np.unique(train.pids, return_inverse=True)[1]
         batches = identity_batches(labels, 4, 2, 0, 0)
         trainer = SupervisedTrainer(replace(config, ids_per_batch=4, images_per_id=2), 36, 6, [4] * 3, CPU)
-        images = TrainImages(train.paths, labels, TrainTransform((64, 32)), 0)
+        images = TrainImages(train.paths, labels, train_transform(replace(config, pad=10)), 0)
         sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
         (batch,) = load_epoch(images, sampler, CPU, 0)
         trainer.backbone.fc_norm.eval()  # in training, its statistics would be those of a share

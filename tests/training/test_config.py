@@ -17,6 +17,10 @@ RUN = "data out resume seed"
 MACHINE = "device dtype grad_checkpointing sync_bn workers"
 CHECKPOINTS = "save_minutes save_epochs keep max_minutes"
 LOG = "log_steps max_unreadable skip_nonfinite tensorboard"
+AUGMENTATION = (
+    "flip_prob pad erase_prob crop_scale jitter_prob brightness contrast saturation hue gray_prob blur_prob "
+    "blur_radius downscale_prob downscale jpeg_prob jpeg_quality"
+)
 OPTIONS = {
     PretrainConfig: {
         "run": RUN,
@@ -35,7 +39,7 @@ OPTIONS = {
     FinetuneConfig: {
         "run": RUN,
         "model": "model init size drop_path fusion neck",
-        "batches and augmentation": "flip_prob pad erase_prob ids_per_batch images_per_id",
+        "batches and augmentation": f"{AUGMENTATION} ids_per_batch images_per_id",
         "training": "epochs lr weight_decay momentum bias_lr warmup_epochs layer_decay freeze_blocks id_weight "
         "triplet_weight margin label_smoothing",
         "evaluation": "eval_data eval_epochs",
@@ -46,7 +50,7 @@ OPTIONS = {
     ClusterConfig: {
         "run": f"{RUN} source source_config",
         "model": "model init size drop_path fusion neck",
-        "batches and augmentation": "flip_prob pad erase_prob steps clusters_per_batch images_per_cluster",
+        "batches and augmentation": f"{AUGMENTATION} steps clusters_per_batch images_per_cluster",
         "training": "epochs lr weight_decay momentum lr_step lr_gamma",
         "clusters": "eps min_samples k1 k2 temp memory memory_momentum",
         "evaluation": "eval_data eval_epochs",
