@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 from passreid_models.training.config import RunConfig, wrong
 
 FUSIONS, NECKS, MEMORIES = ("cat", "mean", "parts", "token"), ("single", "multi"), ("hard", "mean")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class ReIDConfig(RunConfig):
         downscale: Range of the factor of height and width.
         jpeg_prob: Probability of JPEG compression, of the scaled-down image.
         jpeg_quality: Range of the JPEG quality, 1 to 100.
-        momentum: Momentum of SGD.
+        optimizer: ``sgd`` (published), or ``adamw``, which decays no biases and other 1-D parameters.
+        momentum: Momentum of SGD; AdamW's first beta.
         eval_data: Dataset with queries and gallery to evaluate on; by default ``data``, if it has both.
         eval_epochs: Epochs between two evaluations; the model is also evaluated before the first step and after the
             last epoch; 0: no evaluation.
@@ -48,7 +50,7 @@ class ReIDConfig(RunConfig):
 
     FREE = (*RunConfig.FREE, "eval_data", "eval_epochs")
     TOPICS: ClassVar[dict[str, str]] = {
-        "fusion": "model", "flip_prob": "batches and augmentation", "momentum": "training", "eval_data": "evaluation",
+        "fusion": "model", "flip_prob": "batches and augmentation", "optimizer": "training", "eval_data": "evaluation",
     }  # fmt: skip
     accumulate: ClassVar[int] = 1  # triplet loss and cluster memory need the whole batch at once
 
@@ -70,13 +72,14 @@ class ReIDConfig(RunConfig):
     downscale: tuple[float, float] = (0.3, 0.8)
     jpeg_prob: float = 0.0
     jpeg_quality: tuple[int, int] = (30, 90)
+    optimizer: str = "sgd"
     momentum: float = 0.9
     eval_data: str = ""
     eval_epochs: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices({"fusion": ("", *FUSIONS), "neck": ("", *NECKS)})
+        self.check_choices({"fusion": ("", *FUSIONS), "neck": ("", *NECKS), "optimizer": OPTIMIZERS})
         self.check_ranges(
             (
                 ("pad eval_epochs brightness contrast saturation", 0, math.inf),

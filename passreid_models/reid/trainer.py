@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.reid.batches import ImageBatch
 from passreid_models.runtime import all_reduce_mean, seed_step, share_first
-from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
+from passreid_models.training.optim import grad_norm, make_grouped_optimizer, set_learning_rates
 from passreid_models.training.trainer import BaseTrainer
 from passreid_models.training.warm_start import prepare_to_train
 
 
 class ReIDTrainer(BaseTrainer):
-    """Base of the re-ID trainers: one network, SGD, and a step around ``compute_loss``."""
+    """Base of the re-ID trainers: one network, its optimiser, and a step around ``compute_loss``."""
 
     network: nn.Module
     backbone: PassVisionTransformer
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
 
-    def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **sgd: float) -> None:
+    def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **factors: float) -> None:
         """Move the network to the device and make its optimiser."""
         config = self.config
         prepare_to_train(backbone, self.device, config.grad_checkpointing)
         self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
-        self.optimizer = make_sgd(self.network, backbone, config.momentum, config.weight_decay, **sgd)
+        self.optimizer = make_grouped_optimizer(
+            self.network, backbone, config.optimizer, config.momentum, config.weight_decay, **factors
+        )
         self.parallel = self.wrap(self.network)
 
     def share_statistics(self) -> None:

@@ -16,34 +16,37 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: Callable[[float], float]) -> None:
-    """Set the learning rate of each group of ``make_sgd``.
+    """Set the learning rate of each group of ``make_grouped_optimizer``.
 
     Args:
-        optimizer: Optimiser made by ``make_sgd``.
+        optimizer: Optimiser made by ``make_grouped_optimizer``.
         lr: Learning rate as a function of the factor of biases, 1 for weights; it need not be proportional.
     """
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr(group["bias_scale"])
 
 
-def make_sgd(
+def make_grouped_optimizer(
     network: nn.Module,
     backbone: PassVisionTransformer,
+    optimizer: str,
     momentum: float,
     weight_decay: float,
     bias_lr: float = 1.0,
     layer_decay: float = 1.0,
-) -> torch.optim.SGD:
-    """SGD for a fine-tuned backbone, with factors for ``set_learning_rates``; no parameter is exempt from decay.
+) -> torch.optim.Optimizer:
+    """SGD or AdamW for a fine-tuned backbone, with factors for ``set_learning_rates``.
 
+    SGD decays all parameters, as published; AdamW those of two and more dimensions, as in pre-training.
     A folded token (token + position) gets twice the learning rate and half the weight decay: it then moves as far as
     token and position together in the official optimisation.
 
     Args:
         network: Network that holds the backbone; all its trainable parameters are optimised.
         backbone: PASS model in ``network``.
-        momentum: Momentum of SGD.
-        weight_decay: Weight decay of all parameters.
+        optimizer: ``sgd`` or ``adamw``.
+        momentum: Momentum of SGD; AdamW's first beta.
+        weight_decay: Weight decay.
         bias_lr: Factor of the learning rate of biases.
         layer_decay: Factor of the learning rate from each block to the one before it; layers after the blocks have 1.
     """
@@ -57,13 +60,16 @@ def make_sgd(
         if not p.requires_grad:
             continue
         scale, bias = layer_decay ** depth[id(p)], bias_lr if name.endswith("bias") else 1.0
-        key = (2 * scale, bias, weight_decay / 2) if id(p) in folded else (scale, bias, weight_decay)
+        decay = weight_decay if optimizer == "sgd" or p.ndim > 1 else 0.0
+        key = (2 * scale, bias, decay / 2) if id(p) in folded else (scale, bias, decay)
         groups.setdefault(key, []).append(p)
-    return torch.optim.SGD(
-        [{"params": ps, "lr_scale": s, "bias_scale": b, "weight_decay": d} for (s, b, d), ps in groups.items()],
-        lr=0.0,
-        momentum=momentum,
-    )
+    param_groups = [
+        {"params": ps, "lr_scale": s, "bias_scale": b, "weight_decay": d} for (s, b, d), ps in groups.items()
+    ]
+    if optimizer == "sgd":
+        return torch.optim.SGD(param_groups, lr=0.0, momentum=momentum)
+    fused = backbone.cls_token.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

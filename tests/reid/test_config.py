@@ -32,6 +32,7 @@ def test_the_defaults_of_fine_tuning_are_the_published_recipe():
     c = FinetuneConfig()
     assert (c.ids_per_batch, c.images_per_id, c.batch_size) == (16, 4, 64)
     assert (c.lr, c.bias_lr, c.weight_decay, c.momentum, c.layer_decay) == (4e-4, 2.0, 1e-4, 0.9, 1.0)
+    assert c.optimizer == ClusterConfig().optimizer == "sgd"
     assert (c.epochs, c.num_warmup_epochs, c.drop_path, c.margin, c.label_smoothing) == (120, 20, 0.1, None, 0.0)
     assert [FinetuneConfig(epochs=e).num_warmup_epochs for e in (1, 12, 24, 200)] == [0, 2, 4, 20]
     assert (c.neck, c.pad, c.flip_prob, c.erase_prob) == ("multi", 10, 0.5, 0.5)
@@ -175,6 +176,7 @@ def test_the_commands_report_a_mistake_in_one_line(command, capsys, tmp_path):
     [
         ({"model": "resnet50"}, "model: expected one of "),
         ({"fusion": "sum"}, "fusion: expected one of cat, mean, parts, token, got 'sum'"),
+        ({"optimizer": "adam"}, "optimizer: expected one of sgd, adamw, got 'adam'"),
         ({"dtype": "int8"}, "dtype: expected one of auto"),
         ({"size": (250, 128)}, r"size: expected \(height, width\) in multiples of 16"),
         ({"epochs": 2.5}, "epochs: expected int, got 2.5"),

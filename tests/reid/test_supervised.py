@@ -114,8 +114,10 @@ def test_a_run_resumes_bit_for_bit_from_any_step(whole, data, tmp_path, at):
         assert_same(numbers(tmp_path / "run", KEYS), expected)
 
 
-def test_a_varied_run_resumes_bit_for_bit_with_workers_or_without(data, tmp_path):
-    options = {**PRESETS["finetune"]["domain"], "epochs": 1, "save_minutes": 0, "keep": 99}
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_varied_run_resumes_bit_for_bit_with_workers_or_without(data, tmp_path, optimizer):
+    varied = {**PRESETS["finetune"]["domain"], "optimizer": optimizer, "layer_decay": 0.8}
+    options = {**varied, "epochs": 1, "save_minutes": 0, "keep": 99}
     finetune(finetune_config(data, tmp_path / "whole", **options))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(steps(tmp_path / "whole")[2], tmp_path / "run" / "checkpoints")

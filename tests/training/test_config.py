@@ -40,8 +40,8 @@ OPTIONS = {
         "run": RUN,
         "model": "model init size drop_path fusion neck",
         "batches and augmentation": f"{AUGMENTATION} ids_per_batch images_per_id",
-        "training": "epochs lr weight_decay momentum bias_lr warmup_epochs layer_decay freeze_blocks id_weight "
-        "triplet_weight margin label_smoothing",
+        "training": "epochs lr weight_decay optimizer momentum bias_lr warmup_epochs layer_decay freeze_blocks "
+        "id_weight triplet_weight margin label_smoothing",
         "evaluation": "eval_data eval_epochs",
         "machine": MACHINE,
         "checkpoints": CHECKPOINTS,
@@ -51,7 +51,7 @@ OPTIONS = {
         "run": f"{RUN} source source_config",
         "model": "model init size drop_path fusion neck",
         "batches and augmentation": f"{AUGMENTATION} steps clusters_per_batch images_per_cluster",
-        "training": "epochs lr weight_decay momentum lr_step lr_gamma",
+        "training": "epochs lr weight_decay optimizer momentum lr_step lr_gamma",
         "clusters": "eps min_samples k1 k2 temp memory memory_momentum",
         "evaluation": "eval_data eval_epochs",
         "machine": MACHINE,

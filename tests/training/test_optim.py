@@ -5,7 +5,7 @@ import timm
 import torch
 
 from passreid_models.reid.model import ReIDModel
-from passreid_models.training.optim import grad_norm, make_sgd, set_learning_rates
+from passreid_models.training.optim import grad_norm, make_grouped_optimizer, set_learning_rates
 
 
 @pytest.fixture(scope="module")
@@ -13,10 +13,10 @@ def model() -> ReIDModel:
     return ReIDModel(timm.create_model("test_pass_vit", neck="multi"), 5)
 
 
-def scales(model: ReIDModel, **options: float) -> dict[str, tuple[float, float]]:
+def scales(model: ReIDModel, optimizer: str = "sgd", **options: float) -> dict[str, tuple[float, float]]:
     """Factor of the learning rate, that of biases included, and weight decay of each parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = make_sgd(model, model.backbone, 0.9, 0.2, **options).param_groups
+    groups = make_grouped_optimizer(model, model.backbone, optimizer, 0.9, 0.2, **options).param_groups
     return {names[id(p)]: (g["lr_scale"] * g["bias_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
@@ -42,6 +42,16 @@ def test_layer_decay_falls_from_block_to_block(model):
     assert factors["backbone.cls_token"] == 2 * 0.0625
 
 
+def test_adamw_has_the_learning_rates_of_sgd_and_decays_no_vector(model):
+    options = {"bias_lr": 3.0, "layer_decay": 0.5}
+    ours, sgd = scales(model, "adamw", **options), scales(model, "sgd", **options)
+    ndim = {n: p.ndim for n, p in model.named_parameters()}
+    assert ours == {n: (lr, decay if ndim[n] > 1 else 0.0) for n, (lr, decay) in sgd.items()}
+    optimizer = make_grouped_optimizer(model, model.backbone, "adamw", 0.8, 0.2)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {g["betas"] for g in optimizer.param_groups} == {(0.8, 0.999)}
+
+
 def test_a_folded_token_moves_as_far_as_token_and_position_together(model):
     torch.manual_seed(0)
     token, position, gradient = torch.randn(3, 1, 1, 8)
@@ -57,7 +67,7 @@ def test_a_folded_token_moves_as_far_as_token_and_position_together(model):
 
 
 def test_each_group_gets_the_learning_rate_of_its_factor(model):
-    optimizer = make_sgd(model, model.backbone, 0.9, 0.1, bias_lr=2.0, layer_decay=0.5)
+    optimizer = make_grouped_optimizer(model, model.backbone, "sgd", 0.9, 0.1, bias_lr=2.0, layer_decay=0.5)
     set_learning_rates(optimizer, lambda bias: 1 + bias)  # a floor of 1, which only biases feel
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
