@@ -75,6 +75,8 @@ class ReIDDataset:
     query itself may match."""
     recipe: str = ""
     """Recipe of generated persons; else empty."""
+    identities: tuple[str, ...] = ()
+    """Names of the training identities in the order of their numbers, without junk."""
     parts: tuple[str, str, str] = ("", "", "")
     """Source of each split, such as ``query/``, for messages."""
     repeated: tuple[str, ...] = ()
@@ -240,6 +242,7 @@ def _dataset(layout: Layout) -> ReIDDataset:
     train, query, gallery = (
         Split([Path(row.path) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
+    names = {pid: row.pid for pid, row in zip(pids[0].tolist(), rows[0], strict=True)}
     test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
     return ReIDDataset(
         name=layout.name,
@@ -248,6 +251,7 @@ def _dataset(layout: Layout) -> ReIDDataset:
         query=query,
         gallery=gallery,
         has_cameras=bool((test_camids >= 0).all() and len(np.unique(test_camids)) > 1),
+        identities=tuple(names[pid] for pid in sorted(names) if pid >= 0),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
         repeated=tuple(repeated),
     )

@@ -102,6 +102,8 @@ class FinetuneConfig(ReIDConfig):
     Args:
         data: A labelled dataset: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file, or
             ``synthetic:ids=200``.
+        init: Weights to begin with: ``architecture.tag`` or ``tag``, an exported folder, a checkpoint file, ``random``,
+            or a run; of a run of ``passreid finetune`` neck and classifier too, if its identities have the same names.
         ids_per_batch: Identities in a batch, over all processes.
         images_per_id: Images of each identity in a batch, which holds ``ids_per_batch`` x ``images_per_id`` images.
         bias_lr: Factor of the learning rate of biases.

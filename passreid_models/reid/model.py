@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from passreid_models.architectures import HALF
 from passreid_models.checkpoints.convert import convert_file, convert_state_dict
 from passreid_models.checkpoints.local_dir import model_of, read_config
+from passreid_models.checkpoints.names import NamedModel
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.training.warm_start import load_backbone
+from passreid_models.training.warm_start import find_weights
 
 __all__ = ["ReIDOutput", "ReIDModel"]
 
@@ -140,29 +141,37 @@ def _extras(folder: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(file) if file.is_file() else {}
 
 
-def make_backbone(config: Any, interpolation: str, state: Mapping[str, Tensor] | None = None) -> PassVisionTransformer:
+def make_backbone(
+    config: Any, interpolation: str, state: Mapping[str, Tensor] | None = None, weights: NamedModel | None = None
+) -> PassVisionTransformer:
     """Make a backbone with a new neck, to be fine-tuned.
 
     Args:
-        config: Configuration with ``init`` (as for ``load_backbone``, or ``random``), ``model``, ``size``, ``fusion``,
+        config: Configuration with ``init`` (as for ``find_weights``, or ``random``), ``model``, ``size``, ``fusion``,
             ``neck`` and ``drop_path``.
         interpolation: Interpolation of test images, for the pretrained cfg.
         state: Weights that will be loaded later, instead of ``init``; they show the number of parts.
+        weights: Weights of ``init``, if they are already found.
+
+    Raises:
+        ValueError: If ``init`` names no weights, or those of another architecture.
+        CheckpointError: If the weights do not fit.
     """
     size: dict[str, Any] = {"img_size": config.size}
-    start = None
+    start: Any = None
     if state is not None:
         parts = next((v for k, v in state.items() if k.endswith("reg_token")), None)
         size["num_parts"] = 0 if parts is None else parts.shape[1]
     elif config.init != "random":
-        start = load_backbone(config.model, config.init, num_classes=0, neck="", **size)
+        weights = weights or find_weights(config.init, config.model)
+        start = weights.create(config.model, num_classes=0, neck="", **size)
         size["num_parts"] = start.num_parts
     backbone = timm.create_model(
         config.model, global_pool=config.fusion, neck=config.neck, drop_path_rate=config.drop_path, **size
     )
     if start is not None:
-        weights = {k: v for k, v in backbone.state_dict().items() if k.startswith("fc_norm.")}
-        backbone.load_state_dict({**weights, **start.state_dict()})
+        new_neck = {k: v for k, v in backbone.state_dict().items() if k.startswith("fc_norm.")}
+        backbone.load_state_dict({**new_neck, **start.state_dict()})
     mean, std = HALF  # of every fine-tuned model
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": interpolation}
     return backbone

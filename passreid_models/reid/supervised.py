@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from passreid_models.checkpoints.names import NamedModel
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.reid.batches import ImageBatch
 from passreid_models.reid.config import FinetuneConfig
@@ -23,6 +24,7 @@ from passreid_models.reid.trainer import ReIDTrainer, statistics_of
 from passreid_models.runtime import gather_rows
 from passreid_models.schedules import warmup_cosine_epochs
 from passreid_models.training.run import run_in_folder
+from passreid_models.training.warm_start import find_weights
 
 __all__ = ["finetune"]
 
@@ -52,7 +54,7 @@ class SupervisedTrainer(ReIDTrainer):
         self,
         config: FinetuneConfig,
         num_images: int,
-        num_ids: int,
+        identities: Sequence[str],
         epoch_steps: Sequence[int],
         device: torch.device,
         fingerprint: str = "",
@@ -62,7 +64,7 @@ class SupervisedTrainer(ReIDTrainer):
         Args:
             config: Configuration of the run, with its ``model``.
             num_images: Number of training images.
-            num_ids: Identities of the training set, K.
+            identities: Names of the K identities of the training set, in the order of the classes.
             epoch_steps: Steps of each epoch.
             device: Device of this process.
             fingerprint: Hash of the list of images, which a resumed run must share.
@@ -76,15 +78,38 @@ class SupervisedTrainer(ReIDTrainer):
         if config.ids_per_batch % self.world_size:
             raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divisible by {self.world_size} processes")
         torch.manual_seed(config.seed)
-        backbone = make_backbone(config, "bilinear", state and state["model"])
+        self.identities = list(identities)
+        start = None if state is not None or config.init == "random" else find_start(config)
+        backbone = make_backbone(config, "bilinear", state and state["model"], start)
         if config.freeze_blocks > len(backbone.blocks):
             raise ValueError(f"freeze_blocks: {config.freeze_blocks} is more than the {len(backbone.blocks)} blocks")
-        self.model = ReIDModel(backbone, num_ids)
+        self.model = ReIDModel(backbone, len(identities))
+        self.classifier_start = "" if start is None else self._start_classifier(start.run)
+        """Log line that says whether the classifier is kept or new."""
         if config.freeze_blocks:
             freeze(backbone, config.freeze_blocks)
         self.prepare(self.model, backbone, bias_lr=config.bias_lr, layer_decay=config.layer_decay)
         if state is not None:
             self.load_state(state)
+
+    def _start_classifier(self, run: dict[str, Any]) -> str:
+        """Load neck and classifier of a run's checkpoint if the identities have the same names; return the log line."""
+        c, ids, init = self.config, self.identities, self.config.init
+        names = run.get("identities")  # older checkpoints have none, but a fingerprint of the labelled images
+        if not has_classifier(run):
+            reason = f"{init} is no run of passreid finetune"
+        elif names is None and run["fingerprint"] != self.fingerprint:
+            reason = f"{init} does not name its identities, and its images are others"
+        elif names is not None and names != ids:
+            same = len(set(names) & set(ids))
+            reason = f"of the {len(names)} identities of {init} and the {len(ids)} here, {same} are the same"
+        elif differing := [k for k in ("neck", "fusion") if run["config"][k] != getattr(c, k)]:
+            reason = "; ".join(f"{k} is {getattr(c, k)}, and {run['config'][k]} in {init}" for k in differing)
+        else:
+            kept = {k: v for k, v in run["model"].items() if k.startswith(("backbone.fc_norm.", "classifier."))}
+            self.model.load_state_dict(kept, strict=False)
+            return f"classifier: kept, with the neck, since the {len(ids)} identities have the names of {init}"
+        return f"classifier: new, since {reason}"
 
     def lr(self, epoch: int, scale: float) -> float:
         c = self.config
@@ -107,6 +132,7 @@ class SupervisedTrainer(ReIDTrainer):
     def tensors(self) -> dict[str, Any]:
         return {
             "statistics": statistics_of(self.backbone),
+            "identities": self.identities,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -114,6 +140,19 @@ class SupervisedTrainer(ReIDTrainer):
     def load_tensors(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def find_start(config: FinetuneConfig) -> NamedModel:
+    """Find the weights that ``init`` names: of a fine-tuning run the newest checkpoint, which holds its classifier."""
+    weights = find_weights(config.init, config.model, heads=True)
+    if weights.run and not has_classifier(weights.run):  # of another task: its export
+        return find_weights(config.init, config.model)
+    return weights
+
+
+def has_classifier(run: Mapping[str, Any]) -> bool:
+    """Whether a run's checkpoint holds neck and classifier; that of another task, or none (empty), does not."""
+    return "classifier.weight" in run.get("model", ())
 
 
 def freeze(backbone: PassVisionTransformer, num_blocks: int) -> None:
@@ -133,7 +172,7 @@ class SupervisedRun(ReIDRun):
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> SupervisedTrainer:
         c, pids = self.config, self.train_split.pids
-        names, self.images.labels = np.unique(pids, return_inverse=True)  # classes 0 .. K - 1
+        self.images.labels = np.unique(pids, return_inverse=True)[1]  # classes 0 .. K - 1
         images_of_id = np.bincount(self.images.labels)
         if c.triplet_weight and images_of_id.max() < 2:
             raise ValueError(
@@ -145,8 +184,9 @@ class SupervisedRun(ReIDRun):
             steps = count_identity_batches(labels, c.ids_per_batch, c.images_per_id, c.seed, c.epochs)
         else:
             steps = [len(shuffled_batches(len(labels), c.batch_size, c.seed, 0))] * c.epochs
-        fingerprint = self.dataset.train_fingerprint
-        return SupervisedTrainer(c, len(labels), len(names), steps, device, fingerprint, checkpoint)
+        dataset = self.dataset
+        fingerprint = dataset.train_fingerprint
+        return SupervisedTrainer(c, len(labels), dataset.identities, steps, device, fingerprint, checkpoint)
 
     def batches(self) -> Generator[ImageBatch, None, None]:
         c, t, labels = self.config, self.trainer, self.images.labels
@@ -166,6 +206,7 @@ class SupervisedRun(ReIDRun):
             f"{c.epochs} epochs of about {t.epoch_starts[1]} steps of {batch}, {t.model.num_ids} identities; "
             f"{t.world_size} processes",
             f"learning rate: {c.lr:g} after {c.num_warmup_epochs} epochs of warm-up",
+            *filter(None, [t.classifier_start]),
         ]
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:

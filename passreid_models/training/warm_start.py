@@ -1,6 +1,6 @@
 """Warm start of a run: backbone, settings and provenance of the weights that ``init`` names."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
     Args:
         init: Name, as ``find_model`` takes it.
         model: Registered architecture.
-        heads: Prefer the newest checkpoint of a run to its export, which has no projection heads.
+        heads: Prefer the newest checkpoint of a run to its export, which has no projection heads or identities.
 
     Raises:
         ValueError: If ``init`` names no weights, or those of another architecture.
@@ -29,21 +29,6 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
     if architecture not in ("", model):
         raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
     return weights
-
-
-def load_backbone(model: str, init: str, **shape: Any) -> PassVisionTransformer:
-    """Load the weights that ``init`` names into a backbone of the architecture ``model``.
-
-    Args:
-        model: Registered architecture.
-        init: Name, as ``find_model`` takes it.
-        **shape: Arguments of ``timm.create_model``, such as ``img_size`` and ``num_parts``.
-
-    Raises:
-        ValueError: If ``init`` names no weights, or those of another architecture.
-        CheckpointError: If the weights do not fit.
-    """
-    return cast(PassVisionTransformer, find_weights(init, model).create(model, **shape))
 
 
 def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:

@@ -21,11 +21,13 @@ from passreid_models.reid import run as reid_run
 from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load_epoch, train_transform
 from passreid_models.reid.config import PRESETS, FinetuneConfig
 from passreid_models.reid.model import ReIDModel
+from passreid_models.reid.run import complete
 from passreid_models.reid.samplers import identity_batches
 from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune
+from passreid_models.reid.unsupervised import cluster
 from passreid_models.runtime import gather_rows
 from passreid_models.training.trainer import NonFiniteLossError
-from tests.tiny_reid import assert_same, finetune_config, numbers, steps
+from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,13 +149,117 @@ def test_a_run_with_other_settings_or_data_is_not_resumed(whole, data, tmp_path)
         finetune(finetune_config(other, whole, resume="auto"))
 
 
-def test_another_run_can_begin_with_the_export_of_a_run(whole, data, tmp_path):
-    finetune(finetune_config(data, tmp_path / "run", init=str(whole), model="", epochs=1, lr=0, save_minutes=0, keep=9))
-    first = torch.load(steps(tmp_path / "run")[0], weights_only=True)["model"]
-    last = torch.load(steps(whole)[-1], weights_only=True)["model"]
-    backbone = [k for k in last if k.startswith("backbone.") and "fc_norm" not in k]
-    assert all(torch.equal(first[k], last[k]) for k in backbone)
-    assert not torch.equal(first["classifier.weight"], last["classifier.weight"])
+# ---- Beginning with a run
+
+
+def begin(init: Path, data: Path, out: Path, **options) -> tuple[dict[str, torch.Tensor], str]:
+    """Network of a run that begins with another and does not move, and the log line of its classifier."""
+    options = {"model": "", "epochs": 1, "lr": 0, "eval_epochs": 0, "drop_path": 0, **options}
+    finetune(finetune_config(data, out, init=str(init), **options))
+    (line,) = re.findall(r"classifier: .*", (out / "log.txt").read_text())
+    return torch.load(steps(out)[-1], weights_only=True)["model"], line
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    """Network of the newest checkpoint, without the statistics of BatchNorms, which always move."""
+    return without_statistics(torch.load(steps(run)[-1], weights_only=True)["model"])
+
+
+def without_statistics(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in model.items() if "running" not in k and "num_batches" not in k}
+
+
+def differing(model: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    return {k for k, v in other.items() if not torch.equal(v, model[k])}
+
+
+@pytest.mark.parametrize("start", ["run", "checkpoint"])
+def test_a_run_that_begins_with_a_run_of_the_same_identities_keeps_its_network(whole, data, tmp_path, start):
+    init = whole if start == "run" else steps(whole)[-1]
+    model, line = begin(init, data, tmp_path / "run", jitter_prob=0.8, ids_per_batch=4)
+    assert line == f"classifier: kept, with the neck, since the 6 identities have the names of {init}"
+    assert differing(without_statistics(model), trained(whole)) == set()
+
+
+def test_the_first_loss_is_that_with_which_the_run_ended(whole, data):
+    config = complete(finetune_config(data, whole, init=str(whole), drop_path=0))
+    state = torch.load(steps(whole)[-1], weights_only=True)
+    dataset = open_dataset(data)
+    ended, begun = (
+        SupervisedTrainer(config, 36, dataset.identities, [4] * 3, CPU, dataset.train_fingerprint, s)
+        for s in ({**state, "config": config.to_dict()}, None)
+    )
+    labels = np.unique(dataset.train.pids, return_inverse=True)[1]
+    images = TrainImages(dataset.train.paths, labels, train_transform(config), 0)
+    batches = identity_batches(labels, 3, 2, 0, 0)
+    (batch,) = load_epoch(images, KeySampler(batches[:1], 0), CPU, 0)
+    losses = []
+    for trainer in (ended, begun):
+        assert differing(trainer.model.state_dict(), state["model"]) == set()
+        _, figures = trainer.compute_loss(trainer.model.eval()(batch.images), batch.labels)
+        losses.append({k: v.item() for k, v in figures.items()})
+    assert losses[0] == losses[1]
+
+
+def test_the_identities_are_compared_by_name_not_by_image_or_layout(whole, data, tmp_path):
+    lines = ["path,pid,camid,split"]
+    for path in sorted((data / "bounding_box_train").iterdir())[1:]:
+        lines.append(f"{path},{int(path.name[:4])}.0,1,train")
+    (tmp_path / "same.csv").write_text("\n".join(lines))
+    model, line = begin(whole, tmp_path / "same.csv", tmp_path / "run")
+    assert line.startswith("classifier: kept")
+    assert differing(without_statistics(model), trained(whole)) == set()
+
+
+def test_other_identities_get_a_new_classifier(whole, data, tmp_path):
+    names = sorted({path.name[:4] for path in (data / "bounding_box_train").iterdir()})
+    for k, renamed in enumerate((names[:-1], [*names[:-1], "0777"])):  # one left out, one renamed
+        other = tmp_path / f"other{k}"
+        (other / "bounding_box_train").mkdir(parents=True)
+        for path in (data / "bounding_box_train").iterdir():
+            if (place := names.index(path.name[:4])) < len(renamed):
+                shutil.copy(path, other / "bounding_box_train" / f"{renamed[place]}{path.name[4:]}")
+        for folder in ("query", "bounding_box_test"):
+            shutil.copytree(data / folder, other / folder)
+        model, line = begin(whole, other, tmp_path / f"run{k}")
+        assert line == (
+            f"classifier: new, since of the 6 identities of {whole} and the {len(renamed)} here, 5 are the same"
+        )
+        assert model["classifier.weight"].shape[0] == len(renamed)
+        assert model["classifier.weight"].std() < 0.0015  # as initialised
+        others = {k: v for k, v in trained(whole).items() if k != "classifier.weight"}
+        assert differing(model, others) == {"backbone.fc_norm.bn.weight"}
+
+
+def test_an_export_begins_with_a_new_classifier(whole, data, tmp_path):
+    model, line = begin(whole / "export", data, tmp_path / "run")
+    assert line == f"classifier: new, since {whole}/export is no run of passreid finetune"
+    assert differing(model, trained(whole)) == {"classifier.weight", "backbone.fc_norm.bn.weight"}
+
+
+def test_another_neck_gets_a_new_classifier(whole, data, tmp_path):
+    _, line = begin(whole, data, tmp_path / "run", neck="single", fusion="mean")
+    assert line == (f"classifier: new, since neck is single, and multi in {whole}; fusion is mean, and cat in {whole}")
+
+
+def test_a_checkpoint_without_names_keeps_its_classifier_on_the_same_images(whole, data, tmp_path):
+    older = shutil.copytree(whole, tmp_path / "older")
+    state = torch.load(steps(older)[-1], weights_only=True)
+    del state["identities"]
+    torch.save(state, steps(older)[-1])
+    assert begin(older, data, tmp_path / "same")[1].startswith("classifier: kept")
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    next((fewer / "bounding_box_train").iterdir()).unlink()
+    line = begin(older, fewer, tmp_path / "other")[1]
+    assert line == f"classifier: new, since {older} does not name its identities, and its images are others"
+
+
+def test_a_run_of_clustering_has_no_classifier(data, tmp_path):
+    cluster(cluster_config(data, tmp_path / "usl", epochs=1))
+    for out in ("run", "again"):
+        line = begin(tmp_path / "usl", data, tmp_path / out)[1]
+        assert line == f"classifier: new, since {tmp_path}/usl is no run of passreid finetune"
+        shutil.rmtree(tmp_path / "usl" / "export", ignore_errors=True)  # the second run begins with the checkpoint
 
 
 def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, monkeypatch):
@@ -295,7 +401,7 @@ def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_pat
 
 
 def make_trainer(config: FinetuneConfig) -> SupervisedTrainer:
-    return SupervisedTrainer(config, 36, 6, [4] * config.epochs, CPU)
+    return SupervisedTrainer(config, 36, "abcdef", [4] * config.epochs, CPU)
 
 
 def test_junk_is_not_trained_on_and_the_log_says_so(data, tmp_path):
@@ -345,7 +451,7 @@ def _write_gradients(data: str, out: str) -> int:
         train = open_dataset(data).train
         labels = np.unique(train.pids, return_inverse=True)[1]
         batches = identity_batches(labels, 4, 2, 0, 0)
-        trainer = SupervisedTrainer(replace(config, ids_per_batch=4, images_per_id=2), 36, 6, [4] * 3, CPU)
+        trainer = SupervisedTrainer(replace(config, ids_per_batch=4, images_per_id=2), 36, "abcdef", [4] * 3, CPU)
         images = TrainImages(train.paths, labels, train_transform(replace(config, pad=10)), 0)
         sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
         (batch,) = load_epoch(images, sampler, CPU, 0)

@@ -21,7 +21,7 @@ from passreid_models.reid.config import ClusterConfig
 from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterRun, ClusterTrainer, cluster, compare_with_labels
-from passreid_models.training.warm_start import load_backbone
+from passreid_models.training.warm_start import find_weights
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
@@ -135,7 +135,7 @@ def test_the_learning_rate_falls_every_lr_step_epochs(data, tmp_path):
 
 
 def test_the_checkpoint_holds_its_image_statistics(whole):
-    model = load_backbone("test_pass_vit", str(steps(whole)[-1]), img_size=(64, 32), neck="")
+    model = find_weights(str(steps(whole)[-1]), "test_pass_vit").create("test_pass_vit", img_size=(64, 32), neck="")
     cfg = model.pretrained_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
 
