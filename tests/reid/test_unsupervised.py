@@ -272,7 +272,7 @@ def test_invalid_settings_of_the_source_are_reported_before_training(data, tmp_p
     with pytest.raises(ValueError, match=r"source .*market: ids_per_batch: 9 is more than the 6 .*--source-config"):
         cluster(config)
     (tmp_path / "source.yaml").write_text("a: [")
-    broken = r"source_config: expected a YAML file or one of .*laptop, got .*source\.yaml: while parsing"
+    broken = r"source_config: expected a YAML file or one of .*laptop, domain, got .*source\.yaml: while parsing"
     with pytest.raises(ValueError, match=broken):
         cluster(config)
     with pytest.raises(ValueError, match=r"source_config: expected a YAML file .*: .*No such file .*none\.yaml"):
