@@ -23,7 +23,7 @@ from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
 from passreid_models.evaluation.feature_cache import _checksum, weights_key
 from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
-from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
+from tests.reid_data import jpeg, make_model, write, write_csv, write_flat, write_persons
 from tests.tiny_runs import world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -303,6 +303,20 @@ def test_score_names_what_is_not_finite_and_goes_on(market, overflow, caplog):
     assert f"1 of {total} descriptors are not finite: " in caplog.text
     assert f"the first: {overflow[0]}" in caplog.text
     assert scores["mAP"] == pytest.approx(run(market, Embedder(make_model(), "cpu")).to_dict()["mAP"])
+
+
+def test_remarks_on_the_labels_are_in_the_report_and_in_json(tmp_path, embed):
+    lines = ["path,pid,camid,split", "0.jpg,Anna,1,query", "0.jpg,Anna,1,gallery", "1.jpg,Anna,2,gallery",
+             "2.jpg,anna,2,gallery"]  # fmt: skip
+    write(tmp_path, ["0.jpg", "1.jpg", "2.jpg"])
+    evaluation = run(open_dataset(write_csv(tmp_path / "own.csv", lines)), embed)
+    values = evaluation.to_dict()
+    assert values["remarks"] == [
+        "two identities each, though their names are nearly equal: Anna = anna",
+        "1 query is in the gallery too; each is left out of its own ranking",
+    ]
+    assert [f"remark: {remark}" for remark in values["remarks"]] == str(evaluation).splitlines()[3:5]
+    assert evaluation.metrics.num_queries == 1
 
 
 def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, embed):
