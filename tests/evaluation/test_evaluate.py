@@ -456,6 +456,23 @@ def test_descriptors_that_are_not_finite_are_not_cached_and_unknown_where_an_old
     assert run(market, embed, cache=True).retrieved.cached == again.retrieved.images
 
 
+def test_some_descriptors_that_are_not_finite_are_computed_again_and_never_cached(
+    market, embed, overflow, cache_folder
+):
+    overflow += [market.query.paths[3], market.gallery.paths[5]]
+    first = run(market, embed, cache=True)
+    [file] = (cache_folder / "features").glob("*.safetensors")
+    with safe_open(file, "numpy") as tensors:
+        descriptors = tensors.get_tensor("descriptors")
+    assert np.isfinite(descriptors).all()
+    assert len(descriptors) == first.retrieved.images - 2
+    again = run(market, embed, cache=True)
+    assert (again.retrieved.cached, again.not_finite) == (len(descriptors), first.not_finite)
+    assert again.metrics.mAP == first.metrics.mAP
+    overflow.clear()
+    assert run(market, embed, cache=True).not_finite == []
+
+
 def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, cache_folder):
     files = ["query/0001_c1.jpg", "query/0002_c1.jpg", "bounding_box_test/0001_c2.jpg", "bounding_box_test/0002_c2.jpg"]
     dataset = open_dataset(write(tmp_path / "data", files))
