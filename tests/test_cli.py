@@ -150,9 +150,10 @@ def test_eval_of_descriptors_that_overflow_gives_the_advice_and_exits_with_1(tmp
         model.blocks[-1].mlp.fc2.weight.mul_(1e8)
     passreid_models.save_pretrained(model, tmp_path / "model")
     data = "synthetic:ids=8,images=4,cameras=2,seed=0,size=64x32"
-    assert run("eval", data, "--model", tmp_path / "model", "--dtype", "float16", "--device", "cpu") == 1
     advice = "16 of 16 descriptors are not finite: compute in float32 or bfloat16 (--dtype)"
-    assert capsys.readouterr().err.splitlines()[-1] == f"passreid: no query image can be ranked: {advice}"
+    for options in ([], ["--open-set", "--rerank"]):
+        assert run("eval", data, "--model", tmp_path / "model", "--dtype", "float16", "--device", "cpu", *options) == 1
+        assert capsys.readouterr().err.splitlines()[-1] == f"passreid: no query image can be ranked: {advice}"
     assert not list((tmp_path / "cache" / "features").glob("*"))
     assert run("eval", data, "--model", tmp_path / "model", "--dtype", "bfloat16", "--device", "cpu", "--open-set") == 0
     assert "as an open set" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
     open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
     open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
-    open_dataset("VeRi-776"), open_dataset("MARS")    VeRi-776, MARS and DukeMTMC-VideoReID, frame by frame
+    open_dataset("VeRi-776"), open_dataset("LTCC")    VeRi-776, LTCC, RandPerson
+    open_dataset("MARS")                              MARS and DukeMTMC-VideoReID, frame by frame
     open_dataset("crops/")                            a folder per identity, or names such as 0002_c1s1_000451_03.jpg
     open_dataset("crops.csv")                         columns path,pid,camid,split
     open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
@@ -29,6 +30,9 @@ from passreid_models.runtime import cache_dir, lock, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
 __all__ = ["ReIDDataset", "Split", "open_dataset"]
+
+LISTED = ("CSV", "MSMT17 V1", "MSMT17 V2")
+FEW_IDS, MANY_IMAGES = 20, 50  # cameras rather than persons: so few folders of so many images
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +68,9 @@ class ReIDDataset:
     """Training images, queries and gallery; a split may be empty."""
 
     name: str
-    """``Market-1501``, ``DukeMTMC-reID``, ``VeRi-776``, ``MARS``, ``DukeMTMC-VideoReID``, ``MSMT17 V1``, ``MSMT17 V2``,
-    ``folder per identity``, ``flat folder``, ``CSV``, ``synthetic`` or ``unlabelled folder``."""
+    """``Market-1501``, ``DukeMTMC-reID``, ``VeRi-776``, ``LTCC``, ``RandPerson``, ``MARS``, ``DukeMTMC-VideoReID``,
+    ``MSMT17 V1``, ``MSMT17 V2``, ``folder per identity``, ``flat folder``, ``CSV``, ``synthetic`` or
+    ``unlabelled folder``."""
     root: Path
     train: Split
     query: Split
@@ -81,6 +86,8 @@ class ReIDDataset:
     """Source of each split, such as ``query/``, for messages."""
     repeated: tuple[str, ...] = ()
     """Rows of a list that repeat an image of their split and are left out, such as ``own.csv:9``."""
+    alike: tuple[str, ...] = ()
+    """Identities that differ only in case, separators or zeros in front, such as ``Anna1 = anna01``."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -101,6 +108,26 @@ class ReIDDataset:
         labels = zip(self.query.pids.tolist(), self.query.camids.tolist(), self.own.tolist(), strict=True)
         excluded = ((pid, of_camera[pid, camid] if self.has_cameras else own >= 0) for pid, camid, own in labels)
         return np.array([of_pid[pid] - number if pid > 0 else 0 for pid, number in excluded], dtype=np.int64)
+
+    @cached_property
+    def remarks(self) -> dict[str, str]:
+        """Doubts about the labels by kind, a sentence each: scores may be of something else than they seem to be."""
+        remarks = {}
+        if self.alike:
+            shown = ", ".join(self.alike[:3]) + (", .." if len(self.alike) > 3 else "")
+            remarks["alike"] = f"two identities each, though their names are nearly equal: {shown}"
+        ids, images = self.gallery.num_ids, int((self.gallery.pids > 0).sum())
+        if self.name == "folder per identity" and 0 < ids <= FEW_IDS and images >= MANY_IMAGES * ids:
+            remarks["few identities"] = (
+                f"{ids} identities in {images:,} gallery images: are the folders persons? Scores of folders of "
+                "cameras, days or scenes mean nothing"
+            )
+        shared = int((self.own >= 0).sum())
+        if shared and not self.is_one_set and self.name in LISTED:  # in folders, it is as the layout has it
+            remarks["queries in the gallery"] = (
+                f"{count(shared, 'query is', 'queries are')} in the gallery too; each is left out of its own ranking"
+            )
+        return remarks
 
     @property
     def description(self) -> str:
@@ -235,7 +262,7 @@ def _contents(path: Path) -> str:
 
 
 def _dataset(layout: Layout) -> ReIDDataset:
-    repeated = settle(layout)
+    repeated, alike = settle(layout)
     rows = [layout.rows[split] for split in SPLITS]
     pids = number_ids([[row.pid for row in split] for split in rows])
     camids = number_cameras([[row.camid for row in split] for split in rows])
@@ -254,6 +281,7 @@ def _dataset(layout: Layout) -> ReIDDataset:
         identities=tuple(names[pid] for pid in sorted(names) if pid >= 0),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
         repeated=tuple(repeated),
+        alike=tuple(alike),
     )
 
 

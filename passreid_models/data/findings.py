@@ -46,7 +46,7 @@ class Finding:
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
     """Findings on identities, cameras and numbers of images."""
-    for rule in (_missing, _repeated, _identities, _cameras, _matches, _counts):
+    for rule in (_missing, _rows, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
 
@@ -60,7 +60,10 @@ def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
             yield Finding(level, "missing split", f"no {name} images, so no {use}: {where}")
 
 
-def _repeated(dataset: ReIDDataset) -> Iterator[Finding]:
+def _rows(dataset: ReIDDataset) -> Iterator[Finding]:
+    """Labels in doubt, and repeated rows."""
+    for kind, message in dataset.remarks.items():
+        yield Finding("remark", kind, message)
     if lines := list(dataset.repeated):
         message = f"{count(len(lines), 'repeated row')} of an image in a split, left out"
         yield Finding("remark", "repeated rows", message, lines)
@@ -122,6 +125,11 @@ def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
     if dataset.name in VIDEOS:
         message = f"{dataset.name} is read frame by frame; its published scores are of tracklets, so compare with none"
         yield Finding("remark", "frames", message)
+    if dataset.name == "LTCC":
+        message = (
+            "LTCC's scores are of its standard setting; the cloth-changing one leaves out matches in equal clothes"
+        )
+        yield Finding("remark", "clothes", message)
     for name, published in PUBLISHED.get(dataset.name, {}).items():
         split = dataset.splits[name]
         images, ids = len(split), split.num_ids

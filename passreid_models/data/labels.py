@@ -1,7 +1,9 @@
 """Labels as text become numbers: one for each identity and camera in all splits."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
+from decimal import Context, Decimal
 
 import numpy as np
 
@@ -9,20 +11,22 @@ from passreid_models.data.layouts import SPLITS, Layout, Row
 
 __all__ = ["number_cameras", "number_ids", "settle"]
 
-INTEGER = re.compile(r"(-?)0*(0|[1-9][0-9]*)(?:\.0+)?")
+NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?|[+-]?[0-9](\.[0-9]*)?[eE][+-]?[0-9]{1,2}")
+CAMERA = re.compile(r"(?:c|cam|camera)[ _-]*([0-9]+)", re.IGNORECASE)
 
 
-def settle(layout: Layout) -> list[str]:
+def settle(layout: Layout) -> tuple[list[str], list[str]]:
     """Bring the rows of a layout into one form: a spelling for each number, and a row for each image of a split.
 
-    ``01`` and ``1.0``, as spreadsheets write them, become ``1``. Where one dataset has two spellings of a number, they
-    may be one person or two, so they are refused.
+    ``01`` and ``1.0``, as spreadsheets write them, become ``1``. Where one dataset has two spellings of a number, such
+    as ``1`` and ``+1``, or cameras ``1`` and ``c1``, they may be one person or two, so they are refused.
 
     Args:
         layout: Layout; its rows are replaced.
 
     Returns:
-        Places of the rows that repeat an image of their split, which are left out: files with lines.
+        Places of the rows that repeat an image of their split, which are left out: files with lines; and identities
+        that differ only in case, separators or zeros in front, such as ``Anna1 = anna01``.
 
     Raises:
         ValueError: If two labels are equal as numbers but not as text, or an image has two identities or cameras.
@@ -49,17 +53,20 @@ def settle(layout: Layout) -> list[str]:
             if kept.setdefault(row.path, row) is not row:
                 repeated.append(row.line or row.path)
         layout.rows[split] = list(kept.values())
-    return repeated
+    return repeated, _alike(sorted(set(pids.values())))
 
 
 def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) -> dict[str, str]:
-    """Integers among the labels of the rows in their shortest spelling; other labels as they are."""
+    """Numbers among the labels of the rows in their shortest spelling; other labels as they are."""
     short: dict[str, str] = {}
     first: dict[str, str] = {}
     for text in dict.fromkeys(texts):
-        integer = INTEGER.fullmatch(text.strip())
-        short[text] = (integer[1] * (integer[2] != "0") + integer[2]) if integer else text
-        known = first.setdefault(short[text], text)
+        short[text] = text
+        if NUMBER.fullmatch(text.strip()):
+            value = Decimal(text.strip()).normalize(Context(prec=len(text)))
+            short[text] = f"{value:f}" if value else "0"  # not -0
+        numbered = CAMERA.fullmatch(text.strip()) if label == "camera" else None
+        known = first.setdefault(str(int(numbered[1])) if numbered else short[text], text)
         if known != text:
             one, other = (_place(layout, rows[texts.index(spelling)]) for spelling in (text, known))
             raise ValueError(
@@ -67,6 +74,14 @@ def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) ->
                 f"for one {label}"
             )
     return short
+
+
+def _alike(names: list[str]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        text = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold().strip())
+        groups.setdefault(re.sub(r"0+(?=[0-9])", "", text) if not text.isdecimal() else text, []).append(name)
+    return [" = ".join(group) for group in groups.values() if len(group) > 1]
 
 
 def _place(layout: Layout, row: Row) -> str:

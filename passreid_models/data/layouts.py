@@ -3,6 +3,8 @@
 market/bounding_box_train|query|bounding_box_test/0002_c1s1_000451_03.jpg     Market-1501; -1_ junk, 0000_ distractor
 duke/bounding_box_train|query|bounding_box_test/0001_c2_f0046182.jpg          DukeMTMC-reID
 veri/image_train|image_query|image_test/0001_c001_00016450_0.jpg              VeRi-776
+ltcc/train|query|test/001_1_c1_015833.png                                     LTCC: identity, clothes, camera
+randperson/00003_s01_c02_f000123.jpg                                          RandPerson: cameras count in each scene
 mars/bbox_train|bbox_test/0006/0006C1T0001F001.jpg                            MARS; 00-1 junk, 0000 distractor
 duke-video/train|query|gallery/0001/0001/0001_C6_F0044_X2.jpg                 DukeMTMC-VideoReID
 msmt/list_train|val|query|gallery.txt with train/ and test/                   MSMT17 V1
@@ -15,7 +17,7 @@ own.csv                               path,pid,camid,split
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +43,10 @@ FOLDERS = {"train": ("train_all", "train", MARKET["train"], "bbox_train"), "quer
            "gallery": ("gallery", "test", MARKET["gallery"], "bbox_test")}  # fmt: skip
 LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
 VERSIONS = {"MSMT17 V1": ("train", "test"), "MSMT17 V2": ("mask_train_v2", "mask_test_v2")}
-MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+)(?!\d)")
+MARKET_NAME = re.compile(r"(?P<pid>-1|\d+)_(?:\d+_|s(?P<scene>\d+)_)?c(?P<camera>\d+)(?!\d)")
 DUKE_NAME = re.compile(r"\d+_c\d+_f\d+")
+LTCC_NAME = re.compile(r"\d{3}_\d+_c\d+_\d+")
+RANDPERSON_NAME = re.compile(r"\d+_s\d+_c\d+_f\d+")
 MSMT_NAME = re.compile(r"\d+_\d+_\d+_\d{4}\D+_\d+_\d+")
 VIDEOS = {
     "MARS": re.compile(r"(\d{4}|00-1)C(\d)T\d{4}F\d{3,}\."),
@@ -54,12 +58,34 @@ CAMERAS = (
     re.compile(r"(.*?[_-])?[cC](\d+)(?=[sS]\d|[_.-])"),  # 0002_c1s1_000451_03.jpg
     re.compile(r"(\d+)_\d+_(\d+)_\d{4}\D+_\d+_\d+"),  # MSMT17
 )
+OTHER_SETS = {
+    "PRCC": r"[ABC]_cropped_rgb\d+\.\w+|[ABC]/\d+/cropped_rgb\d+\.\w+",
+    "CUHK01": r"campus/\d{7}\.png",
+    "CUHK02": r"P[1-5]/cam[12]/\d{3}_\d{3}\.png",
+    "CUHK03": r"images_(detected|labell?ed)/\d+_\d+_\d+_\d+\.png",
+    "CUHK-SYSU": r"SSM/s\d+\.jpg",
+    "GRID": r"(probe|gallery)/\d{4}_\d_[\d_]+\.jpe?g",
+    "iLIDS-VID": r"cam[12]/person\d{3}/.+",
+    "PRID2011": r"cam_[ab]/person_\d{4}(/\d+)?\.png",
+    "VIPeR": r"cam_[ab]/\d{3}_\d+\.bmp",
+    "Partial-REID": r"(partial|occluded|whole)_body_images/\d{3}_\d{3}\.\w+",
+    "Occluded-REID": r"(occluded|whole)_body_images/\d{3}/\d{3}_\d+\.\w+",
+    "P-DukeMTMC-reID": r"(occluded|whole)_body_images/\d+/.*c\d_?f\d+.*",
+    "VC-Clothes": r"(train|query|gallery)/\d{4}-\d{2}-\d{2}-\d{2}\.\w+",
+    "SYSU-MM01": r"cam[1-6]/\d{4}/\d{4}\.jpg",
+    "RegDB": r"(Thermal|Visible)/\d+/.+\.bmp",
+    "DeepChange": r"(train-set|(val|test)-set-\w+)/.+",
+    "VehicleID": r"image/\d{7}\.jpg",
+}
+"""Public sets whose folders do not tell identities and cameras, by the ends of their paths."""
 SPLIT_WORD = re.compile(r"(train|test|query|querie|gallery|gallerie|probe)(ing|val|set|split|image|data)?s?")
 SET_WORD = re.compile(
     r"(val|valid|validation|split|(data)?set|data|image|img|frame|crop|picture|photo|bbox|bounding|box(es)?|"
-    r"label(l?ed)?|unlabel(l?ed)?|detected|detection|multi|single|shot|all|mask|junk|distractor|\d+)s?"
+    r"label(l?ed)?|unlabel(l?ed)?|detected|detection|multi|single|shot|all|mask|junk|distractor|sequence|seq|session|"
+    r"clip|day|scene|partial|occluded|whole|holistic|body|thermal|visible|infrared|rgb|depth|sketch|\d+)s?"
 )
-CAMERA_FOLDER = re.compile(r"(cam|camera)[ _-]*\d+|(cam|camera)[ _-]+[a-z]|cameras?|cams|c[ _-]?\d+(s\d+)?")
+VIEWS = r"(cam|camera|view|viewpoint|video|channel|stream|sensor|site|location)"
+CAMERA_FOLDER = re.compile(rf"{VIEWS}[ _-]*\d+|{VIEWS}[ _-]+[a-z]|cameras?|cams|views?|videos?|(c|ch)[ _-]?\d+(s\d+)?")
 
 
 class Row(NamedTuple):
@@ -113,11 +139,14 @@ def read_tree(root: Path) -> Layout | None:
     """Read a folder that holds a folder of images for each identity; None if it has no image in them.
 
     Raises:
-        ValueError: If images lie beside the folders of identities, or deeper.
+        ValueError: If images lie beside the folders of identities, or deeper, or folders are named as those of splits,
+            sets or cameras, or of a public set with other folders.
     """
     expected = f"expected {root.name}/ID/*.jpg, with an ID of any text"
     names = list(image_names(str(root)))
-    _refuse_other_folders(root, list(dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)))
+    folders = {name.partition("/")[0]: name for name in reversed(names) if "/" in name}
+    _refuse_other_sets(root, reversed(folders.values()))
+    _refuse_other_folders(root, list(reversed(folders)))
     rows: list[Row] = []
     stray = ""
     for name in names:
@@ -147,7 +176,9 @@ def read_flat(root: Path) -> Layout | None:
     """
     if not any(map(MARKET_NAME.match, _images_in(root))):
         return None
-    return _one_set("flat folder", root, _market_rows(root))
+    rows = _market_rows(root)
+    is_randperson = all(RANDPERSON_NAME.match(os.path.basename(row.path)) for row in rows)
+    return _one_set("RandPerson" if is_randperson else "flat folder", root, rows)
 
 
 def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
@@ -156,6 +187,21 @@ def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
     train = [row for row in rows if row.pid.strip("0") or not has_junk]  # 0000 are distractors beside junk
     query = [row for row in train if row.pid != "-1"]
     return Layout(name, root, {"train": train, "query": query, "gallery": rows})
+
+
+def _refuse_other_sets(root: Path, names: Iterable[str]) -> None:
+    """Refuse images that are named as in a public set whose folders are not those of identities.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name in names:
+        for known, pattern in OTHER_SETS.items():
+            if re.search(f"(^|/)({pattern})$", f"{root.name}/{name}"):
+                raise ValueError(
+                    f"{root / name}: named as in {known}, whose folders do not tell identities and cameras; expected a "
+                    "CSV file with the columns path,pid,camid,split"
+                )
 
 
 def _refuse_other_folders(root: Path, folders: list[str]) -> None:
@@ -191,6 +237,8 @@ def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]
     names = [os.path.basename(row.path) for rows in layout.rows.values() for row in rows]
     if parts is MARKET and all(map(DUKE_NAME.match, names)):
         layout.name = "DukeMTMC-reID"
+    elif all(map(LTCC_NAME.match, names)):
+        layout.name = "LTCC"
     if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
         layout.name = "synthetic"
     return layout
@@ -202,11 +250,12 @@ def _market_rows(folder: Path) -> list[Row]:
     for name in _images_in(folder):
         labels = MARKET_NAME.match(name)
         if labels is None:
+            _refuse_other_sets(folder.parent, [f"{folder.name}/{name}"])
             raise ValueError(
                 f"{folder / name}: the name shows no identity and camera; expected PPPP_cC in front, such as "
                 "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
             )
-        rows.append(Row(os.path.join(folder, name), str(int(labels[1])), str(int(labels[2]))))
+        rows.append(Row(os.path.join(folder, name), str(int(labels["pid"])), _market_camera(labels)))
     return rows
 
 
@@ -287,7 +336,14 @@ def _read_split_folders(root: Path, folders: set[str]) -> Layout:
     return layout
 
 
+def _market_camera(name: re.Match[str]) -> str:
+    scene = f"s{int(name['scene'])}c" if name["scene"] else ""
+    return f"{scene}{int(name['camera'])}"
+
+
 def _camera(name: str) -> str:
+    if market := MARKET_NAME.match(name):
+        return _market_camera(market)
     camera = next((match for pattern in CAMERAS if (match := pattern.match(name))), None)
     return str(int(camera[2])) if camera else ""
 

@@ -156,8 +156,8 @@ def evaluate_dataset(
         "width": embed.dim,
         "weights": store.key if store else weights_key(embed),
     }
-    reranked = retrieved.reranked() if rerank else None
-    metrics, curve, identification = retrieved.metrics(), retrieved.roc(), retrieved.open_set() if open_set else None
+    metrics, curve = retrieved.metrics(), retrieved.roc()  # first: their errors name the reason
+    identification, reranked = retrieved.open_set() if open_set else None, retrieved.reranked() if rerank else None
     return Evaluation(dataset, model, retrieved, metrics, curve, reranked, per_camera, identification)
 
 

@@ -154,6 +154,7 @@ class Evaluation:
             },
             "model": self.model,
             "protocol": self.protocol,
+            "remarks": list(self.dataset.remarks.values()),
             "metric": self.retrieved.metric,
             "queries": {
                 "total": total,
@@ -218,6 +219,7 @@ class Evaluation:
             self.dataset.description,
             ", ".join(filter(None, [*kind, f"{values['metric']} distance"])),
             f"{self.protocol}; {', '.join(counts)}",
+            *(f"remark: {remark}" for remark in values["remarks"]),
             f"{values['from_cache']:,} of {values['images']:,} descriptors came from the cache",
             "",
             f"{'':<12}{'queries':>9}{'mAP':>8}{'mINP':>8}" + "".join(f"{f'Rank-{k}':>9}" for k in RANKS),

@@ -78,6 +78,7 @@ class ReIDRun(Run):
             f"data: {self.dataset.description}",
             f"model: {c.model} at {size}, fusion {c.fusion}, neck {c.neck}; {t.device}, {str(t.dtype)[6:]}",
         ]
+        lines += [f"remark: {remark}" for remark in self.dataset.remarks.values() if self.labelled]
         if junk := len(self.dataset.train) - len(self.train_split):
             lines.append(f"junk: {junk} training images with identity -1 are left out")
         if self.eval_dataset is None and c.eval_epochs:

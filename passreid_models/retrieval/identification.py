@@ -28,11 +28,13 @@ class OpenSet:
         num_gallery: Gallery images that a query is compared with, G without junk.
         known: Similarity of the best hit of each known query, ascending ``[K]``; -inf if it is another person.
         unknown: The same of each unknown query, whoever it is, ascending ``[U]``.
+        num_not_finite: Queries and gallery images whose descriptor is not finite; they are left out.
     """
 
     num_gallery: int
     known: np.ndarray
     unknown: np.ndarray
+    num_not_finite: int = 0
 
     def fpir(self, threshold: float) -> float:
         """Share of unknown queries with an accepted hit."""
@@ -72,8 +74,8 @@ def open_set(
     """Best hits of queries of known persons, and of persons who are not in the gallery.
 
     A query is known if the gallery holds a match of it by the Market-1501 protocol, and unknown if its identity is not
-    in the gallery at all; others, and junk, are not counted. ``unknown_identities`` selects persons to take out of a
-    gallery that holds everybody.
+    in the gallery at all; others, junk, and images whose descriptor is not finite are not counted.
+    ``unknown_identities`` selects persons to take out of a gallery that holds everybody.
 
     Args:
         query: Descriptors ``[Q, C]``.
@@ -87,10 +89,11 @@ def open_set(
         budget_mb: Memory on top of the descriptors, in MB.
 
     Raises:
-        ValueError: If shapes do not match, or there are no queries of known persons or none of unknown ones.
+        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, or there are no queries of
+            known persons or none of unknown ones.
     """
     pairs = Similarities(query, gallery, metric)
-    protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
     num_queries, num_gallery = pairs.shape
     best, best_right = (np.full(num_queries, -np.inf, dtype=np.float32) for _ in range(2))
     for start, stop in chunks(num_queries, 8 * num_gallery + 64 * protocol.max_same_pid, budget_mb, pairs.device):
@@ -108,7 +111,8 @@ def open_set(
             f"open-set identification needs queries of known and of unknown persons; there are none of {kind}"
         )
     known = np.where(best_right >= best, best, -np.inf)[is_known]
-    return OpenSet(num_gallery - len(protocol.junk), np.sort(known), np.sort(best[is_unknown]))
+    counted = num_gallery - len(protocol.junk)
+    return OpenSet(counted, np.sort(known), np.sort(best[is_unknown]), protocol.num_not_finite)
 
 
 def unknown_identities(query_pids: ArrayLike, seed: int = 0) -> np.ndarray:

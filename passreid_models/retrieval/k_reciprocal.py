@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from passreid_models.retrieval.protocol import integer_ranges
-from passreid_models.retrieval.similarity import LEAST, Similarities, chunks, top
+from passreid_models.retrieval.similarity import Similarities, chunks, top
 
 TERM_BYTES = 64  # temporary memory per minimum of two weights
 CACHED_TERMS = 2**17  # more at a time exceed the processor's cache and take longer
@@ -41,15 +41,14 @@ def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray 
         pairs: Similarities of all images with all.
         k: Neighbours, the image itself included.
         budget_mb: Memory for similarities.
-        farthest: Array ``[N]`` that is filled with each image's largest squared distance to a readable image.
+        farthest: Array ``[N]`` that is filled with each image's largest squared distance.
     """
     num = pairs.shape[0]
     indices = np.empty((num, min(k, num)), dtype=np.int32)
     for start, stop in chunks(num, 5 * num, budget_mb, pairs.device):
         rows = pairs.rows(start, stop)
         if farthest is not None:
-            readable = rows.masked_fill(rows == LEAST, torch.inf) if len(pairs.unreadable) else rows
-            farthest[start:stop] = pairs.distances(readable.amin(dim=1)).cpu().numpy()
+            farthest[start:stop] = pairs.distances(rows.amin(dim=1)).cpu().numpy()
         own = torch.arange(start, stop, device=rows.device)
         rows[own - start, own] = torch.inf  # itself first, even among its duplicates
         indices[start:stop] = top(rows, k)[1].cpu().numpy()
@@ -126,7 +125,7 @@ def _weights(
     if is_raw:  # long descriptors have distances far below 0, whose exponential overflows
         distances -= np.repeat(np.minimum.reduceat(distances, firsts), counts)
     else:
-        distances[rows == columns] = 0  # even for an unreadable image
+        distances[rows == columns] = 0  # exactly
     weights = np.exp(-distances if scales is None else -distances / scales[rows])
     return weights / np.repeat(np.add.reduceat(weights, firsts), counts)
 

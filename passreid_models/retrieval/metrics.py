@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passreid_models.retrieval.protocol import Pairs, Protocol, indices
 from passreid_models.retrieval.reranking import Reranked
-from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks
+from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks, require_finite
 
 __all__ = ["RetrievalMetrics", "evaluate", "evaluate_distances"]
 
@@ -33,7 +33,7 @@ class RetrievalMetrics:
         num_queries: Queries that have a match and are counted.
         average_precision: Average precision of each query ``[Q]``; NaN where it is not counted.
         first_match: Rank of each query's first match ``[Q]``, from 1; 0 where it is not counted.
-        num_not_finite: Queries and gallery images whose descriptor is not finite; they rank last, and are counted.
+        num_not_finite: Queries and gallery images whose descriptor is not finite; they are left out.
     """
 
     mAP: float
@@ -93,7 +93,8 @@ def evaluate(
 
     Gallery images of the query's identity and camera are left out, and so are junk images (identity -1); queries
     without a remaining match are not counted. A distractor (identity 0) is a person whom no query shows. Equal
-    similarities are ranked by gallery index; rows of NaN (unreadable images) come last.
+    similarities are ranked by gallery index. Queries and gallery images whose descriptor is not finite, such as the NaN
+    rows of unreadable images, are left out like junk, and their number is in the result.
 
     For data of one camera or without cameras, omit the cameras: no image is then left out by camera. If the queries are
     themselves in the gallery, give their rows there as ``own``.
@@ -111,11 +112,11 @@ def evaluate(
         budget_mb: Memory on top of the descriptors, in MB; one query at a time where that takes more.
 
     Raises:
-        ValueError: If shapes do not match, or no query has a match.
+        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, or no query has a match.
     """
     pairs = Similarities(query, gallery, metric)
-    protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    return _score(pairs, protocol, max_rank, budget_mb, pairs.num_not_finite)
+    protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    return _score(pairs, protocol, max_rank, budget_mb)
 
 
 def evaluate_distances(
@@ -132,7 +133,8 @@ def evaluate_distances(
     """mAP, mINP and CMC from distances, such as re-ranked ones, by the protocol of ``evaluate``.
 
     Args:
-        distances: Distances ``[Q, G]``, or the result of ``rerank``; NaN ranks last.
+        distances: Distances ``[Q, G]``, or the result of ``rerank``. A row or column without a finite number is of an
+            image without a descriptor, and is left out; infinity elsewhere ranks last.
         query_pids: Identities ``[Q]``.
         gallery_pids: Identities ``[G]``.
         query_camids: Cameras ``[Q]``, or None.
@@ -142,15 +144,41 @@ def evaluate_distances(
         budget_mb: Memory on top of the distances, in MB; one query at a time where that takes more.
 
     Raises:
-        ValueError: If shapes do not match, or no query has a match.
+        ValueError: If shapes do not match, a distance is NaN in a row and a column with finite ones, nothing is finite,
+            or no query has a match.
     """
     if not isinstance(distances, Reranked):
         distances = as_tensor(distances)
         if distances.ndim != 2:
             raise ValueError(f"expected distances [Q, G], got {tuple(distances.shape)}")
-    protocol = Protocol(distances.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
-    not_finite = distances.num_not_finite if isinstance(distances, Reranked) else 0
-    return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb, not_finite)
+    finite = distances.finite if isinstance(distances, Reranked) else _finite(distances, budget_mb)
+    protocol = Protocol(finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    return _score(_NegatedDistances(distances), protocol, max_rank, budget_mb)
+
+
+def _finite(distances: Tensor, budget_mb: float) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each row and each column has a finite distance, bool ``[Q]`` and ``[G]``.
+
+    Raises:
+        ValueError: If none is finite, or one is NaN in a row and a column that have.
+    """
+    rows, columns = (torch.full((n,), not distances.numel(), device=distances.device) for n in distances.shape)
+    parts = list(chunks(len(distances), 2 * max(1, len(columns)), budget_mb, distances.device))
+    for start, stop in parts:
+        finite = distances[start:stop].isfinite()
+        rows[start:stop] |= finite.any(dim=1)
+        columns |= finite.any(dim=0)
+    result = rows.cpu().numpy(), columns.cpu().numpy()
+    require_finite(result)
+    for start, stop in parts:
+        wrong = distances[start:stop].isnan() & rows[start:stop, None] & columns
+        if wrong.any():
+            row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"the distance of query {start + row} and gallery image {column} is NaN; expected a number, or a whole "
+                "row or column that is not finite, of an image without a descriptor"
+            )
+    return result
 
 
 class _NegatedDistances:
@@ -167,9 +195,7 @@ class _NegatedDistances:
         return rows.nan_to_num_(nan=torch.finfo(rows.dtype).min)  # -inf too becomes the least finite number
 
 
-def _score(
-    similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float, not_finite: int
-) -> RetrievalMetrics:
+def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
     if max_rank < 1:
         raise ValueError(f"max_rank must be 1 or more, got {max_rank}")
     num_queries, num_gallery = similarities.shape
@@ -204,7 +230,7 @@ def _score(
         num_queries=count,
         average_precision=torch.from_numpy(precision),
         first_match=torch.from_numpy(first),
-        num_not_finite=not_finite,
+        num_not_finite=protocol.num_not_finite,
     )
 
 

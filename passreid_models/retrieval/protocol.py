@@ -28,18 +28,30 @@ class Protocol:
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        finite: tuple[np.ndarray, np.ndarray],
         query_pids: ArrayLike,
         gallery_pids: ArrayLike,
         query_camids: ArrayLike | None,
         gallery_camids: ArrayLike | None,
         own: ArrayLike | None,
     ) -> None:
+        """
+        Args:
+            finite: Whether each query and each gallery image has a finite descriptor, bool ``[Q]`` and ``[G]``; others
+                are left out, as junk is.
+            query_pids: Identities ``[Q]``.
+            gallery_pids: Identities ``[G]``.
+            query_camids: Cameras ``[Q]``, or None.
+            gallery_camids: Cameras ``[G]``, or None.
+            own: Row in the gallery of each query's own image ``[Q]``, or -1; None: no query is in the gallery.
+        """
+        shape = len(finite[0]), len(finite[1])
         if (query_camids is None) != (gallery_camids is None):
             missing = "query_camids" if query_camids is None else "gallery_camids"
             raise ValueError(f"{missing} is missing: give the cameras of both queries and gallery, or of neither")
-        self.query_pids = _ids("query_pids", query_pids, shape[0])
-        gallery = _ids("gallery_pids", gallery_pids, shape[1])
+        self.query_pids = np.where(finite[0], _ids("query_pids", query_pids, shape[0]), JUNK)
+        gallery = np.where(finite[1], _ids("gallery_pids", gallery_pids, shape[1]), JUNK)
+        self.num_not_finite = sum(int((~mask).sum()) for mask in finite)
         self.order = np.argsort(gallery, kind="stable")
         self.sorted_pids = gallery[self.order]
         self.junk = np.flatnonzero(gallery == JUNK)
@@ -87,13 +99,16 @@ class Protocol:
         """Error message for the case that no query has a match: likely causes, and what to do."""
         if not len(self.query_pids):
             return "there are no queries"
+        left_out = (
+            f"; {self.num_not_finite} descriptors that are not finite are left out" if self.num_not_finite else ""
+        )
         if self.cameras:
             return (
                 "no query has a match in the gallery under another camera: is this data of a single camera, or are "
                 "identities of query and gallery disjoint? For data of one camera or none leave the cameras out and "
-                "give `own`, the row of each query's own image in the gallery"
+                f"give `own`, the row of each query's own image in the gallery{left_out}"
             )
-        return "no query has a match in the gallery besides its own image: are their identities disjoint?"
+        return f"no query has a match in the gallery besides its own image: are their identities disjoint?{left_out}"
 
 
 def integer_ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:

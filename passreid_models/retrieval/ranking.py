@@ -27,7 +27,8 @@ def rank(
 ) -> Ranking:
     """Rank the ``topk`` most similar gallery images of each query.
 
-    Equal similarities are ordered by gallery index; rows of NaN (unreadable images) come last, with -inf.
+    Equal similarities are ordered by gallery index; gallery images whose descriptor is not finite
+    (unreadable ones) come last, with -inf.
 
     Args:
         query: Descriptors ``[Q, C]``, or one ``[C]``.
@@ -41,7 +42,8 @@ def rank(
         Indices into the gallery and similarities, ``[Q, K]`` each.
 
     Raises:
-        ValueError: If the shapes do not match, the gallery is empty, or ``topk`` or ``budget_mb`` is too small.
+        ValueError: If the shapes do not match, the gallery is empty, a query's descriptor or the whole gallery is not
+            finite, or ``topk`` or ``budget_mb`` is too small.
     """
     if query is not gallery:
         query = as_tensor(query)
@@ -49,6 +51,9 @@ def rank(
     pairs = Similarities(query, gallery, metric)
     if topk < 1:
         raise ValueError(f"topk must be 1 or more, got {topk}")
+    if len(rows := (~pairs.finite[0]).nonzero()[0]):
+        shown = ", ".join(map(str, rows[:5])) + (", .." if len(rows) > 5 else "")
+        raise ValueError(f"{len(rows)} query descriptors are not finite and cannot be ranked, in rows {shown}")
     num_queries, num_gallery = pairs.shape
     width = min(topk, num_gallery)
     indices = torch.empty(num_queries, width, dtype=torch.int64, device=pairs.device)

@@ -20,30 +20,51 @@ _logger = logging.getLogger(__name__)
 class Reranked:
     """Re-ranked distances of queries and gallery, ``shape`` ``[Q, G]``, computed on demand; the result of ``rerank``.
 
-    Only sparse encodings are held, so that memory does not grow with Q x G.
+    Only sparse encodings are held, so that memory does not grow with Q x G. ``finite`` tells which queries and gallery
+    images have a finite descriptor, bool ``[Q]`` and ``[G]``; distances of others are infinite.
     """
 
-    def __init__(self, pairs: Similarities, farthest: Tensor, v: Any, lambda_value: float, budget_mb: float) -> None:
+    def __init__(
+        self,
+        pairs: Similarities,
+        finite: tuple[np.ndarray, np.ndarray],
+        farthest: Tensor,
+        v: Any,
+        lambda_value: float,
+        budget_mb: float,
+    ) -> None:
         """
         Args:
-            pairs: Similarities of queries and gallery.
+            pairs: Similarities of queries and gallery that have a finite descriptor.
+            finite: Whether each query and each gallery image has one.
             farthest: Largest squared distance of each query ``[Q]``.
             v: Encodings of the queries, then of the gallery: CSR ``[Q + G, Q + G]``.
             lambda_value: Weight of the original distance.
             budget_mb: Memory for temporary arrays.
         """
-        self.shape, self.device, self.num_not_finite = pairs.shape, pairs.device, pairs.num_not_finite
+        self.shape, self.device, self.finite = torch.Size((len(finite[0]), len(finite[1]))), pairs.device, finite
         self._pairs, self._farthest, self._lambda, self._budget_mb = pairs, farthest, lambda_value, budget_mb
-        self._query, self._gallery = v[: self.shape[0]], v[self.shape[0] :].tocsc()
+        self._query, self._gallery = v[: pairs.shape[0]], v[pairs.shape[0] :].tocsc()
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Distances ``[stop - start, G]`` of some queries, as a new tensor; infinite for unreadable images."""
+        """Distances ``[stop - start, G]`` of some queries, as a new tensor."""
+        if all(mask.all() for mask in self.finite):
+            return self._rows(start, stop)
+        rows, columns = np.flatnonzero(self.finite[0][start:stop]), np.flatnonzero(self.finite[1])
+        before = int(self.finite[0][:start].sum())
+        distances = torch.full((stop - start, self.shape[1]), torch.inf, device=self.device)
+        index = torch.from_numpy(rows)[:, None].to(self.device), torch.from_numpy(columns).to(self.device)
+        distances[index] = self._rows(before, before + len(rows))
+        return distances
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        """Distances of queries and gallery images with a finite descriptor."""
         distances = self._pairs.distances(self._pairs.rows(start, stop))
         distances.div_(self._farthest[start:stop, None]).mul_(self._lambda)
         v = self._query[start:stop]
         firsts = self._gallery.indptr[v.indices]
-        for first, last, terms in minima(v, self._gallery, firsts, self.shape[1], self._budget_mb):
-            shape = last - first, self.shape[1]
+        for first, last, terms in minima(v, self._gallery, firsts, self._pairs.shape[1], self._budget_mb):
+            shape = last - first, self._pairs.shape[1]
             sums = np.bincount(terms.pairs, terms.values, shape[0] * shape[1]).astype(np.float32).reshape(shape)
             distances[first:last] += (1 - self._lambda) * torch.from_numpy(jaccard(sums)).to(self.device)
         return distances
@@ -68,7 +89,8 @@ def rerank(
     """Re-rank a gallery by distances that also measure how many nearest neighbours a query and a gallery image share.
 
     A distance is ``lambda_value`` x squared distance / the query's largest + (1 - ``lambda_value``) x Jaccard distance
-    of the sets of k-reciprocal neighbours, which are searched among queries and gallery together, without labels.
+    of the sets of k-reciprocal neighbours, which are searched among queries and gallery together, without labels, and
+    without images whose descriptor is not finite.
 
     Args:
         query: Descriptors ``[Q, C]``.
@@ -83,7 +105,8 @@ def rerank(
         Distances for ``evaluate_distances``; ``rows(start, stop)`` and ``dense()`` return them as tensors.
 
     Raises:
-        ValueError: If shapes do not match, an option is out of its range, or scipy is not installed.
+        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, an option is out of its
+            range, or scipy is not installed.
     """
     pairs = Similarities(query, gallery, metric)
     for name, value in (("k1", k1), ("k2", k2)):
@@ -91,6 +114,10 @@ def rerank(
             raise ValueError(f"{name} must be 1 or more, got {value}")
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be in 0..1, got {lambda_value}")
+    finite = pairs.finite
+    if not all(mask.all() for mask in finite):
+        kept = [torch.from_numpy(mask).to(pairs.device) for mask in finite]
+        pairs = Similarities(pairs.query[kept[0]], pairs.gallery[kept[1]], metric)
     images = torch.cat([pairs.query, pairs.gallery])
     joint = Similarities(images, images, metric)
     if k1 >= len(images):
@@ -100,4 +127,5 @@ def rerank(
     neighbours = nearest(joint, max(k1 + 1, k2), budget_mb, farthest)
     farthest = np.clip(farthest, 1e-12, np.finfo(np.float32).max)  # it is 0 where all images are alike
     v = encode(joint, neighbours, k1 + 1, round(k1 / 2) + 1, k2, farthest, budget_mb)
-    return Reranked(pairs, torch.from_numpy(farthest[: pairs.shape[0]]).to(pairs.device), v, lambda_value, budget_mb)
+    scales = torch.from_numpy(farthest[: pairs.shape[0]]).to(pairs.device)
+    return Reranked(pairs, finite, scales, v, lambda_value, budget_mb)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-LEAST = torch.finfo(torch.float32).min  # similarity of unreadable images; left-out ones are below it, at -inf
+LEAST = torch.finfo(torch.float32).min  # similarity where a descriptor is not finite; left-out pairs are at -inf
 METRICS = ("cosine", "euclidean")
 CPU_CHUNK = 64 * 2**20  # bytes; larger chunks are no faster
 
@@ -19,8 +19,9 @@ class Similarities:
     """Similarities of queries and gallery, ``shape`` ``[Q, G]``, computed on demand.
 
     Cosines, or negative squared distances if ``metric`` is ``euclidean``. Descriptors are compared in float32; a copy
-    is made of other types only. Images whose descriptor is not finite are ``unreadable``: their similarity is the least
-    finite number. Equal descriptors of the gallery have exactly the same similarity to a query.
+    is made of other types only. ``finite`` tells which descriptors, and their lengths, are finite, bool ``[Q]`` and
+    ``[G]``; the similarity of others is ``LEAST``. Equal descriptors of the gallery have exactly the same similarity to
+    a query.
     """
 
     def __init__(self, query: Tensor | ArrayLike, gallery: Tensor | ArrayLike, metric: str) -> None:
@@ -37,9 +38,11 @@ class Similarities:
         self.gallery = gallery.float()
         self.query = self.gallery if same else query.to(gallery.device).float()
         self.query_norms, self.gallery_norms = self._norms(self.query), self._norms(self.gallery)  # [Q], [G]
-        self.unreadable_queries = ~self.query_norms.isfinite()
-        self.unreadable = (~self.gallery_norms.isfinite()).nonzero()[:, 0]
-        self.num_not_finite = int(self.unreadable_queries.sum()) + len(self.unreadable)
+        # a squared distance is at most 4 times the largest squared length
+        finite = (4 * self.query_norms).isfinite(), (4 * self.gallery_norms).isfinite()
+        self.not_finite = ~finite[0], (~finite[1]).nonzero()[:, 0]  # mask [Q], rows
+        self.finite = finite[0].cpu().numpy(), finite[1].cpu().numpy()
+        require_finite(self.finite)
         self.copies, self.originals = _copies(self.gallery)
         # unit vectors need no division
         self.scaled = [bool(((x - 1).abs() > 1e-6).any()) for x in (self.query_norms, self.gallery_norms)]
@@ -66,14 +69,14 @@ class Similarities:
                 similarities.div_(self.gallery_norms)
         if len(self.copies):  # a library may round equal columns in different ways
             similarities[:, self.copies] = similarities[:, self.originals]
-        if len(self.unreadable):
-            similarities[:, self.unreadable] = LEAST
-        if (unreadable := self.unreadable_queries[start:stop]).any():
-            similarities[unreadable] = LEAST
+        if not self.finite[1].all():
+            similarities[:, self.not_finite[1]] = LEAST
+        if not self.finite[0][start:stop].all():
+            similarities[self.not_finite[0][start:stop]] = LEAST
         return similarities
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Similarities ``[M]`` of M pairs; NaN where one is unreadable."""
+        """Similarities ``[M]`` of M pairs."""
         products = self.products(rows, columns)
         if self.metric == "euclidean":
             return 2 * products - self.query_norms[rows] - self.gallery_norms[columns]
@@ -87,9 +90,8 @@ class Similarities:
         return products / (self.query_norms[rows] * self.gallery_norms[columns])
 
     def distances(self, similarities: Tensor) -> Tensor:
-        """Squared Euclidean distances of similarities, for cosines those of unit vectors; infinite if unreadable."""
-        distances = -similarities if self.metric == "euclidean" else 2 - 2 * similarities
-        return distances.nan_to_num_(nan=torch.inf).clamp_min_(0).masked_fill_(similarities == LEAST, torch.inf)
+        """Squared Euclidean distances of similarities, for cosines those of unit vectors."""
+        return (-similarities if self.metric == "euclidean" else 2 - 2 * similarities).clamp_min_(0)
 
     def _product(self, query: Tensor) -> Tensor:
         size = len(query) * len(self.gallery)
@@ -97,7 +99,8 @@ class Similarities:
             self.buffer = self.gallery.new_empty(size)
         product = self.buffer[:size].view(len(query), len(self.gallery))
         if self.device.type == "cpu":  # on AMD processors 1.5 times as fast as torch's library
-            np.matmul(query.numpy(), self.gallery.numpy().T, out=product.numpy())
+            with np.errstate(over="ignore", invalid="ignore"):  # of descriptors that are not finite
+                np.matmul(query.numpy(), self.gallery.numpy().T, out=product.numpy())
             return product
         return torch.mm(query, self.gallery.T, out=product)
 
@@ -118,6 +121,20 @@ def as_tensor(x: Tensor | ArrayLike) -> Tensor:
         raise ValueError(f"expected a tensor or an array of numbers, got an array of {array.dtype}")
     dtype = array.dtype.newbyteorder("=") if array.dtype in (np.float16, np.float32, np.float64) else np.float32
     return torch.from_numpy(np.require(array, dtype, ["C", "W"]))  # torch warns of arrays that are read-only
+
+
+def require_finite(finite: tuple[np.ndarray, np.ndarray]) -> None:
+    """Refuse queries, or a gallery, of which nothing is finite.
+
+    Args:
+        finite: Whether each query and each gallery image has a finite descriptor, bool ``[Q]`` and ``[G]``.
+
+    Raises:
+        ValueError: If there are images of a kind, and none has one.
+    """
+    for name, mask in zip(("query", "gallery"), finite, strict=True):
+        if len(mask) and not mask.any():
+            raise ValueError(f"none of the {len(mask)} {name} descriptors is finite: there is nothing to compare")
 
 
 def _copies(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ that rates are exact for thresholds at the edges of bins: 2e-6 apart for cosines
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class ROC:
         histogram_edges: Edges of the bins of both histograms, for plotting ``[B + 1]``.
         positive_histogram: Pairs of one identity by similarity ``[B]``.
         negative_histogram: Pairs of two identities by similarity ``[B]``.
+        num_not_finite: Queries and gallery images whose descriptor is not finite; they are left out.
     """
 
     eer: float
@@ -52,6 +53,7 @@ class ROC:
     _edges: np.ndarray = field(repr=False)  # [BINS + 1], ascending
     _positives: np.ndarray = field(repr=False)  # [BINS + 1] pairs at or above each edge
     _negatives: np.ndarray = field(repr=False)
+    num_not_finite: int = 0
 
     def threshold(self, fpr: float) -> float:
         """Least similarity threshold whose false positive rate is at most ``fpr``.
@@ -102,8 +104,8 @@ def roc(
     """Error rates of "the same person" by similarity threshold, over the pairs that ``evaluate`` keeps.
 
     Pairs of one identity are positives, all others negatives, distractors included. Left out are junk (identity -1, on
-    either side), pairs of one identity under one camera, and queries' own images. Unreadable images (NaN) are the
-    least similar.
+    either side), images whose descriptor is not finite, pairs of one identity under one camera, and queries' own
+    images.
 
     Args:
         query: Descriptors ``[Q, C]``.
@@ -117,10 +119,11 @@ def roc(
         budget_mb: Memory on top of the descriptors and the histograms (30 MB), in MB.
 
     Raises:
-        ValueError: If shapes do not match, or there are no pairs of one identity or none of two.
+        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, or there are no pairs of one
+            identity or none of two.
     """
     pairs = Similarities(query, gallery, metric)
-    protocol = Protocol(pairs.shape, query_pids, gallery_pids, query_camids, gallery_camids, own)
+    protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
     num_queries, num_gallery = pairs.shape
     low, high = _range(pairs)
     total, positive = (np.zeros(BINS + 1, dtype=np.int64) for _ in range(2))  # the last bin is of left-out pairs
@@ -135,7 +138,8 @@ def roc(
         bins[hidden] = BINS
         total += torch.bincount(bins.flatten(), minlength=BINS + 1).cpu().numpy()
         positive += torch.bincount(bins[indices(matches, bins)], minlength=BINS + 1).cpu().numpy()
-    return _curve(positive[:BINS], (total - positive)[:BINS], np.linspace(low, high, BINS + 1))
+    curve = _curve(positive[:BINS], (total - positive)[:BINS], np.linspace(low, high, BINS + 1))
+    return replace(curve, num_not_finite=protocol.num_not_finite)
 
 
 def _range(pairs: Similarities) -> tuple[float, float]:

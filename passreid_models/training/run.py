@@ -146,14 +146,14 @@ class Run:
         """
         config, trainer = self.config, self.trainer
         is_evaluated = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
-        if trainer.step and trainer.begins_epoch and not on_first(is_evaluated):  # killed before the evaluation ended
-            self.after_epoch()
         for line in self.announcement():
             self.log(line)
         if config.init:
             self.log(f"weights: {config.init}")
         if trainer.step:
             self.log(f"resumed at step {trainer.step} of {trainer.total_steps}")
+            if trainer.begins_epoch and not on_first(is_evaluated):  # killed before the evaluation ended
+                self.after_epoch()
         else:
             self.before_training()
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export

@@ -156,7 +156,8 @@ class BaseTrainer:
             self.scaler.update()
         self.indicators = {}
         self.skipped += 1
-        message = f"the {what} of step {self.step + 1} is not finite{where}"
+        advice = ": float16 overflows; compute in bfloat16 or float32 (--dtype)" if self.dtype == torch.float16 else ""
+        message = f"the {what} of step {self.step + 1} is not finite{where}{advice}"
         if self.skipped > self.config.skip_nonfinite:
             raise NonFiniteLossError(message)
         _logger.warning(f"{message}: left out, {self.skipped} of {self.config.skip_nonfinite} allowed")

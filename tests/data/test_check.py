@@ -201,6 +201,18 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "repeated rows": (
         csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "1.jpg,a,2,gallery"), "remark", "repeated rows",
         "1 repeated row of an image in a split, left out: own.csv:4"),
+    "nearly equal names": (
+        csv("0.jpg,Anna 1,1,train", "1.jpg,anna_01,1,train", "2.jpg,anna2,1,train"), "remark", "alike",
+        "two identities each, though their names are nearly equal: Anna 1 = anna_01"),
+    "queries in the gallery": (
+        csv("0.jpg,a,1,query", "0.jpg,a,1,gallery", "1.jpg,a,2,gallery"), "remark", "queries in the gallery",
+        "1 query is in the gallery too; each is left out of its own ranking"),
+    "few identities": (
+        lambda root: write(root, [f"{i % 3 + 1}/{i}.jpg" for i in range(150)]), "remark", "few identities",
+        "3 identities in 150 gallery images: are the folders persons? Scores of folders of cameras, days or scenes"),
+    "clothes": (
+        lambda root: write(root, ["query/001_1_c1_1.png", "test/001_2_c2_1.png"]), "remark", "clothes",
+        "LTCC's scores are of its standard setting"),
     "frames": (
         lambda root: write(root, ["bbox_test/0006/0006C1T0001F001.jpg", "bbox_test/0006/0006C2T0001F001.jpg"]),
         "remark", "frames", "MARS is read frame by frame; its published scores are of tracklets, so compare with none"),

@@ -238,20 +238,19 @@ def test_folders_of_numbers_keep_them_and_others_are_numbered_in_natural_order(t
 
 OTHER_FOLDERS = {
     "VeRi": (["image_train/1/x.jpg", "image_test/1/x.jpg"], "2 folders are named like a split or set, .*: image_t"),
-    "PRID2011": (["single_shot/cam_a/person_0001.png", "multi_shot/cam_a/person_0001/1.png"],
-                 "2 folders are named like a split or set, .*: multi_shot, single_shot"),
-    "PRID2011, multi-shot": (["cam_a/person_0001/1.png", "cam_b/person_0001/1.png"],
-                             "2 folders are named like a camera, not like an identity: cam_a, cam_b; expected data/ID"),
-    "PRID2011, single-shot": (["cam_a/person_0001.png", "cam_b/person_0001.png"], "like a camera, .*: cam_a, cam_b"),
-    "iLIDS-VID": (["cam1/person001/1.png", "cam2/person001/1.png"], "like a camera, .*: cam1, cam2; expected"),
-    "VIPeR": (["cam_a/000_45.bmp", "cam_b/000_90.bmp"], "like a camera, not like an identity: cam_a, cam_b; expected"),
-    "GRID": (["probe/0001_1_25004.jpeg", "gallery/0001_2_25023.jpeg"], "like a split or set, .*: gallery, probe"),
-    "CUHK03": (["images_detected/1_001_1_01.png", "images_labeled/1_001_1_01.png"], "images_detected, images_labeled"),
-    "VehicleID": (["image/0000001.jpg", "image/0000002.jpg"], "a folder is named like a split or set, .*: image; ex"),
-    "CUHK01": (["campus/0001001.png", "campus/0002001.png"], r"all images are in one folder, campus/, so that all"),
     "cameras": (["c1/a.jpg", "c2/a.jpg", "c3/a.jpg", "Camera 4/a.jpg"], "4 folders .*: Camera 4, c1, c2, ..; expected"),
     "one of them": (["anna/a.jpg", "bert/a.jpg", "train_split/a.jpg"], "a folder is named like a split .*: train_sp"),
     "in a split": (["query/1/a.jpg", "gallery/1/b.jpg", "gallery/distractors/b.jpg"], "gallery: a folder is named"),
+    "views": (["view1/a.jpg", "view2/a.jpg", "ch 3/a.jpg"], "3 folders are named like a camera, .*: ch 3, view1, v"),
+    "Celeb-reID": (["train/1_1_0.jpg", "query/2_1_0.jpg", "gallery/2_2_0.jpg"], "query/2_1_0.jpg: the name shows no"),
+    "LaST": (["train/000001/1.jpg", "test/query/1.jpg", "test/gallery/1.jpg"], "test: 2 folders are named like a spl"),
+    "CCVID": (["session1/001_01/00001.jpg", "session2/001_02/00001.jpg"], "split or set, .*: session1, session2; exp"),
+    "UnrealPerson": (["images/0001_c001_f0001.jpg", "images/0002_c002_f0001.jpg"], "a split or set, .*: images; expec"),
+    "PersonX": (["1/query/0001_c1_1.jpg", "2/query/0001_c1_1.jpg"], "holds Market-1501 in 1/ beside other folders: na"),
+    "SenseReID": (["test_probe/00001_0.jpg", "test_gallery/00001_1.jpg"], "split or set, .*: test_gallery, test_probe"),
+    "days": (["day 1/a.jpg", "session2/a.jpg"], "2 folders are named like a split or set, .*: day 1, session2"),
+    "bodies": (["whole_body/1.jpg", "occluded_body/1.jpg"], "like a split or set, .*: occluded_body, whole_body"),
+    "spectra": (["Thermal/1.jpg", "Visible/1.jpg"], "2 folders are named like a split or set, .*: Thermal, Visible"),
     "upper case": (["Train/1/a.jpg", "TestSet/1/a.jpg"], "like a split or set, .*: TestSet, Train; expected data/ID/"),
 }  # fmt: skip
 
@@ -261,6 +260,59 @@ def test_folders_named_like_splits_sets_or_cameras_are_no_identities(tmp_path, c
     names, message = OTHER_FOLDERS[case]
     with pytest.raises(ValueError, match=message):
         open_dataset(write(tmp_path / "data", names))
+
+
+OTHER_SETS = {
+    "PRCC": ["rgb/train/001/A_cropped_rgb001.jpg", "rgb/test/A/002/cropped_rgb001.jpg"],
+    "CUHK01": ["campus/0001001.png", "campus/0002001.png"],
+    "CUHK02": ["P1/cam1/001_001.png", "P1/cam2/001_001.png"],
+    "CUHK03": ["images_detected/1_001_1_01.png", "images_labeled/1_001_1_01.png"],
+    "CUHK-SYSU": ["Image/SSM/s1.jpg", "Image/SSM/s2.jpg"],
+    "GRID": ["probe/0001_1_25004_107_32_106_221.jpeg", "gallery/0001_2_25023_116_134_128_330.jpeg"],
+    "iLIDS-VID": ["sequences/cam1/person001/1.png", "sequences/cam2/person001/1.png"],
+    "PRID2011": ["single_shot/cam_a/person_0001.png", "multi_shot/cam_a/person_0001/0001.png"],
+    "VIPeR": ["cam_a/000_45.bmp", "cam_b/000_90.bmp"],
+    "Partial-REID": ["partial_body_images/001_001.jpg", "whole_body_images/001_001.jpg"],
+    "Occluded-REID": ["occluded_body_images/001/001_01.tif", "whole_body_images/001/001_01.tif"],
+    "P-DukeMTMC-reID": ["train/occluded_body_images/1/c1_f0046182.jpg", "test/whole_body_images/2/c2_f0046182.jpg"],
+    "VC-Clothes": ["train/0001-01-01-01.jpg", "query/0002-01-01-01.jpg", "gallery/0002-02-01-01.jpg"],
+    "SYSU-MM01": ["cam1/0001/0001.jpg", "cam3/0001/0001.jpg"],
+    "RegDB": ["Thermal/1/male_front_t_00001_1.bmp", "Visible/1/male_front_v_00001_1.bmp"],
+    "DeepChange": ["train-set/P1C1.jpg", "test-set-query/P2C1.jpg"],
+    "VehicleID": ["image/0000001.jpg", "image/0000002.jpg"],
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SETS)
+def test_public_sets_of_other_folders_are_refused_by_name(tmp_path, case):
+    message = f"named as in {case}, whose folders do not tell identities and cameras; expected a CSV file with the col"
+    with pytest.raises(ValueError, match=message):
+        open_dataset(write(tmp_path / "data", OTHER_SETS[case]))
+    inner = tmp_path / "data" / OTHER_SETS[case][0].partition("/")[0]
+    with pytest.raises(ValueError, match=r"named as in|expected"):
+        open_dataset(inner)
+
+
+def test_ltcc_is_read_by_its_names(tmp_path):
+    dataset = open_dataset(write(tmp_path, [
+        "train/001_1_c1_015833.png", "train/001_2_c5_015833.png", "query/005_1_c12_001.png", "test/005_1_c12_002.png",
+        "test/005_2_c3_003.png", "test/007_1_c3_003.png",
+    ]))  # fmt: skip
+    assert dataset.name == "LTCC"
+    assert (dataset.train.pids.tolist(), dataset.train.camids.tolist()) == ([1, 1], [0, 4])
+    assert (dataset.query.pids.tolist(), dataset.query.camids.tolist()) == ([5], [11])
+    assert (dataset.gallery.pids.tolist(), dataset.gallery.camids.tolist()) == ([5, 5, 7], [11, 2, 2])
+    assert dataset.matches.tolist() == [1]
+
+
+@pytest.mark.parametrize("folders", [False, True])
+def test_cameras_of_randperson_are_those_of_a_scene(tmp_path, folders):
+    names = [f"0000{pid}_s0{scene}_c0{camera}_f000012.jpg" for pid in (0, 3) for scene in (0, 1) for camera in (0, 1)]
+    dataset = open_dataset(write(tmp_path, [f"{name[:5]}/{name}" if folders else name for name in names]))
+    assert dataset.name == ("folder per identity" if folders else "RandPerson")
+    assert dataset.train.num_ids == 2
+    assert dataset.train.camids.tolist() == [0, 1, 2, 3] * 2
+    assert dataset.matches.tolist() == [3] * 8
 
 
 def test_such_folders_are_unlabelled_where_labels_are_not_needed(tmp_path):

@@ -36,6 +36,11 @@ SPELLINGS = {
                    r"own.csv:3: identity '01', and '1' in .*/own.csv:2, which is the same number; expected one"),
     "decimals": (["a.jpg,1,1,query", "", "b.jpg,1.0,2,gallery"], r"own.csv:4: identity '1.0', and '1' in .*/own.csv:2"),
     "beside text": (["a.jpg,anna,1,query", "b.jpg,7,2,train", "c.jpg,007,2,train"], r"identity '.*7', and '.*7' in"),
+    "a sign": (["a.jpg,1,1,query", "b.jpg,+1,2,gallery"], r"own.csv:3: identity '\+1', and '1' in .*/own.csv:2, which"),
+    "an exponent": (["a.jpg,1e1,1,query", "b.jpg,10,2,gallery"], r"own.csv:3: identity '10', and '1e1' in .*own.csv:2"),
+    "decimals of cameras": (["a.jpg,1,2.50,query", "b.jpg,1,2.5,gallery"], r"camera '2.5', and '2.50' in"),
+    "c1": (["a.jpg,1,1,query", "b.jpg,1,c1,gallery"], r"own.csv:3: camera 'c1', and '1' in .*/own.csv:2, which is the"),
+    "cam 1": (["a.jpg,1,c01,query", "b.jpg,1,Cam 1,gallery"], r"own.csv:3: camera 'Cam 1', and 'c01' in .*/own.csv:2"),
     "cameras": (["a.jpg,1,1,query", "b.jpg,1,01,gallery"], r"own.csv:3: camera '01', and '1' in .*/own.csv:2, which"),
     "junk": (["a.jpg,-1,1,query", "b.jpg,-1.0,1,gallery"], r"identity '-1.0', and '-1' in .*/own.csv:2"),
     "a path": (["a.jpg,1,1,train", "b.jpg,2,1,train", "./a.jpg,2,1,train"],
@@ -51,6 +56,17 @@ def test_two_spellings_of_a_number_and_two_labels_of_an_image_are_refused_with_b
     lines, message = SPELLINGS[case]
     with pytest.raises(ValueError, match=message):
         open_dataset(write_csv(tmp_path / "own.csv", ["path,pid,camid,split", *lines]))
+
+
+def test_labels_that_only_look_like_numbers_stay_text(tmp_path):
+    names = ["00e1", "00e2", "12e400", "1_0", "c1", "c01x", "1" * 40, "1" * 39 + "2"]
+    lines = ["path,pid,split", *(f"{i}.jpg,{name},train" for i, name in enumerate(names))]
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", lines))
+    assert dataset.train.num_ids == len(names)
+    assert dataset.alike == ()
+    lines = ["path,pid,split", "0.jpg,+7,train", "1.jpg,1e1,train", "2.jpg,-0.0,gallery"]
+    dataset = open_dataset(write_csv(tmp_path / "numbers.csv", lines))
+    assert (dataset.train.pids.tolist(), dataset.gallery.pids.tolist()) == ([7, 10], [0])
 
 
 def test_folders_of_one_number_are_refused(tmp_path):

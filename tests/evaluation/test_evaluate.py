@@ -23,7 +23,7 @@ from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
 from passreid_models.evaluation.feature_cache import _checksum, weights_key
 from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
-from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
+from tests.reid_data import jpeg, make_model, write, write_csv, write_flat, write_persons
 from tests.tiny_runs import world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,6 +305,20 @@ def test_score_names_what_is_not_finite_and_goes_on(market, overflow, caplog):
     assert scores["mAP"] == pytest.approx(run(market, Embedder(make_model(), "cpu")).to_dict()["mAP"])
 
 
+def test_remarks_on_the_labels_are_in_the_report_and_in_json(tmp_path, embed):
+    lines = ["path,pid,camid,split", "0.jpg,Anna,1,query", "0.jpg,Anna,1,gallery", "1.jpg,Anna,2,gallery",
+             "2.jpg,anna,2,gallery"]  # fmt: skip
+    write(tmp_path, ["0.jpg", "1.jpg", "2.jpg"])
+    evaluation = run(open_dataset(write_csv(tmp_path / "own.csv", lines)), embed)
+    values = evaluation.to_dict()
+    assert values["remarks"] == [
+        "two identities each, though their names are nearly equal: Anna = anna",
+        "1 query is in the gallery too; each is left out of its own ranking",
+    ]
+    assert [f"remark: {remark}" for remark in values["remarks"]] == str(evaluation).splitlines()[3:5]
+    assert evaluation.metrics.num_queries == 1
+
+
 def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, embed):
     dataset = open_dataset(write_flat(tmp_path / "own"))
     dataset.gallery.paths[0].write_bytes(b"")
@@ -440,6 +454,23 @@ def test_descriptors_that_are_not_finite_are_not_cached_and_unknown_where_an_old
     assert len(seen) == 2
     assert torch.equal(again.retrieved.gallery_features, expected.retrieved.gallery_features)
     assert run(market, embed, cache=True).retrieved.cached == again.retrieved.images
+
+
+def test_some_descriptors_that_are_not_finite_are_computed_again_and_never_cached(
+    market, embed, overflow, cache_folder
+):
+    overflow += [market.query.paths[3], market.gallery.paths[5]]
+    first = run(market, embed, cache=True)
+    [file] = (cache_folder / "features").glob("*.safetensors")
+    with safe_open(file, "numpy") as tensors:
+        descriptors = tensors.get_tensor("descriptors")
+    assert np.isfinite(descriptors).all()
+    assert len(descriptors) == first.retrieved.images - 2
+    again = run(market, embed, cache=True)
+    assert (again.retrieved.cached, again.not_finite) == (len(descriptors), first.not_finite)
+    assert again.metrics.mAP == first.metrics.mAP
+    overflow.clear()
+    assert run(market, embed, cache=True).not_finite == []
 
 
 def test_the_cache_keeps_the_images_of_a_dataset_once_and_no_others(tmp_path, embed, cache_folder):

@@ -278,7 +278,12 @@ def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
     monkeypatch.undo()
+    (cut / "log.txt").unlink()
     finetune(finetune_config(data, cut, resume="auto", save_minutes=0, keep=99))
+    lines = [line[20:] for line in (cut / "log.txt").read_text().splitlines()]
+    assert lines[0].startswith("data: ")
+    resumed = next(i for i, line in enumerate(lines) if line.startswith("resumed at step "))
+    assert "mAP" in lines[resumed + 1]
     assert_same(numbers(cut, KEYS), numbers(whole, KEYS))
     assert [(r["step"], r["mAP"]) for r in metrics(cut) if "mAP" in r] == [
         (r["step"], r["mAP"]) for r in metrics(whole) if "mAP" in r

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from passreid_models import Embedder, load_report
+from passreid_models import Embedder, load_report, save_pretrained
 from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
@@ -21,6 +21,7 @@ from passreid_models.reid.config import ClusterConfig
 from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterRun, ClusterTrainer, cluster, compare_with_labels
+from passreid_models.training.trainer import NonFiniteLossError
 from passreid_models.training.warm_start import find_weights
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
@@ -369,6 +370,19 @@ def test_descriptors_that_are_not_finite_are_in_no_cluster_and_too_many_end_the_
     assert f"left out: {bad}: the descriptor is not finite" in (tmp_path / "run" / "log.txt").read_text()
     with pytest.raises(ValueError, match=r"^1 of 36 descriptors are not finite and cannot be clustered: .* --lr \(it"):
         cluster(cluster_config(data, tmp_path / "strict", epochs=1))
+
+
+def test_a_dtype_that_overflows_in_training_is_named_with_the_remedy(data, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_pass_vit", img_size=(64, 32))
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    save_pretrained(model, tmp_path / "model")
+    message = (
+        r"the loss of step 1 is not finite: float16 overflows; compute in bfloat16 or float32 \(--dtype\); the last"
+    )
+    with pytest.raises(NonFiniteLossError, match=message):
+        cluster(cluster_config(data, tmp_path / "run", init=str(tmp_path / "model"), dtype="float16", eval_epochs=0))
 
 
 def test_an_outlier_that_replaces_an_unreadable_image_is_ignored(data, tmp_path):

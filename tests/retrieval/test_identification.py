@@ -27,6 +27,15 @@ def test_a_case_worked_out_by_hand():
     assert (found.fnir(0.85), found.fnir(0.95)) == (0.5, 1)
 
 
+def test_images_whose_descriptor_is_not_finite_are_left_out_and_counted():
+    query, gallery = line([1.0] * 4), line([0.9, 0.8, 0.5])
+    query[0], gallery[0] = math.nan, math.nan
+    found = open_set(query, gallery, [1, 2, 7, 1], [1, 2, 3])
+    assert (found.num_gallery, found.num_not_finite) == (2, 2)
+    assert found.known.tolist() == pytest.approx([0.8])
+    assert found.unknown.tolist() == pytest.approx([0.8, 0.8])  # person 1's only image is left out
+
+
 def test_rates_are_those_of_counting():
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((60, 8))

@@ -214,13 +214,12 @@ def test_scores_are_those_of_a_stable_sort_where_many_similarities_are_equal(see
     monkeypatch.setattr(metrics, "_counts_by_row", getattr(metrics, counts))
     rng = np.random.default_rng(seed)
     query, gallery = rng.integers(-1, 2, (20, 3)).astype(np.float32), rng.integers(-1, 2, (70, 3)).astype(np.float32)
-    gallery[::9] = NAN
     q_pids, g_pids = rng.integers(0, 4, 20), rng.integers(-1, 4, 70)
     q_cams, g_cams = rng.integers(0, 3, 20), rng.integers(0, 3, 70)
     distances = ((query[:, None] - gallery) ** 2).sum(axis=2)
     expected, first = np.full(20, NAN), np.zeros(20, dtype=int)
     for q in range(20):
-        order = np.argsort(distances[q], kind="stable")  # NaN last
+        order = np.argsort(distances[q], kind="stable")
         kept = order[(g_pids[order] != -1) & ~((g_pids[order] == q_pids[q]) & (g_cams[order] == q_cams[q]))]
         ranks = np.flatnonzero(g_pids[kept] == q_pids[q]) + 1
         if len(ranks):
@@ -252,18 +251,71 @@ def test_ids_may_be_lists_arrays_or_tensors(golden):
         assert evaluate(*features, *map(convert, ids)).mAP == golden["mAP"].item()
 
 
-def test_unreadable_gallery_images_count_as_ranked_last():
-    gallery = torch.cat([line([0.2, 0.9]), torch.full((1, 2), NAN), line([0.5])])
-    result = evaluate(line([1.0]), gallery, [1], [2, 3, 1, 4], [0], [1, 1, 1, 1], max_rank=4)
-    assert result.mAP == 1 / 4
-    assert result.cmc.tolist() == [0, 0, 0, 1]
-    assert result.num_not_finite == 1
-    assert "num_not_finite=1" in repr(result)
-    queries = torch.cat([line([1.0]), torch.full((1, 2), NAN)])
-    labels = [1, 1], [2, 3, 1, 4]
-    assert evaluate(queries, gallery, *labels).num_not_finite == 2
-    assert evaluate_distances(rerank(queries, gallery, k1=2, k2=1), *labels).num_not_finite == 2
-    assert evaluate(line([1.0]), gallery[[0, 1, 3]], [1], [2, 1, 3]).num_not_finite == 0
+# ---- Descriptors that are not finite
+
+
+def broken(x: Tensor, rows: list[int], value: float = NAN) -> Tensor:
+    """The descriptors with one number of these rows replaced."""
+    x = x.clone()
+    x[rows, 1] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [NAN, torch.inf, 1e30])  # 1e30: finite, while its square is not
+def test_images_whose_descriptor_is_not_finite_are_left_out_and_counted(golden, value):
+    names = ("features", "pids", "camids")
+    (query, *q), (gallery, *g) = ([golden[f"{split}_{k}"].float() for k in names] for split in ("query", "gallery"))
+    lost_q, lost_g = [0, 7], [3, 50, 51, 120]
+    kept_q, kept_g = (torch.tensor([i for i in range(len(x)) if i not in lost])
+                      for x, lost in ((query, lost_q), (gallery, lost_g)))  # fmt: skip
+    labels = [x.long() for pair in zip(q, g, strict=True) for x in pair]
+    kept = [x[k].long() for pair in zip(q, g, strict=True) for x, k in zip(pair, (kept_q, kept_g), strict=True)]
+    given, clean = (broken(query, lost_q, value), broken(gallery, lost_g, value)), (query[kept_q], gallery[kept_g])
+    reranked, reranked_clean = rerank(*given, metric="euclidean"), rerank(*clean, metric="euclidean")
+    for result, expected in (
+        (evaluate(*given, *labels, metric="euclidean"), evaluate(*clean, *kept, metric="euclidean")),
+        (evaluate_distances(reranked, *labels), evaluate_distances(reranked_clean, *kept)),
+        (evaluate_distances(reranked.dense(), *labels), evaluate_distances(reranked_clean, *kept)),
+        (evaluate_distances(reranked.dense().nan_to_num(posinf=NAN), *labels, budget_mb=ONE_ROW),
+         evaluate_distances(reranked_clean, *kept)),
+    ):  # fmt: skip
+        assert (result.mAP, result.mINP, result.num_queries) == (expected.mAP, expected.mINP, expected.num_queries)
+        assert torch.equal(result.cmc, expected.cmc)
+        assert torch.equal(result.first_match[kept_q], expected.first_match)
+        assert not result.first_match[lost_q].any()
+        assert (result.num_not_finite, expected.num_not_finite) == (6, 0)
+    assert "num_not_finite=6" in repr(result)
+
+
+@pytest.mark.parametrize("function", [rank, evaluate, rerank, roc, open_set])
+@pytest.mark.parametrize("kind", ["query", "gallery"])
+def test_nothing_finite_is_refused(function, kind):
+    x = {"query": line([1.0, 0.5]), "gallery": line([0.9, 0.4, 0.3])}
+    x[kind] = x[kind] * NAN
+    labels = [] if function in (rank, rerank) else [[1, 2], [1, 2, 3]]
+    count = len(x[kind])
+    with pytest.raises(ValueError, match=f"none of the {count} {kind} descriptors is finite: there is nothing to comp"):
+        function(x["query"], x["gallery"], *labels)
+    if function is evaluate:
+        with pytest.raises(ValueError, match="none of the 2 query descriptors is finite"):
+            evaluate_distances(torch.full((2, 3), torch.inf), *labels)
+
+
+def test_where_the_only_match_is_not_finite_the_count_is_named():
+    with pytest.raises(
+        ValueError, match=r"are their identities disjoint\?; 1 descriptors that are not finite are left"
+    ):
+        evaluate(line([1.0]), broken(line([0.9, 0.4]), [0]), [1], [1, 2])
+
+
+def test_a_single_distance_that_is_nan_is_refused_and_infinity_ranks_last():
+    distances = torch.tensor([[0.1, 0.2, NAN], [0.3, 0.1, 0.4]])
+    labels = [1, 2], [2, 1, 2]
+    for budget_mb in (256, ONE_ROW):
+        with pytest.raises(ValueError, match="the distance of query 0 and gallery image 2 is NaN; expected a number"):
+            evaluate_distances(distances, *labels, budget_mb=budget_mb)
+    result = evaluate_distances(distances.nan_to_num(nan=torch.inf), [1, 2], [2, 3, 1])
+    assert (result.first_match.tolist(), result.num_not_finite) == ([3, 2], 0)
 
 
 # ---- Arrays
@@ -372,6 +424,14 @@ def test_rank_puts_unreadable_images_last():
     ranking = rank(line([1.0]), gallery, topk=3)
     assert ranking.indices.tolist() == [[2, 1, 0]]
     assert ranking.similarities[0, 2] == -torch.inf
+
+
+def test_rank_refuses_queries_that_are_not_finite_with_their_rows():
+    queries = broken(line([0.1 * i for i in range(9)]), [1, 2, 3, 5, 6, 8])
+    with pytest.raises(
+        ValueError, match=r"6 query descriptors are not finite and cannot be ranked, in rows 1, 2, 3, 5,"
+    ):
+        rank(queries, line([0.9]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -116,12 +116,16 @@ def test_fewer_images_than_neighbours_take_all_and_say_so(count, caplog):
     assert np.abs(distances.numpy() - plain.plain_rerank(x[:1].numpy(), x[1:].numpy(), count - 1, 6, 0.3)).max() < 1e-5
 
 
-def test_unreadable_images_rank_last_and_change_no_others():
-    x = persons(3, 90)
-    broken = torch.cat([x, torch.full((3, 12), NAN, dtype=x.dtype)])
-    distances, whole = rerank(x[:30], broken[30:]).dense(), rerank(x[:30], x[30:]).dense()
-    assert distances[:, 60:].isposinf().all()
-    torch.testing.assert_close(distances[:, :60], whole, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("count", "k1"), [(90, 20), (24, 22)])  # k1: most of the images, of which none is unreadable
+def test_unreadable_images_are_at_no_distance_and_change_no_others(count, k1):
+    x = persons(3, count)
+    query, gallery = (torch.cat([y[:1], torch.full((3, 12), NAN, dtype=x.dtype), y[1:]]) for y in (x[:10], x[10:]))
+    distances, whole = rerank(query, gallery, k1=k1), rerank(x[:10], x[10:], k1=k1).dense()
+    assert not distances.dense()[1:4].isfinite().any()
+    assert not distances.dense()[:, 1:4].isfinite().any()
+    kept = [i for i in range(len(gallery)) if i not in (1, 2, 3)]
+    assert torch.equal(distances.dense()[[0, *range(4, 13)]][:, kept], whole)
+    assert torch.equal(distances.rows(3, 6)[1:, kept], whole[1:3])
 
 
 def test_images_that_are_all_alike_are_at_distance_zero():

@@ -97,10 +97,13 @@ def test_what_the_evaluation_leaves_out_is_no_pair():
     assert result.rates(0.55) == (0.5, 1)
 
 
-def test_unreadable_images_are_the_least_similar():
-    result = roc(at([1.0]), torch.cat([at([0.9, -0.99]), torch.full((2, 2), NAN)]), [1], [1, 2, 1, 2])
-    assert result.rates(-0.995) == (0.5, 0.5)
-    assert result.rates(-1) == (1, 1)
+def test_pairs_of_images_whose_descriptor_is_not_finite_are_left_out_and_the_images_counted():
+    unreadable = torch.full((2, 2), NAN)
+    query, gallery = torch.cat([unreadable[:1], at([1.0])]), torch.cat([at([0.9, -0.99]), unreadable])
+    result = roc(query, gallery, [1, 1], [1, 2, 1, 2])
+    assert (result.num_positives, result.num_negatives, result.num_not_finite) == (1, 1, 3)
+    assert result.rates(0) == (0, 1)
+    assert result.rates(-0.995) == (1, 1)
 
 
 # ---- Another implementation, and properties
