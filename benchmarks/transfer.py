@@ -138,14 +138,14 @@ def foreign_camera(camid: int, seed: int = SEED) -> Foreign:
     """Filter of a camera: of each four, two brighten and two darken, one warm and one cold each."""
     rng = stream(seed, CAMERA, camid)
     tone, warmth = (-1) ** camid, (-1) ** (camid // 2)
-    cast = warmth * rng.uniform(0.18, 0.28)
+    cast = warmth * rng.uniform(0.16, 0.22)
     return Foreign(
-        gamma=round(math.exp(-tone * rng.uniform(0.4, 0.6)), 3),
+        gamma=round(math.exp(-tone * rng.uniform(0.35, 0.5)), 3),
         gains=(round(math.exp(cast), 3), round(math.exp(rng.normal(0, 0.06)), 3), round(math.exp(-cast), 3)),
-        blur=round(rng.uniform(2.2, 2.8), 2),
-        scale=round(rng.uniform(0.2, 0.28), 3),
-        noise=round(rng.uniform(9, 16), 1),
-        quality=int(rng.integers(12, 26)),
+        blur=round(rng.uniform(2.1, 2.5), 2),
+        scale=round(rng.uniform(0.23, 0.29), 3),
+        noise=round(rng.uniform(7, 11), 1),
+        quality=int(rng.integers(18, 28)),
     )
 
 
