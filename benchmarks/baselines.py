@@ -41,12 +41,7 @@ def main() -> None:
         data = open_dataset(args.data).require("query", "gallery")
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
-    images = read_images(data)
-    scores = {name: [pair] for name, pair in untrained_scores(data, images).items()}
-    for seed in range(1 if args.quick else 3):
-        embed = Embedder(random_model(seed, tuple(args.size)))
-        scores.setdefault("random", []).append(score(data, *map(embed, images)))
-    means = {name: np.mean(pairs, axis=0) for name, pairs in scores.items()}
+    means = baseline_scores(data, tuple(args.size), seeds=1 if args.quick else 3)
     rows = [(name, f"{m:.1f} / {r:.1f}") for name, (m, r) in means.items()]
     figures = {f"{name}_{key}": value for name, pair in means.items() for key, value in zip(METRICS, pair, strict=True)}
     common.report(f"mAP / Rank-1, {data.name}: {args.data}", rows, figures)
@@ -63,6 +58,14 @@ def score(data: ReIDDataset, query: Tensor, gallery: Tensor) -> tuple[float, flo
     q, g = data.query, data.gallery
     metrics = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
     return 100 * metrics.mAP, 100 * metrics.rank1
+
+
+def baseline_scores(data: ReIDDataset, size: tuple[int, int], seeds: int) -> dict[str, tuple[float, float]]:
+    """mAP and Rank-1 of descriptors without weights, and the means over the seeds of random weights."""
+    images = read_images(data)
+    pairs = [score(data, *map(Embedder(random_model(seed, size)), images)) for seed in range(seeds)]
+    m, r = np.mean(pairs, axis=0).tolist()
+    return {**untrained_scores(data, images), "random": (m, r)}
 
 
 def untrained_scores(

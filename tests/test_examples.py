@@ -1,22 +1,29 @@
-"""The example scripts and two benchmarks, run end to end, and the settings of the bundled weights."""
+"""The example scripts and three benchmarks, run end to end, and the settings of the bundled weights."""
 
+import io
 import json
 import subprocess
 import sys
+from itertools import combinations
 
+import numpy as np
 import pytest
 import timm
 import torch
 import train_bundled
+import transfer
 import yaml
 from baselines import colours
 from PIL import Image
 
 import passreid_models
+from passreid_models.evaluation import evaluate_model
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.network import PASSNetwork
 from passreid_models.pretrain.run import train
 from passreid_models.reid.config import FinetuneConfig
+from passreid_models.synthetic.attributes import stream
+from passreid_models.synthetic.scene import draw
 from passreid_models.training.folder import RunFolder
 from tests import ROOT
 from tests.tiny_runs import TINY, tiny, write_images
@@ -168,6 +175,77 @@ def test_the_baselines_are_measured_on_any_labelled_dataset(tmp_path):
     refused = subprocess.run([*command, tmp_path / "unlabelled"], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_foreign_cameras_are_unlike_those_of_training():
+    for camera in (transfer.foreign_camera(camid, seed) for seed in range(20) for camid in range(9)):
+        assert camera.gamma < 0.75 or camera.gamma > 1.33
+        red, _, blue = camera.gains
+        assert red / blue < 0.75 or red / blue > 1.33
+        assert 2 < camera.blur < 3
+        assert 0.15 < camera.scale < 0.3
+        assert 5 < camera.noise < 20
+        assert 10 <= camera.quality < 30
+
+
+def test_a_foreign_camera_gives_all_its_images_one_look_that_differs_from_other_cameras_and_shows_the_person():
+    image = draw(0, 0, 0, 0)
+
+    def shot(camid, *image_key):
+        content = transfer.photograph(image, transfer.foreign_camera(camid), stream(*image_key))
+        return content, Image.open(io.BytesIO(content))
+
+    first, look = shot(0, 1)
+    assert shot(0, 1)[0] == first != shot(0, 2)[0]
+    assert look.size == image.size
+    colour = [np.asarray(shot(camid, 1)[1], float).mean((0, 1)) for camid in range(4)]
+    assert np.abs(np.asarray(shot(0, 2)[1], float).mean((0, 1)) - colour[0]).max() < 1
+    assert all(np.abs(a - b).max() > 25 for a, b in combinations(colour, 2))
+    gray = np.asarray(image.convert("L").resize((16, 32)), float).ravel()
+    for camid in range(4):
+        seen = np.asarray(shot(camid, 1)[1].convert("L").resize((16, 32)), float).ravel()
+        assert np.corrcoef(gray, seen)[0, 1] > 0.85
+
+
+def test_transfer_measures_models_and_baselines_on_three_sets(tmp_path, capsys, monkeypatch, one_thread):
+    def flat(seed, pid, camid, k, size, patterns, place):  # instead of the renderer
+        return draw(seed, pid, camid, k, size)
+
+    monkeypatch.setattr("passreid_synth3d.dataset._find_draw", lambda: flat)
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    name, work = str(tmp_path / "model"), tmp_path / "work"
+    passreid_models.save_pretrained(timm.create_model("test_pass_vit"), name)
+    words = [name, "--quick", "--size", "64", "32", "--work", str(work)]
+    transfer.main(words)
+    output = capsys.readouterr().out
+    figures = json.loads(output.splitlines()[-1])
+    assert figures.keys() == {
+        f"{row}_{column}_{metric}"
+        for row in ("pixels", "colours", "chance", "random", name)
+        for column in ("held-out", "2-D", "foreign")
+        for metric in ("mAP", "rank1")
+    }
+    command = "--ids 6 --images 8 --cameras 4 --train-ids 0 --seed 7 --patterns held-out; generator"
+    assert f"held-out: passreid synth {command}" in output
+    for column in ("held-out", "foreign"):
+        evaluation = evaluate_model(work / f"{column}-6", name, size=(64, 32))
+        assert len(evaluation.dataset.query) == len(evaluation.dataset.gallery) == 24
+        assert figures[f"{name}_{column}_mAP"] == pytest.approx(100 * evaluation.metrics.mAP, abs=0.01)
+    assert figures["colours_held-out_mAP"] > figures["colours_foreign_mAP"]
+
+    before = {path: path.read_bytes() for path in work.glob("foreign-6/*/*.jpg")}
+    transfer.main(words)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    assert {path: path.read_bytes() for path in work.glob("foreign-6/*/*.jpg")} == before
+
+    marker = work / "held-out-6" / "synthetic3d.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"generator": 0}))
+    with pytest.raises(SystemExit, match="was begun with generator=0, and now generator="):
+        transfer.main(words)
+    with pytest.raises(SystemExit, match="colours names a baseline"):
+        transfer.main(["colours", "--quick"])
+    with pytest.raises(SystemExit, match="no_such_model"):
+        transfer.main(["no_such_model", "--quick"])
 
 
 @pytest.mark.slow
