@@ -16,7 +16,7 @@ from passreid_synth3d.prints import FAMILIES, print_mask
 from passreid_synth3d.sensor import develop
 from passreid_synth3d.wardrobe import Person, person
 
-CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, (95, 95))
+CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, (95, 95))
 GAIT = Gait(stride=0.4, arms=0.3, spread=0.1, stoop=0.03)
 
 
@@ -219,6 +219,29 @@ def test_exposure_white_balance_and_saturation_have_their_effect():
     assert warm[0] > warm[1] + 5 > warm[2] + 10
     assert np.ptp(mean(red, saturation=0.2)) < 0.5 * np.ptp(mean(red))
     assert mean(gray * 50).max() <= 255
+
+
+def test_haze_lightens_dark_cloth_and_takes_contrast():
+    stripes = np.zeros((64, 32, 3)) + np.where(np.arange(64) % 16 < 8, 0.02, 0.6)[:, None, None]
+    clear, hazy = (
+        np.asarray(develop(np.random.default_rng(1), stripes, replace(CAMERA, haze=haze), (64, 32)), float)
+        for haze in (0.0, 0.3)
+    )
+    assert hazy.min() > clear.min() + 20
+    assert hazy.std() == pytest.approx(0.7 * clear.std(), rel=0.1)
+
+
+def test_motion_blurs_some_images_along_the_rows_only():
+    columns = np.zeros((200, 80, 3)) + np.where(np.arange(80) % 20 < 10, 0.1, 0.6)[:, None]
+    moving = replace(CAMERA, motion=0.05)
+
+    def sharpness(radiance: np.ndarray, axis: int) -> np.ndarray:
+        images = [develop(np.random.default_rng(i), radiance, moving, (200, 80)) for i in range(40)]
+        return np.array([np.abs(np.diff(np.asarray(image, float), axis=axis)).max() for image in images])
+
+    across, along = sharpness(columns, 1), sharpness(columns[:80].swapaxes(0, 1).repeat(2, 1), 0)
+    assert 0.1 < (across < 0.7 * np.median(across)).mean() < 0.45
+    assert (along > 0.7 * np.median(along)).all()
 
 
 def test_the_package_and_the_dataset_readers_do_not_import_anny_or_warp():
