@@ -89,19 +89,19 @@ def imaging_of(rng: np.random.Generator, light: Sunlight, lit: float) -> Imaging
 
     Cameras in haze are pale, those against the light and at dusk are dark.
     """
-    kind = pick(rng, clear=6, haze=1.5, backlight=1.5, dusk=1)
-    dim, veil = dict(haze=(1.0, 0.28), backlight=(0.55, 0.14), dusk=(0.45, 0.03)).get(kind, (1.0, 0.05))
-    warm, tint = rng.normal(0, (0.09, 0.035))  # warm to cold, magenta to green
+    kind = pick(rng, clear=8, haze=1, backlight=1, dusk=1)
+    dim, veil = dict(haze=(1.0, 0.2), backlight=(0.7, 0.1), dusk=(0.65, 0.0)).get(kind, (1.0, 0.03))
+    warm, tint = rng.normal(0, (0.05, 0.02))  # warm to cold, magenta to green
     on_people = 0.6 * np.mean(light.sky) + 0.4 * np.mean(light.ground) + 0.5 * lit * np.mean(light.sunlight)
     return Imaging(
-        exposure=float(1.08 * dim / on_people * math.exp(rng.normal(0, 0.16))),
+        exposure=float(1.08 * dim / on_people * math.exp(rng.normal(0, 0.11))),
         gains=_triple(np.exp((warm + tint, -tint, tint - warm))),
-        gamma=math.exp(rng.normal(0, 0.12)),
-        contrast=float(rng.uniform(0.85, 1.35)),
-        saturation=float(rng.uniform(0.45, 1.15)),
+        gamma=math.exp(rng.normal(0, 0.06)),
+        contrast=float(rng.uniform(0.92, 1.25)),
+        saturation=float(rng.uniform(0.65, 1.1)),
         haze=float(veil * rng.uniform(0.4, 1.2)),
-        noise=float(rng.uniform(1.0, 6.0) * (2 if kind == "dusk" else 1)),
-        blur=float(rng.uniform(0.2, 1.0)),
+        noise=float(rng.uniform(1.0, 5.0) * (2 if kind == "dusk" else 1)),
+        blur=float(rng.uniform(0.2, 0.9)),
         sharpen=float(rng.choice((0, 0.4, 0.8, 1.5))),
         motion=float(rng.uniform(0.01, 0.05)),
         jpeg=(int(rng.integers(30, 75)), int(rng.integers(75, 95))),
