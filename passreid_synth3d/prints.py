@@ -54,8 +54,9 @@ def print_mask(seed: int, patterns: str, side: int) -> Array:
         shades = Image.fromarray((rng.random((5, 5)) * 255).astype(np.uint8))
         picture = shades.resize((scale, scale), Image.Resampling.BICUBIC)
     elif kind == "waves":
-        x, y = np.meshgrid(*2 * [np.linspace(-1, 1, scale)])
-        level = np.sin(rng.uniform(4, 9) * np.hypot(x, y * rng.uniform(0.5, 2)) + rng.uniform(0, 3) * x)
+        across, down = np.meshgrid(*2 * [np.linspace(-1, 1, scale)])
+        rings = rng.uniform(4, 9) * np.hypot(across, down * rng.uniform(0.5, 2))
+        level = np.sin(rings + rng.uniform(0, 3) * across)
         picture = Image.fromarray((127 + 127 * level).astype(np.uint8))
     else:
         letters = "ABCDEFGHKLMNPRSTUVXYZ" if kind == "letters" else "0123456789"
