@@ -85,10 +85,12 @@ def _bag(who: Person, body: Body, add: Add) -> None:
     cover, size, side = who.bag.material, who.bag.loose, who.side
     hand = f"finger3-1.{'L' if side > 0 else 'R'}"
     x, y, z = LEFT_HAND * (side, 1, 1)
-    if who.bag.kind == "backpack":
+    if who.bag.kind in ("backpack", "sling"):
         back = body.back - 0.01 + (0.02 if who.outer else 0.0) + 0.5 * who.upper.loose
-        height, depth = 0.34 + 0.14 * size, 0.13 + 0.07 * size
+        height, depth = 0.3 + 0.2 * size, 0.12 + 0.1 * size
         middle = 0.52 - height / 2
+        if who.bag.kind == "sling":
+            height, depth, middle = 0.6 * height, 0.6 * depth, 0.3
         pocket = ellipsoid((0, back + depth * 0.95, middle - 0.2 * height), (0.1, 0.04, height * 0.22),
                            Material(colour=cover.second), power=0.5)  # fmt: skip
         sack = ellipsoid((0, back + depth / 2, middle), (0.13 + 0.03 * size, depth / 2, height / 2), cover, power=0.55)
@@ -96,8 +98,14 @@ def _bag(who: Person, body: Body, add: Add) -> None:
     elif who.bag.kind == "crossbody":
         radii = (0.055, 0.11 + 0.04 * size, 0.09 + 0.04 * size)
         add("root", ellipsoid((-side * 0.2, 0.0, 0.05), radii, cover, power=0.5))
+    elif who.bag.kind == "tote":
+        radii = (0.05, 0.13 + 0.05 * size, 0.12 + 0.05 * size)
+        loops = [
+            cylinder((side * 0.2, y, 0.2), (side * 0.15, y, 0.515), (0.009, 0.009), cover, 5) for y in (-0.02, 0.1)
+        ]
+        add("spine01", ellipsoid((side * 0.21, 0.05, 0.14), radii, cover, power=0.5), *loops)
     elif who.bag.kind == "handbag":
-        width, tall = 0.26 + 0.14 * size, 0.2 + 0.14 * size
+        width, tall = 0.22 + 0.22 * size, 0.18 + 0.26 * size
         loops = [cylinder((x, y + d * width, z - 0.14), (x, y, z), (0.007, 0.007), cover, 5) for d in (-0.3, 0.3)]
         add(
             hand,

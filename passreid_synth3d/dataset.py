@@ -32,7 +32,7 @@ from passreid_synth3d.workers import one_thread, run_here, run_in_processes
 __all__ = ["GENERATOR", "make_data", "write_market1501", "write_training_and_test"]
 
 SITE = 24  # the random stream
-GENERATOR = 1  # raise it when a recipe gives other images: folders of an older generator are not continued
+GENERATOR = 2  # raise it when a recipe gives other images: folders of an older generator are not continued
 TRAIN, QUERY, GALLERY = FOLDERS
 LEFTOVER = re.compile(r"\.(synthetic3d\.json|\d+_c\ds\d+_\d+_01\.jpg)\.\w+")  # atomic_file's, after a kill
 

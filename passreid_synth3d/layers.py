@@ -45,7 +45,7 @@ class _Dresser:
         surface, thickness = self.upper()
         if who.outer:
             surface = self.outer(who.outer, surface, thickness)
-        if who.bag and who.bag.kind in ("backpack", "crossbody"):
+        if who.bag and who.bag.kind in ("backpack", "crossbody", "sling"):
             strap = 0.0 if who.bag.kind == "backpack" else float(who.side)
             self.layers.append(
                 Layer(self.trunk, surface + 0.005, Material("strap", who.bag.material.colour, seed=strap))

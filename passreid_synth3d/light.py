@@ -31,7 +31,8 @@ class Imaging:
     """Parameters of a camera that turns radiance into a JPEG file.
 
     `exposure` and `gains` scale radiance (1 becomes white); `gamma` and `contrast` (around mid-gray) act on display
-    values; `noise` is in grey levels of 255, `blur` (a Gaussian's sigma) in pixels, `jpeg` a range of qualities.
+    values, of which the share `haze` is light gray; `noise` is in grey levels of 255, `blur` (a Gaussian's sigma) in
+    pixels, `motion` (the longest motion blur) a share of the crop's height, `jpeg` a range of qualities.
     """
 
     exposure: float
@@ -39,9 +40,11 @@ class Imaging:
     gamma: float
     contrast: float
     saturation: float
+    haze: float
     noise: float
     blur: float
     sharpen: float
+    motion: float
     jpeg: tuple[int, int]
 
 
@@ -76,25 +79,32 @@ def studio_light(rng: np.random.Generator) -> tuple[Sunlight, Imaging]:
     sun = (0.6 * math.cos(azimuth), 0.6 * math.sin(azimuth), 0.8)
     gray = (0.3, 0.3, 0.3)
     light = Sunlight(sun, (0.5, 0.5, 0.5), (0.8, 0.8, 0.8), gray, gray, gray, shadow=0.25)
-    return light, Imaging(1.3, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, noise=1.0, blur=0.2, sharpen=0.0, jpeg=(85, 95))
+    return light, Imaging(
+        1.3, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, haze=0.0, noise=1.0, blur=0.2, sharpen=0.0, motion=0.025, jpeg=(85, 95)
+    )
 
 
 def imaging_of(rng: np.random.Generator, light: Sunlight, lit: float) -> Imaging:
     """Random imaging of a camera, exposed for people who receive the share `lit` of the sunlight.
 
-    Colour casts are mild: strong ones would dominate colour histograms.
+    Cameras in haze are pale, those against the light and at dusk are dark.
     """
+    kind = pick(rng, clear=8, haze=1, backlight=1, dusk=1)
+    dim, veil = dict(haze=(1.0, 0.2), backlight=(0.7, 0.1), dusk=(0.65, 0.0)).get(kind, (1.0, 0.03))
+    warm, tint = rng.normal(0, (0.05, 0.02))  # warm to cold, magenta to green
     on_people = 0.6 * np.mean(light.sky) + 0.4 * np.mean(light.ground) + 0.5 * lit * np.mean(light.sunlight)
     return Imaging(
-        exposure=float(1.08 / on_people * math.exp(rng.normal(0, 0.09))),
-        gains=_triple(np.exp(rng.normal(0, 0.035, 3))),
-        gamma=math.exp(rng.normal(0, 0.05)),
-        contrast=float(rng.uniform(0.98, 1.2)),
-        saturation=float(rng.uniform(0.75, 1.08)),
-        noise=float(rng.uniform(1.0, 5.0)),
-        blur=float(rng.uniform(0.2, 0.85)),
-        sharpen=float(rng.choice((0, 0.4, 0.8))),
-        jpeg=(int(rng.integers(40, 75)), int(rng.integers(80, 95))),
+        exposure=float(1.08 * dim / on_people * math.exp(rng.normal(0, 0.11))),
+        gains=_triple(np.exp((warm + tint, -tint, tint - warm))),
+        gamma=math.exp(rng.normal(0, 0.06)),
+        contrast=float(rng.uniform(0.92, 1.25)),
+        saturation=float(rng.uniform(0.65, 1.1)),
+        haze=float(veil * rng.uniform(0.4, 1.2)),
+        noise=float(rng.uniform(1.0, 5.0) * (2 if kind == "dusk" else 1)),
+        blur=float(rng.uniform(0.2, 0.9)),
+        sharpen=float(rng.choice((0, 0.4, 0.8, 1.5))),
+        motion=float(rng.uniform(0.01, 0.05)),
+        jpeg=(int(rng.integers(30, 75)), int(rng.integers(75, 95))),
     )
 
 

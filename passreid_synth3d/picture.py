@@ -53,7 +53,7 @@ def draw(
         )
     rng, scene = stream(seed, PICTURE, pid, camid, k), place(seed, camid, where)
     persons = [_stand(rng, seed, pid, patterns, *scene.stand(rng))]
-    if rng.random() < 0.16:
+    if rng.random() < 0.2:
         x, y, heading = persons[0].spot
         behind = rng.uniform(-1, 1.2)
         beside = rng.choice((-1, 1)) * rng.uniform(0.35 if abs(behind) > 0.5 else 0.6, 0.85)
@@ -103,7 +103,7 @@ def _horizontal(direction: Array) -> Array:
 
 
 def _box(rng: np.random.Generator, scene: Place, points: Array, max_rows: int) -> Window:
-    """Window of a detector's box around a person: loose and shifted, in 10 % of the images without feet or head.
+    """Window of a detector's box around a person: loose and shifted, in 20 % of the images without feet, legs or head.
 
     It has as many rows as the box has pixels in the camera, at least 40 and at most `max_rows`.
     """
@@ -112,15 +112,16 @@ def _box(rng: np.random.Generator, scene: Place, points: Array, max_rows: int) -
     x, y = ray @ scene.right / depth, ray @ scene.down / depth
     left, right, top, bottom = (float(v) for v in (*np.quantile(x, (0.002, 0.998)), y.min(), y.max()))
     tall = bottom - top
-    top -= tall * rng.normal(0.035, 0.03)
-    bottom += tall * rng.normal(0.03, 0.03)
+    loose = 1.0 if rng.random() < 0.8 else 3.0
+    top -= tall * loose * rng.normal(0.03, 0.03)
+    bottom += tall * loose * rng.normal(0.025, 0.03)
     cut = rng.random()
-    if cut < 0.07:
-        bottom -= tall * rng.uniform(0.08, 0.3)
-    elif cut < 0.1:
-        top += tall * rng.uniform(0.04, 0.1)
-    wide = max((right - left) * rng.uniform(1.02, 1.25), (bottom - top) * rng.uniform(0.36, 0.46))
-    centre = (left + right) / 2 + wide * rng.normal(0, 0.04)
+    if cut < 0.14:
+        bottom -= tall * rng.uniform(0.06, 0.35)
+    elif cut < 0.2:
+        top += tall * rng.uniform(0.03, 0.12)
+    wide = max((right - left) * rng.uniform(0.9, 1.25), (bottom - top) * rng.uniform(0.34, 0.5))
+    centre = (left + right) / 2 + wide * rng.normal(0, 0.07)
     rows = int(np.clip(round((bottom - top) * scene.focal), 40, max_rows))
     step = (bottom - top) / rows
     columns = max(12, round(wide / step))

@@ -134,7 +134,7 @@ def _aim(rng: np.random.Generator, scene: Scene, azimuth: float) -> View:
     down = np.cross(forward, right)
     roll = rng.normal(0, 0.02)
     right, down = math.cos(roll) * right + math.sin(roll) * down, math.cos(roll) * down - math.sin(roll) * right
-    pixels = float(np.clip(178 * math.exp(rng.normal(0, 0.25)), 100, 250))  # height of a person at the target
+    pixels = float(np.clip(165 * math.exp(rng.normal(0, 0.3)), 80, 250))  # height of a person at the target
     focal = pixels * math.hypot(distance, height - 0.9) / (1.75 * math.cos(pitch))
     high = 2 * focal * math.tan(math.radians(rng.uniform(42, 56)) / 2)
     return np.array((*eye, height)), right, down, forward, focal, (high * float(rng.choice((4 / 3, 16 / 9))), high)

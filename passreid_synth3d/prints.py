@@ -10,8 +10,8 @@ __all__ = ["print_mask"]
 
 PRINT = 22  # the random stream
 FAMILIES: dict[str, dict[str, float]] = {
-    "train": dict(blocks=3, disc=1, ring=1, bars=1.5, number=2),
-    "held-out": dict(triangle=1, star=2, letters=3, cross=1),
+    "train": dict(blocks=3, disc=1, ring=1, bars=1.5, number=2, clouds=2),
+    "held-out": dict(triangle=1, star=2, letters=3, cross=1, waves=2),
 }
 
 
@@ -50,6 +50,14 @@ def print_mask(seed: int, patterns: str, side: int) -> Array:
         a, b = scale * 0.36, scale * 0.64
         pen.rectangle((a, 0, b, scale), 255)
         pen.rectangle((0, a, scale, b), 255)
+    elif kind == "clouds":  # of many shades, as photographs are
+        shades = Image.fromarray((rng.random((5, 5)) * 255).astype(np.uint8))
+        picture = shades.resize((scale, scale), Image.Resampling.BICUBIC)
+    elif kind == "waves":
+        across, down = np.meshgrid(*2 * [np.linspace(-1, 1, scale)])
+        rings = rng.uniform(4, 9) * np.hypot(across, down * rng.uniform(0.5, 2))
+        level = np.sin(rings + rng.uniform(0, 3) * across)
+        picture = Image.fromarray((127 + 127 * level).astype(np.uint8))
     else:
         letters = "ABCDEFGHKLMNPRSTUVXYZ" if kind == "letters" else "0123456789"
         text = "".join(letters[i] for i in rng.integers(0, len(letters), rng.integers(1, 4)))

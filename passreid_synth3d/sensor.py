@@ -14,7 +14,7 @@ __all__ = ["develop"]
 def develop(rng: np.random.Generator, radiance: Array, camera: Imaging, size: tuple[int, int]) -> Image.Image:
     """Turn radiance [rows, columns, 3], at the sensor's resolution, into the stored crop of `size` (height, width).
 
-    In this order: exposure, colours, tone, motion blur, noise, lens blur, sharpening, JPEG compression, resize.
+    In this order: exposure, colours, tone, haze, motion blur, noise, lens blur, sharpening, JPEG compression, resize.
     """
     gains = np.asarray(camera.gains) * camera.exposure * np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.012, 3))
     light = radiance * gains
@@ -23,8 +23,9 @@ def develop(rng: np.random.Generator, radiance: Array, camera: Imaging, size: tu
     level: Array = np.clip(light, 0, None) ** (camera.gamma / 2.2)
     level = (level - 0.45) * camera.contrast + 0.45
     level = np.where(level > 0.8, 0.8 + 0.2 * np.tanh((level - 0.8) / 0.2), level)  # soft instead of hard clipping
-    if rng.random() < 0.15:  # motion blur
-        level = _motion_blur(level, int(rng.integers(2, 2 + max(1, len(level) // 40))))
+    level = level * (1 - camera.haze) + 0.75 * camera.haze
+    if rng.random() < 0.25:
+        level = _motion_blur(level, 2 + int(camera.motion * rng.uniform(0, 1) * len(level)))
     noisy = 255 * level + camera.noise * rng.uniform(0.6, 1.3) * rng.standard_normal(level.shape, np.float32)
     image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     if camera.blur > 0.25:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from passreid_synth3d.fabrics import PATTERN_FAMILIES, Dice, dye, fabric, near
+from passreid_synth3d.fabrics import PATTERN_FAMILIES, Dice, dye, fabric, near, pale
 from passreid_synth3d.mesh import Colour, Material
 from passreid_synth3d.pose import Gait
 
@@ -11,7 +11,8 @@ __all__ = ["Garment", "Person", "person"]
 
 PERSON = 21  # the random stream
 _SKINS = [(0.62, 0.42, 0.32), (0.53, 0.34, 0.24), (0.42, 0.25, 0.16), (0.28, 0.15, 0.09), (0.14, 0.07, 0.045)]
-_HAIRS = [(0.012, 0.01, 0.01), (0.035, 0.02, 0.013), (0.09, 0.05, 0.028), (0.3, 0.19, 0.09), (0.32, 0.31, 0.3)]
+_HAIRS = [(0.012, 0.01, 0.01), (0.018, 0.014, 0.012), (0.035, 0.02, 0.013), (0.09, 0.05, 0.028), (0.3, 0.19, 0.09)]
+_GRAY = [(0.16, 0.155, 0.15), (0.32, 0.31, 0.3)]
 _JEANS = [(0.03, 0.045, 0.09), (0.07, 0.12, 0.24), (0.2, 0.29, 0.42), (0.03, 0.03, 0.034)]
 WHITE, BLACK = (0.72, 0.72, 0.7), (0.02, 0.02, 0.02)
 
@@ -62,7 +63,8 @@ def person(seed: int, pid: int, patterns: str = "train") -> Person:
         height=dice.around(0.45, 0.055, 0.3, 0.6),
         proportions=dice.between(0.3, 0.9),
     )
-    tone, strands = near(dice, _SKINS), near(dice, _HAIRS)
+    old = phenotype["age"] > 0.85 and dice.chance(0.65)
+    tone, strands = near(dice, _SKINS), near(dice, _GRAY if old else _HAIRS)
     beard = dice.between(0.5, 0.95) if not woman and not child and dice.chance(0.3) else 0.0
     lips = (tone[0] * 0.95, tone[1] * 0.62, tone[2] * 0.66)
     upper = _upper(dice, warm, patterns)
@@ -74,7 +76,7 @@ def person(seed: int, pid: int, patterns: str = "train") -> Person:
         outer=_outer(dice, patterns) if dice.chance(0.12 if warm else 0.58) else None,
         lower=lower,
         shoes=_shoes(dice, lower.kind),
-        socks=Material(colour=dye(dice) if dice.chance(0.4) else WHITE),
+        socks=Material(colour=dye(dice, dark=3.0) if dice.chance(0.5) else WHITE),
         hair=_hair(dice, woman, strands),
         hat=_hat(dice, patterns, upper),
         bag=_bag(dice, woman),
@@ -96,7 +98,7 @@ def _upper(dice: Dice, warm: bool, patterns: str) -> Garment:
     cut |= dict(top=dice.between(0.56, 0.6), dip=dice.between(0.02, 0.09) if dice.chance(0.5) else 0.0)
     if kind == "tank":
         cut |= dict(sleeve=0.015, top=0.565, dip=dice.between(0.06, 0.1))
-    cloth = _with_print(dice, fabric(dice, patterns, plain=0.52, **cut), 0.05 if kind == "shirt" else 0.35)
+    cloth = _with_print(dice, fabric(dice, patterns, plain=0.55, **cut), 0.05 if kind == "shirt" else 0.42)
     return Garment(kind, cloth, dice.between(0.008, 0.045 if kind == "hoodie" else 0.035))
 
 
@@ -105,10 +107,12 @@ def _with_print(dice: Dice, cloth: Material, probability: float) -> Material:
     if not dice.chance(probability):
         return cloth
     position: dict[str, Any]
-    if dice.chance(0.5):
-        position = dict(logo_size=dice.between(0.05, 0.09), logo_x=0.07, logo_z=dice.between(0.36, 0.42))
+    if dice.chance(0.45):
+        position = dict(
+            logo_size=dice.between(0.04, 0.1), logo_x=dice.between(0.04, 0.08), logo_z=dice.between(0.3, 0.42)
+        )
     else:
-        position = dict(logo_size=dice.between(0.16, 0.27), logo_x=0.0, logo_z=dice.between(0.28, 0.37))
+        position = dict(logo_size=dice.between(0.12, 0.36), logo_x=0.0, logo_z=dice.between(0.22, 0.37))
     side = 1.0 if dice.chance(0.25) else -1.0
     return replace(cloth, logo=0, logo_side=side, logo_colour=dye(dice, unlike=cloth.colour), **position)
 
@@ -116,10 +120,10 @@ def _with_print(dice: Dice, cloth: Material, probability: float) -> Material:
 def _outer(dice: Dice, patterns: str) -> Garment:
     kind = dice.kind(jacket=5, coat=3, vest=1)
     hem = dice.between(-0.5, -0.1) if kind == "coat" else dice.between(-0.02, 0.1)
-    opening = dice.between(0.03, 0.085) if dice.chance(0.55) else -1.0
+    opening = dice.between(0.03, 0.11) if dice.chance(0.55) else -1.0
     cut = dict(sleeve=0.0 if kind == "vest" else 0.465, hem=hem, top=dice.between(0.58, 0.62), opening=opening)
-    cloth = fabric(dice, patterns, plain=0.75, dark=1.8, shine=0.12 if dice.chance(0.3) else 0.0, **cut)
-    return Garment(kind, _with_print(dice, cloth, 0.15), dice.between(0.012, 0.05))
+    cloth = fabric(dice, patterns, plain=0.8, dark=2.0, shine=0.12 if dice.chance(0.3) else 0.0, **cut)
+    return Garment(kind, _with_print(dice, cloth, 0.25), dice.between(0.012, 0.05))
 
 
 def _lower(dice: Dice, woman: bool, warm: bool, patterns: str, upper: Garment) -> Garment:
@@ -138,11 +142,10 @@ def _lower(dice: Dice, woman: bool, warm: bool, patterns: str, upper: Garment) -
         hem = dice.between(-0.38, -0.2) if dice.chance(0.5) else dice.between(-0.7, -0.4)
     if kind == "jeans":
         blue = near(dice, _JEANS, 0.25)
-        pale = (min(0.7, 1.8 * blue[0] + 0.02), min(0.7, 1.8 * blue[1] + 0.02), min(0.7, 1.8 * blue[2] + 0.02))
         faded, seed = dice.between(0.2, 0.7), dice.between(0, 9)
-        cloth = Material("denim", blue, pale, duty=faded, bump=0.2, grain=0.15, seed=seed, hem=hem, top=waist)
+        cloth = Material("denim", blue, pale(blue), duty=faded, bump=0.2, grain=0.15, seed=seed, hem=hem, top=waist)
         return Garment(kind, cloth, dice.between(0.004, 0.045))
-    plain, dark = 0.55 if kind == "skirt" else 0.82, 1.0 if kind == "shorts" else 1.6
+    plain, dark = 0.55 if kind == "skirt" else 0.82, 1.0 if kind == "shorts" else 2.5
     cloth = fabric(dice, patterns, plain, dark, hem=hem, top=waist)
     if kind != "skirt" and cloth.pattern == "plain" and dice.chance(0.25):
         cloth = replace(cloth, pattern="side", period=dice.between(0.015, 0.05))
@@ -153,11 +156,12 @@ def _lower(dice: Dice, woman: bool, warm: bool, patterns: str, upper: Garment) -
 def _shoes(dice: Dice, lower: str) -> Garment:
     kind = dice.kind(trainers=5, shoes=3, boots=0.3 if lower == "shorts" else 2)
     tall = kind == "boots" and lower in ("leggings", "skirt", "dress")  # under trousers a high shaft is not visible
+    upper = WHITE if kind == "trainers" and dice.chance(0.35) else dye(dice, dark=4.0)
     sole = WHITE if kind == "trainers" and dice.chance(0.7) else BLACK
     top = dice.between(-0.62, -0.45) if tall else (-0.62 if kind == "boots" else -0.66)
     cap = -0.76 if dice.chance(0.4) else -9.0  # height of the toe cap, which has the third colour
     height = dice.between(-0.812, -0.795)
-    material = Material("sole", dye(dice, dark=1.5), sole, dye(dice), height, cap, shine=0.08, top=top)
+    material = Material("sole", upper, sole, dye(dice), height, cap, shine=0.08, top=top)
     return Garment(kind, material, dice.between(0.006, 0.014))
 
 
@@ -183,8 +187,8 @@ def _hat(dice: Dice, patterns: str, upper: Garment) -> Garment | None:
 
 
 def _bag(dice: Dice, woman: bool) -> Garment | None:
-    kind = dice.kind(none=5, backpack=2.4, crossbody=1.2, handbag=2.0 if woman else 0.7, case=0.45)
+    kind = dice.kind(none=5, backpack=2.2, sling=0.5, crossbody=1, tote=1 if woman else 0.4, handbag=1.5, case=0.45)
     if kind == "none":
         return None
-    cover = Material(colour=dye(dice), second=dye(dice), shine=0.1 if dice.chance(0.5) else 0.0)
+    cover = Material(colour=dye(dice, dark=2.0), second=dye(dice, dark=2.0), shine=0.1 if dice.chance(0.5) else 0.0)
     return Garment(kind, cover, dice.between(0, 1))

@@ -138,7 +138,7 @@ def test_if_all_identities_train_there_are_no_test_folders_and_readers_accept_it
 def test_the_marker_holds_the_whole_recipe_and_that_the_folder_is_complete(tmp_path):
     assert marker(write(tmp_path / "market", 4, 5, seed=3, quality=80)) == {
         "num_ids": 4, "images_per_id": 5, "cameras": 3, "sites": 1, "seed": 3, "size": [32, 16], "train_ids": 2,
-        "patterns": "train", "place": "street", "first_id": 0, "quality": 80, "generator": 1, "complete": True,
+        "patterns": "train", "place": "street", "first_id": 0, "quality": 80, "generator": 2, "complete": True,
         "libraries": {name: version(name) for name in ("anny", "warp-lang")},
     }  # fmt: skip
 
@@ -300,8 +300,8 @@ def test_another_recipe_in_the_same_folder_is_refused_and_the_differing_keys_are
 
 def test_images_of_an_older_generator_are_not_continued(tmp_path):
     root = write(tmp_path / "market")
-    (root / "synthetic3d.json").write_text(json.dumps(marker(root) | {"generator": 0}))
-    with pytest.raises(FileExistsError, match="begun with generator=0, and now generator=1"):
+    (root / "synthetic3d.json").write_text(json.dumps(marker(root) | {"generator": 1}))
+    with pytest.raises(FileExistsError, match="begun with generator=1, and now generator=2"):
         write(root)
 
 

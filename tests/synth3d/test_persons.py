@@ -16,7 +16,7 @@ from passreid_synth3d.prints import FAMILIES, print_mask
 from passreid_synth3d.sensor import develop
 from passreid_synth3d.wardrobe import Person, person
 
-CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, (95, 95))
+CAMERA = Imaging(1.0, (1.0, 1.0, 1.0), 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, (95, 95))
 GAIT = Gait(stride=0.4, arms=0.3, spread=0.1, stoop=0.03)
 
 
@@ -63,7 +63,7 @@ def test_every_kind_of_garment_hair_hat_and_bag_occurs_and_none_dominates():
         "shoes": {"trainers", "shoes", "boots"},
         "hair": {"long", "ponytail", "bob", "bun", "short", "afro", "buzz"},
         "hat": {"cap", "beanie", "sunhat", "hood"},
-        "bag": {"backpack", "crossbody", "handbag", "case"},
+        "bag": {"backpack", "sling", "crossbody", "tote", "handbag", "case"},
     }.items():
         counts = Counter(g.kind for who in people if (g := getattr(who, part)))
         assert set(counts) == kinds
@@ -71,6 +71,28 @@ def test_every_kind_of_garment_hair_hat_and_bag_occurs_and_none_dominates():
     assert any(who.outer and who.outer.material.opening > 0 for who in crowd())
     assert any(who.upper.material.logo >= 0 for who in crowd())
     assert {who.side for who in crowd()} == {-1, 1}
+
+
+def test_most_trousers_are_dark_or_denim_and_few_garments_are_vivid_as_in_the_street():
+    people = crowd(count=500)
+    legs = [who.lower.material for who in people if who.lower.kind in ("trousers", "jeans")]
+    assert 0.6 < np.mean([cloth.pattern == "denim" or np.mean(cloth.colour) < 0.1 for cloth in legs]) < 0.95
+    display = np.array([(who.outer or who.upper).material.colour for who in people]) ** (1 / 2.2)
+    assert 0.1 < (np.ptp(display, axis=1) > 0.25).mean() < 0.3
+    assert 0.25 < (display.max(1) < 0.35).mean() < 0.6
+
+
+def test_only_the_old_have_gray_hair():
+    gray = [who.phenotype["age"] for who in crowd() if who.hair and np.ptp(who.hair.material.colour) < 0.03
+            and np.mean(who.hair.material.colour) > 0.1]  # fmt: skip
+    assert len(gray) > 20
+    assert min(gray) > 0.85
+
+
+def test_prints_are_of_many_sizes():
+    sizes = [cloth.logo_size for who in crowd() for cloth in garment_materials(who) if cloth.logo >= 0]
+    assert len(sizes) > 60
+    assert np.quantile(sizes, (0.1, 0.9)) == pytest.approx((0.06, 0.3), abs=0.04)
 
 
 def test_phenotypes_differ_and_stay_in_the_range_of_anny():
@@ -88,7 +110,7 @@ def test_two_dyes_of_a_garment_are_distinguishable_and_colours_are_reflectances(
         assert min(*first, *second) >= 0
         assert max(*first, *second) <= 1
         assert np.abs(np.cbrt(first) - np.cbrt(second)).sum() > 0.35
-    assert {fabric(dice, "train", plain=1.0).pattern for _ in range(20)} == {"plain"}
+    assert {fabric(dice, "train", plain=1.0).pattern for _ in range(20)} == {"plain", "denim"}
     assert fabric(dice, "train", plain=0.0, hem=0.3).hem == 0.3
 
 
@@ -219,6 +241,29 @@ def test_exposure_white_balance_and_saturation_have_their_effect():
     assert warm[0] > warm[1] + 5 > warm[2] + 10
     assert np.ptp(mean(red, saturation=0.2)) < 0.5 * np.ptp(mean(red))
     assert mean(gray * 50).max() <= 255
+
+
+def test_haze_lightens_dark_cloth_and_takes_contrast():
+    stripes = np.zeros((64, 32, 3)) + np.where(np.arange(64) % 16 < 8, 0.02, 0.6)[:, None, None]
+    clear, hazy = (
+        np.asarray(develop(np.random.default_rng(1), stripes, replace(CAMERA, haze=haze), (64, 32)), float)
+        for haze in (0.0, 0.3)
+    )
+    assert hazy.min() > clear.min() + 20
+    assert hazy.std() == pytest.approx(0.7 * clear.std(), rel=0.1)
+
+
+def test_motion_blurs_some_images_along_the_rows_only():
+    columns = np.zeros((200, 80, 3)) + np.where(np.arange(80) % 20 < 10, 0.1, 0.6)[:, None]
+    moving = replace(CAMERA, motion=0.05)
+
+    def sharpness(radiance: np.ndarray, axis: int) -> np.ndarray:
+        images = [develop(np.random.default_rng(i), radiance, moving, (200, 80)) for i in range(40)]
+        return np.array([np.abs(np.diff(np.asarray(image, float), axis=axis)).max() for image in images])
+
+    across, along = sharpness(columns, 1), sharpness(columns[:80].swapaxes(0, 1).repeat(2, 1), 0)
+    assert 0.1 < (across < 0.7 * np.median(across)).mean() < 0.45
+    assert (along > 0.7 * np.median(along)).all()
 
 
 def test_the_package_and_the_dataset_readers_do_not_import_anny_or_warp():

@@ -179,6 +179,15 @@ def test_gray_ground_is_neither_black_nor_white():
         assert 0.2 < (sunny * imaging.exposure * imaging.gains).mean() < 1.3
 
 
+def test_cameras_differ_in_exposure_white_balance_saturation_and_haze_as_real_ones_do():
+    cameras = [place(seed, camid).imaging for seed in (SEED, SEED + 1) for camid in range(CAMERAS)]
+    gains = np.log([camera.gains for camera in cameras])
+    assert 0.06 < (gains[:, 0] - gains[:, 2]).std() < 0.2
+    assert 0.15 < np.std([math.log(camera.exposure) for camera in cameras]) < 0.6
+    assert min(camera.saturation for camera in cameras) < 0.72 < 1 < max(camera.saturation for camera in cameras)
+    assert 0 < sum(camera.haze > 0.05 for camera in cameras) < CAMERAS
+
+
 # ---- Geometry by hand
 
 
