@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 from torch import Tensor, nn
 
@@ -107,11 +106,9 @@ class ReIDModel(nn.Module):
         source = Path(source)
         if source.is_dir():
             config = read_config(source)
-            tensors = {**read_checkpoint(source / "model.safetensors"), **_extras(source)}
-            try:
-                converted = convert_state_dict(tensors)
-            except CheckpointError as e:
-                raise CheckpointError(f"{source}: {e}") from None
+            files = [source / "model.safetensors", source / "extras.safetensors"]
+            parts = [read_checkpoint(file) for file in files if file == files[0] or file.is_file()]
+            converted = convert_state_dict({k: v for part in parts for k, v in part.items()}, file=source)
             name, args = config["architecture"], dict(config["model_args"])
             cfg = {k: config["pretrained_cfg"][k] for k in ("mean", "std", "interpolation", "input_size")}
         else:
@@ -133,11 +130,6 @@ class ReIDModel(nn.Module):
         model = cls(backbone, len(classifier))
         model.classifier.load_state_dict({"weight": classifier})
         return model.eval()
-
-
-def _extras(folder: Path) -> dict[str, Tensor]:
-    file = folder / "extras.safetensors"
-    return safetensors.torch.load_file(file) if file.is_file() else {}
 
 
 def make_backbone(config: Any, interpolation: str, state: Mapping[str, Tensor] | None = None) -> PassVisionTransformer:
