@@ -337,7 +337,7 @@ def _build(
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
     file = cfg.file or cfg.hf_hub_id or UNNAMED
     if converted and source in FOLDERS:
-        _check_dimensions(converted, {**vars(arch), "num_classes": cfg.num_classes, **kwargs}, str(file))
+        _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,

@@ -280,6 +280,8 @@ def check_config(config: Any, file: str | Path) -> None:
         raise ValueError(f"{file} is not the config of a model of this package")
     check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": _OBJECT, "provenance": _OBJECT}, file)
     check_fields(config["pretrained_cfg"], _PRETRAINED_CFG, f"{file}: pretrained_cfg")
+    if "num_classes" in config:
+        check_fields(config, {"num_classes": _CLASSES}, file)
     args = config.get("model_args", {})
     check_fields(args, {k: check for k, check in _MODEL_ARGS.items() if k in args}, f"{file}: model_args")
 
@@ -323,12 +325,12 @@ def _number(low: float, high: float) -> Check:
 
 MAX_CONFIG_BYTES = 2**24
 _OBJECT: Check = ("an object", lambda v: isinstance(v, dict))
-_CHANNELS, _CLASSES, PIXELS = whole(1, 64), whole(0, 10**6), whole(16, 4096)
+_CHANNELS, _CLASSES, PIXELS = whole(1, 64), whole(0, 100_000), whole(16, 4096)
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
 _PRETRAINED_CFG: dict[str, Check] = {
     "input_size": (
         f"channels, height and width, the latter {PIXELS[0]}",
-        lambda v: isinstance(v, list | tuple) and _CHANNELS[1](*v[:1]) and several(2, PIXELS)[1](v[1:]),
+        lambda v: isinstance(v, list | tuple) and len(v) == 3 and _CHANNELS[1](v[0]) and several(2, PIXELS)[1](v[1:]),
     ),
     "mean": _either(several(3, _number(-100, 100)), several(1, _number(-100, 100))),
     "std": _either(several(3, _number(1e-6, 100)), several(1, _number(1e-6, 100))),

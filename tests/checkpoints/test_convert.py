@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -960,3 +961,86 @@ def test_a_token_and_a_position_of_other_shapes_are_refused_and_not_broadcast(of
 def test_an_average_beside_the_raw_weights_is_reported(official, raw, average):
     converted = convert_state_dict({raw: official, average: official})
     assert converted.layout == f"'{raw}' of a training checkpoint, not its '{average}'"
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "backbone.", "_orig_mod.module."])
+def test_a_network_beside_a_wrapped_one_is_refused_unless_it_is_the_teacher(official, wrapper):
+    def beside(prefix: str) -> dict[str, Tensor]:
+        return {
+            **{f"{wrapper}{k}": v for k, v in official.items()},
+            **{f"{prefix}{k}": v + 1 for k, v in official.items()},
+        }
+
+    name = repr(wrapper) if wrapper else "no prefix"
+    with pytest.raises(CheckpointError, match=rf"it holds 2 networks, with keys of {name}, 'model\.'; expected one"):
+        convert_state_dict(beside("model."))
+    converted = convert_state_dict(beside("model_ema."))
+    assert torch.equal(converted.backbone["norm.weight"], official["norm.weight"] + 1)
+    assert converted.layout.endswith("keys of 'model_ema.'")
+    assert converted.ignored[f"{wrapper}norm.weight"] == "not among the keys of 'model_ema.'"
+
+
+def test_the_decoder_of_a_masked_autoencoder_is_no_second_network(official):
+    decoder = {f"decoder_{k}": v for k, v in official.items() if k.startswith("blocks.")}
+    assert convert_state_dict({**official, **decoder}).ignored.keys() >= decoder.keys()
+
+
+WRONG_TENSORS = {
+    "sparse": ("part_token1", lambda v: v.to_sparse(), "part_token1 is sparse_coo; expected a dense tensor"),
+    "meta": ("norm.weight", lambda v: v.to("meta"), r"norm\.weight is without values"),
+    "stride 0": (
+        "fc.weight",
+        lambda v: torch.zeros(1).expand(10**11),
+        r"fc\.weight is declared as 100000000000, and .* 4 ",
+    ),
+    "float8": ("part_token1", lambda v: v.to(torch.float8_e4m3fn), "part_token1 is float8_e4m3fn"),
+    "width": ("part_token1", lambda v: v[..., :7], "part_token1 is 1x1x7; expected 1x1x32"),
+    "scalar token": ("cls_token", lambda v: torch.ones(()), "cls_token is a scalar; expected 1x1x32"),
+    "scalar positions": ("pos_embed", lambda v: torch.ones(()), "pos_embed is a scalar; expected 1xNx32"),
+    "flat positions": ("pos_embed", lambda v: v[0], "pos_embed is 128x32; expected 1xNx32"),
+    "no positions": ("pos_embed", lambda v: v[:, :0], "pos_embed is 1x0x32; expected 1xNx32"),
+    "stray block": ("blocks.999999999.x", lambda v: torch.zeros(1), "of block 999999999, and none of block 2"),
+    "empty block": ("blocks.2.x", lambda v: torch.zeros(1), r"there is no blocks\.2\.attn\.qkv\.weight"),
+    "other block": (
+        "blocks.1.mlp.fc1.bias",
+        lambda v: v[:5],
+        r"blocks\.1\.mlp\.fc1\.bias is 5, and that of blocks\.0 128",
+    ),
+    "attention": ("blocks.0.attn.qkv.weight", lambda v: v[0], r"blocks\.0\.attn\.qkv\.weight is 32; expected 3DxD"),
+    "attention scalar": ("blocks.0.attn.qkv.weight", lambda v: v[0, 0], "is a scalar; expected 3DxD"),
+    "attention empty": ("blocks.0.attn.qkv.weight", lambda v: v[:0, :0], "is 0x0; expected 3DxD"),
+    "classifier": (
+        "classifier.weight",
+        lambda v: torch.ones(()),
+        r"classifier\.weight is a scalar; expected 2 dimensions",
+    ),
+    "neck": ("bottleneck.weight", lambda v: torch.ones(()), r"bottleneck\.weight is a scalar; expected 1 dimension$"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_a_tensor_that_cannot_be_a_weight_is_one_sentence_that_names_its_key(official, kind, tmp_path):
+    key, change, message = WRONG_TENSORS[kind]
+    tensors = {**official, key: change(official.get(key))}
+    with pytest.raises(CheckpointError, match=message):
+        convert_state_dict(tensors)
+    torch.save(tensors, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}/file\.pth: .*{message}"):
+        convert_checkpoint(tmp_path / "file.pth", tmp_path / "out", num_heads=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zip_whose_entries_are_larger_than_itself_is_refused_before_it_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"\0" * 10**6)
+    with pytest.raises(CheckpointError, match=r"bomb\.pth was refused: its entries are larger than the file"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_convert_prints_the_hash_and_whether_damage_would_show(official, legacy, tmp_path):
+    file = tmp_path / "file.pth"
+    torch.save(official, file, _use_new_zipfile_serialization=not legacy)
+    note = convert_checkpoint(file, tmp_path / "out", num_heads=2).notes[-1]
+    assert note.startswith(f"SHA-256 of the file: {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    assert note.endswith("has no checksum, so that damage does not show") == legacy
