@@ -7,6 +7,7 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
+from passreid_models.checkpoints.local_dir import check_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width, resample_positions
 
@@ -289,10 +291,28 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 UNNAMED = "the given state dict"
+FOLDERS = ("local-dir", "hf-hub")
 _NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
 
 
 def _create_pass_vit(
+    variant: str, pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any
+) -> PassVisionTransformer:
+    """Build a registered model; the ``config.json`` of a folder or Hub repository is checked before it is believed."""
+    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get("source") not in FOLDERS:
+        return _build(variant, pretrained, pretrained_cfg, **kwargs)
+    where = f"config.json of {pretrained_cfg.get('file') or pretrained_cfg.get('hf_hub_id')}"
+    check_config({"architecture": variant, "pretrained_cfg": pretrained_cfg, "model_args": kwargs}, where)
+    try:
+        return _build(variant, pretrained, pretrained_cfg, **kwargs)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as e:  # of timm, by values of any kind
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise ValueError(f"{where}: no model can be made from it ({kind}{' '.join(str(e).split())[:200]})") from None
+
+
+def _build(
     variant: str,
     pretrained: bool = False,
     pretrained_cfg: Any = None,
@@ -316,6 +336,8 @@ def _create_pass_vit(
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
     file = cfg.file or cfg.hf_hub_id or UNNAMED
+    if converted and source in FOLDERS:
+        _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -362,6 +384,13 @@ def _create_pass_vit(
     return model
 
 
+def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:
+    """Raise CheckpointError, before a model is made, if the weights are not as wide or deep as their config says."""
+    held = {name: getattr(converted.architecture, name) for name in ("embed_dim", "depth", "num_parts")}
+    if wrong := [f"{name} {declared[name]} and not {value}" for name, value in held.items() if declared[name] != value]:
+        raise CheckpointError(f"{file}: the model is to have {', '.join(wrong)} as in the weights")
+
+
 def _read_weights(
     variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None
 ) -> tuple[Any, Converted | None]:
@@ -374,15 +403,10 @@ def _read_weights(
     if cfg.state_dict:
         converted = cfg.state_dict
         if not isinstance(converted, Converted):
-            try:
-                converted = convert_state_dict(converted)
-            except CheckpointError as e:
-                raise CheckpointError(f"{cfg.file or cfg.hf_hub_id or UNNAMED}: {e}") from None
+            converted = convert_state_dict(converted, file=cfg.file or cfg.hf_hub_id or UNNAMED)
         return replace(cfg, state_dict=converted.backbone), converted
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
-        if not file.is_file():  # not a folder of this package
-            return cfg, None
     elif cfg.source == "hf-hub":
         if cfg.hf_hub_filename:
             return cfg, None
