@@ -22,7 +22,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
@@ -31,7 +31,16 @@ from passreid_models.checkpoints.convert import Converted, convert_file, convert
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
 from passreid_models.checkpoints.local_dir import check_config
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width, resample_positions
+from passreid_models.layers import (
+    ConvStem,
+    MultiNeck,
+    SingleNeck,
+    fuse_tokens,
+    fused_width,
+    is_hooked,
+    prefix_block,
+    resample_positions,
+)
 
 __all__ = ["PassVisionTransformer"]
 
@@ -168,6 +177,21 @@ class PassVisionTransformer(VisionTransformer):
             return tokens
         return fuse_tokens(tokens, pool_type)
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Descriptors or logits of images; the last block computes the prefix tokens alone where no other is read."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  torchscript skips what is inside
+            # fx: the nodes of all tokens, for extractors of features
+            if self.global_pool and attn_mask is None and not is_causal and not isinstance(x, torch.fx.Proxy):
+                return self.forward_head(self.forward_prefix(x))
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_prefix(self, x: Tensor) -> Tensor:
+        """Output prefix tokens ``[B, T, D]`` of images: those of ``forward_features``, for less work."""
+        if is_hooked(self.norm):
+            return self.forward_features(x)[:, : self.num_prefix_tokens]
+        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        return self._prefix_outputs(tokens, self.num_prefix_tokens)
+
     def forward_parts(self, x: Tensor) -> dict[str, Tensor]:
         """Output tokens by name: ``cls`` ``[B, D]``, ``parts`` ``[B, P, D]``, ``patches`` ``[B, N, D]``."""
         tokens = self.forward_features(x)
@@ -214,23 +238,19 @@ class PassVisionTransformer(VisionTransformer):
             prefix.append(parts if part_index is None else self.reg_token[0, part_index].unsqueeze(1))
         tokens = torch.cat([*prefix, patches], dim=1)
         tokens = self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
-        *blocks, last = self.blocks
-        if type(last) is Block:  # not a subclass, which may compute something else
-            last = partial(_prefix_block, last, sum(p.shape[1] for p in prefix))
-        steps = [*blocks, last]
+        return self._prefix_outputs(tokens, sum(p.shape[1] for p in prefix))
+
+    def _prefix_outputs(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """Output prefix tokens ``[B, num_prefix, D]`` of embedded tokens: all blocks and the final norm."""
+        steps: list[Any] = list(self.blocks)
+        if steps:
+            steps[-1] = partial(prefix_block, steps[-1], num_prefix=num_prefix)
         if self.grad_checkpointing:
             tokens = checkpoint_seq(steps, tokens)
         else:
             for step in steps:
                 tokens = step(tokens)
-        return self.norm(tokens[:, : sum(p.shape[1] for p in prefix)])
-
-
-def _prefix_block(block: Block, num_prefix: int, tokens: Tensor) -> Tensor:
-    """Last block, for prefix tokens only: after its attention the patch tokens are not needed."""
-    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
-    prefix = tokens[:, :num_prefix]
-    return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
+        return self.norm(tokens[:, :num_prefix])
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:
