@@ -143,64 +143,66 @@ def test_webp_copies_have_the_labels_and_the_marker_of_the_drawn_set(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def bundle(work, *words):
-    command = [sys.executable, EXAMPLES / "train_bundled.py", *words, "--work", work]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def assert_packed(work: Path, settings: Path, seen: dict[str, int]) -> dict:
+    """Check the packed weights of all phases; return the figures of the last."""
+    for i, (name, phase) in enumerate(train_bundled.PHASES.items(), 1):
+        folder, names = work / f"pass_vit_tiny_patch16.{phase.tag}", list(PHASES)[:i]
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == (phase.tag, "apache-2.0")
+        assert not settings_that_differ(folder, settings)
+        assert list(settings_that_differ(folder, train_bundled.SETTINGS)) == names
+        figures = json.loads((folder / "figures.json").read_text())
+        assert list(figures) == ["held-out", *names]
+        assert {name: figures[name]["images_seen"] for name in names} == {name: seen[name] for name in names}
+        assert abs(figures[name]["float16"]["mAP"] - figures[name]["float32"]["mAP"]) < 2
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert any(("probe_mAP" if name == "pass" else "mAP") in record for record in log)
+    assert "classifier: kept, with the neck" in (work / "tiny-3-variation" / "log.txt").read_text()
+    return figures
 
 
 @pytest.mark.slow
 def test_bundling_runs_from_drawing_to_packed_weights_that_load(tmp_path):
     settings, work = write_settings(tmp_path / "settings", **PHASES), tmp_path / "work"
-    words = ["tiny", "--ids", "5", "--test-ids", "4", "--split", "--settings", settings]
-    seen = {"pass": 32, "labels": 40, "variation": 40}  # of 40 images in batches of 16; of 8
-    for until, count in (("labels", 2), ("variation", 3)):  # the second call continues
-        done = bundle(work, *words, "--until", until)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("is there") == (0 if count == 2 else 2)
-        assert len(list(work.glob("pass_vit_tiny_patch16.*"))) == count
-    assert "classifier: kept, with the neck" in (work / "tiny-3-variation" / "log.txt").read_text()
-    for i, (name, phase) in enumerate(train_bundled.PHASES.items(), 1):
+    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", work, "--settings", settings]
+    command += ["--ids", "5", "--test-ids", "4", "--split"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    seen = {"pass": 32, "labels": 40, "variation": 40}  # of 40 images, in batches of 16 and of 8
+    held_out = assert_packed(work, settings, seen)["held-out"]
+    assert (held_out["seed"], held_out["patterns"]) == (0, "held-out")
+    for phase in train_bundled.PHASES.values():
         folder = work / f"pass_vit_tiny_patch16.{phase.tag}"
-        config = json.loads((folder / "config.json").read_text())
-        assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == (phase.tag, "apache-2.0")
-        assert not settings_that_differ(folder, settings)
-        assert settings_that_differ(folder, train_bundled.SETTINGS).keys() == set(list(PHASES)[:i])
-        figures = json.loads((folder / "figures.json").read_text())
-        assert list(figures) == ["held-out", *list(PHASES)[:i]]
-        assert (figures["held-out"]["seed"], figures["held-out"]["patterns"]) == (0, "held-out")
-        assert abs(figures[name]["float16"]["mAP"] - figures[name]["float32"]["mAP"]) < 2
-        assert {phase: figures[phase]["images_seen"] for phase in list(PHASES)[:i]} == dict(list(seen.items())[:i])
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert any(("probe_mAP" if name == "pass" else "mAP") in record for record in log)
         pieces = sorted(folder.glob("model.safetensors.*"))
         assert all(p.stat().st_size < 2**24 for p in pieces)
         (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert model.patch_embed.img_size == (256, 128)
-    m = figures["variation"]["float16"]["mAP"]
-    gain = m - figures["labels"]["float16"]["mAP"]
-    assert f"  variation: 40 images, mAP {m:.2f} ({gain:+.2f}), Rank-1" in done.stdout
-
-    again = bundle(work, *words)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is there") == 3
-    write_settings(settings, labels={**PHASES["labels"], "lr": 0.5})
-    refused = bundle(work, *words)
-    assert refused.returncode == 1
-    assert "lr: 0.5 is asked for, and " in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_phase_whose_time_is_up_hands_over_and_stays_as_it_is(tmp_path, capsys):
+def test_bundling_continues_by_phases_and_what_a_later_phase_began_from_stays(tmp_path, capsys):
     data = SyntheticPersons(6, 4, 2, size=(64, 32)).write_market1501(tmp_path / "data", train_ids=3)
-    settings = write_settings(tmp_path / "settings", **{**PHASES, "labels": {**PHASES["labels"], "epochs": 9}})
-    words = ["tiny", "--work", tmp_path / "work", "--data", data, "--held-out", data, "--settings", settings]
-    for limit in ("0.0001", "0"):
-        train_bundled.main([str(word) for word in (*words, "--minutes", "0", limit, "0")])
-        figures = json.loads((tmp_path / "work/pass_vit_tiny_patch16.synth_reid/figures.json").read_text())
-        assert figures["labels"]["images_seen"] == 8  # one step
-        assert figures["variation"]["images_seen"] == 8
-    assert capsys.readouterr().out.count("is there") == 3
+    phases = {**PHASES, "labels": {**PHASES["labels"], "epochs": 9}}
+    settings, work = write_settings(tmp_path / "settings", **phases), tmp_path / "work"
+
+    def bundle(*words: str) -> str:
+        sets = ["--data", str(data), "--held-out", str(data)]
+        train_bundled.main(["tiny", "--work", str(work), *sets, "--settings", str(settings), *words])
+        return capsys.readouterr().out
+
+    assert "is there" not in bundle("--until", "pass")
+    assert not (work / "tiny-2-labels").exists()
+    output = bundle("--minutes", "0", "0.0001", "0")  # time for one step of labels
+    assert output.count("is there") == 1
+    figures = assert_packed(work, settings, {"pass": 16, "labels": 8, "variation": 8})
+    m = figures["variation"]["float16"]["mAP"]
+    gain = m - figures["labels"]["float16"]["mAP"]
+    assert f"  variation: 8 images, mAP {m:.2f} ({gain:+.2f}), Rank-1" in output
+    assert bundle().count("is there") == 3  # labels do not go on
+    write_settings(settings, labels={**phases["labels"], "lr": 0.5})
+    with pytest.raises(SystemExit, match=r"lr: 0\.5 is asked for, and .*tiny-2-labels was trained with 0\.01"):
+        bundle()
 
 
 def test_the_baselines_are_measured_on_any_labelled_dataset(tmp_path):
