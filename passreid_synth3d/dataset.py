@@ -29,7 +29,7 @@ from passreid_synth3d.fabrics import PATTERN_FAMILIES
 from passreid_synth3d.place import PLACES
 from passreid_synth3d.workers import one_thread, run_here, run_in_processes
 
-__all__ = ["GENERATOR", "make_data", "write_market1501", "write_training_and_test"]
+__all__ = ["GENERATOR", "make_data", "write_market1501"]
 
 SITE = 24  # the random stream
 GENERATOR = 2  # raise it when a recipe gives other images: folders of an older generator are not continued
@@ -167,29 +167,6 @@ def write_market1501(
             _sweep(root)
         _mark(root, recipe, complete=True)
     return root
-
-
-def write_training_and_test(
-    root: str | PathLike[str], ids: int, test_ids: int, size: tuple[int, int] = (256, 128)
-) -> None:
-    """Write the training and test data of the bundled weights, or what is missing of them.
-
-    ROOT/studio/, ROOT/street/                      persons of seed 1, 10 images each, before 96 cameras
-    ROOT/held-out-studio/, ROOT/held-out-street/    persons of seed 0, 8 images each, before 4 cameras, in patterns and
-                                                    prints that no training garment has
-
-    Args:
-        root: The folder.
-        ids: Number of persons for training.
-        test_ids: Number of persons for testing.
-        size: (height, width) of the images in pixels.
-    """
-    for place in PLACES:
-        test: dict[str, Any] = dict(cameras=4, train_ids=0, seed=0, patterns="held-out", place=place, size=size)
-        write_market1501(Path(root) / f"held-out-{place}", test_ids, 8, **test)
-    for place in PLACES:
-        train: dict[str, Any] = dict(train_ids=ids, sites=12, seed=1, place=place, size=size)
-        write_market1501(Path(root) / place, ids, 10, **train)
 
 
 def make_data(root: str | PathLike[str], num_ids: int, images_per_id: int, **options: Any) -> str:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +18,13 @@ from baselines import colours
 from PIL import Image
 
 import passreid_models
+from passreid_models import SyntheticPersons
+from passreid_models.data.datasets import open_dataset
 from passreid_models.evaluation import evaluate_model
-from passreid_models.pretrain.config import PretrainConfig
-from passreid_models.pretrain.network import PASSNetwork
-from passreid_models.pretrain.run import train
-from passreid_models.reid.config import FinetuneConfig
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic.scene import draw
-from passreid_models.training.folder import RunFolder
 from tests import ROOT
-from tests.tiny_runs import TINY, tiny, write_images
+from tests.tiny_runs import write_images
 
 EXAMPLES = ROOT / "examples"
 BENCHMARKS = ROOT / "benchmarks"
@@ -47,119 +45,164 @@ def test_the_minimal_example_trains_weights_that_load(tmp_path):
     assert len(changed) == len(start)
 
 
-def network(state, **dimensions):
-    backbone = timm.create_model("test_pass_vit", **dimensions)
-    heads = (TINY["num_prototypes"], TINY["hidden_dim"], TINY["bottleneck_dim"])
-    model = PASSNetwork(backbone, *heads)
-    model.load_state_dict(state)
-    return model.train()
+def settings_that_differ(folder: Path, settings: Path) -> dict[str, dict]:
+    """Settings that packed weights were trained with and the YAML files do not have, by phase."""
+    phase = json.loads((folder / "config.json").read_text())["provenance"]
+    chain = [phase]
+    while phase := phase.get("init_provenance"):
+        chain.insert(0, phase)
+    names = list(train_bundled.PHASES)[: len(chain)]
+    assert train_bundled.PHASES[names[-1]].tag == folder.suffix[1:]
+    differing = {}
+    for name, trained in zip(names, chain, strict=True):
+        expected = train_bundled.read_settings(name, settings, "data").to_dict()
+        free = {"model", "fusion"}  # set by the run
+        pairs = {k: (expected[k], v) for k, v in trained["config"].items() if expected[k] != v and k not in free}
+        differing |= {name: pairs} if pairs else {}
+    return differing
 
 
-def test_a_widened_network_computes_the_same_outputs_and_its_copied_channels_get_different_gradients(
-    tmp_path, one_thread
-):
-    train(tiny(write_images(tmp_path / "data"), tmp_path / "run", epochs=1))
-    with pytest.raises(ValueError, match="holds no run"):
-        train_bundled.widen(tmp_path / "none", tmp_path / "start.pt")
-    train_bundled.widen(tmp_path / "run", tmp_path / "start.pt")
-    start = torch.load(tmp_path / "start.pt", weights_only=True)
-    saved = RunFolder(tmp_path / "run").load_latest()[1]
-    assert start["statistics"] == saved["statistics"]
-    assert start["provenance"]["images_seen"] == saved["step"] * saved["config"]["batch_size"]
-
-    narrow, wide = network(saved["teacher"]), network(start["teacher"], embed_dim=128, num_heads=4)
-    views = torch.randn(2, 3, 3, 64, 32), torch.randn(3, 3, 3, 32, 16)
-    outputs = wide(*views).logits()
-    for z, expected in zip(outputs, narrow(*views).logits(), strict=True):
-        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
-    tokens = wide.backbone.forward_views(views[0][0])
-    torch.testing.assert_close(tokens, narrow.backbone.forward_views(views[0][0]).repeat(1, 1, 2), rtol=1e-4, atol=1e-5)
-    sum(z.square().sum() for z in outputs).backward()
-    grad = wide.backbone.blocks[0].mlp.fc1.weight.grad  # its rows: hidden channels, each twice
-    assert ((grad[:256] - grad[256:]).norm() / grad.norm()) > 0.1
+def test_the_settings_are_those_of_the_bundled_weights():
+    for folder in (ROOT / "weights").glob("*.synth*"):
+        if "pass" in json.loads(
+            (folder / "figures.json").read_text()
+        ):  # weights of one phase have no figures of phases
+            assert not settings_that_differ(folder, train_bundled.SETTINGS), folder
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "settings", "overrides"),
-    [
-        ("pass_vit_tiny_patch16.synth", PretrainConfig, "bundled.yaml", {}),
-        ("pass_vit_small_patch16.synth", PretrainConfig, "bundled.yaml", "WIDENED"),
-        ("pass_vit_tiny_patch16.synth_reid", FinetuneConfig, "bundled_reid.yaml", {}),
-    ],
-)
-def test_the_settings_are_those_of_the_bundled_weights(name, config, settings, overrides):
-    overrides = overrides and getattr(train_bundled, overrides)
-    expected = config.from_dict(yaml.safe_load((EXAMPLES / settings).read_text()) | overrides).to_dict()
-    folder = ROOT / "weights" / name
-    trained = json.loads((folder / "config.json").read_text())["provenance"]["config"]
-    free = {"model", "fusion"}  # set by the run
-    differing = {k: (expected[k], v) for k, v in trained.items() if expected[k] != v and k not in free}
-    assert not differing
+def test_the_phases_have_the_settings_of_their_files():
+    settings = {name: train_bundled.read_settings(name, train_bundled.SETTINGS, "data") for name in PHASES}
+    assert [s.size for s in settings.values()] == [(128, 64), (256, 128), (128, 64)]
+    assert (settings["labels"].jitter_prob, settings["variation"].jitter_prob) == (0, 0.8)  # preset: domain
+
+
+def write_settings(folder: Path, **phases: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, settings in phases.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+HEADS = dict(num_prototypes=64, hidden_dim=64, bottleneck_dim=16)
+REID = dict(size=[64, 32], epochs=1, warmup_epochs=0, ids_per_batch=2, triplet_weight=0, pad=2)
+PHASES = {
+    "pass": dict(size=[64, 32], epochs=1, local_views=3, batch_size=16, **HEADS),
+    "labels": {**REID, "lr": 0.01},
+    "variation": {**REID, "preset": "domain", "lr": 0.002},
+}
 
 
 @pytest.mark.parametrize(
-    ("words", "settings", "message"),
+    ("words", "changed", "message"),
     [
-        (["small", "--widen"], "", "--widen: {work} holds no pass_vit_tiny_patch16.synth: make tiny there first"),
-        (["tiny", "--widen"], "", "--widen: only small is twice as wide as tiny"),
-        (["tiny", "--ids", "0"], "", "--ids: expected 1 or more, got 0"),
-        (["tiny", "--test-ids", "-1"], "", "--test-ids: expected 1 or more, got -1"),
-        (["tiny", "--settings", "none.yaml"], "", "none.yaml"),
-        (["tiny", "--settings", "{yaml}"], "epochs: [1", "while parsing a flow sequence"),
-        (["tiny", "--settings", "{yaml}"], "epochs: 0", "epochs: expected 1 or more, got 0"),
-        (["tiny", "--reid-settings", "{yaml}"], "erasing: 0", "erasing"),
+        (["tiny", "--ids", "0"], {}, "--ids: expected 1 or more, got 0"),
+        (["tiny", "--test-ids", "-1"], {}, "--test-ids: expected 1 or more, got -1"),
+        (["tiny", "--minutes", "1", "-1", "1"], {}, "--minutes: expected 0 or more, got -1"),
+        (["tiny", "--settings", "none"], {}, "pass.yaml: there is none"),
+        (["tiny"], {"pass": {"epochs": 0}}, "epochs: expected 1 or more, got 0"),
+        (["tiny"], {"labels": {"erasing": 0}}, "erasing"),
+        (["tiny"], {"variation": {"preset": "domains"}}, "preset: expected one or more of"),
     ],
 )
-def test_bundling_reports_mistakes_before_it_draws(words, settings, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("passreid_synth3d.dataset.write_market1501", lambda *args, **more: pytest.fail("it draws"))
-    work = tmp_path / "work"
-    (tmp_path / "some.yaml").write_text(settings)
+def test_bundling_reports_mistakes_before_it_draws(words, changed, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train_bundled.write_market1501", lambda *args, **more: pytest.fail("it draws"))
+    settings = write_settings(tmp_path / "settings", **{**PHASES, **changed})
     with pytest.raises(SystemExit) as error:
-        train_bundled.main([*(word.format(yaml=tmp_path / "some.yaml") for word in words), "--work", str(work)])
+        train_bundled.main([words[0], "--work", str(tmp_path / "work"), "--settings", str(settings), *words[1:]])
     assert error.value.code not in (None, 0)
-    assert message.format(work=work) in f"{error.value.code} {capsys.readouterr().err}"
+    assert message in f"{error.value.code} {capsys.readouterr().err}"
+    assert not (tmp_path / "work").exists()
 
 
-def bundle(work, *words):
-    command = [sys.executable, EXAMPLES / "train_bundled.py", *words, "--work", work]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def test_webp_copies_have_the_labels_and_the_marker_of_the_drawn_set(tmp_path):
+    drawn = SyntheticPersons(4, 4, 2, size=(64, 32)).write_market1501(tmp_path / "drawn", train_ids=2)
+    (drawn / "synthetic3d.json").write_text('{"generator": 2}')
+    words = ["tiny", "--work", str(tmp_path / "work"), "--data", str(drawn), "--held-out", str(drawn)]
+    words += ["--webp", str(tmp_path / "webp")]
+    train_bundled.main(words)
+    original, copies = open_dataset(drawn), open_dataset(tmp_path / "webp" / "street-webp")
+    for split, expected in original.splits.items():
+        assert copies.splits[split].pids.tolist() == expected.pids.tolist()
+        assert copies.splits[split].camids.tolist() == expected.camids.tolist()
+    with Image.open(copies.query.paths[0]) as copy, Image.open(original.query.paths[0]) as image:
+        assert copy.format == "WEBP"
+        assert np.abs(np.asarray(copy, float) - np.asarray(image, float)).mean() < 10
+    described = train_bundled.describe(tmp_path / "webp" / "held-out-webp")
+    assert (described["generator"], described["webp_quality"]) == (2, train_bundled.WEBP_QUALITY)
+    assert described["data"].startswith("synthetic, held-out-webp/: 8 training images of 2 identities, 4 queries")
+
+    missing, whole = (Path(copies.query.paths[i]) for i in (0, 1))
+    missing.unlink()
+    before = whole.stat().st_mtime_ns
+    train_bundled.main(words)
+    assert missing.exists()
+    assert whole.stat().st_mtime_ns == before
+    Path(original.query.paths[0]).unlink()
+    with pytest.raises(SystemExit, match="street-webp holds other images than"):
+        train_bundled.main(words)
+    assert not (tmp_path / "work").exists()
+
+
+def assert_packed(work: Path, settings: Path, seen: dict[str, int]) -> dict:
+    """Check the packed weights of all phases; return the figures of the last."""
+    for i, (name, phase) in enumerate(train_bundled.PHASES.items(), 1):
+        folder, names = work / f"pass_vit_tiny_patch16.{phase.tag}", list(PHASES)[:i]
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == (phase.tag, "apache-2.0")
+        assert not settings_that_differ(folder, settings)
+        assert list(settings_that_differ(folder, train_bundled.SETTINGS)) == names
+        figures = json.loads((folder / "figures.json").read_text())
+        assert list(figures) == ["held-out", *names]
+        assert {name: figures[name]["images_seen"] for name in names} == {name: seen[name] for name in names}
+        assert abs(figures[name]["float16"]["mAP"] - figures[name]["float32"]["mAP"]) < 2
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert any(("probe_mAP" if name == "pass" else "mAP") in record for record in log)
+    assert "classifier: kept, with the neck" in (work / "tiny-3-variation" / "log.txt").read_text()
+    return figures
 
 
 @pytest.mark.slow
 def test_bundling_runs_from_drawing_to_packed_weights_that_load(tmp_path):
-    heads = "num_prototypes: 64\nhidden_dim: 64\nbottleneck_dim: 16\n"
-    (tmp_path / "pass.yaml").write_text(f"size: [128, 64]\nepochs: 1\nlocal_views: 3\nbatch_size: 16\n{heads}")
-    (tmp_path / "reid.yaml").write_text("size: [128, 64]\nepochs: 1\nids_per_batch: 2\ntriplet_weight: 0\n")
-    words = ["--ids", "4", "--test-ids", "4", "--split", "--settings", tmp_path / "pass.yaml"]
-    words += ["--reid-settings", tmp_path / "reid.yaml"]
-    done = bundle(tmp_path / "work", "tiny", *words)
+    settings, work = write_settings(tmp_path / "settings", **PHASES), tmp_path / "work"
+    command = [sys.executable, EXAMPLES / "train_bundled.py", "tiny", "--work", work, "--settings", settings]
+    command += ["--ids", "5", "--test-ids", "4", "--split"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    for tag, seen in (("synth", 32), ("synth_reid", 8)):  # of 40 images in batches of 16; of 4 persons in one of 2 x 4
-        folder = tmp_path / "work" / f"pass_vit_tiny_patch16.{tag}"
-        config = json.loads((folder / "config.json").read_text())
-        assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == (tag, "apache-2.0")
-        assert config["provenance"]["images_seen"] >= seen
-        figures = json.loads((folder / "figures.json").read_text())
-        assert figures.keys() == {"street", "studio"}
-        assert all(abs(f["float16"]["mAP"] - f["float32"]["mAP"]) < 2 for f in figures.values())
-        assert f"pass_vit_tiny_patch16.{tag} as float16, street: mAP" in done.stdout
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert any(("probe_mAP" if tag == "synth" else "mAP") in record for record in log)
+    seen = {"pass": 32, "labels": 40, "variation": 40}  # of 40 images, in batches of 16 and of 8
+    held_out = assert_packed(work, settings, seen)["held-out"]
+    assert (held_out["seed"], held_out["patterns"]) == (0, "held-out")
+    for phase in train_bundled.PHASES.values():
+        folder = work / f"pass_vit_tiny_patch16.{phase.tag}"
         pieces = sorted(folder.glob("model.safetensors.*"))
         assert all(p.stat().st_size < 2**24 for p in pieces)
         (folder / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in pieces))
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert model.patch_embed.img_size == (256, 128)
-    assert config["provenance"]["init_provenance"]["images_seen"] == 32  # the provenance goes back to the first run
 
-    again = bundle(tmp_path / "work", "tiny", *words)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("is there") == 2
-    wide = bundle(tmp_path / "work", "small", "--widen", *words)
-    assert wide.returncode == 0, wide.stderr
-    config = json.loads((tmp_path / "work/pass_vit_small_patch16.synth_reid/config.json").read_text())
-    pretraining = config["provenance"]["init_provenance"]
-    assert (pretraining["init"], pretraining["init_provenance"]["images_seen"]) == ("small-start.pt", 32)
+
+@pytest.mark.slow
+def test_bundling_continues_by_phases_and_what_a_later_phase_began_from_stays(tmp_path, capsys):
+    data = SyntheticPersons(6, 4, 2, size=(64, 32)).write_market1501(tmp_path / "data", train_ids=3)
+    phases = {**PHASES, "labels": {**PHASES["labels"], "epochs": 9}}
+    settings, work = write_settings(tmp_path / "settings", **phases), tmp_path / "work"
+
+    def bundle(*words: str) -> str:
+        sets = ["--data", str(data), "--held-out", str(data)]
+        train_bundled.main(["tiny", "--work", str(work), *sets, "--settings", str(settings), *words])
+        return capsys.readouterr().out
+
+    assert "is there" not in bundle("--until", "pass")
+    assert not (work / "tiny-2-labels").exists()
+    output = bundle("--minutes", "0", "0.0001", "0")  # time for one step of labels
+    assert output.count("is there") == 1
+    figures = assert_packed(work, settings, {"pass": 16, "labels": 8, "variation": 8})
+    m = figures["variation"]["float16"]["mAP"]
+    gain = m - figures["labels"]["float16"]["mAP"]
+    assert f"  variation: 8 images, mAP {m:.2f} ({gain:+.2f}), Rank-1" in output
+    assert bundle().count("is there") == 3  # labels do not go on
+    write_settings(settings, labels={**phases["labels"], "lr": 0.5})
+    with pytest.raises(SystemExit, match=r"lr: 0\.5 is asked for, and .*tiny-2-labels was trained with 0\.01"):
+        bundle()
 
 
 def test_the_baselines_are_measured_on_any_labelled_dataset(tmp_path):

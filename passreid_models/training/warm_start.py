@@ -9,6 +9,8 @@ from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.training.folder import RunFolder
 
 DEFAULT_MODEL = "pass_vit_small_patch16"
+KEPT = ("method", "data", "init", "images_seen", "config", "init_provenance")
+"""Entries of the provenance that runs keep of the weights they begin with."""
 
 
 def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
@@ -70,7 +72,7 @@ def provenance_of(init: str, model: str = "") -> dict[str, Any]:
         model: Registered architecture.
     """
     provenance = {} if init in ("", "random") else _find(init, model).provenance
-    return {k: v for k, v in provenance.items() if k in ("method", "data", "init", "images_seen", "init_provenance")}
+    return {k: v for k, v in provenance.items() if k in KEPT}
 
 
 def _find(init: str, model: str) -> NamedModel:

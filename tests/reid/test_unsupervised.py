@@ -254,6 +254,7 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
     provenance = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["provenance"]
     assert provenance["init_provenance"]["method"] == "supervised re-ID"
     assert "36 training images" in provenance["init_provenance"]["data"]
+    assert provenance["init_provenance"]["config"]["ids_per_batch"] == 3
     saved = ClusterConfig.from_dict(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert (saved.source, saved.init) == ("", f"{tmp_path}/run/source/export")  # it repeats the adaptation alone
     before = files(tmp_path / "run")
