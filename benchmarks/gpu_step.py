@@ -1,4 +1,4 @@
-"""Pre-training step of ViT-S on a CUDA device: ours in bfloat16 against the plain implementation in float16.
+"""Training step of ViT-S on a CUDA device: ours in bfloat16 against the plain implementation in float16.
 
     python benchmarks/gpu_step.py
 
@@ -8,6 +8,8 @@ peak_gib               peak memory of a step, including parameters and optimiser
 loaded_images_per_s    images per second with a loader
 wait_share             share of the time with a loader in which the step waits for views
 plain_...              the same figures of the plain implementation (``plain.py``)
+finetune_images_per_s  images per second of fine-tuning with its loader, over several epochs
+finetune_wait_share    share of that time in which the step waits for images
 
 Batch 128, K = 65,536. The loader reads JPEG files of 256x128 with all cores but one; ours runs the photometric part on
 the device, the plain implementation in the loader. Figures are printed as they are measured. Without CUDA all are null.
@@ -26,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import common
+import numpy as np
 import plain
 import torch
 from PIL import Image
@@ -33,9 +36,16 @@ from step import Ours, Plain, random_views
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from passreid_models.data.loader import stopping
 from passreid_models.data.sources import open_source
 from passreid_models.pretrain.batches import StepSampler, ViewDataset, batches_on, make_loader
 from passreid_models.pretrain.views import MultiCrop
+from passreid_models.reid.batches import KeySampler, TrainImages, load, train_transform
+from passreid_models.reid.batches import make_loader as make_reid_loader
+from passreid_models.reid.config import FinetuneConfig
+from passreid_models.reid.run import complete
+from passreid_models.reid.samplers import identity_batches
+from passreid_models.reid.supervised import SupervisedTrainer
 from passreid_models.synthetic import SyntheticPersons
 
 BATCH, IMAGES = 128, 1024
@@ -43,7 +53,8 @@ FIGURES = ("images_per_s", "peak_gib", "loaded_images_per_s", "wait_share")
 
 
 def null_figures() -> dict[str, float | None]:
-    return {"speedup": None} | {prefix + name: None for prefix in ("", "plain_") for name in FIGURES}
+    figures = {"speedup": None} | {prefix + name: None for prefix in ("", "plain_") for name in FIGURES}
+    return figures | dict.fromkeys(("finetune_images_per_s", "finetune_wait_share"))
 
 
 class PlainDataset(Dataset):
@@ -81,6 +92,22 @@ def run_plain(run: Plain, folder: Path, steps: int, workers: int) -> Iterator[Ca
     loader = DataLoader(PlainDataset(folder, steps * BATCH), BATCH, num_workers=workers, pin_memory=True)
     for views in loader:
         yield partial(run.step, *([x.to(run.step.device, non_blocking=True) for x in kind] for kind in views))
+
+
+def run_finetune(device: torch.device, folder: Path, steps: int, workers: int) -> Iterator[Callable[[], object]]:
+    """Yield steps of fine-tuning at 256x128, of 32 identities x 4 images, as their images arrive."""
+    config = complete(FinetuneConfig(data=str(folder), init="random", ids_per_batch=BATCH // 4, images_per_id=4))
+    labels = np.arange(IMAGES) // 4
+    trainer = SupervisedTrainer(config, IMAGES, [str(i) for i in range(IMAGES // 4)], [steps], device)
+    images = TrainImages(sorted(folder.glob("*.jpg")), train_transform(config), 0, config.size)
+    sampler = KeySampler(
+        lambda epoch: identity_batches(labels, BATCH // 4, 4, 0, epoch), range(0, steps, IMAGES // BATCH)
+    )
+    sampler.steps = range(steps)
+    loader = make_reid_loader(images, sampler, workers, device.type == "cuda")
+    with stopping(loader):
+        for batch in load(loader, torch.from_numpy(labels).to(device)):
+            yield partial(trainer.training_step, [batch])
 
 
 def with_loader(steps: Iterator[Callable[[], object]], warm_ups: int, device: torch.device) -> tuple[float, float]:
@@ -144,6 +171,11 @@ def measure(device: torch.device, quick: bool, compiled: bool) -> dict[str, floa
             images_per_s, wait_share = with_loader(loaded_steps, workers, device)
             figures[f"{prefix}loaded_images_per_s"], figures[f"{prefix}wait_share"] = images_per_s, wait_share
             show(f"{prefix}loaded_images_per_s", f"{prefix}wait_share")
+        warm_ups = max(workers, IMAGES // BATCH)  # an epoch: images are then in memory
+        finetune_steps = run_finetune(device, Path(folder), warm_ups + 2 * measured, workers)
+        names = "finetune_images_per_s", "finetune_wait_share"
+        figures |= zip(names, with_loader(finetune_steps, warm_ups, device), strict=True)
+        show(*names)
     return figures
 
 

@@ -94,7 +94,13 @@ def sha256(path: str | Path) -> str:
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed torch for one step of one process, so that checkpoints need no state of its generator."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little") >> 1)
+    torch.manual_seed(derive_seed(seed, step, rank))
+
+
+def derive_seed(*numbers: int) -> int:
+    """Hash numbers to a seed of 63 bits."""
+    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def world() -> tuple[int, int]:
@@ -160,7 +166,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 def num_cores() -> int:
     """Number of CPU cores for this process: those it may use, shared with the other processes of ``torchrun`` here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // local_world_size())
+
+
+def local_world_size() -> int:
+    """Number of processes of ``torchrun`` on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cache_dir() -> Path:

@@ -1,7 +1,8 @@
 """DataLoader whose workers leave signals to the training process, and end with it."""
 
 import signal
-from collections.abc import Generator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +16,7 @@ MAX_TRIES = 1000  # unreadable images in a row
 
 
 def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, collate: Any) -> DataLoader:
-    """Make a loader of batches.
+    """Make a loader of batches, whose workers live until ``stopping`` ends.
 
     Args:
         dataset: Map-style dataset.
@@ -31,6 +32,7 @@ def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, 
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
         worker_init_fn=_ignore_signals,
     )
 
@@ -65,22 +67,22 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
-    """Yield the batches of a loader.
+@contextmanager
+def stopping(loader: DataLoader) -> Iterator[None]:
+    """Context in which a loader is iterated, once or again; its end stops the workers.
 
-    Close this generator to stop the workers: a process that ends before they do waits forever.
+    A process that ends before its workers do waits forever.
 
     Raises:
         ImageError: If the dataset raises it.
     """
-    batches = iter(loader)
     try:
-        yield from batches
+        yield
     except ImageError as e:  # the message of a worker includes its stack trace
         raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
     finally:
-        if loader.num_workers:
-            _dismiss(batches)
+        if loader._iterator is not None:
+            _dismiss(loader._iterator)
 
 
 def _dismiss(batches: Any) -> None:

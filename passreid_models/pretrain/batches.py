@@ -1,7 +1,6 @@
 """Batches of views in an order that is a function of the seed: sample i in epoch e has the same views in every run."""
 
 from collections.abc import Generator, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from passreid_models.data import loader
-from passreid_models.data.loader import batches_of, load_readable
+from passreid_models.data.loader import load_readable, stopping
 from passreid_models.data.sources import Source
 from passreid_models.pretrain.views import MultiCrop, Views
 
@@ -102,7 +101,7 @@ def batches_on(device: torch.device, batches: DataLoader) -> Generator[ViewBatch
     Raises:
         ImageError: If the dataset raises it.
     """
-    with closing(batches_of(batches)) as cpu_batches:
-        for views, unreadable in cpu_batches:
+    with stopping(batches):
+        for views, unreadable in batches:
             global_views, local_views = (x.to(device, non_blocking=True) for x in views[:2])
             yield ViewBatch(Views(global_views, local_views, views.params), unreadable)

@@ -7,9 +7,10 @@ Shapes: B batch.
 
 import math
 import os
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from passreid_models.architectures import HALF
+from passreid_models.data import loader
+from passreid_models.data.image_cache import CachedSource
 from passreid_models.data.listing import Names
-from passreid_models.data.loader import batches_of, load_readable, make_loader
-from passreid_models.data.sources import FileSource
+from passreid_models.data.loader import load_readable
+from passreid_models.data.sources import FileSource, Source
 from passreid_models.reid.config import ReIDConfig
-from passreid_models.runtime import seed_step
+from passreid_models.runtime import derive_seed
 
 RANDOM = "random"
 """Fill of random erasing: standard normal noise for each pixel."""
@@ -46,9 +49,10 @@ def train_transform(
     erase_value: tuple[float, float, float] | str = RANDOM,
     erase_uniform: bool = False,
 ) -> Any:
-    """Return the torchvision transform of a PIL image to ``[3, H, W]``; it draws from torch's generator.
+    """Return the transform of a PIL image to a ``TrainImage``; it draws from torch's generator.
 
-    Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do. Variation that is
+    Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do; the last two are done
+    by ``normalise``, on the training device. Variation that is
     switched on comes after the flip, as in a camera: light and colour, blur, then JPEG at a smaller size. What is
     switched off draws no random number.
 
@@ -62,7 +66,7 @@ def train_transform(
     from torchvision.transforms import v2
 
     c, size = config, cast(tuple[int, int], config.size)
-    steps: list[Any] = [T.Resize(size, T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(c.flip_prob)]
+    steps: list[Any] = [resize_to(size), T.RandomHorizontalFlip(c.flip_prob)]
     if c.crop_scale[0] < 1:
         steps[0] = _ResizedCrop(size, c.crop_scale)
     if c.jitter_prob:
@@ -75,16 +79,15 @@ def train_transform(
         steps.append(v2.RandomApply([v2.GaussianBlur(2 * radius + 1, c.blur_radius)], c.blur_prob))
     jpeg = [v2.RandomApply([v2.JPEG(c.jpeg_quality)], c.jpeg_prob)] if c.jpeg_prob else []
     steps += [_Downscale(c.downscale_prob, c.downscale, jpeg)] if c.downscale_prob else jpeg
-    erasing = _UniformErasing if erase_uniform else T.RandomErasing
-    return T.Compose(
-        [
-            *steps,
-            T.RandomCrop(size, c.pad),
-            T.ToTensor(),
-            T.Normalize(*HALF),
-            erasing(c.erase_prob, erase_area, value=erase_value),
-        ]
-    )
+    erasing = _UniformErasing if erase_uniform else _Erasing
+    return T.Compose([*steps, T.RandomCrop(size, c.pad), erasing(c.erase_prob, erase_area, erase_value)])
+
+
+def resize_to(size: tuple[int, int]) -> Any:
+    """Return the bicubic resizing of a PIL image to a height and width."""
+    from torchvision.transforms import InterpolationMode, Resize
+
+    return Resize(size, InterpolationMode.BICUBIC)
 
 
 class _ResizedCrop:
@@ -122,17 +125,42 @@ class _Downscale:
         return image if up is None else image.resize(size, up)
 
 
-class _UniformErasing:
+class TrainImage(NamedTuple):
+    """Image before normalisation, and what is erased after it."""
+
+    pixels: Tensor  # uint8 [H, W, 3]
+    box: tuple[int, int, int, int]  # top, left, height, width of the erased rectangle; zeros: none
+    fill: Tensor  # float32 [3 * height * width]
+
+
+class _Erasing:
+    """Random erasing, as drawn by torchvision, of an image that is normalised later."""
+
+    def __init__(self, p: float, scale: tuple[float, float], value: Any) -> None:
+        self.p, self.scale = p, scale
+        self.value = None if value == RANDOM else list(value)
+
+    def __call__(self, image: Image.Image) -> TrainImage:
+        pixels = torch.from_numpy(np.array(image))
+        if torch.rand(()) < self.p and (drawn := self.draw(pixels.permute(2, 0, 1))):
+            box, fill = drawn
+            return TrainImage(pixels, box, fill.expand(3, *box[2:]).flatten())
+        return TrainImage(pixels, (0, 0, 0, 0), torch.empty(0))
+
+    def draw(self, image: Tensor) -> tuple[tuple[int, int, int, int], Tensor] | None:
+        """Draw box and fill for an image ``[3, H, W]``; None if no rectangle fits."""
+        from torchvision.transforms import RandomErasing
+
+        *box, fill = RandomErasing.get_params(image, self.scale, (0.3, 3.3), self.value)
+        return None if fill is image else (cast(tuple[int, int, int, int], tuple(box)), fill)
+
+
+class _UniformErasing(_Erasing):
     """Random erasing of Cluster Contrast: torchvision's, but for the uniform aspect ratio and up to 100 tries."""
 
-    def __init__(self, p: float, scale: tuple[float, float], value: Any, ratio: float = 0.3) -> None:
-        self.p, self.scale, self.ratio = p, scale, (ratio, 1 / ratio)
-        self.value = torch.tensor(value)[:, None, None]
+    ratio = (0.3, 1 / 0.3)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Erase a rectangle of an image ``[3, H, W]``, in place."""
-        if torch.rand(()) >= self.p:
-            return image
+    def draw(self, image: Tensor) -> tuple[tuple[int, int, int, int], Tensor] | None:
         height, width = image.shape[1:]
         for _ in range(100):
             area, ratio = (low + (high - low) * torch.rand(()).item() for low, high in (self.scale, self.ratio))
@@ -141,88 +169,132 @@ class _UniformErasing:
             if h < height and w < width:
                 top = int(torch.randint(height - h + 1, ()))
                 left = int(torch.randint(width - w + 1, ()))
-                image[:, top : top + h, left : left + w] = self.value
-                break
-        return image
+                return (top, left, h, w), torch.tensor(self.value)[:, None, None]
+        return None
 
 
 class TrainImages(Dataset):
-    """Transformed images with their labels, indexed by (step, place in the batch, image)."""
+    """Transformed images, indexed by (step, place in the batch, image)."""
 
-    def __init__(self, paths: list[Path], labels: np.ndarray, transform: Any, seed: int) -> None:
+    def __init__(self, paths: list[Path], transform: Any, seed: int, cache: tuple[int, int] | None = None) -> None:
         """
         Args:
             paths: N image files.
-            labels: Classes, int64 ``[N]``.
             transform: Augmentation of a training image, as of ``train_transform``.
             seed: Seed of the augmentation.
+            cache: Height and width at which decoded images are kept in memory, the size that ``transform`` resizes to;
+                None keeps none.
         """
-        self.source = FileSource(Path("/"), Names(os.fsencode(path.absolute()) for path in paths))
-        self.labels, self.transform, self.seed = labels, transform, seed
+        files = FileSource(Path("/"), Names(os.fsencode(path.absolute()) for path in paths))
+        self.source: Source = CachedSource(files, cache, resize_to(cache)) if cache else files
+        self.is_cached = cache is not None
+        self.transform, self.seed = transform, seed
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
-        """
+    def __getitem__(self, key: Key) -> tuple[TrainImage, int, list[str]]:
+        """Load and transform an image or, if it is unreadable, the next one; return its index and the messages too.
+
         Raises:
             ImageError: If so many images in a row cannot be read that something else must be wrong.
         """
         step, place, index = key
         image, index, unreadable = load_readable(self.source, index)
-        with torch.random.fork_rng(devices=()):
-            seed_step(self.seed, step, place)
-            return self.transform(image), int(self.labels[index]), unreadable
+        state = torch.default_generator.get_state()
+        try:
+            # torch.manual_seed would take a third of the time of an image: it seeds the accelerators too
+            torch.default_generator.manual_seed(derive_seed(self.seed, step, place))
+            return self.transform(image), index, unreadable
+        finally:
+            torch.default_generator.set_state(state)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeySampler(Sampler[list[Key]]):
     """Keys of the batches of one process.
 
     The images of a step and their augmentation do not depend on the number of processes.
 
     Args:
-        batches: Batches of an epoch, each int64 ``[groups, images]``; a group (the images of one identity) goes to one
-            process.
-        first_step: Step of the first batch.
-        skip: Number of finished batches.
+        draw: Function from an epoch to its batches, each int64 ``[groups, images]``; a group (the images of one
+            identity) goes to one process.
+        epoch_starts: First step of each epoch.
         rank: Rank of this process.
         world_size: Number of processes.
+        steps: Steps of the next pass of the loader.
     """
 
-    batches: list[np.ndarray]
-    first_step: int
-    skip: int = 0
+    draw: Callable[[int], list[np.ndarray]]
+    epoch_starts: Sequence[int]
     rank: int = 0
     world_size: int = 1
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.skip
+    steps: range = range(0)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for nth in range(self.skip, len(self.batches)):
-            batch = self.batches[nth]
+        batches: list[np.ndarray] = []
+        current = -1
+        for step in self.steps:
+            epoch = bisect_right(self.epoch_starts, step) - 1
+            if epoch != current:
+                batches, current = self.draw(epoch), epoch
+            batch = batches[step - self.epoch_starts[epoch]]
             places = np.arange(batch.size).reshape(batch.shape)[self.rank :: self.world_size]
             images = batch[self.rank :: self.world_size]
             pairs = zip(places.ravel().tolist(), images.ravel().tolist(), strict=True)
-            yield [(self.first_step + nth, place, image) for place, image in pairs]
+            yield [(step, place, image) for place, image in pairs]
 
 
-def load_epoch(
-    images: TrainImages, sampler: KeySampler, device: torch.device, workers: int
-) -> Generator[ImageBatch, None, None]:
-    """Load the batches of an epoch to ``device``.
+class RawBatch(NamedTuple):
+    """Images as workers send them: a pixel takes a byte, and only the erased rectangles are in float32."""
+
+    pixels: Tensor  # uint8 [B, H, W, 3]
+    boxes: Tensor  # int64 [B, 4]: top, left, height, width
+    fills: Tensor  # float32, the fills of all rectangles in turn
+    indices: Tensor  # int64 [B]
+    unreadable: list[str]
+
+
+def collate(samples: list[tuple[TrainImage, int, list[str]]]) -> RawBatch:
+    """Stack the samples of ``TrainImages``."""
+    images, indices, unreadable = zip(*samples, strict=True)
+    pixels, boxes, fills = zip(*images, strict=True)
+    names = [name for names in unreadable for name in names]
+    return RawBatch(torch.stack(pixels), torch.tensor(boxes), torch.cat(fills), torch.tensor(indices), names)
+
+
+make_loader = partial(loader.make_loader, collate=collate)
+
+
+def load(batches: DataLoader, labels: Tensor) -> Iterator[ImageBatch]:
+    """Yield the batches of a loader normalised, labelled, and on the device of ``labels``.
+
+    Args:
+        batches: Loader of ``TrainImages``, in a context that stops its workers.
+        labels: Class of each image, int64 ``[N]``.
 
     Raises:
         ImageError: If so many images in a row cannot be read that something else must be wrong.
     """
-    loader: DataLoader = make_loader(images, sampler, workers, device.type == "cuda", _collate)
-    with closing(batches_of(loader)) as batches:
-        for batch in batches:
-            yield ImageBatch(
-                batch.images.to(device, non_blocking=True),
-                batch.labels.to(device, non_blocking=True),
-                batch.unreadable,
-            )
+    for batch in batches:
+        pixels, boxes, fills, indices = (x.to(labels.device, non_blocking=True) for x in batch[:4])
+        yield ImageBatch(normalise(pixels, boxes, fills), labels[indices], batch.unreadable)
 
 
-def _collate(samples: list[tuple[Tensor, int, list[str]]]) -> ImageBatch:
-    images, labels, unreadable = zip(*samples, strict=True)
-    return ImageBatch(torch.stack(images), torch.tensor(labels), [name for names in unreadable for name in names])
+def normalise(pixels: Tensor, boxes: Tensor, fills: Tensor) -> Tensor:
+    """Normalise images and fill their erased rectangles, on any device to the bit as torchvision does on a CPU.
+
+    Args:
+        pixels: uint8 ``[B, H, W, 3]``.
+        boxes: Top, left, height and width of the rectangles, int64 ``[B, 4]``; zeros: none.
+        fills: Fills of all rectangles in turn, each ``[3, height, width]``, as one float32 vector.
+
+    Returns:
+        Float32 ``[B, 3, H, W]``.
+    """
+    (mean, *_), (std, *_) = HALF  # one for all channels
+    x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    x.div_(torch.full((), 255.0, device=x.device))  # a tensor: by a number, CUDA multiplies with its reciprocal
+    x.sub_(mean).div_(std)
+    inside = []
+    for start, length, size in zip(boxes[:, :2].T, boxes[:, 2:].T, x.shape[2:], strict=True):
+        place = torch.arange(size, device=x.device)
+        inside.append((place >= start[:, None]) & (place < (start + length)[:, None]))
+    return x.masked_scatter_(inside[0][:, None, :, None] & inside[1][:, None, None, :], fills)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from passreid_models.training.config import RunConfig, wrong
 
 FUSIONS, NECKS, MEMORIES = ("cat", "mean", "parts", "token"), ("single", "multi"), ("hard", "mean")
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS, CACHES = ("sgd", "adamw"), ("auto", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,14 @@ class ReIDConfig(RunConfig):
         eval_data: Dataset with queries and gallery to evaluate on; by default ``data``, if it has both.
         eval_epochs: Epochs between two evaluations; the model is also evaluated before the first step and after the
             last epoch; 0: no evaluation.
+        cache_images: ``auto`` keeps the decoded training images in memory if they fit in a quarter of what is free (on
+            Linux; not with random crops by ``crop_scale``); ``none`` reads them in each epoch.
     """
 
-    FREE = (*RunConfig.FREE, "eval_data", "eval_epochs")
+    FREE = (*RunConfig.FREE, "eval_data", "eval_epochs", "cache_images")
     TOPICS: ClassVar[dict[str, str]] = {
         "fusion": "model", "flip_prob": "batches and augmentation", "optimizer": "training", "eval_data": "evaluation",
+        "cache_images": "machine",
     }  # fmt: skip
     accumulate: ClassVar[int] = 1  # triplet loss and cluster memory need the whole batch at once
 
@@ -76,10 +79,13 @@ class ReIDConfig(RunConfig):
     momentum: float = 0.9
     eval_data: str = ""
     eval_epochs: int = 10
+    cache_images: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choices({"fusion": ("", *FUSIONS), "neck": ("", *NECKS), "optimizer": OPTIMIZERS})
+        self.check_choices(
+            {"fusion": ("", *FUSIONS), "neck": ("", *NECKS), "optimizer": OPTIMIZERS, "cache_images": CACHES}
+        )
         self.check_ranges(
             (
                 ("pad eval_epochs brightness contrast saturation", 0, math.inf),

@@ -14,8 +14,10 @@ import torch
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.data.image_cache import cache_bytes, cache_limit
+from passreid_models.data.loader import stopping
 from passreid_models.evaluation.evaluate import score
-from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load_epoch, train_transform
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load, make_loader, train_transform
 from passreid_models.training.config import wrong
 from passreid_models.training.run import Run, pick_workers
 from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
@@ -41,18 +43,30 @@ class ReIDRun(Run):
             self.train_split = self.train_split.take(np.flatnonzero(self.train_split.pids >= 0))
             if not len(self.train_split):
                 raise ValueError(f"data: all training images of {config.data} are junk (identity -1)")
-        self.images = TrainImages(
-            self.train_split.paths,
-            np.zeros(len(self.train_split), dtype=np.int64),
-            train_transform(config, **self.erasing),
-            config.seed,
-        )
+        transform = train_transform(config, **self.erasing)
+        self.images = TrainImages(self.train_split.paths, transform, config.seed, self._cache_size())
         trainer = self.make_trainer(device, checkpoint)
         self.best = self._read_best(trainer.step)
         return trainer
 
+    def _cache_size(self) -> tuple[int, int] | None:
+        """Size at which the training images are kept in memory; None if they are not."""
+        c = self.config
+        if c.cache_images == "none" or c.crop_scale[0] < 1:  # a random crop is resized anew each time
+            return None
+        return c.size if cache_bytes(len(self.train_split), c.size) <= cache_limit() else None
+
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> Any:
         """Make the trainer of the task."""
+        raise NotImplementedError
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each training image, int64 ``[N]``."""
+        raise NotImplementedError
+
+    def draw(self, epoch: int) -> list[np.ndarray]:
+        """Draw the batches of an epoch, each int64 ``[groups, images]``; without labels, of the current epoch only."""
         raise NotImplementedError
 
     def _read_best(self, step: int) -> float:
@@ -63,12 +77,15 @@ class ReIDRun(Run):
             return -1.0
         return provenance["mAP"] if provenance["step"] <= step else -1.0
 
-    def load(self, batches: list[np.ndarray]) -> Generator[ImageBatch, None, None]:
-        """Load the remaining batches of the current epoch."""
+    def batches(self) -> Generator[ImageBatch, None, None]:
         t = self.trainer
-        start = t.epoch_starts[t.epoch]
-        sampler = KeySampler(batches, start, t.step - start, t.rank, t.world_size)
-        return load_epoch(self.images, sampler, t.device, pick_workers(self.config))
+        sampler = KeySampler(self.draw, t.epoch_starts, t.rank, t.world_size)
+        loader = make_loader(self.images, sampler, pick_workers(self.config), t.device.type == "cuda")
+        with stopping(loader):
+            while t.step < t.total_steps:
+                end = t.total_steps if self.labelled else t.epoch_starts[t.epoch + 1]  # later clusters are unknown
+                sampler.steps = range(t.step, end)
+                yield from load(loader, torch.from_numpy(self.labels).to(t.device))
 
     def describe(self) -> list[str]:
         """Log lines that describe data, model and evaluation."""
@@ -79,6 +96,11 @@ class ReIDRun(Run):
             f"model: {c.model} at {size}, fusion {c.fusion}, neck {c.neck}; {t.device}, {str(t.dtype)[6:]}",
         ]
         lines += [f"remark: {remark}" for remark in self.dataset.remarks.values() if self.labelled]
+        gib = cache_bytes(len(self.train_split), c.size) / 2**30
+        if self.images.is_cached:
+            lines.append(f"images: decoded once and kept in memory, {gib:.2f} GiB")
+        elif c.cache_images == "auto" and c.crop_scale[0] == 1:
+            lines.append(f"images: read in each epoch, since {gib:.1f} GiB are more than a quarter of the free memory")
         if junk := len(self.dataset.train) - len(self.train_split):
             lines.append(f"junk: {junk} training images with identity -1 are left out")
         if self.eval_dataset is None and c.eval_epochs:

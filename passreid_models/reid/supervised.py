@@ -3,7 +3,8 @@
 finetune(FinetuneConfig(data="Market-1501/", init="pass_vit_small_patch16.lup", out="run"))
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from passreid_models.checkpoints.names import NamedModel
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.reid.batches import ImageBatch
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.reid.losses import batch_hard_triplet
 from passreid_models.reid.model import ReIDModel, make_backbone
@@ -171,15 +171,12 @@ class SupervisedRun(ReIDRun):
     shown = ("loss", "loss_id", "loss_triplet", "accuracy", "lr", "images_per_s", "wait_share", "mAP", "rank1")
 
     def make_trainer(self, device: torch.device, checkpoint: dict[str, Any] | None) -> SupervisedTrainer:
-        c, pids = self.config, self.train_split.pids
-        self.images.labels = np.unique(pids, return_inverse=True)[1]  # classes 0 .. K - 1
-        images_of_id = np.bincount(self.images.labels)
-        if c.triplet_weight and images_of_id.max() < 2:
+        c, labels = self.config, self.labels
+        if c.triplet_weight and np.bincount(labels).max() < 2:
             raise ValueError(
                 f"triplet_weight: every identity of {c.data} has one image, and the triplet loss needs two: "
                 "--triplet-weight 0 trains by the identities' cross-entropy alone"
             )
-        labels = self.images.labels
         if c.triplet_weight:
             steps = count_identity_batches(labels, c.ids_per_batch, c.images_per_id, c.seed, c.epochs)
         else:
@@ -188,14 +185,15 @@ class SupervisedRun(ReIDRun):
         fingerprint = dataset.train_fingerprint
         return SupervisedTrainer(c, len(labels), dataset.identities, steps, device, fingerprint, checkpoint)
 
-    def batches(self) -> Generator[ImageBatch, None, None]:
-        c, t, labels = self.config, self.trainer, self.images.labels
-        while t.step < t.total_steps:
-            if c.triplet_weight:
-                batches = identity_batches(labels, c.ids_per_batch, c.images_per_id, c.seed, t.epoch)
-            else:
-                batches = shuffled_batches(len(labels), c.batch_size, c.seed, t.epoch)
-            yield from self.load(batches)
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.unique(self.train_split.pids, return_inverse=True)[1]  # classes 0 .. K - 1
+
+    def draw(self, epoch: int) -> list[np.ndarray]:
+        c = self.config
+        if c.triplet_weight:
+            return identity_batches(self.labels, c.ids_per_batch, c.images_per_id, c.seed, epoch)
+        return shuffled_batches(len(self.labels), c.batch_size, c.seed, epoch)
 
     def announcement(self) -> list[str]:
         c, t = self.config, self.trainer

@@ -6,7 +6,7 @@ cluster(ClusterConfig(data="my_crops/", init="...", source="Market-1501/", out="
 
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,6 @@ from passreid_models.device import process_group
 from passreid_models.embed import Embedder, is_not_finite
 from passreid_models.evaluation.extract import extract
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.reid.batches import ImageBatch
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.losses import ClusterMemory
 from passreid_models.reid.model import make_backbone, without_drop_path
@@ -41,7 +40,7 @@ __all__ = ["cluster", "compare_with_labels"]
 _logger = logging.getLogger(__name__)
 SHARED = ("init", "model", "fusion", "size", "device", "grad_checkpointing", "sync_bn", "workers", "seed",
           "save_minutes", "keep", "log_steps", "max_minutes", "max_unreadable", "skip_nonfinite",
-          "tensorboard")  # fmt: skip
+          "tensorboard", "cache_images")  # fmt: skip
 
 
 def cluster(config: ClusterConfig) -> Path:
@@ -227,22 +226,18 @@ class ClusterRun(ReIDRun):
         if self.trainer.begins_epoch or self.trainer.labels is None:
             self._find_clusters()
 
-    def batches(self) -> Generator[ImageBatch, None, None]:
-        c, t = self.config, self.trainer
-        while t.step < t.total_steps:
-            self.images.labels = t.labels.numpy()
-            batches = camera_batches(
-                self.images.labels,
-                self.train_split.camids,
-                c.clusters_per_batch,
-                c.images_per_cluster,
-                c.steps,
-                c.seed,
-                t.epoch,
-            )
-            if uneven := len(batches[0]) % t.world_size:  # fewer clusters than a batch takes
-                batches = [b[:-uneven] for b in batches]
-            yield from self.load(batches)
+    @property
+    def labels(self) -> np.ndarray:
+        return self.trainer.labels.numpy()
+
+    def draw(self, epoch: int) -> list[np.ndarray]:
+        c, camids = self.config, self.train_split.camids
+        batches = camera_batches(
+            self.labels, camids, c.clusters_per_batch, c.images_per_cluster, c.steps, c.seed, epoch
+        )
+        if uneven := len(batches[0]) % self.trainer.world_size:  # fewer clusters than a batch takes
+            batches = [b[:-uneven] for b in batches]
+        return batches
 
     def _find_clusters(self) -> None:
         """Cluster the descriptors of all training images, for the epoch that begins."""

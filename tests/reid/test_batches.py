@@ -10,7 +10,17 @@ from PIL import Image
 from torchvision import transforms as T
 
 from passreid_models.data.images import ImageError
-from passreid_models.reid.batches import KeySampler, TrainImages, load_epoch, train_transform
+from passreid_models.data.loader import stopping
+from passreid_models.reid.batches import (
+    KeySampler,
+    TrainImage,
+    TrainImages,
+    collate,
+    load,
+    make_loader,
+    normalise,
+    train_transform,
+)
 from passreid_models.reid.config import DOMAIN, FinetuneConfig
 from passreid_models.reid.unsupervised import ClusterRun
 
@@ -20,6 +30,11 @@ def varied(**options: Any) -> Any:
     return train_transform(
         FinetuneConfig(**{"size": (64, 32), "flip_prob": 0.0, "pad": 0, "erase_prob": 0.0, **options})
     )
+
+
+def finished(*images: TrainImage) -> torch.Tensor:
+    """Images as the network sees them, ``[B, 3, H, W]``."""
+    return normalise(*collate([(image, 0, []) for image in images])[:3])
 
 
 USUAL = train_transform(FinetuneConfig(size=(64, 32)))
@@ -36,16 +51,24 @@ def paths(tmp_path_factory) -> list[Path]:
     return [*sorted(folder.glob("?.png")), folder / "broken.jpg"]
 
 
-def images(paths: list[Path], transform: Any = USUAL, seed: int = 0) -> TrainImages:
-    return TrainImages(paths, np.array([7, 8, 9, 10, 11])[: len(paths)], transform, seed)
+class Images(TrainImages):
+    """Training images whose first entry is as the network sees it, ``[3, H, W]``."""
+
+    def __getitem__(self, key):
+        image, index, unreadable = super().__getitem__(key)
+        return finished(image)[0], index, unreadable
+
+
+def images(paths: list[Path], transform: Any = USUAL, seed: int = 0) -> Images:
+    return Images(paths, transform, seed)
 
 
 def test_an_image_is_resized_bicubic_and_normalised_by_a_half(paths):
-    pixels, label, unreadable = images(paths, PLAIN)[0, 0, 1]
+    pixels, index, unreadable = images(paths, PLAIN)[0, 0, 1]
     with Image.open(paths[1]) as image:
         expected = np.asarray(image.resize((32, 64), Image.Resampling.BICUBIC), dtype=np.float32) / 127.5 - 1
     torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-6)
-    assert (label, unreadable) == (8, [])
+    assert (index, unreadable) == (1, [])
 
 
 def test_augmentation_is_a_function_of_seed_step_and_place_alone(paths):
@@ -87,9 +110,9 @@ def test_erasing_fills_with_noise_or_a_colour(paths):
             assert inside[:, 0].tolist() == pytest.approx(value)
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_with_its_own_label(paths):
-    pixels, label, unreadable = images(paths, PLAIN)[0, 0, 4]
-    assert label == 7
+def test_an_unreadable_image_is_replaced_by_the_next_with_its_own_index(paths):
+    pixels, index, unreadable = images(paths, PLAIN)[0, 0, 4]
+    assert index == 0
     assert torch.equal(pixels, images(paths, PLAIN)[0, 0, 0][0])
     assert len(unreadable) == 1
     assert "broken.jpg" in unreadable[0]
@@ -97,26 +120,51 @@ def test_an_unreadable_image_is_replaced_by_the_next_with_its_own_label(paths):
         _ = images(paths[4:], PLAIN)[0, 0, 0]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_has_the_batches_of_its_sampler(paths, workers):
-    batches = [np.array([[0, 1], [2, 3]]), np.array([[3, 2], [1, 4]])]
-    loaded = list(load_epoch(images(paths), KeySampler(batches, 20), torch.device("cpu"), workers))
-    assert [b.labels.tolist() for b in loaded] == [[7, 8, 9, 10], [10, 9, 8, 7]]
-    assert [len(b.unreadable) for b in loaded] == [0, 1]
-    assert torch.equal(loaded[1].images[2], images(paths)[21, 2, 1][0])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_live_through_the_passes_and_labels_may_change_between_them(paths, workers):
+    batches = {3: [np.array([[0, 1], [2, 3]]), np.array([[3, 2], [1, 4]])], 4: [np.array([[1, 0]])]}
+    sampler = KeySampler(batches.__getitem__, [0, 5, 9, 20, 22])
+    loader = make_loader(TrainImages(paths, USUAL, 0), sampler, workers, False)
+    loaded, processes = [], set()
+    with stopping(loader):
+        for steps, labels in ((range(20, 23), [7, 8, 9, 10, 11]), (range(21, 23), [5, 4, 3, 2, 1])):
+            sampler.steps = steps
+            loaded.append(list(load(loader, torch.tensor(labels))))
+            processes |= {worker.pid for worker in loader._iterator._workers} if workers else set()
+        started = loader._iterator._workers if workers else []
+    assert [[b.labels.tolist() for b in part] for part in loaded] == [
+        [[7, 8, 9, 10], [10, 9, 8, 7], [8, 7]],
+        [[2, 3, 4, 5], [4, 5]],
+    ]
+    assert [[len(b.unreadable) for b in part] for part in loaded] == [[0, 1, 0], [1, 0]]
+    assert torch.equal(loaded[0][1].images[2], images(paths)[21, 2, 1][0])
+    assert all(torch.equal(a.images, b.images) for a, b in zip(loaded[0][1:], loaded[1], strict=True))
+    assert len(processes) == workers
+    assert not any(worker.is_alive() for worker in started)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_with_images_kept_in_memory(paths, workers):
+    sampler = KeySampler({0: [np.array([[0, 1], [2, 3]]), np.array([[3, 2], [1, 4]])]}.__getitem__, [0])
+    loaded = []
+    for cache in (None, (64, 32)):
+        loader = make_loader(TrainImages(paths, USUAL, 0, cache), sampler, workers, False)
+        with stopping(loader):
+            for _ in range(2):  # the second pass finds the images in memory
+                sampler.steps = range(2)
+                loaded += load(loader, torch.arange(5))
+    for nth, batch in enumerate(loaded):
+        assert torch.equal(batch.images, loaded[nth % 2].images)
+        assert torch.equal(batch.labels, loaded[nth % 2].labels)
+        assert batch.unreadable == loaded[nth % 2].unreadable
 
 
 def erased(transform: Any, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
     """Shares of the image and heights over widths of the rectangles that are erased; shares are 0 where none is."""
-    erasing = transform.transforms[-1]
+    erasing, image = transform.transforms[-1], Image.new("RGB", (64, 128))
     torch.manual_seed(0)
-    areas, ratios = np.zeros(count), []
-    for i in range(count):
-        mask = erasing(torch.zeros(3, 128, 64))[0] != 0
-        areas[i] = mask.float().mean()
-        if mask.any():
-            ratios.append(int(mask.any(1).sum()) / int(mask.any(0).sum()))
-    return areas, np.array(ratios)
+    boxes = np.array([erasing(image).box for _ in range(count)])[:, 2:]
+    return boxes.prod(1) / (128 * 64), np.array([h / w for h, w in boxes if h])
 
 
 def test_erasing_of_clusters_draws_area_and_aspect_ratio_uniformly():
@@ -143,8 +191,8 @@ def expected_ratios(area: tuple[float, float], uniform: bool) -> float:
 def test_erasing_of_clusters_fills_with_the_published_values():
     erasing = train_transform(FinetuneConfig(size=(128, 64), erase_prob=1.0), **ClusterRun.erasing)
     torch.manual_seed(0)
-    image = erasing.transforms[-1](torch.zeros(3, 128, 64))
-    pixels = image[:, image[0] != 0]
+    (image,) = finished(erasing.transforms[-1](Image.new("RGB", (64, 128))))
+    pixels = image[:, image[0] != -1]
     torch.testing.assert_close(pixels, torch.tensor([0.485, 0.456, 0.406])[:, None].expand_as(pixels))
 
 
@@ -162,7 +210,8 @@ def photograph(height: int = 96, width: int = 48) -> Image.Image:
 def draws(transform: Any, image: Image.Image | None = None, count: int = 40) -> torch.Tensor:
     """Images that a transform makes of one, ``[count, 3, 64, 32]``."""
     torch.manual_seed(0)
-    return torch.stack([transform(image or photograph()) for _ in range(count)])
+    images = [transform(image or photograph()) for _ in range(count)]
+    return torch.stack(images) if isinstance(images[0], torch.Tensor) else finished(*images)
 
 
 def test_the_published_transform_draws_the_same_numbers_as_ever():
@@ -200,7 +249,7 @@ SWITCHES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda s: next(iter(s)))
 def test_an_operation_changes_every_image_at_probability_1_and_its_share_at_less(switch):
-    plain = PLAIN(photograph())
+    (plain,) = finished(PLAIN(photograph()))
     images = draws(varied(**switch))
     assert all(not torch.equal(image, plain) for image in images)
     if "gray_prob" not in switch:
@@ -259,13 +308,13 @@ def test_a_scaled_down_image_has_the_detail_of_its_smaller_size():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8))
     tenth = draws(varied(downscale_prob=1.0, downscale=(0.1, 0.1)), noise)
     half = draws(varied(downscale_prob=1.0, downscale=(0.5, 0.5)), noise)
-    steps = [x.diff(dim=3).abs().mean() for x in (tenth, half, PLAIN(noise)[None])]
+    steps = [x.diff(dim=3).abs().mean() for x in (tenth, half, finished(PLAIN(noise)))]
     assert steps[0] < 0.5 * steps[1] < 0.5 * steps[2]
     assert len(tenth.unique(dim=0)) == 9  # filters down times filters up
 
 
 def test_jpeg_of_a_lower_quality_is_further_from_the_image_and_of_the_smaller_size():
-    plain = PLAIN(photograph())
+    (plain,) = finished(PLAIN(photograph()))
     errors = [(draws(varied(jpeg_prob=1.0, jpeg_quality=(q, q)), count=1) - plain).abs().mean() for q in (5, 40, 95)]
     assert errors[0] > errors[1] > errors[2] > 0
     # blocks of 8 pixels at half the size are blocks of 16

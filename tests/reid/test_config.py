@@ -243,7 +243,8 @@ def test_an_invalid_value_of_clustering_is_refused_by_name(options, message):
 def test_a_resumed_run_may_change_only_options_that_do_not_affect_the_weights(config):
     here = config(data="a/")
     free = {"data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-            "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard"}  # fmt: skip
+            "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard",
+            "cache_images"}  # fmt: skip
     extra = set() if config is FinetuneConfig else {"source", "source_config"}
     assert set(config.FREE) == free | extra
     assert here.changed(config(data="b/", eval_epochs=3, dtype="float16").to_dict()) == {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 from dataclasses import replace
@@ -14,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from passreid_models import load_report
-from passreid_models.data.datasets import open_dataset
+from passreid_models.data.datasets import Split, open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid import run as reid_run
-from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load_epoch, train_transform
+from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load, make_loader, train_transform
 from passreid_models.reid.config import PRESETS, FinetuneConfig
 from passreid_models.reid.model import ReIDModel
 from passreid_models.reid.run import complete
@@ -116,6 +117,21 @@ def test_a_run_resumes_bit_for_bit_from_any_step(whole, data, tmp_path, at):
         assert_same(numbers(tmp_path / "run", KEYS), expected)
 
 
+def test_workers_and_the_cache_change_no_bit_and_no_worker_is_left(whole, data, tmp_path):
+    for out, options in (("cached", {"workers": 2}), ("read", {"workers": 1, "cache_images": "none"})):
+        finetune(finetune_config(data, tmp_path / out, save_minutes=0, keep=99, **options))
+        assert not multiprocessing.active_children()
+        assert_same(numbers(tmp_path / out, KEYS), numbers(whole, KEYS))
+        log = (tmp_path / out / "log.txt").read_text()
+        assert ("images: decoded once and kept in memory, 0.00 GiB" in log) == (out == "cached")
+
+
+def test_images_that_do_not_fit_are_read_in_each_epoch(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(reid_run, "cache_limit", lambda: 36 * 64 * 32 * 3 - 1)
+    finetune(finetune_config(data, tmp_path / "run", epochs=1, eval_epochs=0))
+    assert "images: read in each epoch, since 0.0 GiB are more" in (tmp_path / "run" / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_varied_run_resumes_bit_for_bit_with_workers_or_without(data, tmp_path, optimizer):
     varied = {**PRESETS["finetune"]["domain"], "optimizer": optimizer, "layer_decay": 0.8}
@@ -181,6 +197,15 @@ def test_a_run_that_begins_with_a_run_of_the_same_identities_keeps_its_network(w
     assert differing(without_statistics(model), trained(whole)) == set()
 
 
+def first_batch(split: Split, num_ids: int, config: FinetuneConfig, rank: int = 0, world_size: int = 1) -> ImageBatch:
+    """Batch of the first step of a process, of ``num_ids`` identities x 2 images."""
+    labels = np.unique(split.pids, return_inverse=True)[1]
+    sampler = KeySampler(lambda epoch: identity_batches(labels, num_ids, 2, 0, epoch), [0], rank, world_size, range(1))
+    images = TrainImages(split.paths, train_transform(config), 0)
+    (batch,) = load(make_loader(images, sampler, 0, False), torch.from_numpy(labels))
+    return batch
+
+
 def test_the_first_loss_is_that_with_which_the_run_ended(whole, data):
     config = complete(finetune_config(data, whole, init=str(whole), drop_path=0))
     state = torch.load(steps(whole)[-1], weights_only=True)
@@ -189,10 +214,7 @@ def test_the_first_loss_is_that_with_which_the_run_ended(whole, data):
         SupervisedTrainer(config, 36, dataset.identities, [4] * 3, CPU, dataset.train_fingerprint, s)
         for s in ({**state, "config": config.to_dict()}, None)
     )
-    labels = np.unique(dataset.train.pids, return_inverse=True)[1]
-    images = TrainImages(dataset.train.paths, labels, train_transform(config), 0)
-    batches = identity_batches(labels, 3, 2, 0, 0)
-    (batch,) = load_epoch(images, KeySampler(batches[:1], 0), CPU, 0)
+    batch = first_batch(dataset.train, 3, config)
     losses = []
     for trainer in (ended, begun):
         assert differing(trainer.model.state_dict(), state["model"]) == set()
@@ -454,12 +476,8 @@ def _write_gradients(data: str, out: str) -> int:
     config = finetune_config(data, Path(out), id_weight=0.0, sync_bn=False, drop_path=0.0)
     with process_group("cpu"):
         train = open_dataset(data).train
-        labels = np.unique(train.pids, return_inverse=True)[1]
-        batches = identity_batches(labels, 4, 2, 0, 0)
         trainer = SupervisedTrainer(replace(config, ids_per_batch=4, images_per_id=2), 36, "abcdef", [4] * 3, CPU)
-        images = TrainImages(train.paths, labels, train_transform(replace(config, pad=10)), 0)
-        sampler = KeySampler(batches[:1], 0, 0, trainer.rank, trainer.world_size)
-        (batch,) = load_epoch(images, sampler, CPU, 0)
+        batch = first_batch(train, 4, replace(config, pad=10), trainer.rank, trainer.world_size)
         trainer.backbone.fc_norm.eval()  # in training, its statistics would be those of a share
         loss, figures = trainer.compute_loss(trainer.parallel(batch.images), batch.labels)
         loss.backward()

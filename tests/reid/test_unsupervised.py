@@ -1,6 +1,7 @@
 """Training without labels: output of a run, resuming, too few clusters, domain adaptation, processes, mistakes."""
 
 import json
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -98,13 +99,19 @@ def test_the_clusters_of_an_epoch_are_those_of_the_descriptors_before_it(whole, 
 
 
 def test_a_kill_after_the_clustering_of_an_epoch_leaves_its_row_once(data, tmp_path, monkeypatch):
-    load = ClusterRun.load
-    monkeypatch.setattr(ClusterRun, "load", lambda self, batches: 1 / 0 if self.trainer.epoch else load(self, batches))
+    draw = ClusterRun.draw
+    monkeypatch.setattr(ClusterRun, "draw", lambda self, epoch: 1 / 0 if epoch else draw(self, epoch))
     with pytest.raises(ZeroDivisionError):
         cluster(cluster_config(data, tmp_path / "run"))
     monkeypatch.undo()
     cluster(cluster_config(data, tmp_path / "run", resume="auto"))
     assert [row["epoch"] for row in metrics(tmp_path / "run") if "clusters" in row] == [0, 1]
+
+
+def test_workers_that_live_through_the_clusterings_change_no_bit_and_none_is_left(whole, data, tmp_path):
+    cluster(cluster_config(data, tmp_path / "run", save_minutes=0, keep=99, workers=2))
+    assert not multiprocessing.active_children()
+    assert_same(numbers(tmp_path / "run", KEYS), numbers(whole, KEYS))
 
 
 def test_multi_neck_descriptors_are_clustered_as_they_come(data, tmp_path, monkeypatch):

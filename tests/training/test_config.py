@@ -43,7 +43,7 @@ OPTIONS = {
         "training": "epochs lr weight_decay optimizer momentum bias_lr warmup_epochs layer_decay freeze_blocks "
         "id_weight triplet_weight margin label_smoothing",
         "evaluation": "eval_data eval_epochs",
-        "machine": MACHINE,
+        "machine": f"{MACHINE} cache_images",
         "checkpoints": CHECKPOINTS,
         "log": LOG,
     },
@@ -54,7 +54,7 @@ OPTIONS = {
         "training": "epochs lr weight_decay optimizer momentum lr_step lr_gamma",
         "clusters": "eps min_samples k1 k2 temp memory memory_momentum",
         "evaluation": "eval_data eval_epochs",
-        "machine": MACHINE,
+        "machine": f"{MACHINE} cache_images",
         "checkpoints": CHECKPOINTS,
         "log": LOG,
     },
