@@ -2,12 +2,15 @@
 
     python benchmarks/forward.py
 
-vs_timm_fp32, vs_timm_bf16      our images per second over timm's, the median of the rounds; vs_timm_bf16 is null
-                                if the device does not compute in bfloat16
+vs_timm_fp32, vs_timm_bf16      descriptors: our images per second over timm's, the median of the rounds; vs_timm_bf16
+                                is null if the device does not compute in bfloat16
+vs_timm_tokens_fp32             the same of all output tokens (forward_features), ours with three more
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import common
 import timm
@@ -38,20 +41,24 @@ def main() -> None:
         }
         x = torch.randn(BATCH, 3, *SIZE).to(device, dtype)
 
-        def forward(model: torch.nn.Module, x: torch.Tensor = x) -> None:
+        def repeat(forward: Callable[[torch.Tensor], object], x: torch.Tensor = x) -> None:
             for _ in range(batches):
-                model(x)
+                forward(x)
             common.synchronize(device)
 
         with torch.inference_mode():
             models = {name: model.eval().to(device, dtype) for name, model in models.items()}
-            runs = {name: lambda model=model: forward(model) for name, model in models.items()}
-            seconds = common.in_turn(runs, rounds)
+            forwards = {f"{name} {label}": model for name, model in models.items()}
+            if dtype == torch.float32:
+                forwards |= {f"{name} tokens {label}": model.forward_features for name, model in models.items()}
+            seconds = common.in_turn({name: partial(repeat, forward) for name, forward in forwards.items()}, rounds)
         for name, times in seconds.items():
-            rows.append((f"{name} {label}", f"{BATCH * batches / statistics.median(times):.1f} images/s"))
-        ours, timms = seconds.values()
+            rows.append((name, f"{BATCH * batches / statistics.median(times):.1f} images/s"))
+        ours, timms, *tokens = seconds.values()
         figures[f"vs_timm_{label}"] = common.median_ratio(timms, ours)
-        rows.append((f"ratio {label}", f"{figures[f'vs_timm_{label}']:.3f}"))
+        if tokens:
+            figures[f"vs_timm_tokens_{label}"] = common.median_ratio(tokens[1], tokens[0])
+    rows += [(name, "-" if value is None else f"{value:.3f}") for name, value in figures.items()]
     title = f"forward at 256x128, batch {BATCH}, medians of {rounds} rounds; {common.machine(device)}"
     common.report(title, rows, figures)
 

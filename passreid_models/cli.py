@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from passreid_models.pretrain.config import PretrainConfig
 
 MODEL = "name, tag, hf-hub:ORG/NAME, exported folder, run or checkpoint file (default: %(default)s)"
@@ -111,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
     embed.add_argument("--device", help="default: the accelerator, if there is one")
     embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    embed.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
     embed.add_argument("--batch-size", type=int, default=64)
     embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     embed.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
@@ -127,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--device", help="default: the accelerator, if there is one")
     evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    evaluate.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
     evaluate.add_argument(
@@ -241,17 +245,29 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _embed(args: argparse.Namespace) -> int:
-    import torch
+def _dtype(args: argparse.Namespace) -> "torch.dtype":
+    """Dtype of ``--dtype``; float32 in place of bfloat16, and a warning, on a CPU that is slow at it."""
+    from passreid_models.device import pick_device, pick_dtype
 
+    device = pick_device(args.device)
+    dtype, fast = pick_dtype(args.dtype, device), pick_dtype("auto", device)
+    if args.dtype != "bfloat16" or device.type != "cpu" or fast == dtype or args.force_dtype:
+        return dtype
+    print(
+        "passreid: bfloat16 may be a hundred times slower on this CPU, which is not known to have instructions for it: "
+        "computing in float32 (--force-dtype insists)",
+        file=sys.stderr,
+    )
+    return fast
+
+
+def _embed(args: argparse.Namespace) -> int:
     from passreid_models.data.images import find_images
     from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
 
     check_format(args.output, args.parts)
     names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
-    embed = Embedder(
-        args.model, args.device, getattr(torch, args.dtype), args.batch_size, fusion=args.fusion, flip=args.flip
-    )
+    embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
     result = embed(names, parts=args.parts, errors=errors)
     descriptors, parts = result if args.parts else (result, None)
@@ -273,8 +289,6 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    import torch
-
     from passreid_models.evaluation.evaluate import evaluate_model
     from passreid_models.evaluation.report import NonFiniteError
 
@@ -287,7 +301,7 @@ def _eval(args: argparse.Namespace) -> int:
             flip=args.flip,
             batch_size=args.batch_size,
             device=args.device,
-            dtype=getattr(torch, args.dtype),
+            dtype=_dtype(args),
             rerank=args.rerank,
             per_camera=args.per_camera,
             open_set=args.open_set,

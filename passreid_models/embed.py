@@ -189,13 +189,13 @@ class Embedder:
     def _forward(self, x: Tensor, with_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return descriptors, parts, and whether those of each image are finite, bool ``[B]``."""
         x = x.to(self.device, self.dtype, non_blocking=True)
-        tokens = self.model.forward_features(x)
+        tokens = self.model.forward_prefix(x)
         descriptors = self.model.forward_head(tokens, pre_logits=True)
-        parts = tokens[:, 1 : self.model.num_prefix_tokens]
+        parts = tokens[:, 1:]
         if self.flip:
-            mirrored = self.model.forward_features(x.flip(-1))
+            mirrored = self.model.forward_prefix(x.flip(-1))
             descriptors = (descriptors + self.model.forward_head(mirrored, pre_logits=True)) / 2
-            parts = parts + mirrored[:, 1 : self.model.num_prefix_tokens]
+            parts = parts + mirrored[:, 1:]
         descriptors, parts = descriptors.float(), parts.float()
         finite = torch.linalg.vector_norm(descriptors, dim=-1).isfinite()  # an infinite length would become zeros
         if with_parts:

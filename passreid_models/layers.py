@@ -1,4 +1,4 @@
-"""Layers that PASS adds to timm's Vision Transformer: token fusion, necks, and the conv stem.
+"""Layers that PASS adds to timm's Vision Transformer: token fusion, the last block, necks, and the conv stem.
 
 Shapes: B batch, P parts, T = 1 + P prefix tokens, D embedding width.
 """
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, resample_abs_pos_embed
+from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 
@@ -52,6 +53,48 @@ def resample_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, 
         scale = [(n + 0.1) / size for n, size in zip(new, old, strict=True)]
         return F.interpolate(grid, scale_factor=scale, mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
     return resample_abs_pos_embed(pos_embed, list(new), list(old), num_prefix_tokens=0)
+
+
+def prefix_block(block: Any, x: Tensor, num_prefix: int) -> Tensor:
+    """Prefix tokens ``[B, T, D]`` of a block's output ``block(x)[:, :T]``, where no other token is read.
+
+    Keys and values are those of all tokens; queries, projection, MLP and drop path are computed for the prefix alone. A
+    block of another class than timm's ``Block``, or with a hook in it, computes all tokens.
+
+    Args:
+        block: Block of a Vision Transformer.
+        x: Input tokens ``[B, T + N, D]``.
+        num_prefix: Number of prefix tokens, T.
+    """
+    if type(block) is not Block or any(map(is_hooked, block.modules())):
+        return block(x)[:, :num_prefix]
+    prefix = x[:, :num_prefix]
+    prefix = prefix + block.drop_path1(block.ls1(_prefix_attention(block.attn, block.norm1(x), num_prefix)))
+    return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the module has a forward or backward hook, or a ``forward`` of its own that replaces its class's."""
+    m: Any = module
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in m.__dict__
+
+
+def _prefix_attention(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
+    """Attention of the prefix tokens to all tokens, ``attn(x)[:, :T]``."""
+    if type(attn) is not Attention or type(attn.qkv) is not nn.Linear or attn.gate is not None:
+        return attn(x)[:, :num_prefix]
+    width, heads = attn.attn_dim, attn.num_heads
+    w_q, w_kv = attn.qkv.weight.split([width, 2 * width])
+    b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
+    q = F.linear(x[:, :num_prefix], w_q, b_q).unflatten(2, (heads, -1)).transpose(1, 2)  # [B, heads, T, d]
+    k, v = F.linear(x, w_kv, b_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T + N, d]
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    else:
+        out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
 
 
 class SingleNeck(nn.Module):

@@ -7,6 +7,7 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,15 +22,25 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
+from passreid_models.checkpoints.local_dir import check_config
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.layers import ConvStem, MultiNeck, SingleNeck, fuse_tokens, fused_width, resample_positions
+from passreid_models.layers import (
+    ConvStem,
+    MultiNeck,
+    SingleNeck,
+    fuse_tokens,
+    fused_width,
+    is_hooked,
+    prefix_block,
+    resample_positions,
+)
 
 __all__ = ["PassVisionTransformer"]
 
@@ -166,6 +177,21 @@ class PassVisionTransformer(VisionTransformer):
             return tokens
         return fuse_tokens(tokens, pool_type)
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Descriptors or logits of images; the last block computes the prefix tokens alone where no other is read."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  torchscript skips what is inside
+            # fx: the nodes of all tokens, for extractors of features
+            if self.global_pool and attn_mask is None and not is_causal and not isinstance(x, torch.fx.Proxy):
+                return self.forward_head(self.forward_prefix(x))
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_prefix(self, x: Tensor) -> Tensor:
+        """Output prefix tokens ``[B, T, D]`` of images: those of ``forward_features``, for less work."""
+        if is_hooked(self.norm):
+            return self.forward_features(x)[:, : self.num_prefix_tokens]
+        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        return self._prefix_outputs(tokens, self.num_prefix_tokens)
+
     def forward_parts(self, x: Tensor) -> dict[str, Tensor]:
         """Output tokens by name: ``cls`` ``[B, D]``, ``parts`` ``[B, P, D]``, ``patches`` ``[B, N, D]``."""
         tokens = self.forward_features(x)
@@ -212,23 +238,19 @@ class PassVisionTransformer(VisionTransformer):
             prefix.append(parts if part_index is None else self.reg_token[0, part_index].unsqueeze(1))
         tokens = torch.cat([*prefix, patches], dim=1)
         tokens = self.norm_pre(self.patch_drop(self.pos_drop(tokens)))
-        *blocks, last = self.blocks
-        if type(last) is Block:  # not a subclass, which may compute something else
-            last = partial(_prefix_block, last, sum(p.shape[1] for p in prefix))
-        steps = [*blocks, last]
+        return self._prefix_outputs(tokens, sum(p.shape[1] for p in prefix))
+
+    def _prefix_outputs(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """Output prefix tokens ``[B, num_prefix, D]`` of embedded tokens: all blocks and the final norm."""
+        steps: list[Any] = list(self.blocks)
+        if steps:
+            steps[-1] = partial(prefix_block, steps[-1], num_prefix=num_prefix)
         if self.grad_checkpointing:
             tokens = checkpoint_seq(steps, tokens)
         else:
             for step in steps:
                 tokens = step(tokens)
-        return self.norm(tokens[:, : sum(p.shape[1] for p in prefix)])
-
-
-def _prefix_block(block: Block, num_prefix: int, tokens: Tensor) -> Tensor:
-    """Last block, for prefix tokens only: after its attention the patch tokens are not needed."""
-    tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
-    prefix = tokens[:, :num_prefix]
-    return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
+        return self.norm(tokens[:, :num_prefix])
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:
@@ -289,10 +311,28 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
 UNNAMED = "the given state dict"
+FOLDERS = ("local-dir", "hf-hub")
 _NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
 
 
 def _create_pass_vit(
+    variant: str, pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any
+) -> PassVisionTransformer:
+    """Build a registered model; the ``config.json`` of a folder or Hub repository is checked before it is believed."""
+    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get("source") not in FOLDERS:
+        return _build(variant, pretrained, pretrained_cfg, **kwargs)
+    where = f"config.json of {pretrained_cfg.get('file') or pretrained_cfg.get('hf_hub_id')}"
+    check_config({"architecture": variant, "pretrained_cfg": pretrained_cfg, "model_args": kwargs}, where)
+    try:
+        return _build(variant, pretrained, pretrained_cfg, **kwargs)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as e:  # of timm, by values of any kind
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise ValueError(f"{where}: no model can be made from it ({kind}{' '.join(str(e).split())[:200]})") from None
+
+
+def _build(
     variant: str,
     pretrained: bool = False,
     pretrained_cfg: Any = None,
@@ -316,6 +356,8 @@ def _create_pass_vit(
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
     file = cfg.file or cfg.hf_hub_id or UNNAMED
+    if converted and source in FOLDERS:
+        _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -362,6 +404,13 @@ def _create_pass_vit(
     return model
 
 
+def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:
+    """Raise CheckpointError, before a model is made, if the weights are not as wide or deep as their config says."""
+    held = {name: getattr(converted.architecture, name) for name in ("embed_dim", "depth", "num_parts")}
+    if wrong := [f"{name} {declared[name]} and not {value}" for name, value in held.items() if declared[name] != value]:
+        raise CheckpointError(f"{file}: the model is to have {', '.join(wrong)} as in the weights")
+
+
 def _read_weights(
     variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None
 ) -> tuple[Any, Converted | None]:
@@ -374,15 +423,10 @@ def _read_weights(
     if cfg.state_dict:
         converted = cfg.state_dict
         if not isinstance(converted, Converted):
-            try:
-                converted = convert_state_dict(converted)
-            except CheckpointError as e:
-                raise CheckpointError(f"{cfg.file or cfg.hf_hub_id or UNNAMED}: {e}") from None
+            converted = convert_state_dict(converted, file=cfg.file or cfg.hf_hub_id or UNNAMED)
         return replace(cfg, state_dict=converted.backbone), converted
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
-        if not file.is_file():  # not a folder of this package
-            return cfg, None
     elif cfg.source == "hf-hub":
         if cfg.hf_hub_filename:
             return cfg, None

@@ -1,5 +1,6 @@
 """Operating system and processes: atomic writes, locks, hashes, seeds, collective operations, the cache folder."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the name keeps its suffix, since some writers choose the format by it
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+    with _named(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         new = Path(work) / "new"
         new.mkdir()
         yield new / path.name
@@ -43,7 +45,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
+    with _named(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         new = Path(work) / "new"
         new.mkdir()
         yield new
@@ -54,6 +56,19 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             path.replace(old)
         new.replace(path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the output in the error of a full disk; safetensors' own error becomes an OSError."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(f"{path} could not be written: {e}") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"{path} could not be written: {e.strerror}") from None
 
 
 def _flush(folder: Path) -> None:

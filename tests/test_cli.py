@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import passreid_models
-from passreid_models import cli
+from passreid_models import cli, device
 from passreid_models.architectures import STATISTICS
 from passreid_models.checkpoints import load, zoo
 from passreid_models.embed import Embedder
@@ -99,13 +99,38 @@ def test_embed_writes_the_descriptors_of_files_and_folders_with_their_names(imag
 
 def test_embed_hands_its_options_to_the_embedder(images, model_name, tmp_path):
     options = ("--fusion", "mean", "--flip", "--parts", "--batch-size", 2, "--dtype", "bfloat16", "--device", "cpu")
-    assert run("embed", images, "-o", tmp_path / "f.npz", "--model", model_name, *options) == 0
+    assert run("embed", images, "-o", tmp_path / "f.npz", "--model", model_name, *options, "--force-dtype") == 0
     embed = Embedder(model_name, "cpu", torch.bfloat16, batch_size=2, fusion="mean", flip=True)
     descriptors, parts = embed(images, parts=True)
     with np.load(tmp_path / "f.npz") as file:
         assert np.array_equal(file["descriptors"], descriptors.numpy())
         assert np.array_equal(file["parts"], parts.numpy())
         assert file["descriptors"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_float32_with_a_warning_unless_forced(
+    images, model_name, tmp_path, monkeypatch, capsys, fast
+):
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: fast)
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path / "cache"))
+    data, results = "synthetic:ids=8,images=4,cameras=2,seed=0,size=64x32", []
+    for options in ((), ("--force-dtype",)):
+        options = ("--model", model_name, "--dtype", "bfloat16", "--device", "cpu", *options)
+        assert run("embed", images, "-o", tmp_path / "f.npz", *options) == 0
+        errors = capsys.readouterr().err.splitlines()
+        assert run("eval", data, "--json", tmp_path / "m.json", *options) == 0
+        errors += capsys.readouterr().err.splitlines()
+        errors = [line for line in errors if "computing in float32 (--force-dtype insists)" in line]
+        with np.load(tmp_path / "f.npz") as file:
+            results.append(
+                (len(errors), json.loads((tmp_path / "m.json").read_text())["model"]["dtype"], file["descriptors"])
+            )
+    expected = [Embedder(model_name, "cpu", dtype)(images).numpy() for dtype in (torch.float32, torch.bfloat16)]
+    first = (0, "bfloat16", expected[1]) if fast else (2, "float32", expected[0])
+    for ours, theirs in zip(results, (first, (0, "bfloat16", expected[1])), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert np.array_equal(ours[2], theirs[2])
 
 
 def test_embed_leaves_out_unreadable_images_by_name_and_exits_with_1(images, model_name, tmp_path, capsys):

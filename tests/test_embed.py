@@ -499,14 +499,14 @@ def test_one_image_that_is_not_finite_leaves_the_others_of_its_batch(embed, file
 def test_parts_that_are_not_finite_count_where_they_are_asked_for(files):
     model = make_model(global_pool="token")
     embed = Embedder(model, "cpu")
-    forward = embed.model.forward_features
+    forward = embed.model.forward_prefix
 
     def without_part(x: Tensor) -> Tensor:
         tokens = forward(x)
         tokens[0, 1] = torch.nan
         return tokens
 
-    embed.model.forward_features = without_part
+    embed.model.forward_prefix = without_part
     assert embed(files[:2]).isfinite().all()
     errors: dict[int, str] = {}
     embed(files[:2], parts=True, errors=errors)

@@ -12,15 +12,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed
+from timm.layers import Attention, PatchEmbed
 from timm.models import create_feature_extractor, get_graph_node_names
+from timm.models.vision_transformer import Block, ResPostBlock
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from passreid_models import pass_vit
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights
-from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens, resample_positions
+from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens, prefix_block, resample_positions
 from passreid_models.pass_vit import PassVisionTransformer
 from tests import GOLDEN
 
@@ -251,7 +253,7 @@ def test_widths_are_as_declared_before_and_after_reset_classifier(name, pool, ne
     assert model.num_classes == 0
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model(x).shape == (2, *rows, model.head_hidden_size)
-    assert torch.equal(model(x), model.forward_head(features, pre_logits=True))
+    assert_close(model(x), model.forward_head(features, pre_logits=True), 1e-6)
 
 
 @pytest.mark.parametrize("new", WIDTH)
@@ -549,6 +551,143 @@ def test_bad_views_are_refused(name, size, part_index, message):
         create(name).forward_views(images(2, size), index)
 
 
+# ---- The last block: only what is read
+
+
+BLOCKS = [
+    dict(),
+    dict(qkv_bias=True),
+    dict(qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm),
+    dict(init_values=0.5),
+    dict(qkv_bias=True, drop_path=0.5),
+    dict(scale_attn_norm=True, scale_mlp_norm=True, proj_bias=False),
+    dict(gated=True),
+    dict(attn_layer="diff"),
+    dict(qkv_bias=True, qk_norm=True, init_values=0.5, drop_path=0.5),
+]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", BLOCKS, ids=lambda options: "-".join(options) or "plain")
+def test_the_prefix_of_a_block_equals_that_of_timm_with_its_gradients(options, fused):
+    torch.manual_seed(0)
+    block = Block(64, 2, **{k: v for k, v in options.items() if k != "gated"})
+    if "gated" in options:
+        block.attn = Attention(64, 2, gated=True)
+    block.double()
+    block.attn.fused_attn = fused
+    for p in block.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    x = torch.randn(6, 12, 64, dtype=torch.float64, requires_grad=True)
+    results = []
+    for forward in (lambda: block(x)[:, :4], lambda: prefix_block(block, x, 4)):
+        torch.manual_seed(1)  # of drop path
+        out = forward()
+        inputs = {"x": x, **dict(block.named_parameters())}
+        grads = torch.autograd.grad(weighted_sum(out), list(inputs.values()))
+        results.append({"out": out, **dict(zip(inputs, grads, strict=True)), "next draw": torch.rand(1)})
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("pool", WIDTH)
+@pytest.mark.parametrize("neck", NECKS)
+def test_descriptors_and_gradients_equal_those_of_all_tokens(pool, neck):
+    model, x = (
+        create(global_pool=pool, neck=neck, drop_path_rate=0.5, init_values=0.5).double().train(),
+        images(4).double(),
+    )
+    results = []
+    for forward in (lambda: model.forward_head(model.forward_features(x)), lambda: model(x)):
+        torch.manual_seed(1)
+        out = forward()
+        results.append({"out": out, **gradients(model, weighted_sum(out))})
+    for key, expected in results[0].items():
+        torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_prefix_gives_the_first_tokens_of_forward_features(name):
+    model, x = create(name), images()
+    assert_close(model.forward_prefix(x), model.forward_features(x)[:, : 1 + model.num_parts], 1e-6)
+    assert_close(model(x), model.forward_head(model.forward_features(x)), 1e-6)
+    assert create(name, depth=0).forward_prefix(x).shape == (2, 1 + model.num_parts, 64)
+
+
+def test_the_last_block_leaves_out_the_work_of_the_patches():
+    model, x = create(), images(1)
+
+    def products(forward) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            forward(x)
+        return counter.get_total_flops() // 2
+
+    model.blocks[-1].attn.fused_attn = False  # or the counter overlooks the attention
+    per_patch = (1 + 1 + 8) * 64**2 + 2 * 12 * 64  # queries, projection, MLP; logits and means of 12 tokens
+    full = products(model.forward_features)
+    assert full - products(model) == full - products(model.forward_views) == 8 * per_patch
+
+
+@pytest.mark.parametrize("where", ["norm", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_a_hook_in_the_last_block_or_on_the_norm_sees_all_tokens(where, kind):
+    model, x, seen = create(), images(), []
+    expected = model(x)
+    handle = getattr(model.get_submodule(where), f"register_{kind}")(lambda module, inputs, *_: seen.append(inputs[0]))
+    out = model(x)
+    weighted_sum(out).backward()
+    assert [tuple(t.shape[:2]) for t in seen] == [(2, 12)]
+    assert_close(out, expected, 1e-6)
+    handle.remove()
+    model(x)
+    assert len(seen) == 1
+
+
+def test_what_replaces_a_part_of_the_last_block_is_used():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Doubled(Block):
+        def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+            return 2 * super().forward(x, *args, **kwargs)
+
+    def patch(model: PassVisionTransformer) -> None:
+        forward = model.blocks[-1].attn.forward
+        model.blocks[-1].attn.forward = lambda x, **kwargs: 2 * forward(x)
+
+    def replace(model: PassVisionTransformer) -> None:
+        model.blocks[-1].attn.qkv.__class__ = Scaled
+
+    x = images()
+    for model, change in (
+        (create(), patch),
+        (create(), replace),
+        (create(block_fn=Doubled), None),
+        (create(block_fn=ResPostBlock), None),
+    ):
+        before = model(x)
+        if change:
+            change(model)
+            assert (model(x) - before).abs().max() > 1e-2
+        assert_close(model(x), model.forward_head(model.forward_features(x)), 1e-6)
+
+
+def test_masks_reach_every_block():
+    model, x, mask = create(), images(), torch.zeros(12, 12)
+    mask[:, 5:] = -torch.inf
+    for options in (dict(attn_mask=mask), dict(is_causal=True)):
+        assert torch.equal(model(x, **options), model.forward_head(model.forward_features(x, **options)))
+        assert (model(x, **options) - model(x)).abs().max() > 1e-2
+
+
+def test_compiled_and_exported_models_equal_eager():
+    model, x = create(), images()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), model(x), 1e-6)
+    assert_close(torch.export.export(model, (x,)).module()(x), model(x), 1e-6)
+
+
 # ---- Torchscript and fx
 
 
@@ -588,12 +727,18 @@ def test_fx_forward_and_torchscript_of_it_equal_eager(name, neck):
 
 @pytest.mark.parametrize(("name", "neck"), NAME_NECKS)
 def test_fx_backward_gives_the_gradients_of_eager(name, neck):
-    model, x = create(name, neck=neck, num_classes=5).train(), images(4)
+    model, x = create(name, neck=neck, num_classes=5).double().train(), images(4).double()
     expected = gradients(model, weighted_sum(model(x)))
     graph = fx_model(model).train()
     for key, grad in gradients(graph, weighted_sum(graph(x)["out"])).items():
-        assert_close(grad, expected.pop(key), 1e-4)
+        torch.testing.assert_close(grad, expected.pop(key), rtol=1e-9, atol=1e-9, msg=key)
     assert not expected
+
+
+def test_fx_features_of_the_last_block_hold_all_tokens():
+    model, x = create(), images()
+    out = create_feature_extractor(model, {"blocks.1": "out"})(x)["out"]
+    assert_close(model.norm(out), model.forward_features(x), 1e-6)
 
 
 # ---- Features of inner layers

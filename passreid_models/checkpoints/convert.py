@@ -40,6 +40,12 @@ _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
 _ANCHOR = "blocks.0.attn.qkv.weight"
 _BACKBONE = re.compile(r"(?:cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.|fc_norm\.)")
 _WEIGHTS = re.compile(rf"{_BACKBONE.pattern}|part|cls_pos|bottleneck|classifier\.|head\.weight|head\.bias")
+_TOKEN = re.compile(r"cls_token|cls_pos|reg_token|pos_embed|part_token\d+|part\d+_pos")
+_RANKS = {
+    r"(classifier|head)\.weight": 2,
+    r"(bottleneck\w*|fc_norm\.bn)\.(weight|bias|running_mean|running_var)|head\.bias": 1,
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _IGNORED = {
     r"head\.(mlp|last_layer)": "projection head of the pre-training",
     r"fc\.": "unused ImageNet head",
@@ -55,14 +61,10 @@ def convert_file(path: str | Path, network: str = "teacher") -> Converted:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be read or is not a checkpoint of this family.
     """
-    checkpoint = read_checkpoint(path)
-    try:
-        return convert_state_dict(checkpoint, network)
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from None
+    return convert_state_dict(read_checkpoint(path), network, path)
 
 
-def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
+def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Path = "") -> Converted:
     """Convert a checkpoint of any published layout to timm's keys.
 
     The positions of CLS and parts are added to their tokens (exact for features); patch positions keep the file's grid.
@@ -70,20 +72,24 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     Args:
         checkpoint: A checkpoint object or a flat state dict.
         network: ``teacher`` or ``student``, if the file holds both.
+        file: File of the checkpoint, with which errors begin.
 
     Raises:
-        CheckpointError: If it is not a checkpoint of this family, or holds NaN or infinite values.
+        CheckpointError: If it is not a checkpoint of this family, its tensors are not dense, finite and of floating
+            point, or their shapes are not those of one network.
     """
+    try:
+        return _convert(checkpoint, network)
+    except CheckpointError as e:
+        raise CheckpointError(f"{file}: {e}" if file else str(e)) from None
+
+
+def _convert(checkpoint: Any, network: str) -> Converted:
     tensors, wrapping = unwrap_checkpoint(checkpoint, network)
     tensors, prefix, ignored = _one_network(tensors, network)
-    source = _strip_wrappers(tensors)
+    source = _strip_wrappers(check_tensors(tensors))
     _check_is_vit(source)
-    weights = {k: v for k, v in source.items() if _WEIGHTS.match(k) and not k.endswith("num_batches_tracked")}
-    if wrong := [k for k, v in weights.items() if not v.is_floating_point()]:
-        types = f"{wrong[0]} is {str(source[wrong[0]].dtype).removeprefix('torch.')}"
-        raise CheckpointError(f"{len(wrong)} tensors are not of floating point, {types}: are these quantised weights?")
-    if bad := [k for k, v in source.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise CheckpointError(f"NaN or infinite values in {len(bad)} tensors, the first: {', '.join(bad[:3])}")
+    _check_shapes(source)
 
     backbone: StateDict = {}
     classifier: StateDict = {}
@@ -109,16 +115,14 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
 
     folded = {}
     if "cls_pos" in source:
-        backbone["cls_token"] = _sum(source, "cls_token", "cls_pos")
+        backbone["cls_token"] = source["cls_token"].float() + source["cls_pos"].float()
         folded["cls_token"] = ["cls_token", "cls_pos"]
     if parts:
         names = [name for k in sorted(parts) for name in (f"part_token{k}", f"part{k}_pos")]
         if missing := [name for name in ("cls_pos", *names) if name not in source]:
             raise CheckpointError(f"part tokens without their counterpart: {', '.join(missing)} missing")
-        pairs = [_sum(source, token, pos) for token, pos in zip(names[::2], names[1::2], strict=True)]
-        if len({pair.shape for pair in pairs} | {source["cls_token"].shape}) > 1:
-            raise CheckpointError(f"{', '.join(names[::2])} and cls_token have different shapes; expected one for all")
-        backbone["reg_token"] = torch.cat(pairs, dim=1)
+        pairs = zip(names[::2], names[1::2], strict=True)
+        backbone["reg_token"] = torch.cat([source[token].float() + source[pos].float() for token, pos in pairs], dim=1)
         folded["reg_token"] = names
 
     architecture = _read_architecture(backbone)
@@ -147,37 +151,23 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher") -> Converted:
     return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
 
 
-def _sum(source: StateDict, token: str, pos: str) -> torch.Tensor:
-    """A token with its position.
-
-    Raises:
-        CheckpointError: If their shapes differ, which a sum would hide.
-    """
-    a, b = source[token], source[pos]
-    if a.shape != b.shape or a.ndim != 3:
-        shapes = " and ".join(
-            f"{name} is {'x'.join(map(str, x.shape)) or 'a scalar'}" for name, x in ((token, a), (pos, b))
-        )
-        raise CheckpointError(f"{shapes}; expected both as 1x1xD")
-    return a.float() + b.float()
-
-
 def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict[str, str]]:
     """Tensors of one network without the prefix of another trainer, such as ``model.``; the prefix; what is left out.
 
     Raises:
         CheckpointError: If several networks have such prefixes, and none or more than one is the teacher or an EMA.
     """
-    prefixes = [_WRAPPERS.sub("", k.removesuffix(_ANCHOR)) and k.removesuffix(_ANCHOR) for k in tensors
-                if k.endswith(_ANCHOR)]  # fmt: skip
-    if not prefixes or not all(prefixes):
+    prefixes = [k.removesuffix(_ANCHOR) for k in tensors if k.endswith(_ANCHOR)]
+    prefixes = [p for p in prefixes if f"{p}cls_token" in tensors] or prefixes  # the decoder of an MAE has none
+    if not any(_WRAPPERS.sub("", p) for p in prefixes):
         return tensors, "", {}
     words = ("teacher", "ema") if network == "teacher" else (network,)
     chosen = prefixes if len(prefixes) == 1 else [p for p in prefixes if any(word in p.lower() for word in words)]
     if len(chosen) != 1:
+        names = ", ".join(repr(p) if p else "no prefix" for p in prefixes)
         raise CheckpointError(
-            f"it holds {len(prefixes)} networks, with keys of {', '.join(map(repr, prefixes))}; expected one, or one "
-            f"that is called {' or '.join(words)}"
+            f"it holds {len(prefixes)} networks, with keys of {names}; expected one, or one that is called "
+            f"{' or '.join(words)}"
         )
     taken = {k.removeprefix(chosen[0]): v for k, v in tensors.items() if k.startswith(chosen[0])}
     others = {k: f"not among the keys of {chosen[0]!r}" for k in tensors if not k.startswith(chosen[0])}
@@ -200,6 +190,67 @@ def _strip_wrappers(tensors: StateDict) -> StateDict:
             )
         source[name], keys[name] = value, key
     return source
+
+
+def check_tensors(tensors: StateDict) -> StateDict:
+    """Check each tensor before it is computed with, and return all; a file can declare what it does not hold.
+
+    Raises:
+        CheckpointError: If a tensor is sparse, empty of data or larger than its storage, a weight is quantised, or a
+            value is not finite.
+    """
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta:
+            kind = "without values" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise CheckpointError(f"{key} is {kind}; expected a dense tensor")
+        held = value.untyped_storage().nbytes()
+        if value.numel() * value.element_size() > held:
+            raise CheckpointError(f"{key} is declared as {_shape(value)}, and the file holds {held:,} bytes of it")
+    names = {key: _WRAPPERS.sub("", key) for key in tensors}
+    weights = [k for k, name in names.items() if _WEIGHTS.match(name) and not name.endswith("num_batches_tracked")]
+    if wrong := [key for key in weights if tensors[key].dtype not in _DTYPES]:
+        types = f"{wrong[0]} is {str(tensors[wrong[0]].dtype).removeprefix('torch.')}"
+        raise CheckpointError(
+            f"{len(wrong)} tensors are not of floating point of 16 bits or more, {types}: are these quantised weights?"
+        )
+    if bad := [key for key, value in tensors.items() if value.dtype in _DTYPES and not value.isfinite().all()]:
+        raise CheckpointError(f"NaN or infinite values in {len(bad)} tensors, the first: {', '.join(bad[:3])}")
+    return tensors
+
+
+def _check_shapes(source: StateDict) -> None:
+    """Compare the shapes with one another: equal blocks without a gap, one width for blocks, tokens and positions.
+
+    The dimensions that ``_read_architecture`` reads off the tensors are then those of data that the file holds.
+
+    Raises:
+        CheckpointError: If a shape is not that of the others; the message names the key.
+    """
+    width = source[_ANCHOR].shape[-1] if source[_ANCHOR].ndim else 0
+    if width == 0 or source[_ANCHOR].shape != (3 * width, width):
+        raise CheckpointError(f"{_ANCHOR} is {_shape(source[_ANCHOR])}; expected 3DxD, D being the width")
+    blocks = {int(k.split(".")[1]) for k in source if re.match(r"blocks\.\d+\.", k)}
+    if stray := sorted(blocks - set(range(len(blocks)))):
+        gap = min(set(range(len(blocks))) - blocks)
+        raise CheckpointError(f"there are tensors of block {stray[-1]}, and none of block {gap}")
+    if lacking := [i for i in sorted(blocks) if f"blocks.{i}.attn.qkv.weight" not in source]:
+        raise CheckpointError(f"there is no blocks.{lacking[0]}.attn.qkv.weight")
+    for key, value in source.items():
+        first = source.get(re.sub(r"^blocks\.\d+\.", "blocks.0.", key), value)
+        if value.shape != first.shape:
+            raise CheckpointError(f"{key} is {_shape(value)}, and that of blocks.0 {_shape(first)}")
+        if _TOKEN.fullmatch(key):
+            several = key in ("pos_embed", "reg_token")
+            count = value.shape[1] if several and value.ndim == 3 else 1
+            if value.shape != (1, count, width) or count == 0:
+                raise CheckpointError(f"{key} is {_shape(value)}; expected 1x{'N' if several else 1}x{width}")
+        ranks = next((ranks for pattern, ranks in _RANKS.items() if re.fullmatch(pattern, key)), None)
+        if ranks is not None and value.ndim != ranks:
+            raise CheckpointError(f"{key} is {_shape(value)}; expected {ranks} dimension{'s'[: ranks > 1]}")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
 def _check_is_vit(source: StateDict) -> None:

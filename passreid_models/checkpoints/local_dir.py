@@ -6,7 +6,7 @@ FOLDER/extras.safetensors   tensors that belong to the checkpoint, not to the mo
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architecture, architecture_name
-from passreid_models.checkpoints.convert import Converted, convert_file, published_descriptor
+from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.load import LoadReport, load_report
+from passreid_models.checkpoints.read import has_checksum
 from passreid_models.runtime import atomic_folder, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
@@ -131,10 +132,6 @@ def convert_checkpoint(
     converted = convert_file(source, network)
     name, model_args = model_of(converted.architecture, name, num_heads, source)
     notes = []
-    if fusion is None:
-        fusion = converted.fusion or "cat"
-        if not converted.fusion and converted.task == "unsupervised":
-            notes.append("fusion: the tensors do not show it, 'cat' assumed")
     if mean_std is None:
         mean_std = "0.5" if converted.task in ("supervised", "unsupervised") else "imagenet"
         if not converted.task:
@@ -147,7 +144,7 @@ def convert_checkpoint(
         source_sha256=sha256(source),
         network=network,
         fusion=fusion,
-        neck=published_descriptor(converted)["neck"] if neck is None else neck,
+        neck=neck,
         mean_std=mean_std,
         interpolation=interpolation or ("bilinear" if converted.task == "supervised" else "bicubic"),
         notes=notes,
@@ -162,8 +159,8 @@ def write_converted(
     *,
     source: Path,
     source_sha256: str,
-    fusion: str,
-    neck: str,
+    fusion: str | None,
+    neck: str | None,
     mean_std: str,
     interpolation: str,
     network: str = "teacher",
@@ -178,8 +175,8 @@ def write_converted(
         name: Registered model; with a tag, the weights get the tag's licence and description.
         source: File of the checkpoint.
         source_sha256: SHA-256 of that file.
-        fusion: Fusion of the descriptor (``global_pool``).
-        neck: Neck of the model; ``''`` for none.
+        fusion: Fusion of the descriptor (``global_pool``); None for that of the tag or the layout.
+        neck: Neck of the model; ``''`` for none, None for that of the tag or the layout.
         mean_std: ``imagenet`` or ``0.5``.
         interpolation: PIL resampling of test images.
         network: Network of the file that was converted, ``teacher`` or ``student``.
@@ -197,18 +194,17 @@ def write_converted(
     is_tag = "." in name  # the caller has checked that the file is the tag's
     cfg: dict[str, Any] = {} if is_tag else {"tag": None, "url": None, "license": "other", "description": None}
     cfg |= {"mean": mean, "std": std, "interpolation": interpolation, "input_size": (3, *size), "file": str(source)}
-    model_args = {**model_args, "img_size": model_args.get("img_size") or size}
+    model_args = {**model_args, "img_size": model_args.get("img_size") or size, "global_pool": fusion, "neck": neck}
     model = timm.create_model(
         name,
         pretrained=True,
         pretrained_cfg_overlay={**cfg, "state_dict": converted},
-        global_pool=fusion,
-        neck=neck,
         **model_args,
     )
     model.origin = replace(model.origin, has_own_cfg=is_tag)
     report = load_report(model)
-    report.notes += notes
+    advice = "" if has_checksum(source) else "; a file of this format has no checksum, so that damage does not show"
+    report.notes += [*notes, f"SHA-256 of the file: {source_sha256}{advice}"]
     tensors = {**converted.backbone, **converted.neck, **converted.classifier}
     extras = {k: tensors[k] for k in report.extras}
     provenance = {
@@ -254,17 +250,100 @@ def exported_folder(path: Path) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the ``config.json`` of an exported folder.
+    """Read and check the ``config.json`` of an exported folder.
 
     Raises:
-        ValueError: If it is not JSON, or not of a model of this package.
+        FileNotFoundError: If there is none.
+        ValueError: If it is not JSON, not of a model of this package, or a field has an impossible value.
     """
     file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json")
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes")
     try:
         config = json.loads(file.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
-    keys = {"architecture", "pretrained_cfg"}
-    if not isinstance(config, dict) or not keys <= config.keys() or config["architecture"] not in ARCHITECTURES:
+    check_config(config, file)
+    return cast(dict[str, Any], config)
+
+
+def check_config(config: Any, file: str | Path) -> None:
+    """Check the fields of a ``config.json`` that make a model: known architecture, types and ranges.
+
+    Raises:
+        ValueError: The message begins with ``file`` and the field.
+    """
+    is_config = isinstance(config, dict) and isinstance(config.get("pretrained_cfg"), dict)
+    if not is_config or config.get("architecture") not in list(ARCHITECTURES):
         raise ValueError(f"{file} is not the config of a model of this package")
-    return config
+    check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": _OBJECT, "provenance": _OBJECT}, file)
+    check_fields(config["pretrained_cfg"], _PRETRAINED_CFG, f"{file}: pretrained_cfg")
+    if "num_classes" in config:
+        check_fields(config, {"num_classes": _CLASSES}, file)
+    args = config.get("model_args", {})
+    check_fields(args, {k: check for k, check in _MODEL_ARGS.items() if k in args}, f"{file}: model_args")
+
+
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def check_fields(values: Mapping[str, Any], checks: Mapping[str, Check], where: str | Path) -> None:
+    """Check values by name against the text of what is expected and a predicate.
+
+    Raises:
+        ValueError: The message begins with ``where`` and the name.
+    """
+    for name, (expected, is_valid) in checks.items():
+        if name not in values:
+            raise ValueError(f"{where} has no {name}")
+        if not is_valid(values[name]):
+            shown = repr(values[name])
+            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise ValueError(f"{where}: {name}: expected {expected}, got {shown}")
+
+
+def whole(low: int, high: int) -> Check:
+    return f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high
+
+
+def several(count: int, check: Check) -> Check:
+    def are_valid(values: Any) -> bool:
+        return isinstance(values, list | tuple) and len(values) == count and all(map(check[1], values))
+
+    return f"{count} values, each {check[0]}", are_valid
+
+
+def _either(one: Check, other: Check) -> Check:
+    return f"{one[0]}, or {other[0]}", lambda v: one[1](v) or other[1](v)
+
+
+def _number(low: float, high: float) -> Check:
+    return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
+
+
+MAX_CONFIG_BYTES = 2**24
+_OBJECT: Check = ("an object", lambda v: isinstance(v, dict))
+_CHANNELS, _CLASSES, PIXELS = whole(1, 64), whole(0, 100_000), whole(16, 4096)
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
+_PRETRAINED_CFG: dict[str, Check] = {
+    "input_size": (
+        f"channels, height and width, the latter {PIXELS[0]}",
+        lambda v: isinstance(v, list | tuple) and len(v) == 3 and _CHANNELS[1](v[0]) and several(2, PIXELS)[1](v[1:]),
+    ),
+    "mean": _either(several(3, _number(-100, 100)), several(1, _number(-100, 100))),
+    "std": _either(several(3, _number(1e-6, 100)), several(1, _number(1e-6, 100))),
+    "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
+}
+_MODEL_ARGS: dict[str, Check] = {
+    "embed_dim": whole(1, 16_384),
+    "depth": whole(1, 1_000),
+    "num_heads": whole(1, 1_024),
+    "num_parts": whole(0, 1_000),
+    "in_chans": _CHANNELS,
+    "num_classes": _CLASSES,
+    "img_size": _either(several(2, PIXELS), PIXELS),
+    "patch_size": _either(several(2, whole(4, 64)), whole(4, 64)),
+    "mlp_ratio": _number(0.01, 32),
+}

@@ -23,7 +23,7 @@ from torch import nn
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
-from passreid_models.checkpoints.local_dir import exported_folder, model_of, read_config
+from passreid_models.checkpoints.local_dir import PIXELS, check_fields, exported_folder, model_of, read_config, several
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 
 __all__ = ["NamedModel", "find_model", "run_checkpoints"]
@@ -74,10 +74,7 @@ class NamedModel:
     @cached_property
     def converted(self) -> Converted:
         """Tensors of the checkpoint file in timm's keys, converted once."""
-        try:
-            return convert_state_dict(self.checkpoint)
-        except CheckpointError as e:
-            raise CheckpointError(f"{self.file}: {e}") from None
+        return convert_state_dict(self.checkpoint, file=self.file or "")
 
     @property
     def run(self) -> dict[str, Any]:
@@ -89,18 +86,22 @@ class NamedModel:
     def own_model(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments of the model in a checkpoint file, by its run or else by its tensors."""
         if self.run:
-            return _model_of_run(self.run["config"], self.converted)
+            return _model_of_run(self.run["config"], self.converted, self.file)
         assert self.file is not None
         return _model_of_tensors(self.converted, self.file)
 
 
-def _model_of_run(config: Mapping[str, Any], converted: Converted) -> tuple[str, dict[str, Any]]:
+def _model_of_run(config: Any, converted: Converted, file: Path | None) -> tuple[str, dict[str, Any]]:
     """Architecture and arguments of the model that a run exports."""
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: config: expected the settings of a run, got a {type(config).__name__}")
+    known = f"one of {', '.join(ARCHITECTURES)}", lambda v: v in list(ARCHITECTURES)
+    check_fields(config, {"model": known, "size": several(2, PIXELS)}, f"{file}: config")
     args: dict[str, Any] = {"img_size": tuple(config["size"]), "num_parts": converted.architecture.num_parts}
     if fusion := config.get("fusion"):
         args["global_pool"] = fusion
     if "fc_norm.bn.weight" in converted.backbone and not converted.classifier:  # the descriptor is taken after it
-        args["neck"] = config["neck"]
+        args["neck"] = config.get("neck", "")
     return config["model"], args
 
 

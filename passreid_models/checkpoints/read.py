@@ -35,8 +35,12 @@ def read_checkpoint(path: str | Path) -> Any:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except SafetensorError as e:
+        except (SafetensorError, KeyError, RuntimeError) as e:
             raise CheckpointError(f"{path} is not a whole safetensors file ({e}): download it again") from None
+    if path.stat().st_size < _declared_bytes(path):
+        raise CheckpointError(
+            f"{path} was refused: its entries are larger than the file, which torch.save does not write"
+        )
     if damaged := _damaged_entry(path):
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match; download or copy it again")
     try:
@@ -68,6 +72,20 @@ def _damaged_entry(path: Path) -> str | None:
             return file.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):  # torch.load says what it is
         return None
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether the format of a checkpoint file holds checksums, by which a flipped bit is found."""
+    return zipfile.is_zipfile(path)
+
+
+def _declared_bytes(path: Path) -> int:
+    """Bytes of all entries of a zip file, more than those of the file if it is a bomb; 0 of other files."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return sum(entry.file_size for entry in file.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
+        return 0
 
 
 def _safe_globals() -> list[Any]:

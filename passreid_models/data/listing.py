@@ -163,6 +163,8 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
     listing, num_others = listing or Listing(), 0
     for number, tar in enumerate(tars):
         status = os.stat(tar)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait
+            raise ValueError(f"{os.fsdecode(tar)} is no regular file")
         listing.watch(tar, status)
         listing.tars.append(tar)
         members: dict[bytes, tuple[int, int]] = {}

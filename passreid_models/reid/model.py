@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import timm
 from torch import Tensor, nn
 
@@ -106,26 +105,23 @@ class ReIDModel(nn.Module):
             CheckpointError: If neck or classifier is missing, or tensors do not fit.
         """
         source = Path(source)
+        args: dict[str, Any] = {}
         if source.is_dir():
-            config = read_config(source)
-            tensors = {**read_checkpoint(source / "model.safetensors"), **_extras(source)}
-            try:
-                converted = convert_state_dict(tensors)
-            except CheckpointError as e:
-                raise CheckpointError(f"{source}: {e}") from None
-            name, args = config["architecture"], dict(config["model_args"])
-            cfg = {k: config["pretrained_cfg"][k] for k in ("mean", "std", "interpolation", "input_size")}
+            read_config(source)  # raises for one that makes no model
+            files = [source / "model.safetensors", source / "extras.safetensors"]
+            parts = [read_checkpoint(file) for file in files if file == files[0] or file.is_file()]
+            converted = convert_state_dict({k: v for part in parts for k, v in part.items()}, file=source)
+            name = f"local-dir:{source}"
         else:
             converted = convert_file(source)
             name, args = model_of(converted.architecture, name, num_heads, source)
             args |= {"img_size": converted.architecture.img_size, "global_pool": converted.fusion or "cat"}
-            cfg = {}
         necks, architecture = {**converted.backbone, **converted.neck}, converted.architecture
         if "fc_norm.bn.weight" not in necks or not converted.classifier:
             raise CheckpointError(f"{source} holds no neck and classifier: it is no supervised re-ID model")
         is_multi = len(necks["fc_norm.bn.weight"]) == (1 + architecture.num_parts) * architecture.embed_dim
         args |= {"neck": "multi" if is_multi else "single", "num_classes": 0}
-        cfg |= {"state_dict": converted, "file": str(source)}
+        cfg = {"state_dict": converted, "file": str(source)}
         backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg, **args)
         classifier = converted.classifier["classifier.weight"]
         if classifier.shape[1] != backbone.head_hidden_size:
@@ -134,11 +130,6 @@ class ReIDModel(nn.Module):
         model = cls(backbone, len(classifier))
         model.classifier.load_state_dict({"weight": classifier})
         return model.eval()
-
-
-def _extras(folder: Path) -> dict[str, Tensor]:
-    file = folder / "extras.safetensors"
-    return safetensors.torch.load_file(file) if file.is_file() else {}
 
 
 def make_backbone(

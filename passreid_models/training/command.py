@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from passreid_models.training.config import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 10
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
@@ -104,7 +106,9 @@ def read_config(
     switches = {f.name for f in all_fields if f.type in (bool, "bool")}
     options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
     flags = dict(options)
-    if "--preset" not in flags and Path(flags.get("--config") or "").is_file():
+    for file in [value or "" for name, value in options if name == "--config"]:
+        _check_yaml(Path(file))
+    if "--preset" not in flags and "--config" in flags:
         flags["--preset"] = _preset_in(Path(str(flags["--config"])))
     parser.set_defaults(merge_presets(flags.get("--preset") or "", presets))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
@@ -151,6 +155,31 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[
             raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}")
         settings |= presets[name]
     return settings
+
+
+def _check_yaml(file: Path) -> None:
+    """Check that a file of settings is one, before it is parsed: a regular file without aliases, not deeply nested.
+
+    Aliases of aliases grow a small file to any size; other errors in the file are left to the parser.
+
+    Raises:
+        ValueError: The message begins with ``config`` and the file.
+    """
+    import yaml
+
+    if not file.is_file():
+        what = "it is no regular file" if file.exists() else "there is none"
+        raise ValueError(f"config: expected a YAML file at {file}: {what}")
+    if file.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"config: {file} is larger than {MAX_YAML_BYTES:,} bytes")
+    depth = 0
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
+        for event in yaml.parse(file.read_text(), Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"config: {file} has an alias, *{event.anchor}; expected plain values")
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"config: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
 
 
 def _preset_in(file: Path) -> str | None:

@@ -13,6 +13,7 @@ from passreid_models.architectures import ARCHITECTURES
 from passreid_models.runtime import atomic_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_COUNT = 2**31 - 1
 Ranges = Iterable[tuple[str, float, float]]
 
 
@@ -110,7 +111,9 @@ class RunConfig:
         self.check_ranges(
             (
                 ("epochs save_epochs keep log_steps", 1, math.inf),
-                ("lr weight_decay workers seed save_minutes max_minutes skip_nonfinite", 0, math.inf),
+                ("lr weight_decay save_minutes max_minutes skip_nonfinite", 0, math.inf),
+                ("workers", 0, 1_000),
+                ("seed", 0, 2**63 - 1),
                 ("max_unreadable", 0, 1),
             )
         )
@@ -156,7 +159,7 @@ class RunConfig:
                 raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
 
     def check_ranges(self, ranges: Ranges) -> None:
-        """Check that values are in range; None is in every range.
+        """Check that values are in range; None is in every range, and whole numbers end at ``MAX_COUNT``.
 
         Args:
             ranges: Names of fields with a space between, smallest and largest value.
@@ -167,9 +170,10 @@ class RunConfig:
         for names, low, high in ranges:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not (low <= value <= high and value < math.inf):
-                    expected = f"between {low} and {high}" if high < math.inf else f"{low} or more"
-                    raise wrong(name, value, expected)
+                top = MAX_COUNT if high == math.inf and isinstance(value, int) else high
+                if value is not None and not (low <= value <= top and value < math.inf):
+                    is_open = high == math.inf and not value > top
+                    raise wrong(name, value, f"{low} or more" if is_open else f"between {low} and {top}")
 
     def check_intervals(self, intervals: Iterable[tuple[str, float]]) -> None:
         """Check that values are (least, most) with 0 < least <= most.

@@ -165,7 +165,7 @@ class RunFolder:
     def has_metric(self, step: int, name: str) -> bool:
         """Whether ``metrics.jsonl`` holds this metric of this step."""
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
-        return any(record["step"] == step and name in record for record in map(json.loads, lines))
+        return any(_step_of(line) == step and name in json.loads(line) for line in lines)
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
@@ -174,10 +174,12 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
+    """Step of a line of ``metrics.jsonl``; infinite for one that is no record, such as one that a kill cut short."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that a kill cut short
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int | float) else math.inf
 
 
 def is_dead_worker(error: Exception) -> bool:

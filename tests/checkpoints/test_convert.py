@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -441,6 +442,7 @@ def test_the_report_survives_json_and_prints_as_a_table(tmp_path):
         "extras|fc_norm.* (5)|multi neck, not held by this model",
         "extras|classifier.weight|identity classifier of the training set",
         "ignored|fc.* (2)|unused ImageNet head",
+        f"note|SHA-256 of the file: {hashlib.sha256(file.read_bytes()).hexdigest()}",
     ]
     rows = str(report).splitlines()
     assert {rows[2].index("cls_token +"), rows[3].index("part_token1"), rows[6].index("identity")} == {30}  # aligned
@@ -560,7 +562,7 @@ def test_raw_files_bring_their_statistics_and_converted_ones_keep_the_configs(tm
 
 def test_convert_notes_in_the_report_that_it_assumed_the_statistics(tmp_path):
     report = convert_checkpoint(GOLDEN / "upstream_backbone.pth", tmp_path / "out", num_heads=2)
-    assert report.notes == ["mean/std: the tensors do not show them, ImageNet's assumed"]
+    assert report.notes[0] == "mean/std: the tensors do not show them, ImageNet's assumed"
     assert not (tmp_path / "out" / "extras.safetensors").exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
@@ -736,9 +738,9 @@ def test_a_file_of_another_architecture_names_the_one_that_fits(fitting, model, 
 
 
 def state_of(name: str) -> dict[str, Tensor]:
-    """Zeros in the shapes of a registered model, without the memory."""
+    """Zeros in the shapes of a registered model."""
     model = timm.create_model(name, device="meta")
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in model.state_dict().items()}
+    return {k: torch.zeros(v.shape, dtype=torch.float16) for k, v in model.state_dict().items()}
 
 
 def test_a_file_that_fits_no_architecture_is_refused_with_its_width_and_depth(tmp_path):
@@ -933,9 +935,9 @@ def test_keys_that_become_one_are_refused_unless_their_tensors_are_equal(officia
         convert_state_dict(doubled)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_weights_that_are_not_of_floating_point_are_refused(official, dtype):
-    with pytest.raises(CheckpointError, match=f"are not of floating point, .* is {str(dtype)[6:]}"):
+    with pytest.raises(CheckpointError, match=f"are not of floating point of 16 bits or more, .* is {str(dtype)[6:]}"):
         convert_state_dict({k: v.to(dtype) for k, v in official.items()})
     convert_state_dict({**official, "queue_ptr": torch.zeros(1, dtype=torch.long)})  # no weight
 
@@ -951,7 +953,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
 @pytest.mark.parametrize("key", ["cls_pos", "part1_pos", "part_token2"])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
 def test_a_token_and_a_position_of_other_shapes_are_refused_and_not_broadcast(official, key, shape):
-    with pytest.raises(CheckpointError, match=f"{key} is .*; expected both as 1x1xD"):
+    with pytest.raises(CheckpointError, match=f"{key} is .*; expected 1x1x32"):
         convert_state_dict({**official, key: torch.ones(shape)})
 
 
@@ -959,3 +961,86 @@ def test_a_token_and_a_position_of_other_shapes_are_refused_and_not_broadcast(of
 def test_an_average_beside_the_raw_weights_is_reported(official, raw, average):
     converted = convert_state_dict({raw: official, average: official})
     assert converted.layout == f"'{raw}' of a training checkpoint, not its '{average}'"
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "backbone.", "_orig_mod.module."])
+def test_a_network_beside_a_wrapped_one_is_refused_unless_it_is_the_teacher(official, wrapper):
+    def beside(prefix: str) -> dict[str, Tensor]:
+        return {
+            **{f"{wrapper}{k}": v for k, v in official.items()},
+            **{f"{prefix}{k}": v + 1 for k, v in official.items()},
+        }
+
+    name = repr(wrapper) if wrapper else "no prefix"
+    with pytest.raises(CheckpointError, match=rf"it holds 2 networks, with keys of {name}, 'model\.'; expected one"):
+        convert_state_dict(beside("model."))
+    converted = convert_state_dict(beside("model_ema."))
+    assert torch.equal(converted.backbone["norm.weight"], official["norm.weight"] + 1)
+    assert converted.layout.endswith("keys of 'model_ema.'")
+    assert converted.ignored[f"{wrapper}norm.weight"] == "not among the keys of 'model_ema.'"
+
+
+def test_the_decoder_of_a_masked_autoencoder_is_no_second_network(official):
+    decoder = {f"decoder_{k}": v for k, v in official.items() if k.startswith("blocks.")}
+    assert convert_state_dict({**official, **decoder}).ignored.keys() >= decoder.keys()
+
+
+WRONG_TENSORS = {
+    "sparse": ("part_token1", lambda v: v.to_sparse(), "part_token1 is sparse_coo; expected a dense tensor"),
+    "meta": ("norm.weight", lambda v: v.to("meta"), r"norm\.weight is without values"),
+    "stride 0": (
+        "fc.weight",
+        lambda v: torch.zeros(1).expand(10**11),
+        r"fc\.weight is declared as 100000000000, and .* 4 ",
+    ),
+    "float8": ("part_token1", lambda v: v.to(torch.float8_e4m3fn), "part_token1 is float8_e4m3fn"),
+    "width": ("part_token1", lambda v: v[..., :7], "part_token1 is 1x1x7; expected 1x1x32"),
+    "scalar token": ("cls_token", lambda v: torch.ones(()), "cls_token is a scalar; expected 1x1x32"),
+    "scalar positions": ("pos_embed", lambda v: torch.ones(()), "pos_embed is a scalar; expected 1xNx32"),
+    "flat positions": ("pos_embed", lambda v: v[0], "pos_embed is 128x32; expected 1xNx32"),
+    "no positions": ("pos_embed", lambda v: v[:, :0], "pos_embed is 1x0x32; expected 1xNx32"),
+    "stray block": ("blocks.999999999.x", lambda v: torch.zeros(1), "of block 999999999, and none of block 2"),
+    "empty block": ("blocks.2.x", lambda v: torch.zeros(1), r"there is no blocks\.2\.attn\.qkv\.weight"),
+    "other block": (
+        "blocks.1.mlp.fc1.bias",
+        lambda v: v[:5],
+        r"blocks\.1\.mlp\.fc1\.bias is 5, and that of blocks\.0 128",
+    ),
+    "attention": ("blocks.0.attn.qkv.weight", lambda v: v[0], r"blocks\.0\.attn\.qkv\.weight is 32; expected 3DxD"),
+    "attention scalar": ("blocks.0.attn.qkv.weight", lambda v: v[0, 0], "is a scalar; expected 3DxD"),
+    "attention empty": ("blocks.0.attn.qkv.weight", lambda v: v[:0, :0], "is 0x0; expected 3DxD"),
+    "classifier": (
+        "classifier.weight",
+        lambda v: torch.ones(()),
+        r"classifier\.weight is a scalar; expected 2 dimensions",
+    ),
+    "neck": ("bottleneck.weight", lambda v: torch.ones(()), r"bottleneck\.weight is a scalar; expected 1 dimension$"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_a_tensor_that_cannot_be_a_weight_is_one_sentence_that_names_its_key(official, kind, tmp_path):
+    key, change, message = WRONG_TENSORS[kind]
+    tensors = {**official, key: change(official.get(key))}
+    with pytest.raises(CheckpointError, match=message):
+        convert_state_dict(tensors)
+    torch.save(tensors, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(tmp_path))}/file\.pth: .*{message}"):
+        convert_checkpoint(tmp_path / "file.pth", tmp_path / "out", num_heads=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zip_whose_entries_are_larger_than_itself_is_refused_before_it_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"\0" * 10**6)
+    with pytest.raises(CheckpointError, match=r"bomb\.pth was refused: its entries are larger than the file"):
+        read_checkpoint(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_convert_prints_the_hash_and_whether_damage_would_show(official, legacy, tmp_path):
+    file = tmp_path / "file.pth"
+    torch.save(official, file, _use_new_zipfile_serialization=not legacy)
+    note = convert_checkpoint(file, tmp_path / "out", num_heads=2).notes[-1]
+    assert note.startswith(f"SHA-256 of the file: {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    assert note.endswith("has no checksum, so that damage does not show") == legacy

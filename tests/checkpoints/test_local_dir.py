@@ -18,6 +18,7 @@ from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.local_dir import convert_checkpoint, save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.embed import Embedder
+from passreid_models.reid.model import ReIDModel
 
 TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))
 
@@ -253,3 +254,86 @@ def test_a_save_that_fails_late_leaves_the_folder_unchanged(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(model, tmp_path / "model", {"a": torch.zeros(1)}, overwrite=overwrite)
     assert sorted((str(p), p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+
+
+# ---- config.json of others
+
+WRONG_FIELDS = {
+    "no object": ("", [], "is not the config of a model of this package"),
+    "architecture": ("architecture", ["x"], "is not the config of a model of this package"),
+    "pretrained_cfg": ("pretrained_cfg", 5, "is not the config of a model of this package"),
+    "model_args": ("model_args", [1], r"model_args: expected an object, got \[1\]"),
+    "provenance": ("provenance", "mine", "provenance: expected an object, got 'mine'"),
+    "unknown argument": ("model_args.a", 1, "no model can be made from it .*unexpected keyword argument 'a'"),
+    "depth": ("model_args.depth", 10**9, "model_args: depth: expected a whole number from 1 to 1,000, got 1000000000"),
+    "wide": ("model_args.embed_dim", 8192, "the model is to have embed_dim 8192 and not 64 as in the weights"),
+    "deep": ("model_args.depth", 900, "the model is to have depth 900 and not 3 as in the weights"),
+    "parts": ("model_args.num_parts", 999, "the model is to have num_parts 999 and not 3 as in the weights"),
+    "size": (
+        "model_args.img_size",
+        [10**9, 32],
+        "model_args: img_size: expected 2 values, each a whole number from 16",
+    ),
+    "activation": ("model_args.act_layer", "x", "no model can be made from it"),
+    "fusion": ("model_args.global_pool", 7, "no model can be made from it .*global_pool must be one of"),
+    "classes": ("num_classes", 10**9, "num_classes: expected a whole number from 0 to 100,000, got 1000000000"),
+    "interpolation": ("pretrained_cfg.interpolation", "x", "pretrained_cfg: interpolation: expected one of bicubic"),
+    "interpolation type": (
+        "pretrained_cfg.interpolation",
+        ["bicubic"],
+        "pretrained_cfg: interpolation: expected one of",
+    ),
+    "mean": ("pretrained_cfg.mean", [0.5, "x", 0.5], "pretrained_cfg: mean: expected 3 values"),
+    "std": ("pretrained_cfg.std", [0, 1, 1], "pretrained_cfg: std: expected 3 values, each a number from 1e-06"),
+    "input size": ("pretrained_cfg.input_size", [3, True, 32], "pretrained_cfg: input_size: expected channels"),
+    "no channels": ("pretrained_cfg.input_size", [], "pretrained_cfg: input_size: expected channels"),
+    "unknown field": ("pretrained_cfg.a", 1, "no model can be made from it .*unexpected keyword argument 'a'"),
+}
+
+
+READ_BY_TIMM = (
+    "no object", "architecture", "pretrained_cfg", "model_args", "provenance", "classes", "size", "input size",
+    "no channels",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["Embedder", "timm", "ReIDModel"])
+@pytest.mark.parametrize("kind", WRONG_FIELDS)
+def test_an_impossible_config_is_one_sentence_with_file_and_field(exported, kind, way):
+    field, value, message = WRONG_FIELDS[kind]
+    config = original = json.loads((exported / "config.json").read_text())
+    *parents, name = field.split(".")
+    for parent in parents:
+        config = config[parent]
+    if name:
+        config[name] = value
+    (exported / "config.json").write_text(json.dumps(original if name else value))
+    if way == "timm" and kind in READ_BY_TIMM:
+        pytest.skip("timm reads these itself")
+    make = {"Embedder": Embedder, "timm": lambda name: timm.create_model(name, pretrained=True), "ReIDModel": None}[way]
+    with pytest.raises(ValueError, match=message) as e:
+        make(f"local-dir:{exported}") if make else ReIDModel.load(exported)
+    assert str(exported) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    model = timm.create_model("test_pass_vit", neck="single")
+    save_pretrained(model, tmp_path / "model", {"classifier.weight": torch.zeros(4, model.head_hidden_size)})
+    return tmp_path / "model"
+
+
+def test_a_folder_without_weights_and_damaged_extras_are_named(exported):
+    (exported / "extras.safetensors").write_bytes(b"junk" * 10)
+    with pytest.raises(CheckpointError, match=r"extras\.safetensors is not a whole safetensors file"):
+        ReIDModel.load(exported)
+    (exported / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*model\.safetensors"):
+        Embedder(f"local-dir:{exported}")
+
+
+def test_a_config_that_is_nested_without_end_is_refused(exported):
+    (exported / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
+        Embedder(f"local-dir:{exported}")

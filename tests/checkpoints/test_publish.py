@@ -225,13 +225,13 @@ def test_a_damaged_file_does_not_leave(tmp_path, no_network):
         ("{}", "is not the config of a model of this package"),
         ("[1]", "is not the config of a model of this package"),
         ('{"architecture": "vit", "pretrained_cfg": {}}', "is not the config of a model of this package"),
-        ('{"architecture": "test_pass_vit", "pretrained_cfg": {}}', "was not written by this package: it has no"),
+        ('{"architecture": "test_pass_vit", "pretrained_cfg": {}}', "pretrained_cfg has no input_size"),
     ],
 )
 def test_a_config_of_another_make_is_refused(tmp_path, no_network, text, message):
     folder = written(tmp_path / "model")
     (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"model/config\.json {message}"):
+    with pytest.raises(ValueError, match=rf"model/config\.json:? {message}"):
         publish(folder, "org/name")
 
 

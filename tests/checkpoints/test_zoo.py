@@ -480,7 +480,7 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], object], type, str]] = {
     "another depth": (
         lambda path: official_file(path, **{"blocks.3.norm1.weight": torch.zeros(64)}),
         CheckpointError,
-        "does not fit the model",
+        r"there is no blocks\.3\.attn\.qkv\.weight",
     ),
     "not finite": (
         lambda path: official_file(path, **{"norm.bias": torch.full((64,), torch.nan)}),
