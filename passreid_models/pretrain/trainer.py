@@ -95,8 +95,8 @@ class PretrainTrainer(BaseTrainer):
         self.optimizer = make_optimizer(self.student)
         self.parallel = self.wrap(self.student)
         if config.compile:
-            self.student.compile_backbone()
-            self.teacher.compile_backbone()
+            self.student.compile_blocks()
+            self.teacher.compile_blocks()
         if state is not None:
             self.load_state(state)
 
@@ -160,7 +160,8 @@ class PretrainTrainer(BaseTrainer):
 
     @torch.no_grad()
     def _inspect(self, outputs: Projections, targets: Projections, temp: float, global_views: Tensor) -> None:
-        tokens = self.teacher.tokens(global_views[:1])[0]
+        with torch.compiler.set_stance("force_eager"):  # rather than compile for this shape
+            tokens = self.teacher.tokens(global_views[:1])[0]
         self.indicators = collapse_indicators(self.criterion, outputs, targets, temp, tokens)
 
     def tensors(self) -> dict[str, Any]:
