@@ -15,7 +15,8 @@ finetune_wait_share    the same in ``passreid finetune``, later epochs
 
 Batch 128, K = 65,536; JPEG files of 256x128, generated; the loader has all cores but one. Figures are printed as they
 are measured, with a table of the stages of a step: time of the device between its first and last kernel, and of the
-host. ``--device cpu --quick`` runs the script on a small model, to test it; without a CUDA device all figures are null.
+host. ``--device cpu --quick`` runs the script on a small model without compilation, to test it; without a CUDA device
+all figures are null.
 """
 
 import argparse
@@ -120,7 +121,7 @@ class Benchmark:
         common.synchronize(self.device)
 
     def pretrain(self) -> None:
-        """Steps on prepared batches: time, memory, kernels and stages; then the same compiled."""
+        """Steps on prepared batches: time, memory, kernels and stages; then with ``--compile``."""
         rounds, steps = (2, 2) if self.quick else (5, 8)
         before = self.allocated()
         trainer, batch = self.trainer(), self.view_batch()
@@ -137,13 +138,15 @@ class Benchmark:
         self.show(speedup=common.median_ratio(seconds["plain"], seconds["ours"]), **milliseconds)
         self.show(kernels=self.kernels(ours))
         self.stages(trainer, batch)
+        if not self.small:  # minutes of C++ on a CPU
+            self.compiled(batch, runs["plain"], rounds, steps)
 
-        compiled_trainer, start = self.trainer(compile=True), time.perf_counter()
-        compiled = partial(compiled_trainer.training_step, [batch])
+    def compiled(self, batch: ViewBatch, plain_run: Callable[[], object], rounds: int, steps: int) -> None:
+        trainer, start = self.trainer(compile=True), time.perf_counter()
+        compiled = partial(trainer.training_step, [batch])
         self.several(compiled, 1)
         self.show(compile_s=time.perf_counter() - start)
-        runs = {"plain": runs["plain"], "ours": partial(self.several, compiled, steps)}
-        seconds = common.in_turn(runs, rounds)
+        seconds = common.in_turn({"plain": plain_run, "ours": partial(self.several, compiled, steps)}, rounds)
         self.show(compiled_speedup=common.median_ratio(seconds["plain"], seconds["ours"]))
         self.show(compiled_kernels=self.kernels(compiled))
 
@@ -259,6 +262,10 @@ def save_image(folder: Path, ids: int, i: int) -> None:
 
 def write_images(folder: Path, images: int) -> None:
     folder.mkdir()
+    if images < 100:  # not worth the start of processes
+        for i in range(images):
+            save_image(folder, images // 8, i)
+        return
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         list(pool.map(partial(save_image, folder, images // 8), range(images), chunksize=16))
 
