@@ -41,9 +41,9 @@ class Ours:
 
 
 class Plain:
-    def __init__(self, dtype: torch.dtype | None, global_views: Tensor, local_views: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype | None, global_views: Tensor, local_views: Tensor, **shape: Any) -> None:
         torch.manual_seed(0)
-        networks = [plain.PlainNetwork().to(global_views.device) for _ in range(2)]
+        networks = [plain.PlainNetwork(**shape).to(global_views.device) for _ in range(2)]
         self.step = plain.PlainStep(*networks, dtype=dtype)
         self.views = list(global_views), list(local_views)
         self.losses: list[float] = []

@@ -88,7 +88,7 @@ class PretrainConfig(RunConfig):
         bottleneck_dim: Width of the normalised features.
         norm_last_layer: Keep the gains of the prototypes at 1.
         loss_chunk: Samples whose logits are in memory at a time; 0: all; by default 8, on a GPU 64.
-        compile: Compile the backbones.
+        compile: Compile the blocks of the backbones and the heads.
         probe: Labelled dataset to rank after an epoch, any that ``passreid eval`` takes.
         probe_epochs: Epochs between two probes.
     """

@@ -5,11 +5,16 @@ Shapes: B batch, V views, P parts, T = 1 + P kinds of token, D width, C bottlene
 
 import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.names import NamedModel
@@ -61,16 +66,29 @@ class PASSNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.forward_views, self.pos_resampling = backbone.forward_views, pos_resampling
+        self.pos_resampling = pos_resampling
         self.heads = nn.ModuleList(
             ProjectionHead(backbone.embed_dim, num_prototypes, hidden_dim, bottleneck_dim, norm_last_layer)
             for _ in range(backbone.num_prefix_tokens)
         )
+        parts = [backbone.patch_embed, *backbone.blocks, *(head.mlp for head in cast(list[ProjectionHead], self.heads))]
+        layers = [[m for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)] for part in parts]
+        self._casts = [group for group in layers if group]
 
-    def compile_backbone(self) -> None:
-        """Compile the forward pass of the backbone, for both sizes of views."""
-        # one graph per size: with symbolic sizes torch 2.14 fails on the resampling of the position embedding
-        self.forward_views = torch.compile(self.backbone.forward_views, dynamic=False)
+    def compile_blocks(self) -> None:
+        """Compile blocks and heads for training: a graph for all blocks, and one for all heads, per shape of input.
+
+        A compiled block draws the masks of its drop path itself, so that they differ from those without compilation.
+        The last block, which computes the prefix tokens alone, is not compiled.
+        """
+        blocks = [block for block in self.backbone.blocks[:-1] if type(block) is Block]
+        rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+        for block, rate in zip(blocks, torch.tensor(rates, device=self.backbone.cls_token.device), strict=True):
+            block.forward = partial(
+                _train_block, torch.compile(_block, dynamic=False), block, rate if any(rates) else None
+            )
+        for head in cast(list[Any], self.heads):
+            head.features = partial(torch.compile(ProjectionHead.features, dynamic=False), head)
 
     def forward(self, global_views: Tensor, local_views: Tensor | None = None) -> Projections:
         """
@@ -79,6 +97,10 @@ class PASSNetwork(nn.Module):
             local_views: ``[A * L, B, 3, h, w]``, L views of area 1, then of area 2 and so on; a view of area k carries
                 CLS and PART k. Without parts the areas do not matter.
         """
+        with _weights_cast_once(self._casts):
+            return self._project(global_views, local_views)
+
+    def _project(self, global_views: Tensor, local_views: Tensor | None) -> Projections:
         tokens = self.tokens(global_views)  # [G, B, T, D]
         views = list(tokens.unbind(2))
         if local_views is not None and len(local_views):
@@ -99,8 +121,77 @@ class PASSNetwork(nn.Module):
 
     def tokens(self, views: Tensor, area: Tensor | None = None) -> Tensor:
         """Prefix tokens ``[V, B, T or 2, D]`` of views ``[V, B, 3, H, W]``; ``area`` ``[V * B]`` of local views."""
-        tokens = self.forward_views(views.flatten(0, 1), area, self.pos_resampling)
+        tokens = self.backbone.forward_views(views.flatten(0, 1), area, self.pos_resampling)
         return tokens.unflatten(0, views.shape[:2])
+
+
+class _Cast(torch.autograd.Function):
+    """Cast tensors, and gradients back, in one call each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        return _cast(weights, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        casts = iter(_cast([g for g in grads if g is not None], ctx.dtype))
+        return None, *(g if g is None else next(casts) for g in grads)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    casts = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
+    if casts:
+        torch._foreach_copy_(casts, tuple(tensors))
+    return casts
+
+
+@contextmanager
+def _weights_cast_once(groups: Sequence[Sequence[nn.Linear | nn.Conv2d]]) -> Iterator[None]:
+    """Weights of linear and convolutional layers in autocast's type, which otherwise casts them one by one.
+
+    Args:
+        groups: Layers whose weights are cast together; several, so that DDP reduces the gradients of one while the
+            backward pass computes those of the next.
+    """
+    device_type = groups[0][0].weight.device.type
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    shadowed: list[tuple[nn.Linear | nn.Conv2d, str]] = []
+    try:
+        for layers in groups:
+            names = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
+            casts = _Cast.apply(dtype, *(layer._parameters[name] for layer, name in names))
+            for (layer, name), weight in zip(names, casts, strict=True):
+                layer.__dict__[name] = weight  # found before the parameter, which stays where state_dict looks
+            shadowed += names
+        yield
+    finally:
+        for layer, name in shadowed:
+            del layer.__dict__[name]
+
+
+def _block(block: Any, x: Tensor, rate: Tensor | None) -> Tensor:
+    """timm's ``Block`` with the rate of its drop path as a tensor: as a number it would be a part of the graph."""
+    x = x + _drop_path(block.ls1(block.attn(block.norm1(x))), rate)
+    return x + _drop_path(block.ls2(block.mlp(block.norm2(x))), rate)
+
+
+def _drop_path(x: Tensor, rate: Tensor | None) -> Tensor:
+    if rate is None:
+        return x
+    kept = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
+
+def _train_block(compiled: Any, block: Any, rate: Tensor | None, x: Tensor, **options: Any) -> Tensor:
+    if options or not block.training:  # the batches of evaluation have many shapes
+        return Block.forward(block, x, **options)
+    return compiled(block, x, rate)
 
 
 def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNetwork, PASSNetwork]:

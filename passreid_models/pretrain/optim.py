@@ -1,6 +1,7 @@
 """Parameter updates of PASS: groups of AdamW, gradient clipping, the teacher's moving average."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,30 +29,40 @@ def make_optimizer(student: PASSNetwork) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def clip_gradients(student: PASSNetwork, max_norm: float, by: str = "parameter") -> Tensor:
-    """Clip gradients to ``max_norm``, and return the norm of all gradients together before clipping.
+def gradient_norms(student: PASSNetwork) -> tuple[list[Tensor], Tensor]:
+    """Gradients and their L2 norms ``[n]``.
 
-    Args:
-        student: Network after the backward pass.
-        max_norm: Largest norm; 0: no clipping.
-        by: ``parameter`` clips each parameter on its own, as the official code does (each part token is a parameter of
-            its own there, and a row here); ``norm`` clips all gradients together.
+    Each part token is a parameter of its own in the official code, and a row of the gradient of ``reg_token`` here.
     """
     grads: list[Tensor] = []
     for p in student.parameters():
         if p.grad is not None:
             grads += p.grad[0].unbind() if p is student.backbone.reg_token else [p.grad]
-    norms = torch.stack(torch._foreach_norm(grads))
-    total = norms.norm()
-    if max_norm:
-        scales = (max_norm / ((norms if by == "parameter" else total.expand_as(norms)) + 1e-6)).clamp(max=1)
-        factors = scales.unbind()
-        if scales.device.type == "cpu":  # leave out factors of 1; reading them would wait for a GPU
-            clipped = [i for i, scale in enumerate(scales.tolist()) if scale != 1]
-            grads, factors = [grads[i] for i in clipped], tuple(factors[i] for i in clipped)
-        if grads:
-            torch._foreach_mul_(grads, factors)
-    return total
+    return grads, torch.stack(torch._foreach_norm(grads))
+
+
+@torch.no_grad()
+def clip_to_norm(grads: list[Tensor], norms: Sequence[float], max_norm: float, by: str = "parameter") -> None:
+    """Clip gradients, in place, to ``max_norm`` by their norms; 0: no clipping.
+
+    Args:
+        grads: Gradients.
+        norms: Norm of each; known to the host, so that only those above ``max_norm`` are scaled, in one call.
+        max_norm: Largest norm.
+        by: ``parameter`` clips each parameter on its own, as the official code does; ``norm`` all gradients together.
+    """
+    if by == "norm":
+        norms = [math.hypot(*norms)] * len(grads)
+    clipped = [(g, max_norm / (n + 1e-6)) for g, n in zip(grads, norms, strict=True) if 0 < max_norm < n + 1e-6]
+    if clipped:
+        torch._foreach_mul_(*map(list, zip(*clipped, strict=True)))
+
+
+def clip_gradients(student: PASSNetwork, max_norm: float, by: str = "parameter") -> Tensor:
+    """Clip the gradients of a network as ``clip_to_norm``; return the norm of all together before clipping."""
+    grads, norms = gradient_norms(student)
+    clip_to_norm(grads, norms.tolist(), max_norm, by)  # waits for a GPU
+    return norms.norm()
 
 
 def update_teacher(teacher: Iterable[nn.Parameter], student: Iterable[nn.Parameter], momentum: float) -> None:

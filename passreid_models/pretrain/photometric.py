@@ -1,9 +1,10 @@
 """Photometric augmentation of a batch of views: colour jitter, grayscale, blur, solarisation, normalisation.
 
 The loader's worker drew all random numbers (`passreid_models.pretrain.views`), so that the result is a function of
-views and params, the same on a CPU and on a GPU. The views of an operation are chosen by the params on the CPU: nothing
-waits for the GPU. On a CPU views are processed in pieces that stay in its cache; views of one jitter order are put side
-by side, so that an operation takes a whole piece, without gathering rows.
+views and params, the same on a CPU and on a GPU. A CUDA device runs `passreid_models.pretrain.photometric_triton`, or
+this file where Triton does not work: there the views of an operation are chosen by the params on the CPU, so that
+nothing waits for the GPU. On a CPU views are processed in pieces that stay in its cache; views of one jitter order are
+put side by side, so that an operation takes a whole piece, without gathering rows.
 
 Shapes: N views, n views of one piece.
 """
@@ -15,9 +16,10 @@ Shapes: N views, n views of one piece.
 #               0.97, PIL 8 x 0.30, kornia gaussian_blur2d 1.2 (this 0.72 in that run), torchvision 8 x 0.49
 #   contrast    this 0.10, kornia 0.19;  saturation  this 0.12, kornia 0.16
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,8 @@ from passreid_models.pretrain.views import (
     STEPS,
     Views,
 )
+
+_logger = logging.getLogger(__name__)
 
 CPU_PIECE = 1 << 17  # floats per piece
 GPU_PIECE = 1 << 25
@@ -80,7 +84,7 @@ class Photometric(nn.Module):
 
         Args:
             views: uint8 ``[N, 3, H, W]``, on the device of the module.
-            params: ``[N, NUM_PARAMS]``, best on the CPU, since reading them from a GPU waits for it.
+            params: ``[N, NUM_PARAMS]``, best on the CPU: without Triton, reading them from a GPU waits for it.
 
         Returns:
             float32 ``[N, 3, H, W]``.
@@ -92,6 +96,9 @@ class Photometric(nn.Module):
             raise ValueError(f"expected views uint8 [N, 3, H, W], got {views.dtype} {list(views.shape)}")
         if params.shape != (len(views), NUM_PARAMS):
             raise ValueError(f"expected params [{len(views)}, {NUM_PARAMS}], got {list(params.shape)}")
+        if views.is_cuda and (kernels := _triton_kernels(views.device)):
+            params = params.to(views.device, torch.float32, non_blocking=True)
+            return kernels(views, params, self.mean, self.std, SOLARIZE_THRESHOLD)
         rows = params.tolist()  # waits for the GPU if params are on it
         pieces = _pieces(rows, views[:1].numel(), whole=views.device.type != "cpu")
         order = torch.tensor([i for piece in pieces for i in piece], dtype=torch.int64)
@@ -105,6 +112,21 @@ class Photometric(nn.Module):
             change_colours_(x, params[part], [rows[i] for i in piece])
             out.index_copy_(0, order[part], x.sub_(self.mean).div_(self.std))
         return out
+
+
+@cache
+def _triton_kernels(device: torch.device) -> Callable[..., Tensor] | None:
+    """Triton's implementation, or None if it is not installed or cannot compile (it needs a C compiler)."""
+    try:
+        from passreid_models.pretrain.photometric_triton import photometric
+
+        statistics = torch.zeros(3, device=device), torch.ones(3, device=device)
+        view, params = torch.zeros(1, 3, 2, 2, dtype=torch.uint8, device=device), torch.zeros(1, NUM_PARAMS)
+        photometric(view, params.to(device, non_blocking=True), *statistics, SOLARIZE_THRESHOLD)
+    except Exception as e:  # of the compiler, the driver or Triton itself: its versions raise different ones
+        _logger.warning(f"colours are changed without Triton, which takes longer: {type(e).__name__}: {e}")
+        return None
+    return photometric
 
 
 def _pieces(rows: list[list[float]], view_numel: int, whole: bool) -> list[list[int]]:

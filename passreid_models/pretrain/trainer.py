@@ -19,7 +19,7 @@ from passreid_models.pretrain.heads import ProjectionHead
 from passreid_models.pretrain.loss import PASSLoss, mean_logits, mean_of_pairs
 from passreid_models.pretrain.monitor import collapse_indicators
 from passreid_models.pretrain.network import Projections, make_networks
-from passreid_models.pretrain.optim import clip_gradients, make_optimizer, update_teacher
+from passreid_models.pretrain.optim import clip_to_norm, gradient_norms, make_optimizer, update_teacher
 from passreid_models.pretrain.photometric import Photometric
 from passreid_models.runtime import all_reduce_mean, seed_step
 from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
@@ -95,8 +95,8 @@ class PretrainTrainer(BaseTrainer):
         self.optimizer = make_optimizer(self.student)
         self.parallel = self.wrap(self.student)
         if config.compile:
-            self.student.compile_backbone()
-            self.teacher.compile_backbone()
+            self.student.compile_blocks()
+            self.teacher.compile_blocks()
         if state is not None:
             self.load_state(state)
 
@@ -127,9 +127,10 @@ class PretrainTrainer(BaseTrainer):
             terms.append(pairs)
 
         self.scaler.unscale_(self.optimizer)
-        grad_norm = clip_gradients(self.student, config.clip, config.clip_by)
-        means = torch.cat([torch.stack(micro_losses).mean(0), grad_norm[None]])
-        loss, *kind_losses, norm = all_reduce_mean(means).tolist()  # waits for the GPU, once per step
+        grads, grad_norms = gradient_norms(self.student)  # the norms are the same in every process
+        means = all_reduce_mean(torch.cat([torch.stack(micro_losses).mean(0), grad_norms.norm()[None]]))
+        values_read = torch.cat([means, grad_norms]).tolist()  # waits for the GPU, once per step
+        (loss, *kind_losses, norm), norms = values_read[: len(means)], values_read[len(means) :]
         if not self.is_finite(loss, norm):
             if math.isfinite(loss):
                 self.skip_step(self.optimizer, "gradient")
@@ -137,6 +138,7 @@ class PretrainTrainer(BaseTrainer):
                 self.skip_step(self.optimizer, "loss", f" ({_name_nonfinite(terms)})")
             return {"loss": float("nan"), **values._asdict()}
 
+        clip_to_norm(grads, norms, config.clip, config.clip_by)
         if self.epoch < config.freeze_last_layer_epochs:
             for head in self.student.heads:
                 cast(ProjectionHead, head).last_layer.zero_grad()
@@ -158,7 +160,8 @@ class PretrainTrainer(BaseTrainer):
 
     @torch.no_grad()
     def _inspect(self, outputs: Projections, targets: Projections, temp: float, global_views: Tensor) -> None:
-        tokens = self.teacher.tokens(global_views[:1])[0]
+        with torch.compiler.set_stance("force_eager"):  # rather than compile for this shape
+            tokens = self.teacher.tokens(global_views[:1])[0]
         self.indicators = collapse_indicators(self.criterion, outputs, targets, temp, tokens)
 
     def tensors(self) -> dict[str, Any]:

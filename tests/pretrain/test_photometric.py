@@ -1,6 +1,10 @@
 """Photometric augmentation: each operation against torchvision's, their composition, and independence of the batch."""
 
 import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from itertools import permutations
 
 import numpy as np
@@ -34,6 +38,7 @@ JITTER = {
     SATURATION: tv.adjust_saturation,
     HUE: tv.adjust_hue,
 }
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
 def noise(n: int, size: tuple[int, int] = (32, 16)) -> Tensor:
@@ -251,6 +256,51 @@ def test_no_views_give_no_views():
 
 def test_statistics_are_no_part_of_a_checkpoint():
     assert Photometric().state_dict() == {}
+
+
+INTERPRETED = """
+import sys, torch
+from passreid_models.pretrain import photometric_triton
+photometric_triton.PIXELS = 512
+torch.save([photometric_triton.photometric(*case, 128 / 255) for case in torch.load(sys.argv[1])], sys.argv[1])
+"""
+
+
+@needs_triton
+def test_kernels_give_the_same(images, tmp_path):
+    views, params, augment, file = images[:, :, :24], random_params(12), Photometric(), tmp_path / "views.pt"
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    solarized = unchanged(1)
+    solarized[:, SOLARIZE] = 1
+    torch.save([(views, params, augment.mean, augment.std), (levels, solarized, torch.zeros(3), torch.ones(3))], file)
+    subprocess.run([sys.executable, "-c", INTERPRETED, file], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    result, inverted = torch.load(file)
+    kept = params[:, SOLARIZE] == 0  # a value at the threshold may fall on the other side of it by rounding
+    torch.testing.assert_close(result[kept], augment(views, params)[kept], atol=5e-5, rtol=0)
+    torch.testing.assert_close(inverted, torch.where(levels < 128, levels, 255 - levels) / 255)
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["_change_colours", "_blur_rows", "_blur_columns_and_normalize"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(kernel):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from passreid_models.pretrain import photometric_triton
+
+    function, types = getattr(photometric_triton, kernel), {"views": "*u8", "threshold": "fp32", "PIXELS": "constexpr"}
+    types |= dict.fromkeys(("numel", "height", "width"), "i32")
+    source = ASTSource(function, {k: types.get(k, "*fp32") for k in function.arg_names}, {"PIXELS": 512})
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+
+
+def test_without_triton_the_reason_is_said_and_the_plain_path_stays(caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "passreid_models.pretrain.photometric_triton", None)
+    photometric._triton_kernels.cache_clear()
+    assert photometric._triton_kernels(torch.device("cpu")) is None
+    assert "colours are changed without Triton" in caplog.text
+    photometric._triton_kernels.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 
 from passreid_models.checkpoints.read import read_checkpoint
@@ -330,16 +333,64 @@ def test_gradient_checkpointing_changes_nothing_also_with_stochastic_depth(batch
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_is_near_the_plain_one(batches):
+    torch._dynamo.reset()
+    counters["stats"].clear()
     whole, compiled = make(lr=0.01, drop_path=0.0), make(lr=0.01, drop_path=0.0, compile=True)
     for trainer in (whole, compiled):
         run(trainer, batches[:3])
-    for network in (compiled.student, compiled.teacher):
-        assert hasattr(network.forward_views, "_torchdynamo_orig_callable")
+    # teacher, student's global and local views, for all blocks; teacher, student's CLS and parts, for all heads
+    assert counters["stats"]["unique_graphs"] == 6
     start, ours, expected = (without_key_biases(weights(t.student)) for t in (make(), compiled, whole))
     for key in expected:  # on average: other kernels round otherwise, and Adam makes steps of that in single weights
         assert (ours[key] - expected[key]).abs().mean() <= 1e-6, key
         assert GAINS in key or (ours[key] - start[key]).abs().mean() > 1e-5, key
     assert compiled.state()["student"].keys() == whole.state()["student"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_share_a_graph_whatever_their_drop_path_and_are_bypassed_in_evaluation(batches):
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    trainer, again = (make(drop_path=0.5, compile=True) for _ in range(2))
+    losses = [[metrics["loss"] for metrics in run(t, batches[:2])] for t in (trainer, again)]
+    assert losses[0] == losses[1] != [metrics["loss"] for metrics in run(make(drop_path=0.0), batches[:2])]
+    backbone, images = trainer.student.backbone.eval(), torch.randn(3, 3, 64, 32)
+    with torch.no_grad():
+        assert backbone(images).isfinite().all()
+    assert counters["stats"]["unique_graphs"] == 6
+
+
+def test_weights_are_cast_once_a_step_to_what_autocast_makes_of_them(batches, monkeypatch):
+    trainer = make(dtype="bfloat16", drop_path=0.0)
+    views = [v.detach() for v in trainer.photometric.batch(batches[0][0].views)]
+    gradients = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr("passreid_models.pretrain.network._weights_cast_once", lambda groups: nullcontext())
+        trainer.student.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded, trainer.autocast():
+            outputs = trainer.student(*views)
+        casts = sum(e.count for e in recorded.key_averages() if e.key in ("aten::_to_copy", "aten::_foreach_copy_"))
+        sum(x.float()[..., 0].sum() for x in outputs.features).backward()
+        gradients.append((casts, {k: p.grad for k, p in trainer.student.named_parameters() if p.grad is not None}))
+    (few, ours), (many, expected) = gradients
+    assert few < 0.6 * many
+    assert ours.keys() == expected.keys()
+    for key, grad in ours.items():
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(
+            grad, expected[key], rtol=0.02, atol=0.01 * expected[key].abs().max().item(), msg=key
+        )
+
+
+def test_after_a_failed_forward_pass_the_weights_are_the_parameters_again(batches):
+    trainer = make(dtype="bfloat16")
+    with trainer.autocast(), pytest.raises(ValueError, match="not divisible"):
+        trainer.student(torch.randn(2, 4, 3, 60, 32))
+    layers = [m for m in trainer.student.modules() if "weight" in m._parameters]
+    assert len(layers) > 20
+    assert all(m.weight is m._parameters["weight"] for m in layers)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
