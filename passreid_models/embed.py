@@ -22,9 +22,9 @@ from passreid_models.data.images import ImageError, ImageLike, find_images, open
 from passreid_models.device import pick_device
 from passreid_models.runtime import atomic_file, num_cores, unwrap
 
-__all__ = ["Embedder", "finite_advice", "is_not_finite", "save_features"]
+__all__ = ["Embedder", "finite_advice", "has_direction", "is_not_finite", "save_features"]
 
-NOT_FINITE = "the descriptor is not finite"
+NOT_FINITE = "the descriptor is not finite"  # or zero, as after an underflow
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
 
@@ -116,8 +116,8 @@ class Embedder:
                 ``[3, H, W]`` or ``[B, 3, H, W]``, which are taken as preprocessed.
             parts: Return the part tokens too.
             bgr: Arrays have the channel order of OpenCV.
-            errors: If given, an image that is unreadable, or whose descriptor is not finite, gets a row of NaN and an
-                entry ``{row: reason}`` here; otherwise it raises.
+            errors: If given, an image that is unreadable, or whose descriptor is zero or not finite, gets a row of NaN
+                and an entry ``{row: reason}`` here; otherwise it raises.
             progress: Show a bar, on a terminal, if it takes more than a few seconds.
 
         Returns:
@@ -189,17 +189,18 @@ class Embedder:
     def _forward(self, x: Tensor, with_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return descriptors, parts, and whether those of each image are finite, bool ``[B]``."""
         x = x.to(self.device, self.dtype, non_blocking=True)
-        tokens = self.model.forward_prefix(x)
+        tokens = self.model.forward_tokens(x)
         descriptors = self.model.forward_head(tokens, pre_logits=True)
-        parts = tokens[:, 1:]
+        part_rows = slice(1, 1 + self.model.num_parts)
+        parts = tokens[:, part_rows]
         if self.flip:
-            mirrored = self.model.forward_prefix(x.flip(-1))
+            mirrored = self.model.forward_tokens(x.flip(-1))
             descriptors = (descriptors + self.model.forward_head(mirrored, pre_logits=True)) / 2
-            parts = parts + mirrored[:, 1:]
+            parts = parts + mirrored[:, part_rows]
         descriptors, parts = descriptors.float(), parts.float()
-        finite = torch.linalg.vector_norm(descriptors, dim=-1).isfinite()  # an infinite length would become zeros
+        finite = has_direction(descriptors)
         if with_parts:
-            finite &= torch.linalg.vector_norm(parts, dim=-1).isfinite().all(dim=1)
+            finite &= has_direction(parts).all(dim=1)
         if self.l2_normalize:
             descriptors = F.normalize(descriptors, dim=-1)
         return descriptors.cpu(), F.normalize(parts, dim=-1).cpu(), finite.cpu()
@@ -243,6 +244,12 @@ class Embedder:
 
 def _name(item: Any) -> str:
     return os.fspath(item) if isinstance(item, str | os.PathLike) else f"a {type(item).__name__}"
+
+
+def has_direction(x: Tensor) -> Tensor:
+    """Whether the length of each vector ``[..., C]`` is finite and not 0, bool ``[...]``: others have no cosine."""
+    length = torch.linalg.vector_norm(x, dim=-1)
+    return length.isfinite() & (length > 0)
 
 
 def is_not_finite(error: str) -> bool:

@@ -4,13 +4,17 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, D embedding width.
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import Block
+from timm.layers import Attention, DropPath, LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+PER_TOKEN = (LayerNorm, nn.LayerNorm, Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, LayerScale, DropPath)
 
 
 def fuse_tokens(tokens: Tensor, fusion: str) -> Tensor:
@@ -59,22 +63,35 @@ def prefix_block(block: Any, x: Tensor, num_prefix: int) -> Tensor:
     """Prefix tokens ``[B, T, D]`` of a block's output ``block(x)[:, :T]``, where no other token is read.
 
     Keys and values are those of all tokens; queries, projection, MLP and drop path are computed for the prefix alone. A
-    block of another class than timm's ``Block``, or with a hook in it, computes all tokens.
+    block that is not timm's ``Block`` with its ``Attention`` and layers ``PER_TOKEN`` besides, or has a hook in it,
+    computes all tokens.
 
     Args:
         block: Block of a Vision Transformer.
         x: Input tokens ``[B, T + N, D]``.
         num_prefix: Number of prefix tokens, T.
     """
-    if type(block) is not Block or any(map(is_hooked, block.modules())):
+    mixing = {Block: block, Attention: getattr(block, "attn", None)}
+    if not is_per_token(block, mixing) or block.attn.gate is not None:
         return block(x)[:, :num_prefix]
     prefix = x[:, :num_prefix]
     prefix = prefix + block.drop_path1(block.ls1(_prefix_attention(block.attn, block.norm1(x), num_prefix)))
     return prefix + block.drop_path2(block.ls2(block.mlp(block.norm2(prefix))))
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether the module has a forward or backward hook, or a ``forward`` of its own that replaces its class's."""
+def is_per_token(module: nn.Module, mixing: Mapping[type, Any] = {}) -> bool:
+    """Whether each layer is one of ``PER_TOKEN``, unchanged: without hooks or a ``forward`` that replaces its class's.
+
+    Args:
+        module: A layer with those inside it.
+        mixing: Layers that may mix tokens, by the class that they must have.
+    """
+    return not _has_any_global_hook() and all(
+        (type(m) in PER_TOKEN or m is mixing.get(type(m))) and not _is_hooked(m) for m in module.modules()
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
     m: Any = module
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks) or "forward" in m.__dict__
@@ -82,8 +99,6 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _prefix_attention(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
     """Attention of the prefix tokens to all tokens, ``attn(x)[:, :T]``."""
-    if type(attn) is not Attention or type(attn.qkv) is not nn.Linear or attn.gate is not None:
-        return attn(x)[:, :num_prefix]
     width, heads = attn.attn_dim, attn.num_heads
     w_q, w_kv = attn.qkv.weight.split([width, 2 * width])
     b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
@@ -97,6 +112,14 @@ def _prefix_attention(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
     return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
 
 
+@torch.fx.wrap
+def normalize(x: Tensor) -> Tensor:
+    """L2 normalisation of ``[..., D]``, in float32 for 16-bit types; NaN where the length overflows, and not zeros."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    overflows = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).isinf()
+    return F.normalize(wide, dim=-1).masked_fill(overflows, torch.nan).to(x.dtype)
+
+
 class SingleNeck(nn.Module):
     """BatchNorm and L2 normalisation of the fused vector ``[B, C]``: the feature of the published USL models."""
 
@@ -106,7 +129,7 @@ class SingleNeck(nn.Module):
         self.bn.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.bn(x), dim=-1)
+        return normalize(self.bn(x))
 
 
 class MultiNeck(nn.Module):
@@ -122,7 +145,7 @@ class MultiNeck(nn.Module):
         self.bn.bias.requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        normed = F.normalize(self.bn(tokens.flatten(1)).reshape(tokens.shape), dim=-1)
+        normed = normalize(self.bn(tokens.flatten(1)).reshape(tokens.shape))
         return fuse_tokens(normed, self.fusion)
 
 

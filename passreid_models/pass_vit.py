@@ -37,7 +37,7 @@ from passreid_models.layers import (
     SingleNeck,
     fuse_tokens,
     fused_width,
-    is_hooked,
+    is_per_token,
     prefix_block,
     resample_positions,
 )
@@ -181,14 +181,21 @@ class PassVisionTransformer(VisionTransformer):
         """Descriptors or logits of images; the last block computes the prefix tokens alone where no other is read."""
         if not torch.jit.is_scripting():  # noqa: SIM102  torchscript skips what is inside
             # fx: the nodes of all tokens, for extractors of features
-            if self.global_pool and attn_mask is None and not is_causal and not isinstance(x, torch.fx.Proxy):
-                return self.forward_head(self.forward_prefix(x))
+            if attn_mask is None and not is_causal and not isinstance(x, torch.fx.Proxy):
+                return self.forward_head(self.forward_tokens(x))
         return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
 
-    def forward_prefix(self, x: Tensor) -> Tensor:
-        """Output prefix tokens ``[B, T, D]`` of images: those of ``forward_features``, for less work."""
-        if is_hooked(self.norm):
-            return self.forward_features(x)[:, : self.num_prefix_tokens]
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Output tokens that ``forward_head`` reads: those of ``forward_features``, for less work.
+
+        Returns:
+            Prefix tokens ``[B, T, D]``; all tokens ``[B, T + N, D]`` if the model is unpooled, or its
+            ``forward_features``, ``forward_head`` or ``pool`` is not that of this class.
+        """
+        methods, cls = ("forward_features", "forward_head", "pool"), PassVisionTransformer
+        is_own = any(m in self.__dict__ or getattr(type(self), m) is not getattr(cls, m) for m in methods)
+        if is_own or not self.global_pool:
+            return self.forward_features(x)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return self._prefix_outputs(tokens, self.num_prefix_tokens)
 
@@ -243,14 +250,14 @@ class PassVisionTransformer(VisionTransformer):
     def _prefix_outputs(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """Output prefix tokens ``[B, num_prefix, D]`` of embedded tokens: all blocks and the final norm."""
         steps: list[Any] = list(self.blocks)
-        if steps:
+        if steps and is_per_token(self.norm):
             steps[-1] = partial(prefix_block, steps[-1], num_prefix=num_prefix)
         if self.grad_checkpointing:
             tokens = checkpoint_seq(steps, tokens)
         else:
             for step in steps:
                 tokens = step(tokens)
-        return self.norm(tokens[:, :num_prefix])
+        return self.norm(tokens)[:, :num_prefix]
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:
@@ -352,6 +359,8 @@ def _build(
     entry = zoo.find_weight(variant, cfg.tag or "")
     source = cfg.source
     overlay = pretrained_cfg_overlay or {}
+    if overlay.get("state_dict"):  # not of the file of the default weights
+        cfg = replace(cfg, file=overlay.get("file"), hf_hub_id=overlay.get("hf_hub_id"))
     converted = None
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))

@@ -157,8 +157,14 @@ def share_first(tensors: Iterable[Tensor]) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Model inside ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``."""
-    while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+    """Model inside wrappers of torch and timm: ``torch.compile``, data parallel, averages.
+
+    Wrappers of other packages, which may compute something else, are returned as they are.
+    """
+    while type(model).__module__.startswith(("torch.", "timm.")):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            break
         model = inner
     return model
 

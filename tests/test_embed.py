@@ -484,6 +484,29 @@ def test_an_infinite_length_is_not_finite_though_its_unit_vector_would_be_zeros(
         embed(files[0])
 
 
+def test_a_zero_descriptor_has_no_cosine_and_is_an_error_of_its_row(files):
+    model = make_model(global_pool="token")
+    embed = Embedder(model, "cpu")
+    embed.model.norm.weight.data.zero_()
+    embed.model.norm.bias.data.zero_()
+    errors: dict[int, str] = {}
+    assert embed(files[:2], errors=errors).isnan().all()
+    assert list(errors) == [0, 1]
+
+
+def test_a_wrapper_with_a_forward_of_its_own_is_not_taken_off(model):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x) * torch.arange(128)
+
+    with pytest.raises(ValueError, match="Scaled is no PASS model"):
+        Embedder(Scaled(), "cpu")
+
+
 def test_one_image_that_is_not_finite_leaves_the_others_of_its_batch(embed, files, tmp_path):
     good = torch.rand(3, 64, 32)
     bad = good.clone()
@@ -499,14 +522,14 @@ def test_one_image_that_is_not_finite_leaves_the_others_of_its_batch(embed, file
 def test_parts_that_are_not_finite_count_where_they_are_asked_for(files):
     model = make_model(global_pool="token")
     embed = Embedder(model, "cpu")
-    forward = embed.model.forward_prefix
+    forward = embed.model.forward_tokens
 
     def without_part(x: Tensor) -> Tensor:
         tokens = forward(x)
         tokens[0, 1] = torch.nan
         return tokens
 
-    embed.model.forward_prefix = without_part
+    embed.model.forward_tokens = without_part
     assert embed(files[:2]).isfinite().all()
     errors: dict[int, str] = {}
     embed(files[:2], parts=True, errors=errors)

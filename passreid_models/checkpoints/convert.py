@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from passreid_models.architectures import Architecture
-from passreid_models.checkpoints.read import CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
+from passreid_models.checkpoints.read import AVERAGE, CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
 
 Grid = tuple[int, int]
 
@@ -38,7 +38,7 @@ class Converted:
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
 _ANCHOR = "blocks.0.attn.qkv.weight"
-_BACKBONE = re.compile(r"(?:cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.|fc_norm\.)")
+_BACKBONE = re.compile(r"(?:cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.|norm_pre\.|fc_norm\.)")
 _WEIGHTS = re.compile(rf"{_BACKBONE.pattern}|part|cls_pos|bottleneck|classifier\.|head\.weight|head\.bias")
 _TOKEN = re.compile(r"cls_token|cls_pos|reg_token|pos_embed|part_token\d+|part\d+_pos")
 _RANKS = {
@@ -75,7 +75,8 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Pa
         file: File of the checkpoint, with which errors begin.
 
     Raises:
-        CheckpointError: If it is not a checkpoint of this family, its tensors are not dense, finite and of floating
+        CheckpointError: If it is not a checkpoint of this family, the student is asked for and nothing in the file is
+            called so, its tensors are not dense, finite and of floating
             point, or their shapes are not those of one network.
     """
     try:
@@ -87,6 +88,8 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Pa
 def _convert(checkpoint: Any, network: str) -> Converted:
     tensors, wrapping = unwrap_checkpoint(checkpoint, network)
     tensors, prefix, ignored = _one_network(tensors, network)
+    if network == "student" and not re.search("student", wrapping + prefix, re.IGNORECASE):
+        raise CheckpointError("the file holds no network that is called student")
     source = _strip_wrappers(check_tensors(tensors))
     _check_is_vit(source)
     _check_shapes(source)
@@ -146,6 +149,8 @@ def _convert(checkpoint: Any, network: str) -> Converted:
         fusion = "token"
     kind = {"supervised": "supervised re-ID model", "unsupervised": "unsupervised re-ID model"}.get(task, "")
     own = "passreid-models file" if "reg_token" in source or "patch_embed.proj.conv.0.weight" in source else ""
+    if ", not its " in wrapping:
+        kind = ", ".join(filter(None, (kind, wrapping)))
     layout = kind or wrapping or ("pre-training checkpoint" if task == "pretrain" else own or "backbone")
     layout += f", keys of {prefix!r}" if prefix else ""
     return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
@@ -155,19 +160,19 @@ def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict
     """Tensors of one network without the prefix of another trainer, such as ``model.``; the prefix; what is left out.
 
     Raises:
-        CheckpointError: If several networks have such prefixes, and none or more than one is the teacher or an EMA.
+        CheckpointError: If several networks have such prefixes, and none or more than one is the teacher or an average.
     """
     prefixes = [k.removesuffix(_ANCHOR) for k in tensors if k.endswith(_ANCHOR)]
     prefixes = [p for p in prefixes if f"{p}cls_token" in tensors] or prefixes  # the decoder of an MAE has none
     if not any(_WRAPPERS.sub("", p) for p in prefixes):
         return tensors, "", {}
-    words = ("teacher", "ema") if network == "teacher" else (network,)
-    chosen = prefixes if len(prefixes) == 1 else [p for p in prefixes if any(word in p.lower() for word in words)]
+    named = [p for p in prefixes if network in p.lower() or (network == "teacher" and AVERAGE.search(p))]
+    chosen = prefixes if len(prefixes) == 1 else named
     if len(chosen) != 1:
         names = ", ".join(repr(p) if p else "no prefix" for p in prefixes)
         raise CheckpointError(
             f"it holds {len(prefixes)} networks, with keys of {names}; expected one, or one that is called "
-            f"{' or '.join(words)}"
+            f"{'teacher or ema' if network == 'teacher' else network}"
         )
     taken = {k.removeprefix(chosen[0]): v for k, v in tensors.items() if k.startswith(chosen[0])}
     others = {k: f"not among the keys of {chosen[0]!r}" for k in tensors if not k.startswith(chosen[0])}
@@ -289,7 +294,8 @@ def _read_architecture(backbone: StateDict) -> Architecture:
 
 def _convert_necks(bottlenecks: StateDict, num_parts: int, ignored: dict[str, str]) -> tuple[StateDict, str]:
     """Merge the BatchNorms of the tokens into one, under the keys of the model's neck; return it and its kind."""
-    names = sorted({k.split(".")[0] for k in bottlenecks})  # bottleneck, bottleneck_1.. or bottleneck_pt1..
+    # bottleneck, bottleneck_1.. or bottleneck_pt1.., of CLS and the parts in their order
+    names = sorted({k.split(".")[0] for k in bottlenecks}, key=lambda name: (int(re.sub(r"\D", "", name) or 0), name))
     if not names:
         return {}, ""
     if len(names) not in (1, 1 + num_parts) or names[0] != "bottleneck":

@@ -183,9 +183,11 @@ def _explain(report: LoadReport, unexpected: list[str], converted: Converted, ex
         problems.append(f"without a place in the model: {shorten(unexpected)}")
     arch = converted.architecture
     width, parts = expected["cls_token"].shape[-1], expected["reg_token"].shape[1] if "reg_token" in expected else 0
+    depth = sum(k.endswith(".attn.qkv.weight") for k in expected)
+    has_conv_stem = "patch_embed.proj.conv.0.weight" in expected
     dimensions = f"the file is {arch.embed_dim} wide and {arch.depth} deep, with {arch.num_parts} part tokens"
     dimensions += " and a conv stem" if arch.conv_stem else ""
-    fits = (arch.embed_dim, arch.num_parts) == (width, parts) and not report.missing and not unexpected
+    fits = (arch.embed_dim, arch.depth, arch.num_parts, arch.conv_stem) == (width, depth, parts, has_conv_stem)
     name = architecture_name(arch)
     advice = f": use {name}" if name and not fits else ""
     if report.missing and all(k.startswith("fc_norm.") for k in report.missing):

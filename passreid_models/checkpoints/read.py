@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+AVERAGE = re.compile(r"(?<![a-zA-Z])(?i:ema|swa|avg|averaged?)(?![a-zA-Z])|(?<=[a-z])(?:EMA|Ema)(?![a-z])")
 
 
 class CheckpointError(ValueError):
@@ -116,7 +117,7 @@ def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateD
     for name in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
             others = [
-                key for key, value in checkpoint.items() if "ema" in str(key).lower() and isinstance(value, Mapping)
+                key for key, value in checkpoint.items() if AVERAGE.search(str(key)) and isinstance(value, Mapping)
             ]
             layout = layout or f"'{name}' of a training checkpoint"
             layout += f", not its {', '.join(map(repr, others))}" if others else ""

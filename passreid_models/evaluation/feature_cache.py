@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from passreid_models.embed import Embedder
+from passreid_models.embed import Embedder, has_direction
 from passreid_models.runtime import atomic_file, cache_dir, num_cores, sha256
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
-VERSION = 1  # to be raised when the same image and weights give another descriptor
+VERSION = 2  # to be raised when the same image and weights give another descriptor
 _logger = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class FeatureCache:
     def load(self) -> dict[str, np.ndarray]:
         """Read the descriptors ``[C]`` by SHA-256 of the image; a damaged file is logged, and counts as empty.
 
-        Rows that are not finite, which earlier versions kept, are left out.
+        Rows that are zero or not finite are left out.
         """
         if not self.file.is_file():
             return {}
@@ -65,7 +65,7 @@ class FeatureCache:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
             _logger.warning(f"{self.file} is damaged ({e}): its descriptors are computed again")
             return {}
-        finite = np.isfinite(descriptors).all(axis=1)
+        finite = has_direction(torch.from_numpy(descriptors)).numpy()
         return {digest.tobytes().hex(): row for digest, row in zip(hashes[finite], descriptors[finite], strict=True)}
 
     def store(self, hashes: Sequence[str], descriptors: Tensor) -> None:

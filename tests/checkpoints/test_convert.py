@@ -963,6 +963,71 @@ def test_an_average_beside_the_raw_weights_is_reported(official, raw, average):
     assert converted.layout == f"'{raw}' of a training checkpoint, not its '{average}'"
 
 
+@pytest.mark.parametrize("average", ["state_dict_ema", "averaged_model", "model_avg", "swa", "modelEMA"])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("upstream_supervised_singleneck_cat.pth", "supervised re-ID model"),
+        ("upstream_unsupervised_singleneck_cat.pth.tar", "unsupervised re-ID model"),
+    ],
+)
+def test_an_average_beside_fine_tuned_weights_is_reported(file, kind, average):
+    tensors, _ = unwrap_checkpoint(read_checkpoint(GOLDEN / file))
+    converted = convert_state_dict({"state_dict": tensors, average: tensors})
+    assert converted.layout == f"{kind}, 'state_dict' of a training checkpoint, not its '{average}'"
+
+
+def test_a_name_that_contains_ema_is_no_average(official):
+    both = {f"{p}_encoder.{k}": v for p in ("person", "semantic") for k, v in official.items()}
+    with pytest.raises(CheckpointError, match="it holds 2 networks, with keys of 'person_encoder"):
+        convert_state_dict(both)
+    converted = convert_state_dict({"model": official, "schema": {"a": torch.ones(1)}})
+    assert converted.layout == "'model' of a training checkpoint"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "teacher.backbone.", "ema."])
+def test_a_student_that_is_not_in_the_file_is_refused(official, prefix):
+    with pytest.raises(CheckpointError, match="the file holds no network that is called student"):
+        convert_state_dict({prefix + k: v for k, v in official.items()}, "student")
+
+
+def test_the_necks_of_many_parts_keep_their_order(official):
+    tensors = {k: v for k, v in official.items() if not k.startswith("part")}
+    for i in range(1, 11):
+        tensors |= {f"part_token{i}": official["part_token1"], f"part{i}_pos": official["part1_pos"]}
+    for i in range(11):
+        for stat in ("weight", "bias", "running_mean", "running_var"):
+            tensors[f"bottleneck_pt{i}.{stat}" if i else f"bottleneck.{stat}"] = torch.full((32,), float(i))
+        tensors[f"bottleneck_pt{i}.num_batches_tracked" if i else "bottleneck.num_batches_tracked"] = torch.tensor(1)
+    neck = convert_state_dict(tensors).neck["fc_norm.bn.weight"]
+    assert torch.equal(neck, torch.arange(11.0).repeat_interleave(32))
+
+
+def test_a_norm_before_the_blocks_is_loaded_or_refused(official):
+    tensors = {**official, "norm_pre.weight": torch.full((32,), 2.0), "norm_pre.bias": torch.zeros(32)}
+    with pytest.raises(CheckpointError, match=r"without a place in the model: norm_pre\.weight, norm_pre\.bias"):
+        overlay(PASS, tensors)
+    model = overlay(PASS, without(tensors, "patch_embed.proj.bias"), pre_norm=True)
+    assert torch.equal(model.norm_pre.weight, torch.full((32,), 2.0))
+
+
+def test_tensors_that_do_not_fit_are_not_said_to_be_of_the_bundled_file(official):
+    with pytest.raises(CheckpointError, match=r"^the given state dict: the checkpoint does not fit the model"):
+        timm.create_model(PASS, pretrained=True, pretrained_cfg_overlay=dict(state_dict=without(official, "norm.bias")))
+    assert load_report(overlay(PASS, official)).source == "the given state dict"
+
+
+@pytest.mark.parametrize("change", ["too few", "too many"])
+def test_the_architecture_in_use_is_not_advised(change):
+    tensors = state_of("test_pass_vit")
+    if change == "too few":
+        del tensors["blocks.0.attn.qkv.bias"]
+    else:
+        tensors["blocks.0.ls1.gamma"] = torch.zeros(64)
+    with pytest.raises(CheckpointError, match=r"64 wide and 3 deep, with 3 part tokens$"):
+        timm.create_model("test_pass_vit", pretrained=True, pretrained_cfg_overlay=dict(state_dict=tensors))
+
+
 @pytest.mark.parametrize("wrapper", ["", "module.", "backbone.", "_orig_mod.module."])
 def test_a_network_beside_a_wrapped_one_is_refused_unless_it_is_the_teacher(official, wrapper):
     def beside(prefix: str) -> dict[str, Tensor]:
