@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from passreid_models.pretrain.config import PretrainConfig
 
+SHOWN = 5  # images that are named, of those whose descriptor is not finite
 MODEL = "name, tag, hf-hub:ORG/NAME, exported folder, run or checkpoint file (default: %(default)s)"
 
 
@@ -261,6 +262,14 @@ def _dtype(args: argparse.Namespace) -> "torch.dtype":
     return fast
 
 
+def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
+    """Print the images that are left out, each with the reason; those beyond ``limit`` as a number."""
+    for reason in reasons[:limit]:
+        print(f"passreid: left out: {reason}", file=sys.stderr)
+    if more := len(reasons) - len(reasons[:limit]):
+        print(f"passreid: left out: {more} more images for the same reason", file=sys.stderr)
+
+
 def _embed(args: argparse.Namespace) -> int:
     from passreid_models.data.images import find_images
     from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
@@ -272,8 +281,8 @@ def _embed(args: argparse.Namespace) -> int:
     result = embed(names, parts=args.parts, errors=errors)
     descriptors, parts = result if args.parts else (result, None)
     failed = errors or {}
-    for reason in failed.values():
-        print(f"passreid: left out: {reason}", file=sys.stderr)
+    _print_left_out([reason for reason in failed.values() if not is_not_finite(reason)])
+    _print_left_out([reason for reason in failed.values() if is_not_finite(reason)], SHOWN)
     rows = [i for i in range(len(names)) if i not in failed]
     if rows:
         save_features(
@@ -315,10 +324,9 @@ def _eval(args: argparse.Namespace) -> int:
     if evaluation is None:  # the first process prints
         return 0
     print(evaluation)
-    left_out = [*evaluation.unreadable, *evaluation.not_finite]
-    for reason in left_out:
-        print(f"passreid: left out: {reason}", file=sys.stderr)
-    return 1 if left_out else 0
+    _print_left_out(evaluation.unreadable)
+    _print_left_out(evaluation.not_finite, SHOWN)
+    return 1 if evaluation.unreadable or evaluation.not_finite else 0
 
 
 def _data_check(args: argparse.Namespace) -> int:

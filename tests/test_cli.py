@@ -160,11 +160,26 @@ def test_descriptors_that_overflow_are_named_and_not_written(images, tmp_path, c
     assert run("embed", images, "-o", out, "--model", tmp_path / "model", "--dtype", "float16") == 1
     assert not out.exists()
     lines, advice = capsys.readouterr().err.splitlines(), "compute in float32 or bfloat16 (--dtype)"
-    assert lines[0] == f"passreid: left out: {images / '0.png'}: the descriptor is not finite: {advice}"
+    assert lines[0].startswith(f"passreid: left out: {images / '1.png'}: ")
+    assert lines[1] == f"passreid: left out: {images / '0.png'}: the descriptor is not finite: {advice}"
     assert lines[3:] == [
         f"passreid: 2 of 3 descriptors are not finite: {advice}",
         "passreid: 1 of 3 images could not be read",
     ]
+
+
+def test_many_images_whose_descriptor_overflows_are_named_up_to_a_number(images, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model("test_pass_vit")
+    with torch.no_grad():
+        model.blocks[-1].mlp.fc2.weight.mul_(1e8)
+    passreid_models.save_pretrained(model, tmp_path / "model")
+    files = [images / "0.png"] * 9
+    assert run("embed", *files, "-o", tmp_path / "f.npz", "--model", tmp_path / "model", "--dtype", "float16") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [": the descriptor is not finite: " in line for line in lines] == [True] * 5 + [False] * 2
+    assert lines[5] == "passreid: left out: 4 more images for the same reason"
+    assert lines[6].startswith("passreid: 9 of 9 descriptors are not finite: ")
 
 
 def test_eval_of_descriptors_that_overflow_gives_the_advice_and_exits_with_1(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,9 @@ StateDict = dict[str, Tensor]
 AVERAGE = re.compile(r"(?<![a-zA-Z])(?i:ema|swa|avg|averaged?)(?![a-zA-Z])|(?<=[a-z])(?:EMA|Ema)(?![a-z])")
 
 
+AGAIN = "; download or copy it again"  # the end of messages about a damaged file
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model; the message names the keys."""
 
@@ -43,7 +46,7 @@ def read_checkpoint(path: str | Path) -> Any:
             f"{path} was refused: its entries are larger than the file, which torch.save does not write"
         )
     if damaged := _damaged_entry(path):
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match; download or copy it again")
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match{AGAIN}")
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -62,8 +65,9 @@ def read_checkpoint(path: str | Path) -> Any:
     except Exception as e:  # the unpickler raises anything on a file that is not a pickle
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
-        what = "is cut short or damaged: download it again" if is_zip else "is not a PyTorch checkpoint"
-        raise CheckpointError(f"{path} {what} ({type(e).__name__}: {str(e)[:120].partition(chr(10))[0]})") from None
+        what, again = ("is cut short or damaged", AGAIN) if is_zip else ("is not a PyTorch checkpoint", "")
+        cause = f"{type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}"
+        raise CheckpointError(f"{path} {what} ({cause}){again}") from None
 
 
 def _damaged_entry(path: Path) -> str | None:

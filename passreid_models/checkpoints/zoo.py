@@ -335,6 +335,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
         CheckpointError: If the file is damaged after a second download too.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     repo_id, _, revision = hub_id.partition("@")
     if not try_to_load_from_cache(repo_id, filename, cache, revision or None):
@@ -346,7 +347,9 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
         try:
             path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
         except Exception as e:  # their kind depends on the client's HTTP library
-            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
+            is_offline = isinstance(e.__cause__, OfflineModeIsEnabled)
+            why = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline else short_error(e)
+            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {why}") from None
         blob = Path(path).resolve()
         if len(blob.name) != 64 or sha256(blob) == blob.name:
             return Path(path)

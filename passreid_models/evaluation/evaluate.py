@@ -199,6 +199,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
     readable = features.readable
     positions = np.array([files[path] for path in paths], dtype=np.int64)
     positions_q, positions_g = positions[: len(rows_q)], positions[len(rows_q) :]
+    pids = dataset.query.pids[rows_q], dataset.gallery.pids[rows_g]
     rows_q, rows_g = rows_q[readable[positions_q]], rows_g[readable[positions_g]]
     positions_q, positions_g = positions_q[readable[positions_q]], positions_g[readable[positions_g]]
     rows = np.full(len(dataset.gallery) + 1, -1)  # new row of each row of the gallery; the last is for -1
@@ -212,6 +213,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
         query_features=x[torch.from_numpy(positions_q)],
         gallery_features=x[torch.from_numpy(positions_g)],
         own=rows[dataset.own[rows_q]],
+        pids=pids,
         has_cameras=dataset.has_cameras,
         metric="cosine" if embed.l2_normalize else "euclidean",
         unreadable=[error for error in failures if not is_not_finite(error)],

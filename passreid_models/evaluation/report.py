@@ -20,6 +20,7 @@ from passreid_models.retrieval import (
     roc,
     unknown_identities,
 )
+from passreid_models.retrieval.protocol import JUNK
 
 __all__ = ["Evaluation", "NonFiniteError", "Retrieved", "percent"]
 
@@ -41,6 +42,7 @@ class Retrieved:
     query_features: Tensor  # [Q, C]
     gallery_features: Tensor  # [G, C]
     own: np.ndarray  # [Q], row in the gallery or -1
+    pids: tuple[np.ndarray, np.ndarray]  # identities of all queries and gallery images, those without descriptor too
     has_cameras: bool
     metric: str
     unreadable: list[str]  # images, each with the reason
@@ -92,9 +94,8 @@ class Retrieved:
     @property
     def removed(self) -> np.ndarray:
         """Identities that ``open_set`` takes out of the gallery: half of the queries', if all of these are in it."""
-        if not np.isin(self.query.pids, self.gallery.pids).all():
-            return np.empty(0, dtype=np.int64)
-        return unknown_identities(self.query.pids)
+        queries, gallery = self.pids
+        return unknown_identities(queries) if np.isin(queries, gallery).all() else np.empty(0, dtype=np.int64)
 
     def open_set(self) -> OpenSet:
         """Open-set identification, in a gallery without the ``removed`` identities.
@@ -104,7 +105,14 @@ class Retrieved:
         """
         kept = ~np.isin(self.gallery.pids, self.removed)
         rows = np.append(np.where(kept, np.cumsum(kept) - 1, -1), -1)  # new row of each row; the last is for -1
-        labels = {**self.labels, "gallery_pids": self.gallery.pids[kept], "own": rows[self.own]}
+        lost = np.setdiff1d(self.pids[1], self.gallery.pids)  # known, without a descriptor in the gallery: not counted
+        is_lost = np.isin(self.query.pids, np.setdiff1d(lost, self.removed))
+        labels = {
+            **self.labels,
+            "query_pids": np.where(is_lost, JUNK, self.query.pids),
+            "gallery_pids": self.gallery.pids[kept],
+            "own": rows[self.own],
+        }
         if self.has_cameras:
             labels["gallery_camids"] = self.gallery.camids[kept]
         gallery = self.gallery_features[torch.from_numpy(kept).to(self.gallery_features.device)]

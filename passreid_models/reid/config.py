@@ -89,10 +89,12 @@ class ReIDConfig(RunConfig):
         self.check_ranges(
             (
                 ("pad eval_epochs brightness contrast saturation", 0, math.inf),
-                ("momentum flip_prob erase_prob jitter_prob gray_prob blur_prob downscale_prob jpeg_prob", 0, 1),
+                ("flip_prob erase_prob jitter_prob gray_prob blur_prob downscale_prob jpeg_prob", 0, 1),
                 ("hue", 0, 0.5),
             )
         )
+        if not 0 <= self.momentum < 1:
+            raise wrong("momentum", self.momentum, "at least 0 and less than 1")
         self.check_intervals((("crop_scale downscale", 1), ("blur_radius", math.inf), ("jpeg_quality", 100)))
         self.check_size("size")
 

@@ -128,8 +128,22 @@ class ReIDRun(Run):
             self.best = scores["mAP"]
             self.export_to(self.folder.path / "best", **scores, evaluated_on=dataset.fingerprint)
         self.write(scores)  # last: for a resumed run it marks the end of the evaluation
-        if t.step == t.total_steps:
-            self._compare(scores["mAP"], dataset)
+
+    def after_training(self) -> None:
+        """Log the mAP before, at best and at the end; the best model is chosen on the test set, the last is not."""
+        dataset, last = self.eval_dataset, self.folder.metric(self.trainer.step, "mAP") if self.is_main else None
+        if dataset is None or last is None or self.best < 0:  # not evaluated, or on other data
+            return
+        folder, init = self.folder.path / "best", self.config.init
+        figures = f"{self.best:.1f} at best ({folder}), {last:.1f} at the end"
+        if self.before.get("evaluated_on") != dataset.fingerprint:  # of an older version, or of other data
+            self.log(f"mAP {figures}")
+            return
+        before = self.before["mAP"]
+        self.log(f"mAP {before:.1f} before, {figures}")
+        if last < before:
+            better = f"{folder} ranks better" if self.best > before else f"{init}, with which it began, ranks better"
+            self.log(f"this run ends below where it began: {better}")
 
     def _score(self, dataset: ReIDDataset) -> dict[str, float]:
         """mAP and Rank-1 of the model as it is exported now; empty, with a warning, if it cannot be evaluated."""
@@ -141,19 +155,6 @@ class ReIDRun(Run):
         except (ValueError, OSError) as e:
             _logger.warning(f"evaluation: {e}")
             return {}
-
-    def _compare(self, last: float, dataset: ReIDDataset) -> None:
-        """Log the mAP before, at best and at the end; the best model is chosen on the test set, the last is not."""
-        folder, init = self.folder.path / "best", self.config.init
-        figures = f"{self.best:.1f} at best ({folder}), {last:.1f} at the end"
-        if self.before.get("evaluated_on") != dataset.fingerprint:  # of an older version, or of other data
-            self.log(f"mAP {figures}")
-            return
-        before = self.before["mAP"]
-        self.log(f"mAP {before:.1f} before, {figures}")
-        if last < before:
-            better = f"{folder} ranks better" if self.best > before else f"{init}, with which it began, ranks better"
-            self.log(f"this run ends below where it began: {better}")
 
 
 def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:

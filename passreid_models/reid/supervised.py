@@ -97,7 +97,7 @@ class SupervisedTrainer(ReIDTrainer):
         c, ids, init = self.config, self.identities, self.config.init
         names = run.get("identities")  # older checkpoints have none, but a fingerprint of the labelled images
         if not has_classifier(run):
-            reason = f"{init} is no run of passreid finetune"
+            reason = f"{init} gives no checkpoint of passreid finetune"
         elif names is None and run["fingerprint"] != self.fingerprint:
             reason = f"{init} does not name its identities, and its images are others"
         elif names is not None and names != ids:
@@ -108,7 +108,10 @@ class SupervisedTrainer(ReIDTrainer):
         else:
             kept = {k: v for k, v in run["model"].items() if k.startswith(("backbone.fc_norm.", "classifier."))}
             self.model.load_state_dict(kept, strict=False)
-            return f"classifier: kept, with the neck, since the {len(ids)} identities have the names of {init}"
+            line = f"classifier: kept, with the neck, since the {len(ids)} identities have the names of {init}"
+            if run.get("fingerprint") != self.fingerprint:
+                line += "; its images are others: if its persons are, too, begin with its export"
+            return line
         return f"classifier: new, since {reason}"
 
     def lr(self, epoch: int, scale: float) -> float:

@@ -265,7 +265,9 @@ class ClusterRun(ReIDRun):
         else:
             t.begin_epoch(torch.from_numpy(labels), features)
         figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
-        if not (self.is_main and self.folder.has_metric(t.step, "clusters")):  # else killed before the next checkpoint
+        if not (
+            self.is_main and self.folder.metric(t.step, "clusters") is not None
+        ):  # else killed before the next checkpoint
             self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 
     def _keep_clusters(self, count: int, labels: np.ndarray) -> None:

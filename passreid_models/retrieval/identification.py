@@ -45,7 +45,13 @@ class OpenSet:
         return float(np.searchsorted(self.known, max(threshold, LEAST))) / len(self.known)  # -inf: never accepted
 
     def threshold(self, fpir: float) -> float:
-        """Least threshold with that share of false positives or fewer; NaN if it is less than one of U queries."""
+        """Least threshold with that share of false positives or fewer; NaN if it is less than one of U queries.
+
+        Raises:
+            ValueError: If ``fpir`` is not in 0..1.
+        """
+        if not 0 <= fpir <= 1:
+            raise ValueError(f"fpir must be in 0..1, got {fpir}")
         accepted = math.floor(round(fpir * len(self.unknown), 6))  # rounded: 0.29 * 100 is 28.999999999999996
         if not accepted:
             return math.nan
@@ -54,7 +60,11 @@ class OpenSet:
         return float(np.nextafter(self.unknown[-accepted - 1], np.float32(np.inf)))
 
     def dir_at(self, fpir: float) -> float:
-        """Detection and identification rate, 1 - FNIR, at a share of false positives; NaN as for ``threshold``."""
+        """Detection and identification rate, 1 - FNIR, at a share of false positives; NaN as for ``threshold``.
+
+        Raises:
+            ValueError: If ``fpir`` is not in 0..1.
+        """
         threshold = self.threshold(fpir)
         return math.nan if math.isnan(threshold) else 1 - self.fnir(threshold)
 
@@ -74,7 +84,7 @@ def open_set(
     """Best hits of queries of known persons, and of persons who are not in the gallery.
 
     A query is known if the gallery holds a match of it by the Market-1501 protocol, and unknown if its identity is not
-    in the gallery at all; others, junk, and images whose descriptor is not finite are not counted.
+    in the gallery at all; others, such as those whose only match has no finite descriptor, and junk are not counted.
     ``unknown_identities`` selects persons to take out of a gallery that holds everybody.
 
     Args:
@@ -104,7 +114,7 @@ def open_set(
         right = rows[indices(matches, rows)].cpu().numpy()
         np.maximum.at(best_right[start:stop], matches.rows, right)
     is_known = best_right > -np.inf
-    is_unknown = (protocol.count == 0) & (protocol.query_pids != JUNK)
+    is_unknown = ~protocol.in_gallery & (protocol.query_pids != JUNK)
     if not is_known.any() or not is_unknown.any():
         kind = "known persons, who are in the gallery" if not is_known.any() else "unknown persons, who are not in it"
         raise ValueError(

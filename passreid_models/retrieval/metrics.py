@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passreid_models.retrieval.protocol import Pairs, Protocol, indices
 from passreid_models.retrieval.reranking import Reranked
-from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks, require_finite
+from passreid_models.retrieval.similarity import Similarities, as_tensor, chunks, require_count, require_finite
 
 __all__ = ["RetrievalMetrics", "evaluate", "evaluate_distances"]
 
@@ -196,8 +196,7 @@ class _NegatedDistances:
 
 
 def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
-    if max_rank < 1:
-        raise ValueError(f"max_rank must be 1 or more, got {max_rank}")
+    require_count("max_rank", max_rank)
     num_queries, num_gallery = similarities.shape
     precision, inverse_penalty = np.full(num_queries, np.nan), np.full(num_queries, np.nan)
     first = np.zeros(num_queries, dtype=np.int64)

@@ -50,7 +50,10 @@ class Protocol:
             missing = "query_camids" if query_camids is None else "gallery_camids"
             raise ValueError(f"{missing} is missing: give the cameras of both queries and gallery, or of neither")
         self.query_pids = np.where(finite[0], _ids("query_pids", query_pids, shape[0]), JUNK)
-        gallery = np.where(finite[1], _ids("gallery_pids", gallery_pids, shape[1]), JUNK)
+        gallery = _ids("gallery_pids", gallery_pids, shape[1])
+        self.in_gallery = np.isin(self.query_pids, gallery)
+        """Whether the gallery shows each query's identity ``[Q]``, by images without a finite descriptor too."""
+        gallery = np.where(finite[1], gallery, JUNK)
         self.num_not_finite = sum(int((~mask).sum()) for mask in finite)
         self.order = np.argsort(gallery, kind="stable")
         self.sorted_pids = gallery[self.order]

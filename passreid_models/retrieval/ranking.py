@@ -6,7 +6,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from passreid_models.retrieval.similarity import LEAST, Similarities, as_tensor, chunks, top
+from passreid_models.retrieval.similarity import LEAST, Similarities, as_tensor, chunks, require_count, top
 
 __all__ = ["Ranking", "rank"]
 
@@ -43,14 +43,13 @@ def rank(
 
     Raises:
         ValueError: If the shapes do not match, the gallery is empty, a query's descriptor or the whole gallery is not
-            finite, or ``topk`` or ``budget_mb`` is too small.
+            finite, ``topk`` is no whole number, or ``topk`` or ``budget_mb`` is too small.
     """
     if query is not gallery:
         query = as_tensor(query)
         query = query[None] if query.ndim == 1 else query
     pairs = Similarities(query, gallery, metric)
-    if topk < 1:
-        raise ValueError(f"topk must be 1 or more, got {topk}")
+    require_count("topk", topk)
     if len(rows := (~pairs.finite[0]).nonzero()[0]):
         shown = ", ".join(map(str, rows[:5])) + (", .." if len(rows) > 5 else "")
         raise ValueError(f"{len(rows)} query descriptors are not finite and cannot be ranked, in rows {shown}")

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest
-from passreid_models.retrieval.similarity import Similarities, chunks
+from passreid_models.retrieval.similarity import Similarities, chunks, require_count
 
 __all__ = ["Reranked", "rerank"]
 
@@ -110,8 +110,7 @@ def rerank(
     """
     pairs = Similarities(query, gallery, metric)
     for name, value in (("k1", k1), ("k2", k2)):
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+        require_count(name, value)
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be in 0..1, got {lambda_value}")
     finite = pairs.finite

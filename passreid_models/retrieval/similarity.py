@@ -4,6 +4,7 @@ Shapes: Q queries, G gallery images, C descriptor width, R rows of a chunk, K hi
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor
 LEAST = torch.finfo(torch.float32).min  # similarity where a descriptor is not finite; left-out pairs are at -inf
 METRICS = ("cosine", "euclidean")
 CPU_CHUNK = 64 * 2**20  # bytes; larger chunks are no faster
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Similarities:
     """Similarities of queries and gallery, ``shape`` ``[Q, G]``, computed on demand.
 
     Cosines, or negative squared distances if ``metric`` is ``euclidean``. Descriptors are compared in float32; a copy
-    is made of other types only. ``finite`` tells which descriptors, and their lengths, are finite, bool ``[Q]`` and
-    ``[G]``; the similarity of others is ``LEAST``. Equal descriptors of the gallery have exactly the same similarity to
-    a query.
+    is made of other types, and for ``euclidean`` of descriptors whose mean is far longer than their differences: it is
+    subtracted first, since rounding would hide these. ``finite`` tells which descriptors, and their lengths, are
+    finite, bool ``[Q]`` and ``[G]``; the similarity of others is ``LEAST``. Equal descriptors of the gallery have
+    exactly the same similarity to a query.
     """
 
     def __init__(self, query: Tensor | ArrayLike, gallery: Tensor | ArrayLike, metric: str) -> None:
@@ -35,8 +38,12 @@ class Similarities:
         if metric not in METRICS:
             raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
         self.metric = metric
+        query = gallery if same else query.to(gallery.device)
+        self.offset = _offset(gallery) if metric == "euclidean" else None  # [C]
+        if self.offset is not None:
+            query, gallery = query - self.offset, gallery - self.offset
         self.gallery = gallery.float()
-        self.query = self.gallery if same else query.to(gallery.device).float()
+        self.query = self.gallery if same else query.float()
         self.query_norms, self.gallery_norms = self._norms(self.query), self._norms(self.gallery)  # [Q], [G]
         # a squared distance is at most 4 times the largest squared length
         finite = (4 * self.query_norms).isfinite(), (4 * self.gallery_norms).isfinite()
@@ -56,7 +63,12 @@ class Similarities:
         """Lengths of the descriptors, squared for the Euclidean distance; without a copy of ``x``."""
         if self.metric == "euclidean":
             return torch.einsum("nc,nc->n", x, x)
-        return torch.linalg.vector_norm(x, dim=1).clamp_min_(1e-12)
+        norms = torch.linalg.vector_norm(x, dim=1)
+        short = (norms < 1e-15).nonzero()[:, 0]  # their squares vanish in float32
+        if len(short):
+            largest = x[short].abs().amax(dim=1, keepdim=True).clamp_min_(TINY)
+            norms[short] = torch.linalg.vector_norm(x[short] / largest, dim=1) * largest[:, 0]
+        return norms.clamp_min_(TINY)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Similarities ``[R, G]`` of queries ``start`` to ``stop``, in a buffer that the next call overwrites."""
@@ -77,17 +89,19 @@ class Similarities:
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarities ``[M]`` of M pairs."""
-        products = self.products(rows, columns)
         if self.metric == "euclidean":
+            products = (self.query[rows] * self.gallery[columns]).sum(dim=1)
             return 2 * products - self.query_norms[rows] - self.gallery_norms[columns]
-        return products
+        return self.products(rows, columns)
 
     def products(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Inner products ``[M]`` of M pairs, for ``cosine`` those of unit vectors."""
-        products = (self.query[rows] * self.gallery[columns]).sum(dim=1)
+        query, gallery = self.query[rows], self.gallery[columns]
+        if self.offset is not None:
+            query, gallery = query + self.offset, gallery + self.offset
         if self.metric == "euclidean":
-            return products
-        return products / (self.query_norms[rows] * self.gallery_norms[columns])
+            return (query * gallery).sum(dim=1)
+        return (query / self.query_norms[rows, None] * gallery).sum(dim=1) / self.gallery_norms[columns]
 
     def distances(self, similarities: Tensor) -> Tensor:
         """Squared Euclidean distances of similarities, for cosines those of unit vectors."""
@@ -109,10 +123,15 @@ def as_tensor(x: Tensor | ArrayLike) -> Tensor:
     """Detach a tensor, or make one of an array or nested lists, in any byte order; float16 stays float16.
 
     Raises:
-        ValueError: If it does not hold real numbers.
+        ValueError: If it does not hold real numbers, or not one for each entry.
     """
     if isinstance(x, Tensor):
+        if x.is_complex() or x.is_quantized or x.is_meta or x.layout != torch.strided:
+            kind = "meta" if x.is_meta else f"{x.layout}, {x.dtype}".replace("torch.", "")
+            raise ValueError(f"expected a dense tensor of real numbers, got one of the kind {kind}")
         return x.detach()
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError("expected an array without a mask: fill rows without a descriptor with NaN")
     try:
         array = np.asarray(x)
     except ValueError as e:  # rows of unequal lengths
@@ -121,6 +140,18 @@ def as_tensor(x: Tensor | ArrayLike) -> Tensor:
         raise ValueError(f"expected a tensor or an array of numbers, got an array of {array.dtype}")
     dtype = array.dtype.newbyteorder("=") if array.dtype in (np.float16, np.float32, np.float64) else np.float32
     return torch.from_numpy(np.require(array, dtype, ["C", "W"]))  # torch warns of arrays that are read-only
+
+
+def require_count(name: str, value: int) -> None:
+    """Refuse a value that is not a whole number of 1 or more.
+
+    Raises:
+        ValueError: The message begins with ``name``.
+    """
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
 def require_finite(finite: tuple[np.ndarray, np.ndarray]) -> None:
@@ -135,6 +166,22 @@ def require_finite(finite: tuple[np.ndarray, np.ndarray]) -> None:
     for name, mask in zip(("query", "gallery"), finite, strict=True):
         if len(mask) and not mask.any():
             raise ValueError(f"none of the {len(mask)} {name} descriptors is finite: there is nothing to compare")
+
+
+def _offset(x: Tensor) -> Tensor | None:
+    """Mean ``[C]`` of the finite rows if their differences are small beside it, as after adding a constant; else None.
+
+    Up to a ratio of 100 of the squares, float32 keeps 5 digits of the differences.
+    """
+    total, squares, count = x.new_zeros(x.shape[1], dtype=torch.float32), x.new_zeros((), dtype=torch.float32), 0
+    for part in x.split(4096):
+        rows = part if part.dtype == torch.float64 else part.float()
+        rows = rows[rows.isfinite().all(dim=1)]
+        total, squares = total + rows.sum(dim=0), squares + torch.einsum("nc,nc->", rows, rows)
+        count += len(rows)
+    mean = total / max(1, count)
+    square = mean @ mean
+    return mean if square > 100 * (squares / max(1, count) - square) else None
 
 
 def _copies(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from passreid_models.checkpoints.names import run_checkpoints
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock
 
 _logger = logging.getLogger(__name__)
@@ -107,7 +107,10 @@ class RunFolder:
         Raises:
             CheckpointError: If the file is damaged, or no checkpoint of this program.
         """
-        state = read_checkpoint(path)
+        try:
+            state = read_checkpoint(path)
+        except CheckpointError as e:  # of one's own run: there is no other copy
+            raise CheckpointError(str(e).removesuffix(AGAIN)) from None
         if not isinstance(state, dict) or not {"config", "step", *self.state_keys} <= state.keys():
             raise CheckpointError(f"{path} is no checkpoint of {self.program}: give it to --init instead of --resume")
         return state
@@ -118,15 +121,16 @@ class RunFolder:
         Raises:
             CheckpointError: If there are checkpoints and none can be read.
         """
-        error = None
-        for path in reversed(self.checkpoints()):
+        paths = self.checkpoints()
+        for path in reversed(paths):
             try:
                 return path, self.load(path)
             except CheckpointError as e:
-                error = e
                 _logger.warning(f"passed over: {e}")
-        if error is not None:
-            raise error
+        if paths:
+            export = f", and with --init {self.export_folder} from its last weights"
+            begin = f"another --out begins anew{export if (self.export_folder / 'config.json').is_file() else ''}"
+            raise CheckpointError(f"{self.path} holds no checkpoint that can be read, of {len(paths)}: {begin}")
         return None
 
     def find(self, resume: str) -> dict[str, Any] | None:
@@ -162,10 +166,14 @@ class RunFolder:
             with atomic_file(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{x}\n" for x in lines))
 
-    def has_metric(self, step: int, name: str) -> bool:
-        """Whether ``metrics.jsonl`` holds this metric of this step."""
+    def metric(self, step: int, name: str) -> float | None:
+        """Last value of a metric of this step in ``metrics.jsonl``; NaN if it is null, None if there is none."""
         lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
-        return any(_step_of(line) == step and name in json.loads(line) for line in lines)
+        records = [json.loads(line) for line in lines if _step_of(line) == step]
+        values = [record[name] for record in records if name in record]
+        if not values:
+            return None
+        return values[-1] if isinstance(values[-1], int | float) else math.nan
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""

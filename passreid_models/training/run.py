@@ -120,6 +120,9 @@ class Run:
     def after_epoch(self) -> None:
         """Evaluate the networks after an epoch; the state is already saved."""
 
+    def after_training(self) -> None:
+        """Log the outcome of a run that has ended, now or before it was resumed."""
+
     # ---- Common to all tasks
 
     def _check_same_step(self) -> None:
@@ -145,14 +148,14 @@ class Run:
             The exported folder.
         """
         config, trainer = self.config, self.trainer
-        is_evaluated = partial(self.folder.has_metric, trainer.step, self.epoch_figure)
+        evaluated = partial(self.folder.metric, trainer.step, self.epoch_figure)
         for line in self.announcement():
             self.log(line)
         if config.init:
             self.log(f"weights: {config.init}")
         if trainer.step:
             self.log(f"resumed at step {trainer.step} of {trainer.total_steps}")
-            if trainer.begins_epoch and not on_first(is_evaluated):  # killed before the evaluation ended
+            if trainer.begins_epoch and on_first(evaluated) is None:  # killed before the evaluation ended
                 self.after_epoch()
         else:
             self.before_training()
@@ -191,6 +194,7 @@ class Run:
                         received[0] if received else None,
                     )
         all_reduce_mean(torch.zeros(1, device=trainer.device))  # from here on all processes find the export
+        self.after_training()
         self.log(f"done: {self.folder.export_folder}")
         return self.folder.export_folder
 

@@ -1,12 +1,18 @@
 """Warm start of a run: backbone, settings and provenance of the weights that ``init`` names."""
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from passreid_models.checkpoints.local_dir import exported_folder
 from passreid_models.checkpoints.names import NamedModel, find_model
+from passreid_models.checkpoints.read import AGAIN, CheckpointError
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.training.folder import RunFolder
+
+_logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "pass_vit_small_patch16"
 KEPT = ("method", "data", "init", "images_seen", "config", "init_provenance")
@@ -19,15 +25,24 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
     Args:
         init: Name, as ``find_model`` takes it.
         model: Registered architecture.
-        heads: Prefer the newest checkpoint of a run to its export, which has no projection heads or identities.
+        heads: Prefer the newest checkpoint of a run to its export, which has no projection heads or identities, unless
+            it is damaged.
 
     Raises:
         ValueError: If ``init`` names no weights, or those of another architecture.
-        CheckpointError: If a checkpoint cannot be read.
+        CheckpointError: If a checkpoint cannot be read, and there is no export.
     """
     checkpoint = RunFolder(init).latest() if heads else None
     weights = NamedModel(file=checkpoint) if checkpoint else _find(init, model)
-    architecture = weights.run["config"]["model"] if weights.file and weights.run else weights.architecture
+    try:
+        run = weights.run
+    except CheckpointError as e:
+        export = exported_folder(Path(init)) if checkpoint else None
+        if export is None:
+            raise
+        _logger.warning(f"init: {str(e).removesuffix(AGAIN)}; {export} is taken instead")
+        weights, run = _find(init, model), {}
+    architecture = run["config"]["model"] if run else weights.architecture
     if architecture not in ("", model):
         raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
     return weights

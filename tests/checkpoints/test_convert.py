@@ -612,7 +612,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, suffix, tmp_path):
 def test_a_truncated_file_is_refused_and_to_be_downloaded_again(share, tmp_path):
     whole = (GOLDEN / "upstream_backbone.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: int(share * len(whole))])
-    refused(tmp_path / "cut.pth", tmp_path, "cut short or damaged: download it again")
+    refused(tmp_path / "cut.pth", tmp_path, "cut short or damaged .*; download or copy it again")
     safetensors.torch.save_file(backbone(), tmp_path / "whole.safetensors")
     whole = (tmp_path / "whole.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: int(share * len(whole))])

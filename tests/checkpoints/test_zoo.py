@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -890,3 +891,10 @@ def test_bundled_weights_take_no_file(tmp_path):
     with pytest.raises(ValueError, match="is bundled with the package and takes no file"):
         pull(bundled.name, tmp_path / "other.pth")
     assert pull(bundled.name) == bundled.bundled_file.parent
+
+
+def test_a_repository_that_is_not_in_the_cache_of_an_offline_hub_names_the_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = "config.json of org/name on the Hub: HF_HUB_OFFLINE is set and it is not in the cache"
+    with pytest.raises(WeightsUnavailableError, match=f"^{message}$"):
+        zoo.download_hub("org/name", "config.json", tmp_path)

@@ -208,6 +208,21 @@ def test_the_open_set_of_images_that_are_query_and_gallery_leaves_out_the_query_
 
 
 # -------------------------------------------------------------------------------------------------------- the report
+@pytest.mark.parametrize("where", ["gallery", "query"])
+def test_images_that_cannot_be_read_make_nobody_unknown_and_change_no_drawn_person(tmp_path, embed, where):
+    dataset = open_dataset(write_persons(tmp_path / "persons"))
+    removed = unknown_identities(dataset.query.pids)
+    lost = np.setdiff1d(dataset.query.pids, removed)[0]
+    for path in np.array(dataset.gallery.paths if where == "gallery" else dataset.query.paths)[
+        (dataset.gallery if where == "gallery" else dataset.query).pids == lost
+    ]:
+        path.write_bytes(b"no image")
+    evaluation = run(dataset, embed, open_set=True)
+    scores = evaluation.to_dict()["open_set"]
+    assert np.array_equal(evaluation.retrieved.removed, removed)
+    assert (scores["known_queries"], scores["unknown_queries"], scores["removed_identities"]) == (4, 8, 2)
+
+
 # -------------------------------------------------------------------------------------------------------- the report
 
 

@@ -42,6 +42,7 @@ def plain(folder: Path, has_cameras: bool, own: int = -1) -> Retrieved:
         query_features=x[:1],
         gallery_features=x[1:],
         own=np.array([own]),
+        pids=(np.array([1]), gallery.pids),
         has_cameras=has_cameras,
         metric="cosine",
         unreadable=[],

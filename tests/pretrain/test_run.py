@@ -304,7 +304,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(copy, data):
     for path in (copy / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     before = files(copy)
-    with pytest.raises(CheckpointError, match=r"step_000000004\.pt is"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint that can be read, of"):
         train(tiny(data, copy, resume="auto"))
     assert files(copy) == before
 

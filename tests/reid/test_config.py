@@ -192,6 +192,8 @@ def test_the_commands_report_a_mistake_in_one_line(command, capsys, tmp_path):
         ({"brightness": -1}, "brightness: expected 0 or more, got -1"),
         ({"hue": 0.6}, "hue: expected between 0 and 0.5, got 0.6"),
         ({"crop_scale": (0.0, 1.0)}, r"crop_scale: expected \(least, most\) with 0 < least <= most <= 1, got"),
+        ({"momentum": 1.0, "optimizer": "adamw"}, r"momentum: expected at least 0 and less than 1, got 1\.0"),
+        ({"momentum": 1.0}, r"momentum: expected at least 0 and less than 1, got 1\.0"),
         ({"downscale": (0.5, 1.5)}, r"downscale: expected \(least, most\) with 0 < least <= most <= 1, got"),
         ({"blur_radius": (2.0, 1.0)}, r"blur_radius: expected \(least, most\) with 0 < least <= most, got"),
         ({"blur_radius": (1.0, float("inf"))}, r"blur_radius: expected \(least, most\) with 0 < least <= most, got"),

@@ -229,7 +229,10 @@ def test_the_identities_are_compared_by_name_not_by_image_or_layout(whole, data,
         lines.append(f"{path},{int(path.name[:4])}.0,1,train")
     (tmp_path / "same.csv").write_text("\n".join(lines))
     model, line = begin(whole, tmp_path / "same.csv", tmp_path / "run")
-    assert line.startswith("classifier: kept")
+    assert line == (
+        f"classifier: kept, with the neck, since the 6 identities have the names of {whole}; its images are others: if "
+        "its persons are, too, begin with its export"
+    )
     assert differing(without_statistics(model), trained(whole)) == set()
 
 
@@ -255,8 +258,23 @@ def test_other_identities_get_a_new_classifier(whole, data, tmp_path):
 
 def test_an_export_begins_with_a_new_classifier(whole, data, tmp_path):
     model, line = begin(whole / "export", data, tmp_path / "run")
-    assert line == f"classifier: new, since {whole}/export is no run of passreid finetune"
+    assert line == f"classifier: new, since {whole}/export gives no checkpoint of passreid finetune"
     assert differing(model, trained(whole)) == {"classifier.weight", "backbone.fc_norm.bn.weight"}
+
+
+def test_a_run_whose_checkpoint_is_damaged_begins_with_its_export(whole, data, tmp_path, capsys):
+    damaged = shutil.copytree(whole, tmp_path / "damaged")
+    newest = steps(damaged)[-1]
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    model, line = begin(damaged, data, tmp_path / "run")
+    assert line == f"classifier: new, since {damaged} gives no checkpoint of passreid finetune"
+    assert differing(model, trained(whole)) == {"classifier.weight", "backbone.fc_norm.bn.weight"}
+    (said,) = re.findall(r"init: .*", capsys.readouterr().err)
+    assert said.startswith(f"init: {newest} is cut short or damaged ")
+    assert said.endswith(f"; {damaged}/export is taken instead")
+    shutil.rmtree(damaged / "export")
+    with pytest.raises(ValueError, match="is cut short or damaged"):
+        begin(damaged, data, tmp_path / "none")
 
 
 def test_another_neck_gets_a_new_classifier(whole, data, tmp_path):
@@ -280,7 +298,7 @@ def test_a_run_of_clustering_has_no_classifier(data, tmp_path):
     cluster(cluster_config(data, tmp_path / "usl", epochs=1))
     for out in ("run", "again"):
         line = begin(tmp_path / "usl", data, tmp_path / out)[1]
-        assert line == f"classifier: new, since {tmp_path}/usl is no run of passreid finetune"
+        assert line == f"classifier: new, since {tmp_path}/usl gives no checkpoint of passreid finetune"
         shutil.rmtree(tmp_path / "usl" / "export", ignore_errors=True)  # the second run begins with the checkpoint
 
 
@@ -346,7 +364,11 @@ def test_a_run_that_ends_below_where_it_began_says_so(data, tmp_path, monkeypatc
     first, best, last = scores[0], max(scores[1:]), scores[2]
     summary = f"mAP {first:.1f} before, {best:.1f} at best ({run}/best), {last:.1f} at the end"
     sentence = f"this run ends below where it began: {better}" if better else None
-    assert last_lines(run) == list(filter(None, [summary, sentence and sentence.format(run=run)]))
+    expected = list(filter(None, [summary, sentence and sentence.format(run=run)]))
+    assert last_lines(run) == expected
+    (run / "log.txt").unlink()
+    finetune(finetune_config(data, run, resume="auto", **stop))  # nothing is left to do
+    assert last_lines(run) == expected
 
 
 def test_a_resumed_run_compares_with_its_start_without_evaluating_it_again(whole, data, tmp_path):
@@ -381,6 +403,9 @@ def test_the_best_model_on_other_data_does_not_count(whole, data, tmp_path):
     best = json.loads((other / "best" / "config.json").read_text())["provenance"]
     assert best["mAP"] < 100
     assert best["evaluated_on"] == open_dataset(smaller).fingerprint
+    (other / "log.txt").unlink()
+    finetune(finetune_config(data, other, resume="auto"))  # finished, and its best model is that of other data
+    assert last_lines(other) == []
 
 
 # ---- The step

@@ -33,7 +33,7 @@ def test_images_whose_descriptor_is_not_finite_are_left_out_and_counted():
     found = open_set(query, gallery, [1, 2, 7, 1], [1, 2, 3])
     assert (found.num_gallery, found.num_not_finite) == (2, 2)
     assert found.known.tolist() == pytest.approx([0.8])
-    assert found.unknown.tolist() == pytest.approx([0.8, 0.8])  # person 1's only image is left out
+    assert found.unknown.tolist() == pytest.approx([0.8])  # person 1, whose only image is left out, is not unknown
 
 
 def test_rates_are_those_of_counting():
@@ -80,6 +80,14 @@ def test_a_rate_below_one_of_the_unknown_queries_is_not_measured():
     assert math.isnan(found.threshold(0.1))
     assert math.isnan(found.dir_at(0.1))
     assert found.threshold(1.0) == -math.inf
+
+
+@pytest.mark.parametrize("fpir", [-0.1, 1.5, 10, math.nan])
+def test_a_rate_out_of_range_is_refused(fpir):
+    found = open_set(line([1.0, 0.9]), line([0.95, 0.1]), [1, 5], [1, 2])
+    for rate in (found.threshold, found.dir_at):
+        with pytest.raises(ValueError, match=rf"fpir must be in 0\.\.1, got {fpir}"):
+            rate(fpir)
 
 
 @pytest.mark.parametrize(("pids", "message"), [([1, 2], "none of unknown persons"), ([8, 9], "none of known persons")])

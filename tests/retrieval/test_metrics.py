@@ -371,6 +371,10 @@ def test_float16_arrays_are_compared_in_float32():
         ([[1.0, 2.0], [1.0]], "expected a tensor or an array of numbers: .*inhomogeneous"),
         (np.zeros((1, 3)), r"expected descriptors \[Q, C\] and \[G, C\], G > 0; got \(1, 3\) and \(4, 2\)"),
         (np.zeros((1, 2), complex), "got an array of complex128"),
+        (torch.zeros(1, 2, dtype=torch.complex64), "a dense tensor of real numbers, got .* strided, complex64"),
+        (torch.zeros(1, 2).to_sparse(), "a dense tensor of real numbers, got .* sparse_coo, float32"),
+        (torch.zeros(1, 2, device="meta"), "a dense tensor of real numbers, got .* meta"),
+        (np.ma.masked_array(np.ones((1, 2)), mask=[[0, 1]]), "expected an array without a mask"),
     ],
 )
 def test_what_is_no_array_of_descriptors_is_refused(query, reason):
@@ -488,10 +492,21 @@ def test_ids_that_are_no_whole_numbers_are_refused(golden):
         evaluate_golden({**golden, "query_pids": golden["query_pids"].float()})
 
 
-@pytest.mark.parametrize("topk", [0, -1])
-def test_topk_below_one_is_refused(topk):
-    with pytest.raises(ValueError, match=f"topk must be 1 or more, got {topk}"):
-        rank(torch.eye(2), torch.eye(2), topk=topk)
+@pytest.mark.parametrize(
+    ("count", "message"), [(0, "1 or more, got 0"), (-1, "1 or more, got -1"), (2.5, r"a whole number, got 2\.5")]
+)
+def test_counts_that_are_no_whole_number_of_one_or_more_are_refused_by_name(count, message):
+    x = torch.eye(4)
+    with pytest.raises(ValueError, match=f"topk must be {message}"):
+        rank(x, x, topk=count)
+    with pytest.raises(ValueError, match=f"max_rank must be {message}"):
+        evaluate(x, x, [1, 1, 2, 2], [1, 1, 2, 2], own=range(4), max_rank=count)
+    with pytest.raises(ValueError, match=f"k2 must be {message}"):
+        rerank(x, x, k2=count)
+
+
+def test_a_count_may_be_numpys():
+    assert rank(torch.eye(4), torch.eye(4), topk=np.int64(2)).indices.shape == (4, 2)
 
 
 @pytest.mark.parametrize("wrong", ["query_pids", "gallery_pids", "query_camids", "gallery_camids"])
@@ -524,3 +539,39 @@ def test_euclidean_ranks_by_distance_and_agrees_with_cosine_on_unit_vectors():
     assert torch.equal(rank(*units, topk=40, metric="euclidean").indices, rank(*units, topk=40).indices)
     with pytest.raises(ValueError, match="'cosine' or 'euclidean', got 'l1'"):
         rank(query, gallery, metric="l1")
+
+
+# ---- Numerics
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(300.0, torch.float32), (1e4, torch.float64), (1e6, torch.float64)])
+def test_a_common_offset_does_not_change_distances(offset, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (torch.randn(n, 16, generator=generator, dtype=torch.float64) for n in (6, 40))
+    expected = torch.cdist(query, gallery).square().float()
+    gallery = torch.cat([gallery, torch.full((1, 16), NAN, dtype=torch.float64)])  # no part of the mean
+    ranking = rank((query + offset).to(dtype), (gallery + offset).to(dtype), topk=40, metric="euclidean")
+    distances = torch.empty(6, 40).scatter_(1, ranking.indices, -ranking.similarities)
+    torch.testing.assert_close(distances, expected, rtol=1e-4, atol=2e-3)
+
+
+def test_a_common_offset_does_not_change_the_scores(golden):
+    shifted = {k: v.double() + 1e4 if k.endswith("features") else v for k, v in golden.items()}
+    assert evaluate_golden(shifted, metric="euclidean").mAP == pytest.approx(
+        evaluate_golden(golden, metric="euclidean").mAP, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1e-20, 1e-30])
+def test_cosines_do_not_depend_on_the_scale_however_small(golden, scale):
+    query, gallery = golden["query_features"], golden["gallery_features"]
+    expected = rank(query, gallery, topk=5)
+    for scaled in (rank(scale * query, scale * gallery), rank(query, scale * gallery), rank(scale * query, gallery)):
+        torch.testing.assert_close(scaled.similarities, expected.similarities, rtol=0, atol=1e-5)
+    scaled, whole = rerank(scale * query, scale * gallery).dense(), rerank(query, gallery).dense()
+    torch.testing.assert_close(scaled, whole, rtol=0, atol=1e-4)
+
+
+def test_descriptors_of_zeros_have_the_cosine_zero():
+    assert rank(torch.zeros(1, 2), line([0.5, 0.9]), topk=2).similarities.tolist() == [[0, 0]]
+    assert rank(line([0.5]), torch.zeros(2, 2), topk=2).similarities.tolist() == [[0, 0]]

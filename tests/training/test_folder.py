@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import signal
 import subprocess
@@ -166,10 +167,18 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, caplog, how):
     assert "step_000000003.pt" in message
 
 
-def test_when_all_checkpoints_are_damaged_loading_raises_instead_of_starting_over(folder):
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_when_all_checkpoints_are_damaged_loading_raises_instead_of_starting_over(folder, caplog, how):
     for step in (1, 2):
-        damage(folder.save(state(step), keep=2), "cut")
-    with pytest.raises(CheckpointError, match=r"step_00000000\d.pt is cut short or damaged"):
+        damage(folder.save(state(step), keep=2), how)
+    none_left = f"{folder.path} holds no checkpoint that can be read, of 2: another --out begins anew"
+    with pytest.raises(CheckpointError, match=f"^{none_left}$"):
+        folder.load_latest()
+    assert [re.search(r"step_00000000\d.pt is .*damaged", m) is not None for m in caplog.messages] == [True, True]
+    assert "again" not in caplog.text  # there is no other copy of a run
+    folder.export_folder.mkdir()
+    (folder.export_folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"^{none_left}, and with --init {folder.export_folder} from its last"):
         folder.load_latest()
 
 
