@@ -35,7 +35,7 @@ SET_WORD = re.compile(
     r"clip|scene|partial|occluded|whole|holistic|body|thermal|visible|infrared|rgb|depth|sketch|fold|batch|batche|"
     r"part|chunk|shard|folder|tracklet|\d+)s?"
 )
-VIEWS = r"(cam|camera|view|viewpoint|video|channel|stream|sensor|site|location)"
+VIEWS = r"(?:cam|camera|view|viewpoint|video|channel|stream|sensor|site|location)"
 CAMERA_FOLDER = re.compile(rf"{VIEWS}[ _-]*\d+|{VIEWS}[ _-]+[a-z]|cameras?|cams|views?|videos?|(c|ch)[ _-]?\d+(s\d+)?")
 CAMERA_WORD = re.compile(r".*(cam|cctv|[ck]amera|camara)s?[a-z]?")  # ipcam, kamera, camA
 TIME_WORD = re.compile(
