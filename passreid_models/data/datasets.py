@@ -10,7 +10,7 @@
 
 Numeric identities keep their numbers. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
 images or queries have it too, it is an identity like others, and gets the next free number. Labels that are equal as
-numbers, such as 1 and 01, are refused in one dataset.
+numbers, such as 1 and 01, or that look the same are refused in one dataset.
 """
 
 import hashlib
@@ -88,6 +88,8 @@ class ReIDDataset:
     """Rows of a list that repeat an image of their split and are left out, such as ``own.csv:9``."""
     alike: tuple[str, ...] = ()
     """Identities that differ only in case, separators or zeros in front, such as ``Anna1 = anna01``."""
+    alike_cameras: tuple[str, ...] = ()
+    """Cameras that do so."""
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -113,9 +115,13 @@ class ReIDDataset:
     def remarks(self) -> dict[str, str]:
         """Doubts about the labels by kind, a sentence each: scores may be of something else than they seem to be."""
         remarks = {}
-        if self.alike:
-            shown = ", ".join(self.alike[:3]) + (", .." if len(self.alike) > 3 else "")
-            remarks["alike"] = f"two identities each, though their names are nearly equal: {shown}"
+        for kind, label, names in [
+            ("alike", "identities", self.alike),
+            ("alike cameras", "cameras", self.alike_cameras),
+        ]:
+            if names:
+                shown = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
+                remarks[kind] = f"two {label} each, though their names are nearly equal: {shown}"
         ids, images = self.gallery.num_ids, int((self.gallery.pids > 0).sum())
         if self.name == "folder per identity" and 0 < ids <= FEW_IDS and images >= MANY_IMAGES * ids:
             remarks["few identities"] = (
@@ -209,7 +215,9 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         raise FileNotFoundError(f"{data or 'data'}: no such file or folder; expected {EXPECTED}")
     if not path.is_dir():
         if path.suffix.lower() != ".csv":
-            raise ValueError(f"{data}: a dataset cannot come from this kind of file; expected {EXPECTED}")
+            is_list = path.suffix.lower() in (".tsv", ".tab", ".txt")
+            rename = " (a list with commas, semicolons or tabs is read once it is named .csv)" if is_list else ""
+            raise ValueError(f"{data}: a dataset cannot come from this kind of file{rename}; expected {EXPECTED}")
         return _dataset(read_csv(path))
     layout = read_folder(path) or _read_child(path)
     if layout is None:
@@ -262,7 +270,7 @@ def _contents(path: Path) -> str:
 
 
 def _dataset(layout: Layout) -> ReIDDataset:
-    repeated, alike = settle(layout)
+    repeated, alike, alike_cameras = settle(layout)
     rows = [layout.rows[split] for split in SPLITS]
     pids = number_ids([[row.pid for row in split] for split in rows])
     camids = number_cameras([[row.camid for row in split] for split in rows])
@@ -282,6 +290,7 @@ def _dataset(layout: Layout) -> ReIDDataset:
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
         repeated=tuple(repeated),
         alike=tuple(alike),
+        alike_cameras=tuple(alike_cameras),
     )
 
 

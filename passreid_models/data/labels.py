@@ -7,29 +7,37 @@ from decimal import Context, Decimal
 
 import numpy as np
 
+from passreid_models.data.folder_names import VIEWS
 from passreid_models.data.layouts import SPLITS, Layout, Row
 
 __all__ = ["number_cameras", "number_ids", "settle"]
 
-NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?|[+-]?[0-9](\.[0-9]*)?[eE][+-]?[0-9]{1,2}")
-CAMERA = re.compile(r"(?:c|cam|camera)[ _-]*([0-9]+)", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+|[0-9]([.,][0-9]*)?[eE][+-]?[0-9]{1,2})")
+GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?P<mark>[.,' ])[0-9]{3}((?P=mark)[0-9]{3})*((?!(?P=mark))[.,][0-9]*)?")
+"""Number with a mark before each three digits, such as 1,234 and 1.234,0."""
+SIGNS = str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d\uff0b\uff0e\uff0c\u066b\u066c\u2019", "--------+.,,,'"
+)
+CAMERA = re.compile(rf"(?:ch?|{VIEWS})[ _-]*(?![^\W\d_])(.+)", re.IGNORECASE)
 
 
-def settle(layout: Layout) -> tuple[list[str], list[str]]:
+def settle(layout: Layout) -> tuple[list[str], list[str], list[str]]:
     """Bring the rows of a layout into one form: a spelling for each number, and a row for each image of a split.
 
-    ``01`` and ``1.0``, as spreadsheets write them, become ``1``. Where one dataset has two spellings of a number, such
-    as ``1`` and ``+1``, or cameras ``1`` and ``c1``, they may be one person or two, so they are refused.
+    ``01``, ``1.0`` and ``1,0``, as spreadsheets write them, become ``1``. Where one dataset has two spellings of a
+    number, such as ``1`` and ``+1``, or cameras ``1`` and ``view 01``, or two labels that look the same, they may be
+    one person or two, so they are refused.
 
     Args:
         layout: Layout; its rows are replaced.
 
     Returns:
-        Places of the rows that repeat an image of their split, which are left out: files with lines; and identities
-        that differ only in case, separators or zeros in front, such as ``Anna1 = anna01``.
+        Places of the rows that repeat an image of their split, which are left out: files with lines; identities that
+        differ only in case, separators or zeros in front, such as ``Anna1 = anna01``; and such cameras.
 
     Raises:
-        ValueError: If two labels are equal as numbers but not as text, or an image has two identities or cameras.
+        ValueError: If two labels are equal as numbers or look the same, but differ as text, or an image has two
+            identities or cameras.
     """
     rows = [row for split in SPLITS for row in layout.rows[split]]
     pids = _spellings(layout, "identity", rows, [row.pid for row in rows])
@@ -53,7 +61,7 @@ def settle(layout: Layout) -> tuple[list[str], list[str]]:
             if kept.setdefault(row.path, row) is not row:
                 repeated.append(row.line or row.path)
         layout.rows[split] = list(kept.values())
-    return repeated, _alike(sorted(set(pids.values())))
+    return repeated, _alike(sorted(set(pids.values()))), _alike(sorted(set(camids.values())))
 
 
 def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) -> dict[str, str]:
@@ -61,26 +69,50 @@ def _spellings(layout: Layout, label: str, rows: list[Row], texts: list[str]) ->
     short: dict[str, str] = {}
     first: dict[str, str] = {}
     for text in dict.fromkeys(texts):
-        short[text] = text
-        if NUMBER.fullmatch(text.strip()):
-            value = Decimal(text.strip()).normalize(Context(prec=len(text)))
-            short[text] = f"{value:f}" if value else "0"  # not -0
-        numbered = CAMERA.fullmatch(text.strip()) if label == "camera" else None
-        known = first.setdefault(str(int(numbered[1])) if numbered else short[text], text)
-        if known != text:
-            one, other = (_place(layout, rows[texts.index(spelling)]) for spelling in (text, known))
-            raise ValueError(
-                f"{one}: {label} {text!r}, and {known!r} in {other}, which is the same number; expected one spelling "
-                f"for one {label}"
-            )
+        visible = _visible(text)
+        numbers = _numbers(visible)
+        short[text] = numbers[0] if numbers else text
+        if label == "camera" and (camera := CAMERA.fullmatch(visible)):
+            numbers = _numbers(camera[1])
+        for key in (visible, *numbers):
+            known = first.setdefault(key, text)
+            if known != text:
+                one, other = (_place(layout, rows[texts.index(spelling)]) for spelling in (text, known))
+                same = "is the same number" if numbers else "looks the same"
+                raise ValueError(
+                    f"{one}: {label} {text!r}, and {known!r} in {other}, which {same}; expected one spelling for one "
+                    f"{label}"
+                )
     return short
+
+
+def _visible(text: str) -> str:
+    """Text in one form of Unicode, without invisible characters and the spaces around it."""
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    return "".join(c for c in text if unicodedata.category(c) not in ("Cc", "Cf")).strip()
+
+
+def _numbers(text: str) -> list[str]:
+    """Numbers that a text may stand for in their shortest spelling, the likeliest first; none if it is no number.
+
+    Decimals may follow a comma, as in German spreadsheets, so that ``1,234`` is 1.234 or 1234.
+    """
+    plain = "".join(str(unicodedata.decimal(c, c)) for c in text).translate(SIGNS).removeprefix("'")
+    readings = [plain.replace(",", ".")] if NUMBER.fullmatch(plain) else []
+    if grouped := GROUPED.fullmatch(plain):
+        readings.append(plain.replace(grouped["mark"], "").replace(",", "."))
+    values = [Decimal(reading).normalize(Context(prec=len(plain))) for reading in readings]
+    return [f"{value:f}" if value else "0" for value in values]  # not -0
 
 
 def _alike(names: list[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        text = re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold().strip())
-        groups.setdefault(re.sub(r"0+(?=[0-9])", "", text) if not text.isdecimal() else text, []).append(name)
+        if _numbers(name):  # their spellings are one already
+            continue
+        text = unicodedata.normalize("NFKC", name).casefold()
+        words = re.findall(r"[^\W\d_]+|\d+|[^\w\s-]", text)  # letters, numbers, and each other sign
+        groups.setdefault(" ".join(word.lstrip("0") or "0" for word in words) or text, []).append(name)
     return [" = ".join(group) for group in groups.values() if len(group) > 1]
 
 

@@ -17,11 +17,12 @@ own.csv                               path,pid,camid,split
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from passreid_models.data.folder_names import is_split, refuse_other_folders, refuse_other_sets
 from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.synthetic.dataset import MARKER
 
@@ -41,6 +42,8 @@ MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_
 VERI = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
 FOLDERS = {"train": ("train_all", "train", MARKET["train"], "bbox_train"), "query": ("query",),
            "gallery": ("gallery", "test", MARKET["gallery"], "bbox_test")}  # fmt: skip
+PARTS_OF_TRAIN_ALL = {"train", "val", "multi-query"}
+"""Folders beside ``train_all/`` that scripts for Market-1501 write and evaluation does not use."""
 LISTS = {"train": ("list_train.txt", "list_val.txt"), "query": ("list_query.txt",), "gallery": ("list_gallery.txt",)}
 VERSIONS = {"MSMT17 V1": ("train", "test"), "MSMT17 V2": ("mask_train_v2", "mask_test_v2")}
 MARKET_NAME = re.compile(r"(?P<pid>-1|\d+)_(?:\d+_|s(?P<scene>\d+)_)?c(?P<camera>\d+)(?!\d)")
@@ -48,6 +51,10 @@ DUKE_NAME = re.compile(r"\d+_c\d+_f\d+")
 LTCC_NAME = re.compile(r"\d{3}_\d+_c\d+_\d+")
 RANDPERSON_NAME = re.compile(r"\d+_s\d+_c\d+_f\d+")
 MSMT_NAME = re.compile(r"\d+_\d+_\d+_\d{4}\D+_\d+_\d+")
+PID_NAME = re.compile(
+    r"(-1|\d+)_(c\d+s\d+_\d+_\d|c\d+_f\d|c\d{3}_\d{8}_\d|s\d+_c\d+_f\d|\d+_c\d+_\d{4}|\d+_\d+_\d{4}\D+_\d+_\d)"
+)
+"""Names of images in public sets, which begin with the identity; frame and camera, as in 000451_c1.jpg, are none."""
 VIDEOS = {
     "MARS": re.compile(r"(\d{4}|00-1)C(\d)T\d{4}F\d{3,}\."),
     "DukeMTMC-VideoReID": re.compile(r"(\d{4})_C(\d+)_F\d+_X\d+\."),
@@ -58,34 +65,6 @@ CAMERAS = (
     re.compile(r"(.*?[_-])?[cC](\d+)(?=[sS]\d|[_.-])"),  # 0002_c1s1_000451_03.jpg
     re.compile(r"(\d+)_\d+_(\d+)_\d{4}\D+_\d+_\d+"),  # MSMT17
 )
-OTHER_SETS = {
-    "PRCC": r"[ABC]_cropped_rgb\d+\.\w+|[ABC]/\d+/cropped_rgb\d+\.\w+",
-    "CUHK01": r"campus/\d{7}\.png",
-    "CUHK02": r"P[1-5]/cam[12]/\d{3}_\d{3}\.png",
-    "CUHK03": r"images_(detected|labell?ed)/\d+_\d+_\d+_\d+\.png",
-    "CUHK-SYSU": r"SSM/s\d+\.jpg",
-    "GRID": r"(probe|gallery)/\d{4}_\d_[\d_]+\.jpe?g",
-    "iLIDS-VID": r"cam[12]/person\d{3}/.+",
-    "PRID2011": r"cam_[ab]/person_\d{4}(/\d+)?\.png",
-    "VIPeR": r"cam_[ab]/\d{3}_\d+\.bmp",
-    "Partial-REID": r"(partial|occluded|whole)_body_images/\d{3}_\d{3}\.\w+",
-    "Occluded-REID": r"(occluded|whole)_body_images/\d{3}/\d{3}_\d+\.\w+",
-    "P-DukeMTMC-reID": r"(occluded|whole)_body_images/\d+/.*c\d_?f\d+.*",
-    "VC-Clothes": r"(train|query|gallery)/\d{4}-\d{2}-\d{2}-\d{2}\.\w+",
-    "SYSU-MM01": r"cam[1-6]/\d{4}/\d{4}\.jpg",
-    "RegDB": r"(Thermal|Visible)/\d+/.+\.bmp",
-    "DeepChange": r"(train-set|(val|test)-set-\w+)/.+",
-    "VehicleID": r"image/\d{7}\.jpg",
-}
-"""Public sets whose folders do not tell identities and cameras, by the ends of their paths."""
-SPLIT_WORD = re.compile(r"(train|test|query|querie|gallery|gallerie|probe)(ing|val|set|split|image|data)?s?")
-SET_WORD = re.compile(
-    r"(val|valid|validation|split|(data)?set|data|image|img|frame|crop|picture|photo|bbox|bounding|box(es)?|"
-    r"label(l?ed)?|unlabel(l?ed)?|detected|detection|multi|single|shot|all|mask|junk|distractor|sequence|seq|session|"
-    r"clip|day|scene|partial|occluded|whole|holistic|body|thermal|visible|infrared|rgb|depth|sketch|\d+)s?"
-)
-VIEWS = r"(cam|camera|view|viewpoint|video|channel|stream|sensor|site|location)"
-CAMERA_FOLDER = re.compile(rf"{VIEWS}[ _-]*\d+|{VIEWS}[ _-]+[a-z]|cameras?|cams|views?|videos?|(c|ch)[ _-]?\d+(s\d+)?")
 
 
 class Row(NamedTuple):
@@ -123,15 +102,20 @@ def read_folder(root: Path) -> Layout | None:
     lists = [name for names in LISTS.values() for name in names]
     if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
-    own = {"train": "train", "query": "query", "gallery": "gallery" if "gallery" in folders else "test"}
+    spelled = {name.lower(): name for name in sorted(folders)}  # Train/ is train/
+    own = {split: spelled.get(split, split) for split in SPLITS}
+    if "gallery" not in spelled:
+        own["gallery"] = spelled.get("test", "test")
     in_own = (name for split in ("train", "gallery") if own[split] in folders for name in _images_in(root / own[split]))
     if not folders & {MARKET["train"], MARKET["gallery"]} and any(map(MARKET_NAME.match, in_own)):
+        _refuse_unread_splits(root, folders, set(own.values()))
         return _read_market("flat folder", root, folders, own)
     for layout, parts in (("Market-1501", MARKET), ("VeRi-776", VERI)):
         if any(_images_in(root / name) for name in folders & set(parts.values())):
             return _read_market(layout, root, folders, parts)
-    if any(list_folder(str(root / name))[1] for names in FOLDERS.values() for name in folders & set(names)):
-        return _read_split_folders(root, folders)
+    own_folders = (spelled[name] for names in FOLDERS.values() for name in names if name in spelled)
+    if any(list_folder(str(root / name))[1] for name in own_folders):
+        return _read_split_folders(root, folders, spelled)
     return None
 
 
@@ -139,14 +123,15 @@ def read_tree(root: Path) -> Layout | None:
     """Read a folder that holds a folder of images for each identity; None if it has no image in them.
 
     Raises:
-        ValueError: If images lie beside the folders of identities, or deeper, or folders are named as those of splits,
-            sets or cameras, or of a public set with other folders.
+        ValueError: If images lie beside the folders of identities, or deeper, or are named as those of other
+            identities, or folders are named as those of splits, sets, cameras, days or places, or of a public set with
+            other folders.
     """
     expected = f"expected {root.name}/ID/*.jpg, with an ID of any text"
     names = list(image_names(str(root)))
     folders = {name.partition("/")[0]: name for name in reversed(names) if "/" in name}
-    _refuse_other_sets(root, reversed(folders.values()))
-    _refuse_other_folders(root, list(reversed(folders)))
+    refuse_other_sets(root, reversed(folders.values()))
+    refuse_other_folders(root, list(reversed(folders)))
     rows: list[Row] = []
     stray = ""
     for name in names:
@@ -163,7 +148,40 @@ def read_tree(root: Path) -> Layout | None:
             stray = stray or name
     if rows and stray:
         raise ValueError(f"{root / stray}: an image beside the folders of identities; {expected}")
+    _refuse_other_identities(root, rows)
     return _one_set("folder per identity", root, rows) if rows else None
+
+
+def _refuse_other_identities(root: Path, rows: list[Row]) -> None:
+    """Refuse images whose names, as those of public sets, tell other identities than their folders.
+
+    A folder of a number has images of that number; one of another name has images of one number, which no other has.
+    Junk and distractors may have any.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    firsts: dict[str | int, tuple[Row, int]] = {}  # by folder, and by the identity in the name
+    for row in rows:
+        image = os.path.basename(row.path)
+        match = next((m for pattern in (PID_NAME, *VIDEOS.values()) if (m := pattern.match(image))), None)
+        if match is None or row.pid.strip("0") in ("", "-1"):
+            continue
+        pid = int(match[1]) if match[1] != "00-1" else -1
+        other = ""
+        if row.pid.isdecimal():
+            is_other = pid != int(row.pid)
+        else:
+            known = [firsts.setdefault(key, (row, pid)) for key in (row.pid, pid)]
+            first = next((first for first in known if (first[0].pid, first[1]) != (row.pid, pid)), None)
+            is_other = first is not None
+            other = f", and that of {Path(first[0].path).relative_to(root)} identity {first[1]}" if first else ""
+        if is_other:
+            raise ValueError(
+                f"{row.path}: the name tells identity {pid}{other}, but the folder is {row.pid}/; expected a folder "
+                f"for each identity, {root.name}/ID/*.jpg, or all images in one folder, which takes their identities "
+                "from the names"
+            )
 
 
 def read_flat(root: Path) -> Layout | None:
@@ -189,46 +207,6 @@ def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
     return Layout(name, root, {"train": train, "query": query, "gallery": rows})
 
 
-def _refuse_other_sets(root: Path, names: Iterable[str]) -> None:
-    """Refuse images that are named as in a public set whose folders are not those of identities.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for name in names:
-        for known, pattern in OTHER_SETS.items():
-            if re.search(f"(^|/)({pattern})$", f"{root.name}/{name}"):
-                raise ValueError(
-                    f"{root / name}: named as in {known}, whose folders do not tell identities and cameras; expected a "
-                    "CSV file with the columns path,pid,camid,split"
-                )
-
-
-def _refuse_other_folders(root: Path, folders: list[str]) -> None:
-    """Refuse folders of images whose names are those of splits, sets or cameras.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    kinds: dict[str, list[str]] = {"a camera": [], "a split or set": []}
-    for folder in folders:
-        words = re.findall(r"[a-z]+|\d+", folder.lower())
-        if CAMERA_FOLDER.fullmatch(folder.strip().lower()):
-            kinds["a camera"].append(folder)
-        elif any(map(SPLIT_WORD.fullmatch, words)) or (
-            not all(map(str.isdecimal, words)) and all(map(SET_WORD.fullmatch, words))
-        ):
-            kinds["a split or set"].append(folder)
-    for kind, names in kinds.items():
-        if names:
-            shown = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
-            raise ValueError(
-                f"{root}: {'a folder is' if len(names) == 1 else f'{len(names)} folders are'} named like {kind}, not "
-                f"like an identity: {shown}; expected {root.name}/ID/*.jpg, or train/, query/ and gallery/ with a "
-                "folder for each identity, or a CSV file with the columns path,pid,camid,split"
-            )
-
-
 def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]) -> Layout:
     layout = Layout(name, root, parts={split: f"{folder}/" for split, folder in parts.items()})
     for split, folder in parts.items():
@@ -250,7 +228,7 @@ def _market_rows(folder: Path) -> list[Row]:
     for name in _images_in(folder):
         labels = MARKET_NAME.match(name)
         if labels is None:
-            _refuse_other_sets(folder.parent, [f"{folder.name}/{name}"])
+            refuse_other_sets(folder.parent, [f"{folder.name}/{name}"])
             raise ValueError(
                 f"{folder / name}: the name shows no identity and camera; expected PPPP_cC in front, such as "
                 "0002_c1s1_000451_03.jpg (Market-1501) or 0001_c2_f0046182.jpg (DukeMTMC-reID)"
@@ -320,15 +298,33 @@ def _read_list(file: Path, folder: Path) -> Iterator[Row]:
         yield Row(os.path.join(folder, path.strip()), str(int(pid) + 1), str(int(camera[0])), line_name)
 
 
-def _read_split_folders(root: Path, folders: set[str]) -> Layout:
+def _refuse_unread_splits(root: Path, folders: set[str], read: set[str]) -> None:
+    """Refuse folders of images that are named as splits and would be left out.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    known = read | (PARTS_OF_TRAIN_ALL if any(name.lower() == "train_all" for name in read) else set())
+    unread = [name for name in sorted(folders - known) if is_split(name) and next(image_names(str(root / name)), "")]
+    if unread:
+        shown = ", ".join(f"{name}/" for name in unread)
+        beside = " and ".join(f"{name}/" for name in sorted(read & folders))
+        raise ValueError(
+            f"{root}: {shown} beside {beside} would be left out; expected one folder for each split: train/ (or "
+            "train_all/) for training, query/, and gallery/ (or test/): rename, merge or move the others"
+        )
+
+
+def _read_split_folders(root: Path, folders: set[str], spelled: dict[str, str]) -> Layout:
     layout = Layout("folder per identity", root)
-    for split, names in FOLDERS.items():
-        name = next((name for name in names if name in folders), None)
-        layout.parts[split] = f"{name or names[1 if split == 'train' else 0]}/"
+    read = {split: next((spelled[n] for n in names if n in spelled), None) for split, names in FOLDERS.items()}
+    _refuse_unread_splits(root, folders, {name for name in read.values() if name})
+    for split, name in read.items():
+        layout.parts[split] = f"{name or split}/"
         tree = read_tree(root / name) if name else None
         if tree:
             layout.rows[split] = tree.rows["gallery"]
-    if "query" not in folders and tree:  # every image of the gallery is a query
+    if not read["query"] and tree:  # every image of the gallery is a query
         layout.rows["query"] = tree.rows["query"]
     for video, frame in VIDEOS.items():
         if all(frame.match(os.path.basename(row.path)) for rows in layout.rows.values() for row in rows):

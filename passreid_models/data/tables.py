@@ -21,6 +21,10 @@ REQUIRED = ("path", "pid", "split")
 NO_VALUE = {"", "nan", "NaN", "NA", "N/A", "#N/A", "<NA>", "null", "NULL", "None"}
 """Blank cells, and how programs write them."""
 ROUNDED = re.compile(r"-?[0-9]([.,][0-9]+)?[eE]\+?[0-9]{2,}")
+CAMERA_COLUMN = re.compile(r"cam(era)?s?[ _.-]*(ids?|no|nr|num(ber)?|index|name)?")
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+"""Encodings by their first bytes; UTF-32's begin as UTF-16's do."""
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -28,10 +32,11 @@ def read_csv(file: Path) -> Layout:
     """Read a CSV file with the columns path, pid, split, and camid if cameras are known.
 
     Identities and cameras are any text; ``-1`` is junk, or an unknown camera. ``test`` stands for ``gallery`` too.
-    Commas, semicolons or tabs separate the values; the text is UTF-8, or UTF-16 with its mark.
+    Commas, semicolons or tabs separate the values; the text is UTF-8, or UTF-16 or UTF-32 with its mark.
 
     Raises:
-        ValueError: If columns are missing, or a line has a blank or rounded value or an unknown split.
+        ValueError: If columns are missing, cameras have another name than camid, or a line has a blank or rounded value
+            or an unknown split.
     """
     layout = Layout("CSV", file.parent, parts=dict.fromkeys(SPLITS, file.name))
     rows = _rows(file)
@@ -81,6 +86,8 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
         )
     if twice := [name for name in (*REQUIRED, "camid") if columns.count(name) > 1]:
         raise ValueError(f"{file}:{start + 1}: the column {twice[0]} is named twice; expected it once")
+    if camera := next((name for name in columns if CAMERA_COLUMN.fullmatch(name) and "camid" not in columns), None):
+        raise ValueError(f"{file}:{start + 1}: the column {camera} is not read; expected the name camid for cameras")
     yield start + 1, columns
     table = csv.reader(lines[start + 1 :], delimiter=separator, skipinitialspace=separator != "\t", strict=True)
     try:
@@ -103,11 +110,11 @@ def _columns(head: str, separator: str) -> list[str]:
 
 def _text(file: Path) -> str:
     content = file.read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if b"\0" in content and not is_utf16:
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    if b"\0" in content and encoding.startswith("utf-8"):
         raise ValueError(f"{file}: UTF-16 without its mark, or no text; expected a CSV file in UTF-8")
     try:
-        return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        return content.decode(encoding)
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
         raise ValueError(f"{file}:{line}: no CSV file in UTF-8: {e}; expected 'CSV UTF-8' of a spreadsheet") from None

@@ -204,6 +204,10 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "nearly equal names": (
         csv("0.jpg,Anna 1,1,train", "1.jpg,anna_01,1,train", "2.jpg,anna2,1,train"), "remark", "alike",
         "two identities each, though their names are nearly equal: Anna 1 = anna_01"),
+    "nearly equal cameras": (
+        csv("0.jpg,a,lobby,query", "1.jpg,a,Lobby,gallery", "2.jpg,b,cam a,gallery", "3.jpg,b,cam_a,gallery"),
+        "remark", "alike cameras",
+        "two cameras each, though their names are nearly equal: Lobby = lobby, cam a = cam_a"),
     "queries in the gallery": (
         csv("0.jpg,a,1,query", "0.jpg,a,1,gallery", "1.jpg,a,2,gallery"), "remark", "queries in the gallery",
         "1 query is in the gallery too; each is left out of its own ranking"),

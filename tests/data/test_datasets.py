@@ -248,10 +248,11 @@ OTHER_FOLDERS = {
     "UnrealPerson": (["images/0001_c001_f0001.jpg", "images/0002_c002_f0001.jpg"], "a split or set, .*: images; expec"),
     "PersonX": (["1/query/0001_c1_1.jpg", "2/query/0001_c1_1.jpg"], "holds Market-1501 in 1/ beside other folders: na"),
     "SenseReID": (["test_probe/00001_0.jpg", "test_gallery/00001_1.jpg"], "split or set, .*: test_gallery, test_probe"),
-    "days": (["day 1/a.jpg", "session2/a.jpg"], "2 folders are named like a split or set, .*: day 1, session2"),
+    "sessions": (["day 1/a.jpg", "session2/a.jpg"], "a folder is named like a split or set, .*: session2; expected"),
+    "parts": (["fold1/a.jpg", "batch_2/a.jpg", "part 3/a.jpg", "tracklet_1/a.jpg"], "4 folders .* like a split or set"),
     "bodies": (["whole_body/1.jpg", "occluded_body/1.jpg"], "like a split or set, .*: occluded_body, whole_body"),
     "spectra": (["Thermal/1.jpg", "Visible/1.jpg"], "2 folders are named like a split or set, .*: Thermal, Visible"),
-    "upper case": (["Train/1/a.jpg", "TestSet/1/a.jpg"], "like a split or set, .*: TestSet, Train; expected data/ID/"),
+    "upper case": (["TrainSet/1/a.jpg", "TestSet/1/a.jpg"], "like a split or set, .*: TestSet, TrainSet; expected"),
 }  # fmt: skip
 
 
@@ -260,6 +261,63 @@ def test_folders_named_like_splits_sets_or_cameras_are_no_identities(tmp_path, c
     names, message = OTHER_FOLDERS[case]
     with pytest.raises(ValueError, match=message):
         open_dataset(write(tmp_path / "data", names))
+
+
+SCENES = ["camA camB", "cam1_morning cam2_morning", "cam_front cam_back", "camFront camBack", "cam-1-2 cam-2-2",
+          "lobby_cam door_cam", "ipcam1 ipcam2", "cctv1 cctv2", "Kamera1 C\xe1mara2", "0001_cam1 0001_cam2",
+          "2024-01-05 2024-01-06", "20240105 20240106", "05.01.2024 06.01.2024", "2024-01-05_08-30 2024-01-05T14-00",
+          "monday tuesday", "Mon Tue", "morning night", "jan05 jan06", "day1 day2", "monday_2024-01-05 week2",
+          "left right", "entrance exit", "1st_floor 2nd_floor", "lobby gate2", "-1 day1 day2",
+          "0000 left right"]  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", SCENES)
+def test_folders_that_are_all_named_by_cameras_times_and_places_are_no_identities(tmp_path, folders):
+    names = [f"{folder}/{i}.jpg" for i, folder in enumerate(folders.split())]
+    with pytest.raises(ValueError, match=r"folders are named like a camera, time or place, not like an identity: "):
+        open_dataset(write(tmp_path / "data", names))
+    with pytest.raises(ValueError, match=r"/gallery: 2 folders are named like a camera, time"):
+        open_dataset(write(tmp_path / "splits", [f"gallery/{name}" for name in names]))
+
+
+PERSONS = ["Day May anna", "April Johnson", "person_01 person_02", "id12 id13", "ID-3 ID-4", "20240105 20241399",
+           "a b c", "0001 0002", "track1 track2", "Camilla Camille", "p1 p2", "Sunny Rainer", "1 2024-01-05", "007 008",
+           "site3_anna site4_bert", "0001_20240105 0002_20240105"]  # fmt: skip
+
+
+@pytest.mark.parametrize("folders", PERSONS)
+def test_persons_named_as_a_day_among_others_and_numbers_are_identities(tmp_path, folders):
+    dataset = open_dataset(write(tmp_path / "data", [f"{folder}/a.jpg" for folder in folders.split()]))
+    assert dataset.train.num_ids == len(folders.split())
+
+
+OTHER_NAMES = {
+    "entrance": (["front door/0000_c1s1_000451_03.jpg", "front door/0001_c1s1_000451_03.jpg", "anna/x.jpg"],
+                 r"0001_c1s1_000451_03.jpg: the name tells identity 1, and that of front door/0000_.* identity 0, but"),
+    "two folders": (["foyer/0001_c1_f0046182.jpg", "kiosk/0001_c2_f0046182.jpg"],
+                    r"kiosk/0001_c2_f0046182.jpg: .* identity 1, and that of foyer/0001_.* identity 1, but .* kiosk/;"),
+    "a number": (["7/0007_c1s1_000451_03.jpg", "7/0008_c1s1_000451_03.jpg", "9/0009_c1s1_000451_03.jpg"],
+                 r"7/0008_c1s1_000451_03.jpg: the name tells identity 8, but the folder is 7/; expected a folder f"),
+    "MSMT17": (["0/0000_000_01_0303morning_0008_0.jpg", "1/0002_000_01_0303morning_0008_0.jpg"], "identity 2, but the"),
+    "VeRi": (["1/0001_c001_00016450_0.jpg", "2/0001_c002_00016450_0.jpg"], "tells identity 1, but the folder is 2/"),
+    "MARS": (["a/0006C1T0001F001.jpg", "a/0007C1T0001F001.jpg", "b/x.jpg"], "identity 7, and that of a/0006C1T"),
+    "a junk image": (["a/0006C1T0001F001.jpg", "a/00-1C1T0001F001.jpg"], "identity 6, and that of .* identity -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["", "query/", "gallery/"])
+@pytest.mark.parametrize("case", OTHER_NAMES)
+def test_images_named_as_other_identities_than_their_folders_are_refused(tmp_path, case, split):
+    names, message = OTHER_NAMES[case]
+    with pytest.raises(ValueError, match=message):
+        open_dataset(write(tmp_path / "data", [split + name for name in names]))
+
+
+def test_images_whose_names_agree_with_their_folders_or_tell_frames_are_those_of_the_folders(tmp_path):
+    names = ["7/0007_c1s1_000451_03.jpg", "anna/0001_c2_f0046182.jpg", "anna/0001_c1_f0046182.jpg",
+             "bert/000451_c1.jpg", "bert/000452_c1.jpg", "carl/000451_c1.jpg", "-1/0009_c1s1_000451_03.jpg",
+             "-1/0003_c1s1_000451_03.jpg", "dora/00_c1s1_000451_03.jpg", "0000/4622_c8_f0106208.jpg"]  # fmt: skip
+    assert open_dataset(write(tmp_path / "own", names)).query.num_ids == 5
 
 
 OTHER_SETS = {
@@ -345,7 +403,8 @@ def test_split_folders_are_numbered_together_and_cameras_come_from_the_names(tmp
 @pytest.mark.parametrize(
     ("folders", "expected"),
     [
-        (("train_all", "train", "val", "query", "gallery"), ("train_all/1/x.jpg", "query/1/x.jpg", "gallery/1/x.jpg")),
+        (("train_all", "train", "val", "query", "multi-query", "gallery"),
+         ("train_all/1/x.jpg", "query/1/x.jpg", "gallery/1/x.jpg")),
         (("train", "query", "test"), ("train/1/x.jpg", "query/1/x.jpg", "test/1/x.jpg")),
         (("bounding_box_train", "query", "bounding_box_test"),
          ("bounding_box_train/1/x.jpg", "query/1/x.jpg", "bounding_box_test/1/x.jpg")),
@@ -356,6 +415,32 @@ def test_split_folders_may_have_these_names(tmp_path, folders, expected):
     dataset = open_dataset(write(tmp_path, [f"{folder}/1/x.jpg" for folder in folders]))
     assert tuple(dataset.relative(split.paths[0]) for split in dataset.splits.values()) == expected
     assert dataset.own.tolist() == ([0] if "query" not in folders else [-1])
+
+
+@pytest.mark.parametrize("image", ["1/x.jpg", "0001_c1s1_000451_03.jpg"])
+@pytest.mark.parametrize(
+    ("folders", "unread"),
+    [
+        ("train probe gallery", "probe/"), ("train queries gallery", "queries/"), ("train val test", "val/"),
+        ("train query gallery test", "test/"), ("train Validation test_2", "Validation/, test_2/"),
+        ("train query gallery distractors", "distractors/"),
+        ("train query gallery multi-query", "multi-query/"),
+    ],
+)  # fmt: skip
+def test_a_folder_named_as_a_split_that_would_be_left_out_is_refused(tmp_path, folders, unread, image):
+    root = write(tmp_path / "data", [f"{folder}/{image}" for folder in folders.split()])
+    with pytest.raises(ValueError, match=rf"data: {unread} beside .* would be left out; expected one fol"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("image", ["1/x.jpg", "0001_c1s1_000451_03.jpg"])
+def test_folders_of_splits_may_be_in_upper_case_and_beside_others(tmp_path, image):
+    root = write(tmp_path / "data", [f"{name}/{image}" for name in ("Train", "QUERY", "Gallery")])
+    (root / "val").mkdir()
+    write(root, ["Valerie/x.jpg", "plots/x.jpg"])
+    dataset = open_dataset(root)
+    assert dataset.parts == ("Train/", "QUERY/", "Gallery/")
+    assert [len(split) for split in dataset.splits.values()] == [1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------- flat folder
@@ -474,7 +559,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda root: root, r" holds 0 folders and 0 files, which is no known layout; expected Market-1501"),
     "flat": (lambda root: write(root, ["abcd/a.jpg", "b.jpg"]), r"b.jpg: an image beside the folders of identities"),
     "images": (lambda root: write(root, ["b.jpg"]), r"holds 0 folders and 1 file \(b.jpg\), which is no known layout"),
-    "deep": (lambda root: write(root, ["cam/id/b.jpg"]), r"cam/id/b.jpg: an image below the folder of an identity"),
+    "deep": (lambda root: write(root, ["a1/id/b.jpg"]), r"a1/id/b.jpg: an image below the folder of an identity"),
     "file": (lambda root: write(root, ["b.jpg"]) / "b.jpg", r"cannot come from this kind of file; expected Market"),
     "a name of a flat folder": (
         lambda root: write(root, ["0002_c1.jpg", "person.jpg"]), r"/data/person.jpg: the name shows no identity and"),

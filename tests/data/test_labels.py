@@ -42,6 +42,24 @@ SPELLINGS = {
     "c1": (["a.jpg,1,1,query", "b.jpg,1,c1,gallery"], r"own.csv:3: camera 'c1', and '1' in .*/own.csv:2, which is the"),
     "cam 1": (["a.jpg,1,c01,query", "b.jpg,1,Cam 1,gallery"], r"own.csv:3: camera 'Cam 1', and 'c01' in .*/own.csv:2"),
     "cameras": (["a.jpg,1,1,query", "b.jpg,1,01,gallery"], r"own.csv:3: camera '01', and '1' in .*/own.csv:2, which"),
+    "decimal commas": (['a.jpg,1,1,query', 'b.jpg,"1,0",2,gallery'], r"own.csv:3: identity '1,0', and '1' in .*csv:2"),
+    "no zero in front": (["a.jpg,.5,1,query", "b.jpg,0.5,2,gallery"], r"identity '0.5', and '.5' in .*csv:2, which is"),
+    "commas of thousands": (['a.jpg,1234,1,query', 'b.jpg,"1,234",2,gallery'], r"identity '1,234', and '1234' in"),
+    "points of thousands": (['a.jpg,1.234,1,query', 'b.jpg,"1.234,0",2,gallery', "c.jpg,1234,1,query"],
+                            r"own.csv:4: identity '1234', and '1.234' in"),
+    "thousands and decimals": (['a.jpg,"1.234,00",1,query', 'b.jpg,1234,2,gallery'], r"'1234', and '1.234,00' in"),
+    "an apostrophe": (["a.jpg,1,1,query", "b.jpg,'1,2,gallery"], r"own.csv:3: identity \"'1\", and '1' in .*csv:2"),
+    "a minus": (["a.jpg,-1,1,query", "b.jpg,\u22121,2,gallery"], r"own.csv:3: identity '\u22121', and '-1' in .*csv:2"),
+    "Arabic digits": (["a.jpg,12,1,query", "b.jpg,\u0661\u0662,2,gallery"], r"own.csv:3: identity '.*', and '12' in"),
+    "wide digits": (["a.jpg,12,1,query", "b.jpg,\uff11\uff12,2,gallery"], r"own.csv:3: identity '.*', and '12' in"),
+    "an invisible character": (["a.jpg,1,1,query", "b.jpg,\u200b1,2,gallery"], r"identity '\\u200b1', and '1' in .*cs"),
+    "invisible in text": (["a.jpg,anna,1,query", "b.jpg,an\u200bna,2,gallery"],
+                          r"own.csv:3: identity 'an\\u200bna', and 'anna' in .*csv:2, which looks the same; expec"),
+    "forms of an accent": (["a.jpg,Jos\xe9,1,query", "b.jpg,Jose\u0301,2,gallery"], r"identity .* looks the same"),
+    "a space that does not break": (["a.jpg,gate 1,1,query", "b.jpg,gate\xa01,2,gallery"], "which looks the same"),
+    "view01": (["a.jpg,1,view1,query", "b.jpg,1,view01,gallery"], r"camera 'view01', and 'view1' in .* same number"),
+    "view1": (["a.jpg,1,1,query", "b.jpg,1,view1,gallery"], r"own.csv:3: camera 'view1', and '1' in .*own.csv:2, w"),
+    "decimal commas of cameras": (['a.jpg,1,c1,query', 'b.jpg,1,"1,0",gallery'], r"camera '1,0', and 'c1' in .*csv:2"),
     "junk": (["a.jpg,-1,1,query", "b.jpg,-1.0,1,gallery"], r"identity '-1.0', and '-1' in .*/own.csv:2"),
     "a path": (["a.jpg,1,1,train", "b.jpg,2,1,train", "./a.jpg,2,1,train"],
                r"own.csv:4: .*/a.jpg has identity 2, and 1 in .*/own.csv:2; expected one identity and one camera"),
@@ -67,6 +85,14 @@ def test_labels_that_only_look_like_numbers_stay_text(tmp_path):
     lines = ["path,pid,split", "0.jpg,+7,train", "1.jpg,1e1,train", "2.jpg,-0.0,gallery"]
     dataset = open_dataset(write_csv(tmp_path / "numbers.csv", lines))
     assert (dataset.train.pids.tolist(), dataset.gallery.pids.tolist()) == ([7, 10], [0])
+
+
+def test_numbers_of_a_german_spreadsheet_and_of_other_scripts_are_the_numbers_they_were(tmp_path):
+    lines = ["path;pid;camid;split", "0.jpg;1,0;'1;query", "1.jpg;1,0;2,00;gallery", "2.jpg;\u22121;\uff13;gallery",
+             "3.jpg;\u0660,0;4.0;gallery", "4.jpg;\u200b7;\u22121;gallery"]  # fmt: skip
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", lines))
+    assert (dataset.query.pids.tolist(), dataset.gallery.pids.tolist()) == ([1], [1, -1, 0, 7])
+    assert (dataset.query.camids.tolist(), dataset.gallery.camids.tolist()) == ([0], [1, 2, 3, -1])
 
 
 def test_folders_of_one_number_are_refused(tmp_path):

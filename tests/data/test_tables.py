@@ -46,6 +46,14 @@ CSV_ERRORS = {
     ),
     "blank camera": (["path,pid,camid,split", "a.jpg,1,,train"], r"own.csv:2: no camid; expected a value"),
     "short": (["path,pid,camid,split", "a.jpg,1"], r"own.csv:2: no split and no camid"),
+    "camera": (
+        ["path,pid,camera,split", "a.jpg,1,1,train"],
+        r"own.csv:1: the column camera is not read; expected the na",
+    ),
+    "cam_id": (
+        ["path,pid,split,Cam_ID", "a.jpg,1,train,1"],
+        r"own.csv:1: the column cam_id is not read; expected the na",
+    ),
     "split": (["path,pid,split", "a.jpg,1,val"], r"own.csv:2: split is 'val'; expected train, query or gallery"),
 }
 
@@ -66,6 +74,8 @@ WRITTEN = {
     "tabs": TEXT.replace(",", "\t").encode(),
     "UTF-16": TEXT.replace(",", "\t").encode("utf-16"),
     "UTF-16, high byte first": b"\xfe\xff" + TEXT.encode("utf-16-be"),
+    "UTF-32": TEXT.encode("utf-32"),
+    "UTF-32, high byte first": b"\0\0\xfe\xff" + TEXT.encode("utf-32-be"),
     "sep": ("sep=;\r\n" + TEXT.replace(",", ";")).encode(),
     "quotes": "".join('"' + line.replace(",", '";"') + '"\n' for line in LINES).encode(),
     "quotes and spaces": "".join('"' + line.replace(",", '" , "') + '"\n' for line in LINES[:1]).encode()
@@ -117,3 +127,12 @@ def test_csv_that_may_be_read_in_two_ways_is_refused_with_its_line(tmp_path, cas
     (tmp_path / "own.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path / "own.csv")
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "txt"])
+def test_a_list_of_another_suffix_is_refused_with_the_suffix_to_give_it(tmp_path, suffix):
+    file = write_csv(tmp_path / f"own.{suffix}", [line.replace(",", "\t") for line in LINES])
+    with pytest.raises(
+        ValueError, match=rf"own.{suffix}: .* \(a list with .* or tabs is read once it is named .csv\); e"
+    ):
+        open_dataset(file)
