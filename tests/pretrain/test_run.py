@@ -565,7 +565,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_the_run_resumes_when_there_is
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        (300, "{run} cannot be written to (File too large)"),  # not even the configuration
+        (300, "{run}/config.yaml could not be written: File too large"),
         (1500, "{run} cannot be written to (File too large)"),  # the log and the metrics
         (100_000, "{run}/checkpoints/step_000000004.pt could not be written"),
     ],
