@@ -226,10 +226,10 @@ def test_an_unreadable_image_is_in_no_cluster(data, tmp_path):
 
 
 def test_folders_of_unlabelled_images_are_no_identities_to_evaluate_on(data, tmp_path):
-    for path in (data / "bounding_box_train").iterdir():
+    for i, path in enumerate((data / "bounding_box_train").iterdir()):
         folder = tmp_path / "crops" / f"p{path.name[6]}"
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder)
+        shutil.copy(path, folder / f"{i}.jpg")
     cluster(cluster_config(tmp_path / "crops", tmp_path / "run", epochs=1))
     assert not any("mAP" in r for r in metrics(tmp_path / "run"))
     assert "folders are taken for identities in purity and ARI" in (tmp_path / "run" / "log.txt").read_text()
