@@ -25,7 +25,7 @@ from passreid_models.runtime import atomic_file, cache_dir, num_cores, sha256
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
-VERSION = 2  # to be raised when the same image and weights give another descriptor
+VERSION = 1  # to be raised when the same image and weights give another descriptor, beyond rounding
 _logger = logging.getLogger(__name__)
 
 

@@ -533,13 +533,8 @@ def test_score_is_the_evaluation_and_leaves_the_model_in_training_as_it_is(marke
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-def test_score_looks_into_wrappers(market):
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = make_model()
-
-    assert score(Wrapped(), market, "cpu") == score(make_model(), market, "cpu")
+def test_score_looks_into_wrappers_of_torch(market):
+    assert score(torch.optim.swa_utils.AveragedModel(make_model()), market, "cpu") == score(make_model(), market, "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------ models
