@@ -112,9 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("images", nargs="+", help="image files and folders")
     embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
     embed.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
-    embed.add_argument("--device", help="default: the accelerator, if there is one")
-    embed.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    embed.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
+    _add_device_options(embed)
     embed.add_argument("--batch-size", type=int, default=64)
     embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     embed.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
@@ -129,9 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
     evaluate.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
     evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--device", help="default: the accelerator, if there is one")
-    evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    evaluate.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
+    _add_device_options(evaluate)
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
     evaluate.add_argument(
@@ -244,6 +240,12 @@ def _demo(args: argparse.Namespace) -> int:
     else:
         print(demo.run(args.model, args.out, args.ids))
     return 0
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: the accelerator, if there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
 
 
 def _dtype(args: argparse.Namespace) -> "torch.dtype":

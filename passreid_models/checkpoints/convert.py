@@ -76,8 +76,8 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Pa
 
     Raises:
         CheckpointError: If it is not a checkpoint of this family, the student is asked for and nothing in the file is
-            called so, its tensors are not dense, finite and of floating
-            point, or their shapes are not those of one network.
+            called so, its tensors are not dense, finite and of floating point, or their shapes are not those of one
+            network.
     """
     try:
         return _convert(checkpoint, network)

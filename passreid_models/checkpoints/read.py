@@ -41,12 +41,7 @@ def read_checkpoint(path: str | Path) -> Any:
             return safetensors.torch.load_file(path)
         except (SafetensorError, KeyError, RuntimeError) as e:
             raise CheckpointError(f"{path} is not a whole safetensors file ({e}): download it again") from None
-    if path.stat().st_size < _declared_bytes(path):
-        raise CheckpointError(
-            f"{path} was refused: its entries are larger than the file, which torch.save does not write"
-        )
-    if damaged := _damaged_entry(path):
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match{AGAIN}")
+    _check_zip(path)
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -70,27 +65,29 @@ def read_checkpoint(path: str | Path) -> Any:
         raise CheckpointError(f"{path} {what} ({cause}){again}") from None
 
 
-def _damaged_entry(path: Path) -> str | None:
-    """First entry of a zip file whose CRC-32 does not match, which torch does not check; None if there is none."""
+def _check_zip(path: Path) -> None:
+    """Check what torch does not in a zip file: that its entries are not larger than the file, and their CRC-32.
+
+    Raises:
+        CheckpointError: If it is a bomb, or an entry is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as file:
-            return file.testzip()
+            is_bomb = path.stat().st_size < sum(entry.file_size for entry in file.infolist())
+            damaged = None if is_bomb else file.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):  # torch.load says what it is
-        return None
+        return
+    if is_bomb:
+        raise CheckpointError(
+            f"{path} was refused: its entries are larger than the file, which torch.save does not write"
+        )
+    if damaged:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} does not match{AGAIN}")
 
 
 def has_checksum(path: Path) -> bool:
     """Whether the format of a checkpoint file holds checksums, by which a flipped bit is found."""
     return zipfile.is_zipfile(path)
-
-
-def _declared_bytes(path: Path) -> int:
-    """Bytes of all entries of a zip file, more than those of the file if it is a bomb; 0 of other files."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return sum(entry.file_size for entry in file.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
-        return 0
 
 
 def _safe_globals() -> list[Any]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class Retrieved:
         """ROC of a verification over all pairs that count."""
         return roc(self.query_features, self.gallery_features, **self.labels, metric=self.metric)
 
-    @property
+    @cached_property
     def removed(self) -> np.ndarray:
         """Identities that ``open_set`` takes out of the gallery: half of the queries', if all of these are in it."""
         queries, gallery = self.pids

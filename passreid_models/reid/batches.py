@@ -52,9 +52,8 @@ def train_transform(
     """Return the transform of a PIL image to a ``TrainImage``; it draws from torch's generator.
 
     Resize, flip, pad, crop, normalise by 0.5 and erase, as TransReID and the published models do; the last two are done
-    by ``normalise``, on the training device. Variation that is
-    switched on comes after the flip, as in a camera: light and colour, blur, then JPEG at a smaller size. What is
-    switched off draws no random number.
+    by ``normalise``, on the training device. Variation that is switched on comes after the flip, as in a camera: light
+    and colour, blur, then JPEG at a smaller size. What is switched off draws no random number.
 
     Args:
         config: Configuration with its ``size``.

@@ -265,9 +265,8 @@ class ClusterRun(ReIDRun):
         else:
             t.begin_epoch(torch.from_numpy(labels), features)
         figures = {"clusters": float(count), "outliers": float((labels[readable] < 0).mean())}
-        if not (
-            self.is_main and self.folder.metric(t.step, "clusters") is not None
-        ):  # else killed before the next checkpoint
+        is_logged = self.is_main and self.folder.metric(t.step, "clusters") is not None  # killed before a checkpoint
+        if not is_logged:
             self.write({**figures, **compare_with_labels(labels, self.train_split.pids)})
 
     def _keep_clusters(self, count: int, labels: np.ndarray) -> None:

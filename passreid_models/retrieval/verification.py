@@ -5,7 +5,7 @@ that rates are exact for thresholds at the edges of bins: 2e-6 apart for cosines
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -138,8 +138,8 @@ def roc(
         bins[hidden] = BINS
         total += torch.bincount(bins.flatten(), minlength=BINS + 1).cpu().numpy()
         positive += torch.bincount(bins[indices(matches, bins)], minlength=BINS + 1).cpu().numpy()
-    curve = _curve(positive[:BINS], (total - positive)[:BINS], np.linspace(low, high, BINS + 1))
-    return replace(curve, num_not_finite=protocol.num_not_finite)
+    edges = np.linspace(low, high, BINS + 1)
+    return _curve(positive[:BINS], (total - positive)[:BINS], edges, protocol.num_not_finite)
 
 
 def _range(pairs: Similarities) -> tuple[float, float]:
@@ -151,7 +151,7 @@ def _range(pairs: Similarities) -> tuple[float, float]:
     return -max(4 * float(squares.max()) if len(squares) else 0.0, 1e-12), 0.0
 
 
-def _curve(positive: np.ndarray, negative: np.ndarray, edges: np.ndarray) -> ROC:
+def _curve(positive: np.ndarray, negative: np.ndarray, edges: np.ndarray, num_not_finite: int) -> ROC:
     num_positives, num_negatives = int(positive.sum()), int(negative.sum())
     if not num_positives or not num_negatives:
         kind = "one identity" if not num_positives else "two identities"
@@ -167,7 +167,7 @@ def _curve(positive: np.ndarray, negative: np.ndarray, edges: np.ndarray) -> ROC
     return ROC(
         eer, eer_threshold, num_positives, num_negatives,
         np.append(0.0, fpr[points]), np.append(0.0, tpr[points]), np.append(np.inf, edges[points]),
-        edges[:: BINS // PLOT_BINS], plot[0], plot[1], edges, at_or_above[0], at_or_above[1],
+        edges[:: BINS // PLOT_BINS], plot[0], plot[1], edges, at_or_above[0], at_or_above[1], num_not_finite,
     )  # fmt: skip
 
 
