@@ -116,7 +116,8 @@ def test_bundling_reports_mistakes_before_it_draws(words, changed, message, tmp_
 
 def test_webp_copies_have_the_labels_and_the_marker_of_the_drawn_set(tmp_path):
     drawn = SyntheticPersons(4, 4, 2, size=(64, 32)).write_market1501(tmp_path / "drawn", train_ids=2)
-    (drawn / "synthetic3d.json").write_text('{"generator": 2}')
+    (drawn / "synthetic_persons.json").unlink()
+    (drawn / "synthetic3d.json").write_text('{"generator": 2, "seed": 3}')
     words = ["tiny", "--work", str(tmp_path / "work"), "--data", str(drawn), "--held-out", str(drawn)]
     words += ["--webp", str(tmp_path / "webp")]
     train_bundled.main(words)
@@ -129,7 +130,9 @@ def test_webp_copies_have_the_labels_and_the_marker_of_the_drawn_set(tmp_path):
         assert np.abs(np.asarray(copy, float) - np.asarray(image, float)).mean() < 10
     described = train_bundled.describe(tmp_path / "webp" / "held-out-webp")
     assert (described["generator"], described["webp_quality"]) == (2, train_bundled.WEBP_QUALITY)
-    assert described["data"].startswith("synthetic, held-out-webp/: 8 training images of 2 identities, 4 queries")
+    assert described["data"].startswith(
+        "synthetic 3-D (generator 2, seed 3), held-out-webp/: 8 training images of 2 identities, 4 queries"
+    )
 
     missing, whole = (Path(copies.query.paths[i]) for i in (0, 1))
     missing.unlink()

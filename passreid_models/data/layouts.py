@@ -15,6 +15,7 @@ own/0002_c1s1_000451_03.jpg           the same without folders, by names as abov
 own.csv                               path,pid,camid,split
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -217,9 +218,20 @@ def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]
         layout.name = "DukeMTMC-reID"
     elif all(map(LTCC_NAME.match, names)):
         layout.name = "LTCC"
-    if (root / MARKER).is_file() or (root / MARKER_3D).is_file():
+    if (root / MARKER).is_file():
         layout.name = "synthetic"
+    elif (root / MARKER_3D).is_file():
+        layout.name = _name_3d(root / MARKER_3D)
     return layout
+
+
+def _name_3d(marker: Path) -> str:
+    """Name of a set of 3-D persons, with what tells its images from those of another drawing."""
+    try:
+        recipe = json.loads(marker.read_text(encoding="utf-8"))
+        return f"synthetic 3-D (generator {int(recipe.get('generator', 1))}, seed {int(recipe['seed'])})"
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return "synthetic 3-D"
 
 
 def _market_rows(folder: Path) -> list[Row]:

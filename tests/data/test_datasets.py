@@ -602,3 +602,22 @@ def test_no_image_is_opened(tmp_path):
 def test_written_persons_are_called_synthetic_and_not_compared_with_published_counts(tmp_path):
     SyntheticPersons(4, 5, 3, size=(32, 16)).write_market1501(tmp_path / "persons")
     assert open_dataset(tmp_path / "persons").name == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("marker", "name"),
+    [
+        ('{"generator": 2, "seed": 3}', "synthetic 3-D (generator 2, seed 3)"),
+        ('{"seed": 3}', "synthetic 3-D (generator 1, seed 3)"),  # before the generator had a version
+        ("{", "synthetic 3-D"),
+        ('["generator"]', "synthetic 3-D"),
+        ('{"generator": null, "seed": 3}', "synthetic 3-D"),
+    ],
+)
+def test_drawn_persons_are_named_by_generator_and_seed(tmp_path, marker, name):
+    SyntheticPersons(4, 5, 3, size=(32, 16)).write_market1501(tmp_path)
+    (tmp_path / "synthetic_persons.json").unlink()
+    (tmp_path / "synthetic3d.json").write_text(marker)
+    dataset = open_dataset(tmp_path)
+    assert dataset.name == name
+    assert dataset.description.startswith(f"{name}, {tmp_path.name}/: ")
