@@ -79,6 +79,9 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="pre-training methods"
     )
+    parser.add_argument(
+        "--starts", nargs="+", choices=list(STARTS), default=list(STARTS), help="weights that fine-tuning begins with"
+    )
     parser.add_argument("--ids", type=int, default=700, help="persons for training, 10 images each")
     parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
     parser.add_argument("--reid-epochs", type=int, default=4, help="of fine-tuning")
@@ -93,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         seeds, methods = range(args.seeds), list(dict.fromkeys(args.methods))
-        starts = [start for start, method in STARTS.items() if method in ("", *methods)]
+        starts = [start for start in dict.fromkeys(args.starts) if STARTS[start] in ("", *methods)]
         try:
             draw_persons(out, args.ids, 10 if args.quick else 200)
         except (ValueError, OSError) as e:  # such as a folder begun with another --ids

@@ -46,7 +46,7 @@ def measure(out: Path, quick: bool) -> dict[str, float]:
     """Train and evaluate; return mAP and Rank-1 of each model, in percent."""
     ids, folder = 40 if quick else 200, shlex.quote(str(out))
     target, source = (DATA.format(ids=ids, seed=seed, place=place) for seed, place in ((11, "studio"), (12, "summer")))
-    options = f"--init synth_reid --model {MODEL} --size {SIZE} --preset laptop --resume auto"
+    options = f"--init pass_vit_tiny_patch16.synth_reid --model {MODEL} --size {SIZE} --preset laptop --resume auto"
     if quick:
         options += " --epochs 1"
     passreid(f"finetune {target} {options} --out {folder}/supervised")
