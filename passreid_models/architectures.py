@@ -6,6 +6,8 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {"imagenet": IMAGENET, "0.5": HALF}
 
+DEFAULT_MODEL = "pass_vit_small_patch16"
+
 
 @dataclass(frozen=True)
 class Architecture:

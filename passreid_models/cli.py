@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from passreid_models.architectures import DEFAULT_MODEL
+
 if TYPE_CHECKING:
     import torch
 
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="rank generated persons with the bundled weights, offline")
-    demo.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    demo.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
     demo.add_argument("--out", type=Path, default=Path("passreid_demo.png"), help="picture to write (%(default)s)")
     demo.add_argument("--ids", type=int, default=40, help="persons (default: %(default)s)")
     demo.add_argument(
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="images to descriptors")
     embed.add_argument("images", nargs="+", help="image files and folders")
     embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
-    embed.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    embed.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
     _add_device_options(embed)
     embed.add_argument("--batch-size", type=int, default=64)
     embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
     evaluate.add_argument("data", help="Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file ...")
-    evaluate.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
     evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     evaluate.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
     evaluate.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from passreid_models.architectures import DEFAULT_MODEL
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
@@ -35,13 +36,13 @@ class Embedder:
     Interpolation and statistics of the preprocessing come from the model's pretrained cfg, the size from the model.
 
     Example:
-        >>> embed = Embedder("pass_vit_tiny_patch16")
-        >>> descriptors = embed(["a.jpg", "folder/", pil_image, array])  # [N, 384]
+        >>> embed = Embedder("pass_vit_small_patch16")
+        >>> descriptors = embed(["a.jpg", "folder/", pil_image, array])  # [N, 768]
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | nn.Module = "pass_vit_tiny_patch16",
+        model: str | os.PathLike[str] | nn.Module = DEFAULT_MODEL,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 64,

@@ -31,8 +31,8 @@ ROOMS = {
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "retrieval", "embed", "synthetic"},
     "": {"pass_vit", "checkpoints", "embed", "retrieval", "synthetic"},  # passreid_models/__init__.py
-    "cli": {"", "runtime", "device", "demo", "checkpoints", "data", "embed", "evaluation", "training", "pretrain",
-            "reid", "passreid_synth3d"},
+    "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation", "training",
+            "pretrain", "reid", "passreid_synth3d"},
     "__main__": {"cli"},
     "passreid_synth3d": {"runtime", "synthetic", "data"},
 }  # fmt: skip

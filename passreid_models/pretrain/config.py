@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from passreid_models.architectures import ARCHITECTURES
+from passreid_models.architectures import ARCHITECTURES, DEFAULT_MODEL
 from passreid_models.pretrain.views import MultiCrop
 from passreid_models.training.config import RunConfig, wrong
-from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
+from passreid_models.training.warm_start import settings_of
 
 Area = tuple[float, float]
 

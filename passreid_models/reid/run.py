@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from passreid_models.architectures import ARCHITECTURES
+from passreid_models.architectures import ARCHITECTURES, DEFAULT_MODEL
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.data.image_cache import cache_bytes, cache_limit
@@ -20,7 +20,7 @@ from passreid_models.evaluation.evaluate import score
 from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load, make_loader, train_transform
 from passreid_models.training.config import wrong
 from passreid_models.training.run import Run, pick_workers
-from passreid_models.training.warm_start import DEFAULT_MODEL, settings_of
+from passreid_models.training.warm_start import settings_of
 
 _logger = logging.getLogger(__name__)
 
@@ -167,8 +167,9 @@ def complete(config: Any, checkpoint: dict[str, Any] | None = None) -> Any:
         raise ValueError("data: expected a dataset, such as Market-1501/ or a folder for each identity")
     if not config.init:
         raise ValueError(
-            "init: expected weights to begin with: a name such as pass_vit_small_patch16.lup (published) or synth_reid "
-            "(bundled), an exported folder, a run, or a checkpoint file; random for none"
+            "init: expected weights to begin with: a name such as pass_vit_small_patch16.lup (published) or "
+            "pass_vit_small_patch16.synth_reid (bundled), an exported folder, a run, or a checkpoint file; random for "
+            "none"
         )
     defaults = checkpoint["config"] if checkpoint else settings_of(config.init, config.model)
     model = config.model or defaults.get("model") or DEFAULT_MODEL

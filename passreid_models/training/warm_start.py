@@ -14,7 +14,6 @@ from passreid_models.training.folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "pass_vit_small_patch16"
 KEPT = ("method", "data", "init", "images_seen", "config", "init_provenance")
 """Entries of the provenance that runs keep of the weights they begin with."""
 
