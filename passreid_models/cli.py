@@ -341,7 +341,7 @@ def _data_check(args: argparse.Namespace) -> int:
     print(check)
     if args.json:
         with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0 if check.ok else 1
 
 

@@ -99,3 +99,17 @@ def test_no_file_name_occurs_twice_and_none_is_of_the_standard_library():
 def test_tests_mirror_the_rooms():
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert folders <= {*ROOMS, "synth3d"}
+
+
+def test_text_is_read_and_written_as_utf8_whatever_the_locale():
+    scripts = [path for folder in ("passreid_synth3d", "examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    strays = []
+    for file in [*PACKAGE.rglob("*.py"), *scripts]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or any(k.arg in ("encoding", None) for k in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and a.value in ("r", "w", "a", "x", "r+")]
+            if name in ("read_text", "write_text", "FileHandler", "TextIOWrapper") or (name == "open" and modes):
+                strays.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert strays == []

@@ -73,13 +73,13 @@ def save_pretrained(
             model_args=model_args,
             safe_serialization=True,
         )
-        config = json.loads((new / "config.json").read_text())
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
             for key in ("tag", "description", "origin_url"):
                 config["pretrained_cfg"].pop(key, None)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}
             safetensors.torch.save_file(tensors, new / "extras.safetensors")
@@ -262,7 +262,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     check_config(config, file)

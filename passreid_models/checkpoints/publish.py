@@ -127,7 +127,7 @@ def card_of(folder: Path, repo_id: str) -> str:
     except KeyError as e:
         raise ValueError(f"{folder / 'config.json'} was not written by this package: it has no {e}") from None
     own_card = folder / "README.md"
-    return own_card.read_text() if own_card.is_file() else card
+    return own_card.read_text(encoding="utf-8") if own_card.is_file() else card
 
 
 def publish(
@@ -171,7 +171,7 @@ def publish(
     with tempfile.TemporaryDirectory() as work:
         for name in names:
             (Path(work) / name).symlink_to((folder / name).resolve())
-        (Path(work) / "README.md").write_text(card)
+        (Path(work) / "README.md").write_text(card, encoding="utf-8")
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(

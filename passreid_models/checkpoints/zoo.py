@@ -97,7 +97,7 @@ def weights_dir() -> Path:
 
 @cache
 def _manifest() -> dict[str, Weight]:
-    rows = json.loads((weights_dir() / "manifest.json").read_text())
+    rows = json.loads((weights_dir() / "manifest.json").read_text(encoding="utf-8"))
     return {row["name"]: Weight(**{**row, "input_size": tuple(row["input_size"])}) for row in rows}
 
 
@@ -187,7 +187,7 @@ def read_record(name: str) -> dict[str, Any] | None:
     """Record of pulled weights: folder, address, SHA-256 and size of the source, SHA-256 of the result; or None."""
     path = cache_dir() / f"{name}.json"
     try:
-        record = json.loads(path.read_text()) if path.is_file() else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError:  # not written by this package: pull again
         return None
     return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
@@ -278,7 +278,7 @@ def _convert_into_cache(weight: Weight, file: Path, old: Path | None) -> Path:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with atomic_file(cache_dir() / f"{weight.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -77,7 +77,7 @@ def evaluate_model(
         )
     if evaluation and json_file is not None:
         with atomic_file(json_file) as temporary:
-            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if evaluation and pictures is not None:
         draw_evaluation(evaluation, pictures)
     return evaluation

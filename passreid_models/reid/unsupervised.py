@@ -88,7 +88,7 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         values |= merge_presets(config.source_config, PRESETS["finetune"])
     elif config.source_config:
         try:
-            settings = yaml.safe_load(Path(config.source_config).read_text())
+            settings = yaml.safe_load(Path(config.source_config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
             reason = " ".join(str(e).split())

@@ -174,7 +174,7 @@ def _check_yaml(file: Path) -> None:
         raise ValueError(f"config: {file} is larger than {MAX_YAML_BYTES:,} bytes")
     depth = 0
     with suppress(yaml.YAMLError, UnicodeDecodeError):
-        for event in yaml.parse(file.read_text(), Loader=yaml.SafeLoader):
+        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"config: {file} has an alias, *{event.anchor}; expected plain values")
@@ -187,7 +187,7 @@ def _preset_in(file: Path) -> str | None:
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return None
     preset = content.get("preset") if isinstance(content, dict) else None

@@ -227,7 +227,7 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write a YAML file that ``--config`` takes."""
         with atomic_file(path) as temporary:
-            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the fields that affect the weights and differ from a saved run's, as (value here, saved value).

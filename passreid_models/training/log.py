@@ -50,7 +50,7 @@ class Window:
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Log to the terminal, above the progress bar, and to a file; all but the first process log marked records only."""
-    handlers: list[logging.Handler] = [_Terminal(), _LateFile(path, delay=True)]
+    handlers: list[logging.Handler] = [_Terminal(), _LateFile(path, encoding="utf-8", delay=True)]
     if world()[0]:
         for handler in handlers:
             handler.addFilter(lambda record: getattr(record, "every_process", False))
