@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import passreid_models  # noqa: F401  registers the models
+from passreid_models import cli
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.data.datasets import open_dataset
 from passreid_models.data.layouts import MARKER_3D
@@ -179,7 +180,7 @@ def check_settings(config, run):
 
 def train_by(phase, config):
     """Train to the end or the time limit; exit with the command's code if it fails or is interrupted."""
-    if code := command.run(phase.program, phase.train, lambda: config):
+    if code := cli.run(phase.program, lambda: print(phase.train(config)) or 0):
         if code > 128:
             print(CONTINUES, file=sys.stderr)
         raise SystemExit(code)

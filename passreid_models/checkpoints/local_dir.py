@@ -21,7 +21,7 @@ from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architectur
 from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.load import LoadReport, load_report
 from passreid_models.checkpoints.read import has_checksum
-from passreid_models.runtime import atomic_folder, sha256, unwrap
+from passreid_models.runtime import atomic_folder, did_you_mean, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
@@ -227,7 +227,8 @@ def model_of(
         raise ValueError(f"{source} is {width} wide, which cannot be split over {num_heads} heads")
     if name is not None:
         if name.split(".")[0] not in ARCHITECTURES:
-            raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
+            nearest = did_you_mean(name, ARCHITECTURES)
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}{nearest}")
         return name, overrides
     if registered := architecture_name(architecture):
         return registered, overrides

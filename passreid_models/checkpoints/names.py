@@ -25,6 +25,7 @@ from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
 from passreid_models.checkpoints.local_dir import PIXELS, check_fields, exported_folder, model_of, read_config, several
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.runtime import did_you_mean
 
 __all__ = ["NamedModel", "find_model", "run_checkpoints"]
 
@@ -150,10 +151,11 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     tag = name.rpartition(".")[2]
     close = difflib.get_close_matches(tag, tags, n=len(tags))
     similar = [t for t in tags if t in close or (tag and t.startswith(tag))]
+    nearest = [*ARCHITECTURES, *tags, *(w.name for w in zoo.list_weights())]
     examples = f"tags such as {', '.join(similar)}" if similar else "their tags"
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {examples} (`passreid weights list` has all), a "
-        "folder with config.json, a run, or a checkpoint file"
+        f"folder with config.json, a run, or a checkpoint file{did_you_mean(name, nearest)}"
     )
 
 

@@ -23,7 +23,7 @@ from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.drive import DriveError, download_drive
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
+from passreid_models.runtime import atomic_file, cache_dir, did_you_mean, lock, sha256
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
 
@@ -132,9 +132,15 @@ def get_weight(name: str, architecture: str = "") -> Weight:
         )
     if row := find_weight(architecture, name):
         return row
-    tags = [w.name for w in list_weights(architecture or name.split(".")[0])]
-    known = f"known: {', '.join(tags)}" if tags else "see `passreid weights list`"
-    raise ValueError(f"there are no weights {'.'.join(filter(None, (architecture, name)))!r}; {known}")
+    full = ".".join(filter(None, (architecture, name)))
+    first, _, tag = full.partition(".")
+    rows = list_weights(first)
+    if rows:  # a common architecture makes all names near
+        known, nearest = f"known: {', '.join(w.name for w in rows)}", did_you_mean(tag, [w.tag for w in rows])
+    else:
+        names = [name for w in list_weights() for name in (w.name, w.tag)]
+        known, nearest = "see `passreid weights list`", did_you_mean(name, names)
+    raise ValueError(f"there are no weights {full!r}; {known}{nearest}")
 
 
 # -------------------------------------------------------------------------------------------------------- resolving

@@ -1,64 +1,19 @@
 """Command lines of training runs: flags, a YAML file and a preset, all naming the fields of one dataclass."""
 
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from passreid_models.runtime import did_you_mean
 from passreid_models.training.config import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 10
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
-
-
-def run(program: str, train: Callable[[Any], Path], parse: Callable[[], Any]) -> int:
-    """Parse the configuration and train; report user errors in one line.
-
-    Args:
-        program: Name for messages.
-        train: Takes the configuration, and returns the exported folder.
-        parse: Returns the configuration.
-
-    Returns:
-        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
-        process died; 2 a user's mistake; 128 + the signal, when one stopped the run (its state is saved).
-    """
-    import torch
-
-    from passreid_models.training.run import Stopped
-    from passreid_models.training.trainer import NonFiniteLossError
-
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        folder = train(parse())
-        if is_main:
-            print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
-        return 0
-    except Stopped as e:
-        if is_main:
-            print(f"{program}: {e}", file=sys.stderr)
-        return 128 + e.signum if e.signum else 0
-    except (NonFiniteLossError, ChildProcessError) as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as e:
-        advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
-        if program != "passreid-train":
-            advice = "a smaller batch or --grad-checkpointing needs less"
-        print(f"{program}: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
 
 
 def read_config(
@@ -118,7 +73,11 @@ def read_config(
         raise ValueError(f"config: {flags['--config']} is no text file, expected YAML") from None
     except ArgumentError as e:
         types = {f.name: str(getattr(f.type, "__name__", f.type)) for f in all_fields}
-        raise ValueError(f"{_one_line(str(e), types)}; {program} --help lists the options") from None
+        message = _one_line(str(e), types)
+        if unknown := re.search(r"unrecognized arguments: (--\w+)|Option '(\w+)' is not", message):
+            choices = [f"--{name}" if unknown[1] else name for name in ("config", "preset", *types)]
+            message += did_you_mean(unknown[1] or unknown[2], choices).replace("_", "-" if unknown[1] else "_")
+        raise ValueError(f"{message}; {program} --help lists the options") from None
     if len(data := [value for name, value in options if name == "--data"]) > 1:
         raise ValueError(f"data: one is expected, got {', '.join(map(str, data))}{several}")
     if not values["data"]:
@@ -152,7 +111,8 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[
     settings: dict[str, Any] = {}
     for name in filter(None, (name.strip() for name in names.split(","))):
         if name not in presets:
-            raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}")
+            nearest = did_you_mean(name, presets)
+            raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}{nearest}")
         settings |= presets[name]
     return settings
 

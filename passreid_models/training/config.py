@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import yaml
 
 from passreid_models.architectures import ARCHITECTURES
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_COUNT = 2**31 - 1
@@ -155,8 +155,10 @@ class RunConfig:
             ValueError: The message begins with the field's name.
         """
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
+            value = getattr(self, name)
+            if value not in allowed:
+                error = wrong(name, value, f"one of {', '.join(filter(None, allowed))}")
+                raise ValueError(f"{error}{did_you_mean(value, allowed)}")
 
     def check_ranges(self, ranges: Ranges) -> None:
         """Check that values are in range; None is in every range, and whole numbers end at ``MAX_COUNT``.
