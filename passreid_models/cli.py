@@ -68,8 +68,9 @@ def run(program: str, work: Callable[[], int]) -> int:
         code, message = 130, "interrupted"
     except Exception as e:
         code, message = _explain(e, program)
-    if message:
-        print(f"{program}: {message}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        if message:
+            print(f"{program}: {message}", file=sys.stderr)
     return code
 
 
@@ -340,7 +341,7 @@ class _PrintCompletion(argparse.Action):
                     parsers += [p for p in action.choices.values() if p not in parsers]
                 elif action.nargs != 0 and not action.choices:
                     is_model = {"--model", "--init"} & set(action.option_strings) or action.dest == "name"
-                    action.complete = models if is_model else shtab.FILE  # type: ignore[attr-defined]
+                    action.complete = models if is_model else shtab.FILE
         print(shtab.complete(parser, values, preamble=_complete_models()))
         parser.exit()
 
@@ -369,10 +370,9 @@ def _add_training_options(commands: Mapping[str, argparse.ArgumentParser]) -> No
 
 def _complete_models() -> dict[str, str]:
     """Shell functions that complete a file or the name of a model, by shell."""
-    from passreid_models.architectures import ARCHITECTURES
-    from passreid_models.checkpoints.zoo import list_weights
+    from passreid_models.checkpoints.names import known_names
 
-    names = " ".join([*ARCHITECTURES, *(w.name for w in list_weights())])
+    names = " ".join(known_names())
     return {
         "bash": f'_passreid_models() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
         "zsh": f"_passreid_models() {{ compadd {names}; _files }}",

@@ -151,12 +151,17 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     tag = name.rpartition(".")[2]
     close = difflib.get_close_matches(tag, tags, n=len(tags))
     similar = [t for t in tags if t in close or (tag and t.startswith(tag))]
-    nearest = [*ARCHITECTURES, *tags, *(w.name for w in zoo.list_weights())]
     examples = f"tags such as {', '.join(similar)}" if similar else "their tags"
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {examples} (`passreid weights list` has all), a "
-        f"folder with config.json, a run, or a checkpoint file{did_you_mean(name, nearest)}"
+        f"folder with config.json, a run, or a checkpoint file{did_you_mean(name, known_names())}"
     )
+
+
+def known_names() -> list[str]:
+    """Names of models that need no folder: architectures, ``architecture.tag`` and tags."""
+    weights = zoo.list_weights()
+    return list(dict.fromkeys([*ARCHITECTURES, *(w.name for w in weights), *(w.tag for w in weights)]))
 
 
 def _tagged(name: str, architecture: str, weight: zoo.Weight | None) -> NamedModel:

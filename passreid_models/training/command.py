@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from passreid_models.checkpoints.zoo import find_weight
 from passreid_models.runtime import did_you_mean
 from passreid_models.training.config import RunConfig
 
@@ -63,9 +64,9 @@ def read_config(
     flags = dict(options)
     for file in [value or "" for name, value in options if name == "--config"]:
         _check_yaml(Path(file))
-    if "--preset" not in flags and "--config" in flags:
-        flags["--preset"] = _preset_in(Path(str(flags["--config"])))
-    parser.set_defaults(merge_presets(flags.get("--preset") or "", presets))
+    in_file = _texts_in(Path(str(flags["--config"]))) if "--config" in flags else {}
+    preset, init = (flags.get(f"--{name}", in_file.get(name)) for name in ("preset", "init"))
+    parser.set_defaults(merge_presets(preset or "", presets, init or ""))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
@@ -98,12 +99,14 @@ def _one_line(message: str, types: Mapping[str, str]) -> str:
     return f"{value[1]}: expected {expected}, got {value[2]}"
 
 
-def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]], init: str = "") -> dict[str, Any]:
     """Settings of one preset, or of several with commas between, of which the later win; none of an empty text.
 
     Args:
         names: Names of presets.
         presets: Settings by name of the preset.
+        init: Weights to begin with; unless it is empty, ``random`` or a tag of the presets' model, they decide the
+            model.
 
     Raises:
         ValueError: If there is no such preset.
@@ -114,6 +117,8 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[
             nearest = did_you_mean(name, presets)
             raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}{nearest}")
         settings |= presets[name]
+    if init not in ("", "random") and "model" in settings and not find_weight(settings["model"], init):
+        del settings["model"]
     return settings
 
 
@@ -142,16 +147,15 @@ def _check_yaml(file: Path) -> None:
                 raise ValueError(f"config: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
 
 
-def _preset_in(file: Path) -> str | None:
-    """Return the preset that a YAML file names; errors in the file are left to the parser."""
+def _texts_in(file: Path) -> dict[str, str]:
+    """Return the settings in a YAML file that are texts; errors in the file are left to the parser."""
     import yaml
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    preset = content.get("preset") if isinstance(content, dict) else None
-    return preset if isinstance(preset, str) else None
+        return {}
+    return {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
 
 
 def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
@@ -162,6 +166,7 @@ def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[t
         word = words.pop(0)
         name, equals, rest = word.partition("=")
         value: str | None = rest if equals else None
+        name = "--quiet" if name == "-q" else name
         if not word.startswith("-"):
             name, value = "--data", word
         elif word in ("-h", "--help", "--version") or word.startswith("--print_config"):

@@ -53,11 +53,12 @@ class RunConfig:
         max_unreadable: Largest share of unreadable images in an epoch; the run stops above it.
         skip_nonfinite: Number of steps with a non-finite loss or gradient to skip; the run stops at the next one.
         tensorboard: Also write TensorBoard files.
+        quiet: Of the log show only warnings on the terminal, and no progress bar (``-q``); ``log.txt`` has all lines.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (
         "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-        "max_minutes", "max_unreadable", "skip_nonfinite", "tensorboard",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "tensorboard", "quiet",
     )  # fmt: skip
     """Fields that a resumed run may change: none affects the weights of later steps."""
 
@@ -100,6 +101,7 @@ class RunConfig:
     max_unreadable: float = 0.01
     skip_nonfinite: int = 0
     tensorboard: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         """
