@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import torch
@@ -61,17 +61,24 @@ def run(program: str, work: Callable[[], int]) -> int:
         finally:  # also after --help, which ends by SystemExit
             sys.stdout.flush()  # a reader that has gone is noticed here
     except BrokenPipeError:  # such as of `passreid weights list | head`
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again when it ends
+        _discard(sys.stdout)
         return 1
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Exception as e:
         code, message = _explain(e, program)
-    with suppress(BrokenPipeError):
+    try:
         if message:
-            print(f"{program}: {message}", file=sys.stderr)
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
     return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Write to nowhere: Python otherwise reports the closed pipe again when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _explain(error: Exception, program: str) -> tuple[int, str]:

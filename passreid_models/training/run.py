@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -34,6 +35,7 @@ from passreid_models.training.trainer import BaseTrainer, NonFiniteLossError
 from passreid_models.training.warm_start import provenance_of
 
 _logger = logging.getLogger(__name__)
+GUARD = 'in a script, training stands below if __name__ == "__main__":'
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write without the file's name
 
 
@@ -335,8 +337,11 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
         OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
+        RuntimeError: If a loader process imports the script that trains, which lacks its ``__main__`` guard.
         Stopped: On SIGINT, SIGTERM, SIGUSR1 or SIGHUP, or after ``max_minutes``, with the state saved.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # imports the script of the process above it
+        raise RuntimeError(f"a process that loads images has begun to train itself: {GUARD}")
     try:
         log = log_to(Path(config.out) / "log.txt", config.quiet)
         with process_group(config.device) as device, log, closing(task(config, device)) as run:
@@ -352,9 +357,10 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
     except RuntimeError as e:
         if not is_dead_worker(e):
             raise
+        spawned = multiprocessing.get_start_method(allow_none=True) not in (None, "fork")
         raise ChildProcessError(
             f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
-            "they need some GB of /dev/shm"
+            f"they need some GB of /dev/shm{f'; {GUARD}' if spawned else ''}"
         ) from None
 
 
