@@ -54,7 +54,8 @@ def run(program: str, work: Callable[[], int]) -> int:
         interrupted; 128 + the signal, when one stopped a training run (its state is saved).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+        with suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
     try:
         try:
             return work()
@@ -572,12 +573,14 @@ def _weights_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(w) for w in rows], indent=2))
         return 0
-    print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  data")
+    print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  {'measured on, by':<51}training data")
     for w in rows:
         here = "bundled" if w.bundled_file else "cached" if zoo.cached_folder(w.name) else "-"
-        accuracy = [f"{w.accuracy[k]:.1f}" if w.accuracy else "-" for k in ("mAP", "rank1")]
+        a = w.accuracy
+        scores = f"{a['mAP']:>6.1f}{a['rank1']:>8.1f}" if a else f"{'-':>6}{'-':>8}"
+        measured = f"{a['measured_on']}, {a['measured_by']}" if a else "-"
         size = "x".join(map(str, w.input_size))
-        print(f"{w.name:<53}{here:<9}{size:<9}{accuracy[0]:>6}{accuracy[1]:>8}  {w.data}")
+        print(f"{w.name:<53}{here:<9}{size:<9}{scores}  {measured:<51}{w.data}")
     return 0
 
 
@@ -600,13 +603,14 @@ def _weights_verify(args: argparse.Namespace) -> int:
 
 
 def _weights_publish(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.publish import card_of, publish
+    from passreid_models.checkpoints.publish import files_to_publish, publish
 
     url, sizes = publish(args.folder, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run)
     for name, size in sizes.items():
         print(f"{size:>12,}  {name}")
     if args.dry_run:
-        print(f"\n{card_of(args.folder, args.repo_id)}")
+        card = files_to_publish(args.folder, args.repo_id)["README.md"]
+        print(f"\n{card.decode() if isinstance(card, bytes) else card.read_text(encoding='utf-8')}")
     print(url or f"nothing was pushed to {args.repo_id} (--dry-run)")
     return 0
 

@@ -363,10 +363,18 @@ def test_convert_refuses_options_that_do_not_fit_the_file(options, reason, offic
 def test_weights_list_shows_every_row_of_the_manifest(capsys):
     assert run("weights", "list") == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "data"]
+    assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "measured", "on,", "by", "training", "data"]
     assert [row.split()[0] for row in rows] == [w.name for w in zoo.list_weights()]
     row = next(row for row in rows if row.startswith("pass_vit_small_patch16.lup_market1501 "))
-    assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "LUPerson,", "Market-1501"]
+    assert row.split()[1:] == [
+        "-",
+        "256x128",
+        "92.2",
+        "96.3",
+        *["Market-1501,", "the", "authors", "LUPerson,", "Market-1501"],
+    ]
+    row = next(row for row in rows if row.startswith("pass_vit_tiny_patch16.synth_reid "))
+    assert "22.9    28.8  200 generated persons on the street, this package " in row
 
 
 def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):

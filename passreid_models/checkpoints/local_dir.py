@@ -25,6 +25,8 @@ from passreid_models.runtime import atomic_folder, did_you_mean, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
+CLAIMS = ("tag", "description", "origin_url")  # of a pretrained cfg: whose weights they are
+
 
 def save_pretrained(
     model: nn.Module,
@@ -77,7 +79,7 @@ def save_pretrained(
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
-            for key in ("tag", "description", "origin_url"):
+            for key in CLAIMS:
                 config["pretrained_cfg"].pop(key, None)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if extras:

@@ -40,7 +40,8 @@ class Weight:
     """One row of the manifest: a published or bundled checkpoint.
 
     ``fusion`` and ``neck`` are those of the published descriptor, ``feature`` says where it is taken (``tokens``,
-    ``before neck``, ``after neck``), ``mean_std`` is ``imagenet`` or ``0.5``, sizes are height x width in pixels.
+    ``before neck``, ``after neck``), ``accuracy`` has mAP and Rank-1 in percent, and who measured them on what,
+    ``mean_std`` is ``imagenet`` or ``0.5``, sizes are height x width in pixels.
     """
 
     name: str

@@ -131,7 +131,12 @@ class ReIDRun(Run):
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            self.export_to(self.folder.path / "best", **scores, evaluated_on=dataset.fingerprint)
+            self.export_to(
+                self.folder.path / "best",
+                **scores,
+                evaluated_on=dataset.fingerprint,
+                evaluation_data=dataset.description,
+            )
         self.write(scores)  # last: for a resumed run it marks the end of the evaluation
 
     def after_training(self) -> None:
