@@ -228,7 +228,7 @@ class Benchmark:
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in options.items()]
         subprocess.run([*common.PASSREID, "finetune", str(folder), *words], check=True, stdout=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         lines = [line for line in lines if "images_per_s" in line]
         lines = lines[len(lines) // 4 :]
         seconds = [1 / line["images_per_s"] for line in lines]  # of an image

@@ -55,14 +55,14 @@ class Run:
 
     def start(self) -> None:
         """Start or resume the run; return when its imports are done."""
-        with self.errors.open("w") as errors:
+        with self.errors.open("w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=errors)
         self.process.stdout.readline()
 
     def finish(self, seconds: float = 1200) -> None:
         """Wait until the run ends; exit if it failed."""
         if self.process.wait(seconds):
-            raise SystemExit(f"the run failed:\n{self.errors.read_text()[-2000:]}")
+            raise SystemExit(f"the run failed:\n{self.errors.read_text(encoding='utf-8')[-2000:]}")
 
     def kill(self, step: int, seconds: float) -> bool:
         """Kill the run ``seconds`` after ``step``; return False if it ended before."""
@@ -77,7 +77,11 @@ class Run:
         return False
 
     def last_step(self) -> int:
-        lines = self.folder.metrics_file.read_text().splitlines() if self.folder.metrics_file.is_file() else []
+        lines = (
+            self.folder.metrics_file.read_text(encoding="utf-8").splitlines()
+            if self.folder.metrics_file.is_file()
+            else []
+        )
         return sum(1 for line in lines if line.endswith("}"))
 
     def saved_step(self) -> int:

@@ -161,9 +161,9 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
     def run(words: list[str]) -> None:
         print(f"passreid {shlex.join(words)}\n", end="", flush=True)
         log = Path(words[words.index("--out") + 1] + ".log")
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             if subprocess.run([*common.PASSREID, *words], stdout=file, stderr=file, env=environment).returncode:
-                raise SystemExit(f"{log}: {log.read_text().splitlines()[-1]}")
+                raise SystemExit(f"{log}: {log.read_text(encoding='utf-8').splitlines()[-1]}")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(run, commands))
@@ -220,7 +220,7 @@ def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
     rows: dict[int, dict[str, list[float]]] = {}
     for method in methods:
         for seed in seeds:
-            for line in (out / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines():
+            for line in (out / f"{method}-{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 if "probe_mAP" in (record := json.loads(line)):
                     rows.setdefault(round(record["epoch"]), {}).setdefault(method, []).append(record["probe_mAP"])
     for epoch, row in rows.items():

@@ -113,7 +113,9 @@ def main() -> None:
         peak.report_peak(lambda: {"loss": run()}, device)
         return
 
-    available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / peak.MIB
+    available = (
+        int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1]) / peak.MIB
+    )
     sizes = ["--device", device.type, "--threads", args.threads, "--batch", args.batch, "--prototypes", args.prototypes]
     results = {name: peak.in_process(__file__, "--measure", name, *sizes) for name in IMPLEMENTATIONS}
     rows = [("memory available before, host", f"{available:.1f} GiB")]

@@ -62,7 +62,7 @@ def measure(out: Path, quick: bool) -> dict[str, float]:
     figures = {}
     for name, model in models.items():
         passreid(f"eval {target} --model {model} --size {SIZE} --json {folder}/{name}.json")
-        scores = json.loads((out / f"{name}.json").read_text())
+        scores = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         figures |= {f"{name}_mAP": scores["mAP"], f"{name}_rank1": scores["rank1"]}
     return figures
 

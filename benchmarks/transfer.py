@@ -82,7 +82,7 @@ def open_sets(work: Path, quick: bool) -> dict[str, ReIDDataset]:
     """Draw what is missing of the three sets, and print their commands and the generator's version."""
     ids = 6 if quick else IDS
     root = write_market1501(work / f"held-out-{ids}", ids, IMAGES, **HELD_OUT, workers=0 if quick else None)
-    marker = json.loads((root / MARKER_3D).read_text())
+    marker = json.loads((root / MARKER_3D).read_text(encoding="utf-8"))
     options = {"ids": ids, "images": IMAGES, **HELD_OUT}
     command = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
     versions = ", ".join(f"{name} {version}" for name, version in marker["libraries"].items())

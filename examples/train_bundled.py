@@ -34,6 +34,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import passreid_models  # noqa: F401  registers the models
+from passreid_models import cli
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.data.datasets import open_dataset
 from passreid_models.data.layouts import MARKER_3D
@@ -157,21 +158,21 @@ def copy_as_webp(source, target):
         with Image.open(copies[copy]) as image, atomic_file(target / copy) as temporary:
             image.save(temporary, quality=WEBP_QUALITY)
     if (source / MARKER_3D).exists():
-        marker = json.loads((source / MARKER_3D).read_text()) | {"webp_quality": WEBP_QUALITY}
-        (target / MARKER_3D).write_text(json.dumps(marker, indent=2) + "\n")
+        marker = json.loads((source / MARKER_3D).read_text(encoding="utf-8")) | {"webp_quality": WEBP_QUALITY}
+        (target / MARKER_3D).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     print(f"{len(copies):,} images -> {target}")
 
 
 def describe(data):
     """Describe a set for figures.json: its size, and of drawn persons seed and generator."""
-    marker = json.loads((data / MARKER_3D).read_text()) if (data / MARKER_3D).exists() else {}
+    marker = json.loads((data / MARKER_3D).read_text(encoding="utf-8")) if (data / MARKER_3D).exists() else {}
     keys = ("seed", "patterns", "generator", "webp_quality")
     return {"data": open_dataset(data).description, **{key: marker[key] for key in keys if key in marker}}
 
 
 def check_settings(config, run):
     """Refuse other settings for a run that a later phase has begun from, and which therefore stays as it is."""
-    trained = config.changed(yaml.safe_load((run / "config.yaml").read_text()))
+    trained = config.changed(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
     for name, (value, was) in trained.items():
         if value not in (None, ""):  # left to its default, which the run has
             raise ValueError(f"{name}: {value!r} is asked for, and {run} was trained with {was!r}: give another --work")
@@ -179,7 +180,7 @@ def check_settings(config, run):
 
 def train_by(phase, config):
     """Train to the end or the time limit; exit with the command's code if it fails or is interrupted."""
-    if code := command.run(phase.program, phase.train, lambda: config):
+    if code := cli.run(phase.program, lambda: print(phase.train(config)) or 0):
         if code > 128:
             print(CONTINUES, file=sys.stderr)
         raise SystemExit(code)
@@ -187,7 +188,7 @@ def train_by(phase, config):
 
 def pack(args, run, folder, name, earlier, held_out):
     """Write a run's weights in the bundled form; return the figures of this phase and the earlier ones."""
-    provenance = json.loads((run / "export" / "config.json").read_text())["provenance"]
+    provenance = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))["provenance"]
     figures = figures_of(folder, provenance, name, earlier, args.split)
     if figures:
         print(f"{folder} is there")
@@ -205,7 +206,7 @@ def pack(args, run, folder, name, earlier, held_out):
             scores[precision] = {key: metrics[key] for key in ("mAP", "rank1")}
         figures = {**earlier, name: scores}
         claim_tag(new / "config.json", PHASES[name])
-        (new / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (new / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         shutil.copy(run / "metrics.jsonl", new)
         if args.split:
             data = (new / "model.safetensors").read_bytes()
@@ -233,16 +234,16 @@ def figures_of(folder, provenance, name, earlier, in_pieces):
     weights = "model.safetensors.00" if in_pieces else "model.safetensors"
     if not all((folder / file).exists() for file in (weights, "figures.json")):
         return None
-    figures = json.loads((folder / "figures.json").read_text())
-    is_same = json.loads((folder / "config.json").read_text())["provenance"] == provenance
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    is_same = json.loads((folder / "config.json").read_text(encoding="utf-8"))["provenance"] == provenance
     return figures if is_same and figures == {**earlier, name: figures.get(name)} else None
 
 
 def claim_tag(file, phase):
     """Write tag, licence and description to config.json; save_pretrained does not know that the weights are bundled."""
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["pretrained_cfg"].update(tag=phase.tag, license="apache-2.0", description=phase.description)
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Command line: arguments only. Imports are local, so that ``--help`` is quick."""
 
 import argparse
+import io
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from passreid_models.architectures import DEFAULT_MODEL
 
@@ -22,40 +25,103 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid``.
 
     Returns:
-        Exit code: 0 all done; 1 done in part, such as images left out, or descriptors that are not finite; 2 a user's
-        mistake, in one sentence; 130 interrupted.
+        Exit code, as of ``run``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] and argv[0] in RUNS:
-        return RUNS[argv[0]](argv[1:])
-    args = _parser().parse_args(argv)
-    try:
-        code = args.run(args)
-        sys.stdout.flush()  # a reader that has gone is noticed here
-        return code
-    except BrokenPipeError:  # such as of `passreid weights list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it again when it ends
-        return 1
-    except (ValueError, OSError) as e:
-        print(f"passreid: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("passreid: interrupted", file=sys.stderr)
-        return 130
+    if argv[:1] and argv[0] in TRAININGS:
+        program, training = TRAININGS[argv[0]]
+        return run(program, lambda: training(argv[1:]))
+    return run("passreid", lambda: _command(argv))
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Run ``passreid-train``.
 
     Returns:
-        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
-        process died; 2 a user's mistake, in one sentence; 128 + the signal, when one stopped the run (its state is
-        saved).
+        Exit code, as of ``run``.
     """
-    from passreid_models.pretrain.run import train
-    from passreid_models.training import command
+    return run("passreid-train", lambda: _train(sys.argv[1:] if argv is None else argv))
 
-    return command.run("passreid-train", train, lambda: _train_config(sys.argv[1:] if argv is None else argv))
+
+def run(program: str, work: Callable[[], int]) -> int:
+    """Do the work of a command; report errors in one line.
+
+    Args:
+        program: Name for messages.
+        work: Returns the exit code.
+
+    Returns:
+        Exit code: that of ``work``, such as 0; 1 done in part, such as images left out, or the output's reader has
+        gone; or descriptors or the loss are not finite, memory ran out, a loader process died; 2 a user's mistake; 130
+        interrupted; 128 + the signal, when one stopped a training run (its state is saved).
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+    try:
+        try:
+            return work()
+        finally:  # also after --help, which ends by SystemExit
+            sys.stdout.flush()  # a reader that has gone is noticed here
+    except BrokenPipeError:  # such as of `passreid weights list | head`
+        _discard(sys.stdout)
+        return 1
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except Exception as e:
+        code, message = _explain(e, program)
+    try:
+        if message:
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Write to nowhere: Python otherwise reports the closed pipe again when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _explain(error: Exception, program: str) -> tuple[int, str]:
+    """Exit code and message of an error; one of the program itself is raised again."""
+    from torch import OutOfMemoryError
+
+    from passreid_models.evaluation.report import NonFiniteError
+    from passreid_models.training.run import Stopped
+    from passreid_models.training.trainer import NonFiniteLossError
+
+    if isinstance(error, Stopped):
+        is_first = os.environ.get("RANK", "0") == "0"
+        return 128 + error.signum if error.signum else 0, str(error) if is_first else ""
+    if isinstance(error, OutOfMemoryError):
+        advice = {
+            "passreid": "a smaller --batch-size needs less",
+            "passreid-train": "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less",
+        }.get(program, "a smaller batch or --grad-checkpointing needs less")
+        return 1, f"out of memory: {advice} ({str(error).partition('. ')[0]})"
+    if isinstance(error, NonFiniteError | NonFiniteLossError | ChildProcessError):
+        return 1, str(error)
+    if isinstance(error, ValueError | OSError):
+        return 2, str(error)
+    raise error
+
+
+def _command(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    if getattr(args, "quiet", False):
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+    code: int = args.run(args)
+    return code
+
+
+def _train(argv: Sequence[str]) -> int:
+    from passreid_models.pretrain.run import train
+
+    return _print_export(train(_train_config(argv)))
 
 
 def _train_config(argv: Sequence[str]) -> "PretrainConfig":
@@ -73,32 +139,68 @@ def _train_config(argv: Sequence[str]) -> "PretrainConfig":
 def _finetune(argv: Sequence[str]) -> int:
     from passreid_models.reid.config import PRESETS, FinetuneConfig
     from passreid_models.reid.supervised import finetune
-    from passreid_models.training.command import read_config, run
+    from passreid_models.training.command import read_config
 
     name, presets = "passreid finetune", PRESETS["finetune"]
     what = "Fine-tune on DATA with identity labels: Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a "
     expected = "a labelled dataset, such as passreid finetune Market-1501/ --init pass_vit_small_patch16.lup"
-    return run(name, finetune, lambda: read_config(argv, FinetuneConfig, presets, name, f"{what}CSV file.", expected))
+    config = read_config(argv, FinetuneConfig, presets, name, f"{what}CSV file.", expected)
+    return _print_export(finetune(config))
 
 
 def _cluster(argv: Sequence[str]) -> int:
     from passreid_models.reid.config import PRESETS, ClusterConfig
     from passreid_models.reid.unsupervised import cluster
-    from passreid_models.training.command import read_config, run
+    from passreid_models.training.command import read_config
 
     name, presets = "passreid cluster", PRESETS["cluster"]
     what = "Train re-ID on DATA without labels, from clusters of its descriptors; with --source, adapt a model to it."
     expected = "images, such as passreid cluster my_crops/ --init pass_vit_small_patch16.lup"
-    return run(name, cluster, lambda: read_config(argv, ClusterConfig, presets, name, what, expected))
+    return _print_export(cluster(read_config(argv, ClusterConfig, presets, name, what, expected)))
+
+
+def _print_export(folder: Path) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
+    return 0
+
+
+TRAININGS = {
+    "train": ("passreid-train", _train),
+    "finetune": ("passreid finetune", _finetune),
+    "cluster": ("passreid cluster", _cluster),
+}
+"""Commands that parse their own arguments (training/command.py): name for messages, and function."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parser whose errors name the nearest command or option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:  # here, not in the parser of all commands, which does not know this one's options
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        from passreid_models.runtime import did_you_mean
+
+        if option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            message += did_you_mean(option[1], self._option_string_actions)
+        elif word := re.search(r"invalid choice: '([^']*)' \(choose", message):
+            choices = [str(choice) for action in self._actions for choice in action.choices or ()]
+            message += did_you_mean(word[1], choices)
+        super().error(message)
 
 
 def _parser() -> argparse.ArgumentParser:
     from passreid_models import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="passreid", description="Part-aware person re-identification models for timm."
-    )
+    parser = _Parser(prog="passreid", description="Part-aware person re-identification models for timm.")
     parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, metavar="SHELL", help="script for bash, zsh or tcsh to complete"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="rank generated persons with the bundled weights, offline")
@@ -120,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
     embed.add_argument("--parts", action="store_true", help="write the part tokens too")
     embed.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
+    _add_quiet(embed)
     embed.set_defaults(run=_embed)
 
     evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
@@ -138,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write all metrics")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="draw rankings, CMC, ROC and similarities")
     evaluate.add_argument("--no-cache", action="store_true", help="neither read nor write cached descriptors")
+    _add_quiet(evaluate)
     evaluate.set_defaults(run=_eval)
 
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
@@ -145,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("data", help="as for eval")
     check.add_argument("--no-verify", action="store_true", help="do not open the images")
     check.add_argument("--json", type=Path, metavar="FILE", help="write counts and findings")
+    _add_quiet(check)
     check.set_defaults(run=_data_check)
 
     synth = commands.add_parser("synth", help="write 3-D persons in the Market-1501 layout; resumable")
@@ -168,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument(
         "--first-id", type=int, default=0, help="first pid; for persons not in other folders (%(default)s)"
     )
+    _add_quiet(synth)
     synth.set_defaults(run=_synth)
 
     convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
@@ -187,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--num-heads", type=int, help="attention heads, if no registered model fits")
     convert.set_defaults(run=_convert)
 
-    # these parse their own arguments: training/command.py
+    # only for the list of commands: TRAININGS
     commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
     commands.add_parser("finetune", help="train re-ID with identity labels")
     commands.add_parser("cluster", help="train re-ID without labels, or adapt a model to other cameras")
@@ -208,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("name", help="architecture.tag, or a tag that one architecture has")
     pull.add_argument("--from", dest="source", type=Path, metavar="FILE", help="the authors' file, downloaded by hand")
     pull.add_argument("--force", action="store_true", help="even if they are in the cache")
+    _add_quiet(pull)
     pull.set_defaults(run=_weights_pull)
     verify = weights.add_parser("verify", help="check the SHA-256 of bundled and cached weights")
     verify.add_argument("name", nargs="?", default="", help="only these weights")
@@ -220,6 +327,66 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--dry-run", action="store_true", help="show the files and the model card, push nothing")
     publish.set_defaults(run=_weights_publish)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Print a shell's script that completes commands, options, files and names of models."""
+
+    SHELLS = ("bash", "zsh", "tcsh")
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise ValueError('completion: pip install "passreid-models[completion]"') from None
+        if values not in self.SHELLS:
+            parser.error(f"expected one of {', '.join(self.SHELLS)}, got {values!r}")
+        commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+        _add_training_options(commands)
+        models = {"bash": "_passreid_models", "zsh": "_passreid_models", "tcsh": "f"}
+        parsers = [parser, *commands.values()]
+        for one in parsers:
+            for action in one._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += [p for p in action.choices.values() if p not in parsers]
+                elif action.nargs != 0 and not action.choices:
+                    is_model = {"--model", "--init"} & set(action.option_strings) or action.dest == "name"
+                    action.complete = models if is_model else shtab.FILE
+        print(shtab.complete(parser, values, preamble=_complete_models()))
+        parser.exit()
+
+
+def _add_training_options(commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    """Add the options of the commands that parse their own arguments."""
+    from dataclasses import fields
+
+    from passreid_models.pretrain.config import PRESETS, PretrainConfig
+    from passreid_models.reid import config as reid
+
+    tasks: dict[str, Any] = {
+        "train": (PretrainConfig, PRESETS),
+        "finetune": (reid.FinetuneConfig, reid.PRESETS["finetune"]),
+        "cluster": (reid.ClusterConfig, reid.PRESETS["cluster"]),
+    }
+    for name, (config, presets) in tasks.items():
+        commands[name].add_argument("data")
+        commands[name].add_argument("--config")
+        commands[name].add_argument("--preset", choices=tuple(presets))
+        for field in fields(config):
+            if field.name != "data":
+                action = "store_true" if field.type in (bool, "bool") else "store"
+                commands[name].add_argument(f"--{field.name.replace('_', '-')}", action=action)
+
+
+def _complete_models() -> dict[str, str]:
+    """Shell functions that complete a file or the name of a model, by shell."""
+    from passreid_models.checkpoints.names import known_names
+
+    names = " ".join(known_names())
+    return {
+        "bash": f'_passreid_models() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
+        "zsh": f"_passreid_models() {{ compadd {names}; _files }}",
+    }
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -248,6 +415,10 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the accelerator, if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
 
 
 def _dtype(args: argparse.Namespace) -> "torch.dtype":
@@ -282,7 +453,7 @@ def _embed(args: argparse.Namespace) -> int:
     names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
     embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
-    result = embed(names, parts=args.parts, errors=errors)
+    result = embed(names, parts=args.parts, errors=errors, progress=not args.quiet)
     descriptors, parts = result if args.parts else (result, None)
     failed = errors or {}
     _print_left_out([reason for reason in failed.values() if not is_not_finite(reason)])
@@ -303,28 +474,24 @@ def _embed(args: argparse.Namespace) -> int:
 
 def _eval(args: argparse.Namespace) -> int:
     from passreid_models.evaluation.evaluate import evaluate_model
-    from passreid_models.evaluation.report import NonFiniteError
 
-    try:
-        evaluation = evaluate_model(
-            args.data,
-            args.model,
-            size=args.size,
-            fusion=args.fusion,
-            flip=args.flip,
-            batch_size=args.batch_size,
-            device=args.device,
-            dtype=_dtype(args),
-            rerank=args.rerank,
-            per_camera=args.per_camera,
-            open_set=args.open_set,
-            cache=not args.no_cache,
-            json_file=args.json,
-            pictures=args.pictures,
-        )
-    except NonFiniteError as e:
-        print(f"passreid: {e}", file=sys.stderr)
-        return 1
+    evaluation = evaluate_model(
+        args.data,
+        args.model,
+        size=args.size,
+        fusion=args.fusion,
+        flip=args.flip,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=_dtype(args),
+        rerank=args.rerank,
+        per_camera=args.per_camera,
+        open_set=args.open_set,
+        cache=not args.no_cache,
+        json_file=args.json,
+        pictures=args.pictures,
+        progress=not args.quiet,
+    )
     if evaluation is None:  # the first process prints
         return 0
     print(evaluation)
@@ -339,11 +506,11 @@ def _data_check(args: argparse.Namespace) -> int:
     from passreid_models.data.check import check_dataset
     from passreid_models.runtime import atomic_file
 
-    check = check_dataset(args.data, verify=not args.no_verify)
+    check = check_dataset(args.data, verify=not args.no_verify, progress=not args.quiet)
     print(check)
     if args.json:
         with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n")
+            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n", encoding="utf-8")
     return 0 if check.ok else 1
 
 
@@ -363,6 +530,7 @@ def _synth(args: argparse.Namespace) -> int:
         place=args.place,
         first_id=args.first_id,
         workers=args.workers,
+        progress=not args.quiet,
     )
     print(summary)
     return 0
@@ -407,12 +575,14 @@ def _weights_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(w) for w in rows], indent=2))
         return 0
-    print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  data")
+    print(f"{'name':<53}{'here':<9}{'size':<9}{'mAP':>6}{'Rank-1':>8}  {'measured on, by':<51}training data")
     for w in rows:
         here = "bundled" if w.bundled_file else "cached" if zoo.cached_folder(w.name) else "-"
-        accuracy = [f"{w.accuracy[k]:.1f}" if w.accuracy else "-" for k in ("mAP", "rank1")]
+        a = w.accuracy
+        scores = f"{a['mAP']:>6.1f}{a['rank1']:>8.1f}" if a else f"{'-':>6}{'-':>8}"
+        measured = f"{a['measured_on']}, {a['measured_by']}" if a else "-"
         size = "x".join(map(str, w.input_size))
-        print(f"{w.name:<53}{here:<9}{size:<9}{accuracy[0]:>6}{accuracy[1]:>8}  {w.data}")
+        print(f"{w.name:<53}{here:<9}{size:<9}{scores}  {measured:<51}{w.data}")
     return 0
 
 
@@ -435,18 +605,17 @@ def _weights_verify(args: argparse.Namespace) -> int:
 
 
 def _weights_publish(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.publish import card_of, publish
+    from passreid_models.checkpoints.publish import files_to_publish, publish
 
     url, sizes = publish(args.folder, args.repo_id, private=args.private, revision=args.revision, dry_run=args.dry_run)
     for name, size in sizes.items():
         print(f"{size:>12,}  {name}")
     if args.dry_run:
-        print(f"\n{card_of(args.folder, args.repo_id)}")
+        card = files_to_publish(args.folder, args.repo_id)["README.md"]
+        print(f"\n{card.decode() if isinstance(card, bytes) else card.read_text(encoding='utf-8')}")
     print(url or f"nothing was pushed to {args.repo_id} (--dry-run)")
     return 0
 
-
-RUNS = {"train": train, "finetune": _finetune, "cluster": _cluster}
 
 if __name__ == "__main__":
     sys.exit(main())

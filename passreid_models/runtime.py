@@ -1,5 +1,6 @@
 """Operating system and processes: atomic writes, locks, hashes, seeds, collective operations, the cache folder."""
 
+import difflib
 import errno
 import hashlib
 import os
@@ -84,6 +85,12 @@ def lock(path: str | Path) -> FileLock:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.parent / f".{path.name}.lock")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """End of an error message: the nearest of ``choices``, or nothing if none is near."""
+    close = difflib.get_close_matches(word, list(choices), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def sha256(path: str | Path) -> str:

@@ -262,7 +262,7 @@ def _marker(root: Path) -> dict[str, Any]:
         FileExistsError: If it is damaged.
     """
     try:
-        return {"complete": False, **json.loads((root / MARKER_3D).read_text())}
+        return {"complete": False, **json.loads((root / MARKER_3D).read_text(encoding="utf-8"))}
     except (ValueError, TypeError):
         raise FileExistsError(f"{root / MARKER_3D} is damaged; give a new or an empty folder") from None
 
@@ -270,7 +270,7 @@ def _marker(root: Path) -> dict[str, Any]:
 def _mark(root: Path, recipe: _Recipe, complete: bool) -> None:
     marker = {**recipe.to_dict(), "libraries": _libraries(), "complete": complete}
     with atomic_file(root / MARKER_3D) as temporary:
-        temporary.write_text(json.dumps(marker, indent=2) + "\n")
+        temporary.write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
 
 
 def _libraries() -> dict[str, str | None]:

@@ -1,12 +1,21 @@
 """Commands: output, files, exit codes, and one sentence for a mistake."""
 
+import contextlib
+import io
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
+import tqdm
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -354,10 +363,18 @@ def test_convert_refuses_options_that_do_not_fit_the_file(options, reason, offic
 def test_weights_list_shows_every_row_of_the_manifest(capsys):
     assert run("weights", "list") == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "data"]
+    assert header.split() == ["name", "here", "size", "mAP", "Rank-1", "measured", "on,", "by", "training", "data"]
     assert [row.split()[0] for row in rows] == [w.name for w in zoo.list_weights()]
     row = next(row for row in rows if row.startswith("pass_vit_small_patch16.lup_market1501 "))
-    assert row.split()[1:] == ["-", "256x128", "92.2", "96.3", "LUPerson,", "Market-1501"]
+    assert row.split()[1:] == [
+        "-",
+        "256x128",
+        "92.2",
+        "96.3",
+        *["Market-1501,", "the", "authors", "LUPerson,", "Market-1501"],
+    ]
+    row = next(row for row in rows if row.startswith("pass_vit_tiny_patch16.synth_reid "))
+    assert "22.9    28.8  200 generated persons on the street, this package " in row
 
 
 def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):
@@ -484,6 +501,135 @@ def test_no_command_and_an_unknown_one_are_refused_with_the_usage(capsys):
     for args in ([], ["train-everything"], ["weights"]):
         assert run(*args) == 2
         assert capsys.readouterr().err.startswith("usage: passreid")
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["evl"], "eval"),
+        (["fine-tune"], "finetune"),
+        (["weights", "lst"], "list"),
+        (["eval", "data/", "--modell", "a"], "--model"),
+        (["embed", "a.jpg", "-o", "a.npz", "--dtype", "bfloat61"], "bfloat16"),
+    ],
+)
+def test_a_misspelt_command_option_or_choice_names_the_nearest(words, nearest, capsys):
+    assert run(*words) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"; did you mean {nearest}?\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("pass_vit_tyni_patch16", "pass_vit_tiny_patch16"),
+        ("synth_ried", "synth_reid"),
+        ("pass_vit_small_patch16.lup_market", "lup_market1501"),
+        ("pass_vit_smal_patch16.lup", "pass_vit_small_patch16.lup"),
+    ],
+)
+def test_a_misspelt_model_or_tag_names_the_nearest(name, nearest, images, tmp_path, capsys):
+    assert refused(capsys, "embed", images, "-o", tmp_path / "a.npz", "--model", name).endswith(
+        f"; did you mean {nearest}?"
+    )
+
+
+def test_a_word_that_is_near_nothing_is_refused_without_a_suggestion(capsys):
+    assert run("zzzz") == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["weights", "list"], ["--help"], ["--version"], ["eval", "--help"], ["finetune", "--help"]], ids=" ".join
+)
+def test_an_output_whose_reader_has_gone_ends_quietly(words, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert run(*words) in (0, 1)  # argparse ignores what it cannot write
+        stdout.flush()  # as Python does when it ends
+    assert capsys.readouterr().err == ""
+
+
+def test_names_that_the_output_s_encoding_lacks_are_escaped(images, model_name, tmp_path, monkeypatch):
+    (images / "0.png").rename(images / "\u00e9\udcff.png")
+    (images / "1.png").write_bytes(b"no image")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert run("embed", images, "-o", tmp_path / "\u00e9.csv", "--model", model_name) == 1
+    assert stdout.buffer.getvalue().decode() == f"2 descriptors of width 128 -> {tmp_path}/\\xe9.csv\n"
+
+
+def test_quiet_shows_no_bars(monkeypatch, images, model_name, tmp_path):
+    shown = []
+    bar = tqdm.tqdm
+
+    def record(*args: Any, **options: Any) -> Any:
+        shown.append(options["disable"])
+        return bar(*args, **options)
+
+    monkeypatch.setattr("passreid_models.embed.tqdm", record)
+    for words in ([], ["-q"], ["--quiet"]):
+        assert run("embed", images, "-o", tmp_path / "a.npz", "--model", model_name, *words) == 0
+    assert shown == [None, True, True]  # None: only on a terminal
+
+
+def test_eval_and_data_check_and_synth_pass_quiet_on(monkeypatch):
+    class CalledError(Exception):
+        pass
+
+    def called(*args: Any, **options: Any) -> None:
+        raise CalledError(options["progress"])
+
+    for name in ("passreid_models.evaluation.evaluate.evaluate_model", "passreid_models.data.check.check_dataset",
+                 "passreid_synth3d.dataset.make_data"):  # fmt: skip
+        monkeypatch.setattr(name, called)
+    for words in (["eval", "a"], ["data", "check", "a"], ["synth", "--ids=2", "--images=2", "--out=a"]):
+        for quiet in (False, True):
+            with pytest.raises(CalledError) as e:
+                run(*words, *["-q"] * quiet)
+            assert e.value.args == (not quiet,)
+
+
+# ---- Completion
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory) -> Path:
+    pytest.importorskip("shtab")
+    script = tmp_path_factory.mktemp("completion") / "passreid.bash"
+    with script.open("w") as file, contextlib.redirect_stdout(file):
+        assert run("--print-completion", "bash") == 0
+    return script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not there")
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["ev"], ["eval"]),
+        (["weights", "p"], ["pull", "publish"]),
+        (["eval", "--rer"], ["--rerank"]),
+        (["finetune", "--lab"], ["--label-smoothing"]),
+        (["cluster", "--preset", "usl"], ["usl-market1501", "usl-msmt17"]),
+        (["train", "--init", "pass_vit_small_patch16.s"], ["pass_vit_small_patch16.synth"]),
+        (["embed", "pict"], ["pictures"]),
+    ],
+)
+def test_bash_completes_commands_options_presets_models_and_files(words, completed, completion, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    line = shlex.join(["passreid", *words])
+    code = f'. {completion}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _shtab_passreid; echo "${{COMPREPLY[@]}}"'
+    output = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert sorted(output.split()) == sorted(completed)
+
+
+def test_completion_for_another_shell_or_without_its_library_is_refused(monkeypatch, capsys):
+    assert run("--print-completion", "cmd") == 2
+    assert "expected one of bash, zsh, tcsh, got 'cmd'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "passreid-models[completion]" in refused(capsys, "--print-completion", "bash")
 
 
 def test_interrupting_ends_with_130_and_one_line(monkeypatch, capsys):

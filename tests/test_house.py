@@ -99,3 +99,17 @@ def test_no_file_name_occurs_twice_and_none_is_of_the_standard_library():
 def test_tests_mirror_the_rooms():
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert folders <= {*ROOMS, "synth3d"}
+
+
+def test_text_is_read_and_written_as_utf8_whatever_the_locale():
+    strays = []
+    folders = [PACKAGE, *(ROOT / name for name in ("passreid_synth3d", "examples", "benchmarks"))]
+    for file in [path for folder in folders for path in folder.rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or any(k.arg in ("encoding", None) for k in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            is_text = any(isinstance(a, ast.Constant) and a.value in ("r", "w", "a", "x", "r+") for a in node.args)
+            if name in ("read_text", "write_text") or (name == "open" and is_text):
+                strays.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert strays == []

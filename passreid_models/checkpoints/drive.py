@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import are_progress_bars_disabled
 from tqdm import tqdm
 
 __all__ = ["DriveError", "download_drive"]
@@ -56,7 +57,8 @@ def download_drive(file_id: str, path: Path, wait: float = 1.0) -> None:
     """
     params = {"id": file_id, "export": "download", "confirm": "t"}
     tries, reason, answered = 0, "", False
-    with tqdm(unit="B", unit_scale=True, desc="Google Drive", disable=None) as bar:
+    disable = are_progress_bars_disabled() or None  # those of the Hub's client; None: off a terminal
+    with tqdm(unit="B", unit_scale=True, desc="Google Drive", disable=disable) as bar:
         while tries < (TRIES if answered else TRIES_UNANSWERED):
             if tries:
                 time.sleep(wait * 2 ** (tries - 1))

@@ -21,9 +21,11 @@ from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architectur
 from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.load import LoadReport, load_report
 from passreid_models.checkpoints.read import has_checksum
-from passreid_models.runtime import atomic_folder, sha256, unwrap
+from passreid_models.runtime import atomic_folder, did_you_mean, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
+
+CLAIMS = ("tag", "description", "origin_url")  # of a pretrained cfg: whose weights they are
 
 
 def save_pretrained(
@@ -73,13 +75,13 @@ def save_pretrained(
             model_args=model_args,
             safe_serialization=True,
         )
-        config = json.loads((new / "config.json").read_text())
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
-            for key in ("tag", "description", "origin_url"):
+            for key in CLAIMS:
                 config["pretrained_cfg"].pop(key, None)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}
             safetensors.torch.save_file(tensors, new / "extras.safetensors")
@@ -227,7 +229,8 @@ def model_of(
         raise ValueError(f"{source} is {width} wide, which cannot be split over {num_heads} heads")
     if name is not None:
         if name.split(".")[0] not in ARCHITECTURES:
-            raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
+            nearest = did_you_mean(name, ARCHITECTURES)
+            raise ValueError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}{nearest}")
         return name, overrides
     if registered := architecture_name(architecture):
         return registered, overrides
@@ -262,7 +265,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     check_config(config, file)

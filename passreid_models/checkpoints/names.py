@@ -25,6 +25,7 @@ from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
 from passreid_models.checkpoints.local_dir import PIXELS, check_fields, exported_folder, model_of, read_config, several
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.runtime import did_you_mean
 
 __all__ = ["NamedModel", "find_model", "run_checkpoints"]
 
@@ -153,8 +154,14 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     examples = f"tags such as {', '.join(similar)}" if similar else "their tags"
     raise ValueError(
         f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}, {examples} (`passreid weights list` has all), a "
-        "folder with config.json, a run, or a checkpoint file"
+        f"folder with config.json, a run, or a checkpoint file{did_you_mean(name, known_names())}"
     )
+
+
+def known_names() -> list[str]:
+    """Names of models that need no folder: architectures, ``architecture.tag`` and tags."""
+    weights = zoo.list_weights()
+    return list(dict.fromkeys([*ARCHITECTURES, *(w.name for w in weights), *(w.tag for w in weights)]))
 
 
 def _tagged(name: str, architecture: str, weight: zoo.Weight | None) -> NamedModel:

@@ -1,16 +1,19 @@
 """Publishing of an exported folder on the Hugging Face Hub, with a model card."""
 
+import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from passreid_models.checkpoints.local_dir import read_config
+import timm
+
+from passreid_models.checkpoints.local_dir import CLAIMS, read_config
 from passreid_models.checkpoints.read import read_checkpoint
-from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights, short_error
+from passreid_models.checkpoints.zoo import Weight, WeightsUnavailableError, list_weights, short_error
 
 __all__ = ["model_card", "publish"]
 
+PAPER = "https://arxiv.org/abs/2203.03931"
 PUBLISHED = ("model.safetensors", "config.json", "extras.safetensors")
 CITATION = """@inproceedings{zhu2022pass,
   title={{PASS}: Part-Aware Self-Supervised Pre-Training for Person Re-Identification},
@@ -27,7 +30,12 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     cfg = config["pretrained_cfg"]
     weight = next((w for w in list_weights() if w.name == f"{config['architecture']}.{cfg.get('tag')}"), None)
     license = cfg.get("license") or "other"
+    provenance = config.get("provenance", {})
+    accuracy = _accuracy(weight, provenance)
+    name = repo_id.split("/")[-1]
     data = ModelCardData(
+        model_name=name,
+        eval_results=_eval_results(accuracy),
         library_name="timm",
         license=license,
         license_name="see-provenance" if license == "other" else None,
@@ -36,7 +44,6 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
         datasets=_dataset_ids(weight.data) if weight else None,
     )
     height, width = cfg["input_size"][1:]
-    provenance = config.get("provenance", {})
     data_steps, methods = _training(provenance, config["architecture"])
     rows = {
         "Architecture": f"`{config['architecture']}`, {height}x{width}",
@@ -47,28 +54,27 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
         "Task": weight.task if weight else ", then ".join(methods) or "not stated",
         "Licence of the weights": f"{license}" + (f": {weight.license_note}" if weight else ""),
     }
-    if weight and weight.accuracy:
-        accuracy = weight.accuracy
-        rows["Accuracy"] = f"mAP {accuracy['mAP']}, Rank-1 {accuracy['rank1']}, measured by {accuracy['measured_by']}"
-    elif not weight and provenance.keys() >= {"mAP", "rank1"}:
-        rows["Accuracy"] = (
-            f"mAP {provenance['mAP']:.1f}, Rank-1 {provenance['rank1']:.1f}, measured during the training; of its "
-            "checkpoints, this one had the highest mAP"
-        )
+    if accuracy:
+        scores = f"mAP {accuracy['mAP']:.1f}, Rank-1 {accuracy['rank1']:.1f}"
+        rows["Accuracy"] = f"{scores} on {accuracy['measured_on']}, measured {accuracy['measured_by']}"
     details = "\n".join(f"- **{name}:** {value}" for name, value in rows.items())
     history = "\n".join(f"- {key}: `{value}`" for key, value in provenance.items() if value) or "- not recorded"
     return f"""---
 {data.to_yaml()}
 ---
 
-# {repo_id.split("/")[-1]}
+# {name}
 
-A person re-identification model of the PASS family ([paper](https://arxiv.org/abs/2203.03931)) for timm, written by
+A person re-identification model of the PASS family ([paper]({PAPER})) for timm, written by
 passreid-models.
 
 {details}
 
 ## Usage
+
+```bash
+pip install passreid-models
+```
 
 ```python
 import timm, torch
@@ -93,6 +99,42 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 """
 
 
+def _accuracy(weight: Weight | None, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """mAP and Rank-1 in percent, on what they were measured, and by whom or when; None if they are not known."""
+    if weight:
+        return weight.accuracy and {**weight.accuracy, "measured_by": f"by {weight.accuracy['measured_by']}"}
+    if not provenance.keys() >= {"mAP", "rank1"}:
+        return None
+    when = "during the training; of its checkpoints, this one had the highest mAP"
+    data = provenance.get("evaluation_data") or f"queries and gallery of {provenance.get('data', 'unknown data')}"
+    return {**{k: provenance[k] for k in ("mAP", "rank1")}, "measured_on": data, "measured_by": when}
+
+
+def _eval_results(accuracy: dict[str, Any] | None) -> list[Any] | None:
+    """Entries of the card's ``model-index``."""
+    from huggingface_hub import EvalResult
+
+    if accuracy is None:
+        return None
+    dataset = accuracy["measured_on"].partition(": ")[0]  # without its counts
+    source: dict[str, Any] = {}
+    if accuracy["measured_by"] == "by the authors":
+        source = {"source_name": "PASS", "source_url": PAPER}
+    return [
+        EvalResult(
+            task_type="image-feature-extraction",
+            task_name="person re-identification",
+            dataset_type=re.sub(r"[^\w.-]+", "-", dataset).strip("-"),
+            dataset_name=dataset,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(accuracy[key], 2),
+            **source,
+        )
+        for key, metric, name in (("mAP", "mAP", "mAP"), ("rank1", "rank-1", "Rank-1"))
+    ]
+
+
 def _training(provenance: dict[str, Any], architecture: str) -> tuple[list[str], list[str]]:
     """Data and methods of a run and of the weights it began with, the earliest first."""
     if not provenance.get("data"):
@@ -110,24 +152,33 @@ def _dataset_ids(data: str) -> list[str]:
     return ["-".join(name.split()) for name in re.sub(r"\(.*?\)", "", data).split(",")]
 
 
-def card_of(folder: Path, repo_id: str) -> str:
-    """Model card that ``publish`` pushes: the folder's README.md, else one from its ``config.json``.
+def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """Files that ``publish`` pushes, by name: those of the folder, or their content where it is written for the Hub.
+
+    The model card is the folder's README.md, else one from its ``config.json``. A folder of timm's ``save_for_hf`` gets
+    the descriptor's entries in ``config.json``, and loses those of a tag, whose licence may not hold for the weights.
 
     Raises:
         FileNotFoundError: If the folder lacks a file.
-        ValueError: If ``config.json`` is damaged, or ``repo_id`` is not ``org/name``.
+        ValueError: If a file is damaged or of another package, or ``repo_id`` is not ``org/name``.
     """
     for name in PUBLISHED[:2]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
-    try:
-        card = model_card(read_config(folder), repo_id)
-    except KeyError as e:
-        raise ValueError(f"{folder / 'config.json'} was not written by this package: it has no {e}") from None
+    config = read_config(folder)
+    read_checkpoint(folder / "model.safetensors")  # raises for a damaged file
+    files: dict[str, Path | bytes] = {name: folder / name for name in PUBLISHED if (folder / name).is_file()}
+    if not config.keys() >= {"fusion", "neck", "l2_normalize"}:
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)  # the one that users will get
+        config |= {"fusion": model.global_pool, "neck": model.neck, "l2_normalize": model.neck != "multi"}
+        cfg = {k: v for k, v in config["pretrained_cfg"].items() if k not in CLAIMS}
+        config["pretrained_cfg"] = {**cfg, "license": "other"}
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     own_card = folder / "README.md"
-    return own_card.read_text() if own_card.is_file() else card
+    files["README.md"] = own_card if own_card.is_file() else model_card(config, repo_id).encode()
+    return files
 
 
 def publish(
@@ -138,7 +189,7 @@ def publish(
     revision: str | None = None,
     dry_run: bool = False,
 ) -> tuple[str, dict[str, int]]:
-    """Push a folder of ``save_pretrained`` or ``convert_checkpoint`` to the Hub, with a model card.
+    """Push a folder of ``save_pretrained``, ``convert_checkpoint`` or timm's ``save_for_hf`` to the Hub, with a card.
 
     A README.md in the folder is used as it is; otherwise one is written.
 
@@ -157,28 +208,24 @@ def publish(
         ValueError: If a file is damaged, or ``repo_id`` is not ``org/name``.
         WeightsUnavailableError: If the Hub refuses.
     """
-    folder = Path(folder)
-    card = card_of(folder, repo_id)
-    read_checkpoint(folder / "model.safetensors")  # raises for a damaged file
-    names = [name for name in PUBLISHED if (folder / name).is_file()]
-    sizes = {name: (folder / name).stat().st_size for name in names} | {"README.md": len(card.encode())}
+    files = files_to_publish(Path(folder), repo_id)
+    sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     if dry_run:
         return "", sizes
 
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="passreid-models")
-    with tempfile.TemporaryDirectory() as work:
-        for name in names:
-            (Path(work) / name).symlink_to((folder / name).resolve())
-        (Path(work) / "README.md").write_text(card)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=work, revision=revision, commit_message=f"Add {repo_id.split('/')[1]}"
-            )
-        except Exception as e:  # their kind depends on the client's HTTP library
-            status = getattr(getattr(e, "response", None), "status_code", None)
-            advice = "; is HF_TOKEN set, and allowed to write?" if status in (401, 403) else ""
-            raise WeightsUnavailableError(f"the Hub refused {repo_id}: {short_error(e)}{advice}") from None
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo_id=repo_id,
+            operations=[CommitOperationAdd(name, file) for name, file in files.items()],
+            revision=revision,
+            commit_message=f"Add {repo_id.split('/')[1]}",
+        )
+    except Exception as e:  # their kind depends on the client's HTTP library
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        advice = "; is HF_TOKEN set, and allowed to write?" if status in (401, 403) else ""
+        raise WeightsUnavailableError(f"the Hub refused {repo_id}: {short_error(e)}{advice}") from None
     return str(commit.commit_url), sizes

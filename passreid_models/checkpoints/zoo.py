@@ -23,7 +23,7 @@ from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.drive import DriveError, download_drive
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.runtime import atomic_file, cache_dir, lock, sha256
+from passreid_models.runtime import atomic_file, cache_dir, did_you_mean, lock, sha256
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
 
@@ -40,7 +40,8 @@ class Weight:
     """One row of the manifest: a published or bundled checkpoint.
 
     ``fusion`` and ``neck`` are those of the published descriptor, ``feature`` says where it is taken (``tokens``,
-    ``before neck``, ``after neck``), ``mean_std`` is ``imagenet`` or ``0.5``, sizes are height x width in pixels.
+    ``before neck``, ``after neck``), ``accuracy`` has mAP and Rank-1 in percent, and who measured them on what,
+    ``mean_std`` is ``imagenet`` or ``0.5``, sizes are height x width in pixels.
     """
 
     name: str
@@ -97,7 +98,7 @@ def weights_dir() -> Path:
 
 @cache
 def _manifest() -> dict[str, Weight]:
-    rows = json.loads((weights_dir() / "manifest.json").read_text())
+    rows = json.loads((weights_dir() / "manifest.json").read_text(encoding="utf-8"))
     return {row["name"]: Weight(**{**row, "input_size": tuple(row["input_size"])}) for row in rows}
 
 
@@ -132,9 +133,15 @@ def get_weight(name: str, architecture: str = "") -> Weight:
         )
     if row := find_weight(architecture, name):
         return row
-    tags = [w.name for w in list_weights(architecture or name.split(".")[0])]
-    known = f"known: {', '.join(tags)}" if tags else "see `passreid weights list`"
-    raise ValueError(f"there are no weights {'.'.join(filter(None, (architecture, name)))!r}; {known}")
+    full = ".".join(filter(None, (architecture, name)))
+    first, _, tag = full.partition(".")
+    rows = list_weights(first)
+    if rows:  # a common architecture makes all names near
+        known, nearest = f"known: {', '.join(w.name for w in rows)}", did_you_mean(tag, [w.tag for w in rows])
+    else:
+        names = [name for w in list_weights() for name in (w.name, w.tag)]
+        known, nearest = "see `passreid weights list`", did_you_mean(name, names)
+    raise ValueError(f"there are no weights {full!r}; {known}{nearest}")
 
 
 # -------------------------------------------------------------------------------------------------------- resolving
@@ -187,7 +194,7 @@ def read_record(name: str) -> dict[str, Any] | None:
     """Record of pulled weights: folder, address, SHA-256 and size of the source, SHA-256 of the result; or None."""
     path = cache_dir() / f"{name}.json"
     try:
-        record = json.loads(path.read_text()) if path.is_file() else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError:  # not written by this package: pull again
         return None
     return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
@@ -278,7 +285,7 @@ def _convert_into_cache(weight: Weight, file: Path, old: Path | None) -> Path:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     with atomic_file(cache_dir() / f"{weight.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

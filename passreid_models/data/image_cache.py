@@ -77,7 +77,7 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
         ("memory.max", "memory.stat", ("anon", "shmem")),
         ("memory/memory.limit_in_bytes", "memory/memory.stat", ("total_rss", "total_shmem")),
     ):
-        text = (root / limit).read_text().strip() if (root / limit).is_file() else "max"
+        text = (root / limit).read_text(encoding="utf-8").strip() if (root / limit).is_file() else "max"
         if text != "max":
             free = min(free, int(text) - sum(_number(rf"^{name} (\d+)", root / stat) for name in names))
     return free
@@ -85,7 +85,7 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _number(pattern: str, file: Path) -> int:
     """Number in a file; 0 if it is not there."""
-    match = re.search(pattern, file.read_text(), re.MULTILINE)
+    match = re.search(pattern, file.read_text(encoding="utf-8"), re.MULTILINE)
     return int(match[1]) if match else 0
 
 

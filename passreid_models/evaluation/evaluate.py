@@ -41,6 +41,7 @@ def evaluate_model(
     per_camera: bool = False,
     open_set: bool = False,
     cache: bool | str | Path = True,
+    progress: bool = True,
     json_file: str | Path | None = None,
     pictures: str | Path | None = None,
     **options: Any,
@@ -55,6 +56,7 @@ def evaluate_model(
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
         open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Cache of descriptors, as in ``evaluate_dataset``.
+        progress: Show a bar, on a terminal.
         json_file: File to write ``Evaluation.to_dict()`` to.
         pictures: Folder for the pictures of ``pictures.draw_evaluation``.
         **options: Options of ``make_embedder``.
@@ -73,11 +75,18 @@ def evaluate_model(
         dataset = open_dataset(data).require("query", "gallery")
         embed = make_embedder(model, device=own_device, **options)
         evaluation = evaluate_dataset(
-            dataset, embed, name=model, rerank=rerank, per_camera=per_camera, open_set=open_set, cache=cache
+            dataset,
+            embed,
+            name=model,
+            rerank=rerank,
+            per_camera=per_camera,
+            open_set=open_set,
+            cache=cache,
+            progress=progress,
         )
     if evaluation and json_file is not None:
         with atomic_file(json_file) as temporary:
-            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n")
+            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if evaluation and pictures is not None:
         draw_evaluation(evaluation, pictures)
     return evaluation
@@ -120,6 +129,7 @@ def evaluate_dataset(
     per_camera: bool = False,
     open_set: bool = False,
     cache: bool | str | Path = True,
+    progress: bool = True,
 ) -> Evaluation | None:
     """Evaluate a model; in a process group, call it in every process.
 
@@ -131,6 +141,7 @@ def evaluate_dataset(
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
         open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
         cache: Read and keep descriptors in the package's cache (True), or in this folder.
+        progress: Show a bar, on a terminal.
 
     Returns:
         The evaluation in the first process, None in the others.
@@ -143,7 +154,7 @@ def evaluate_dataset(
     if cache:
         folder = None if cache is True else cache
         store = FeatureCache(embed, dataset.recipe or str(dataset.root), folder)
-    retrieved = _retrieve(dataset, embed, store, progress=True)
+    retrieved = _retrieve(dataset, embed, store, progress)
     if world()[0]:
         return None
     model = {

@@ -56,7 +56,7 @@ class PretrainConfig(RunConfig):
         areas: Rows of each area, (top, bottom) as fractions of the height; by default overlapping windows of equal
             height, for 3 parts the published halves.
         local_size: Height and width of local views; half of ``size`` by default.
-        local_views: Local views of an image, over all areas.
+        local_views: Local views of an image, over all areas; by default 9, or the next multiple of ``parts``.
         global_scale: Area of a global crop, as a fraction of the image.
         local_scale: Area of a local crop, as a fraction of its area.
         brightness: Strength of the brightness jitter: factors are uniform in 1 ± this. Colour tells persons apart: on
@@ -109,7 +109,7 @@ class PretrainConfig(RunConfig):
     pos_resampling: str = "antialiased"
     areas: list[Area] | None = None
     local_size: tuple[int, int] | None = None
-    local_views: int = 9
+    local_views: int | None = None
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.1, 0.8)
     brightness: float = 0.4
@@ -170,10 +170,10 @@ class PretrainConfig(RunConfig):
         pixels, reason = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
         for name in ("size", "local_size"):
             self.check_size(name, pixels, reason)
-        if self.local_size is None and self.local_views and any(v % (2 * pixels) for v in self.size):
+        if self.local_size is None and self.num_local_views and any(v % (2 * pixels) for v in self.size):
             expected = f"(height, width) in multiples of {2 * pixels}, since local views are half as large"
             raise wrong("size", self.size, expected)
-        if self.local_views % self.num_areas:
+        if self.num_local_views % self.num_areas:
             raise wrong("local_views", self.local_views, f"a multiple of parts = {self.num_areas}")
         if self.areas is not None and len(self.areas) != self.num_areas:
             raise wrong("areas", self.areas, f"one (top, bottom) for each of {self.num_areas} parts")
@@ -196,6 +196,11 @@ class PretrainConfig(RunConfig):
         return max(self.num_parts, 1)
 
     @property
+    def num_local_views(self) -> int:
+        """Number of local views, over all areas."""
+        return -(-9 // self.num_areas) * self.num_areas if self.local_views is None else self.local_views
+
+    @property
     def view_areas(self) -> tuple[Area, ...]:
         """Rows of the areas that local views are cut from."""
         if self.areas is not None:
@@ -213,7 +218,7 @@ class PretrainConfig(RunConfig):
         return MultiCrop(
             *self.view_sizes(epoch),
             self.view_areas,
-            self.local_views // self.num_areas,
+            self.num_local_views // self.num_areas,
             self.global_scale,
             self.local_scale,
             brightness=self.brightness,
@@ -231,8 +236,9 @@ class PretrainConfig(RunConfig):
         return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from a saved run's; ``parts`` counts as the number it stands for."""
-        pairs = super().changed(other)
-        if self.num_parts == self.known(other).num_parts:  # such as 3 here and None, the architecture's own 3, there
-            pairs.pop("parts", None)
+        """Fields that shape the weights and differ from a saved run's; None counts as the number it stands for."""
+        pairs, saved = super().changed(other), self.known(other)
+        for name in ("parts", "local_views"):  # such as 3 here and None, the architecture's own 3, there
+            if getattr(self, f"num_{name}") == getattr(saved, f"num_{name}"):
+                pairs.pop(name, None)
         return pairs

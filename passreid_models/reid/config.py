@@ -202,7 +202,7 @@ class ClusterConfig(ReIDConfig):
         clusters_per_batch: Clusters in a batch, over all processes.
         images_per_cluster: Images of each cluster in a batch, which holds ``clusters_per_batch`` x
             ``images_per_cluster`` images.
-        lr_step: Epochs between two reductions of the learning rate.
+        lr_step: Epochs between two reductions of the learning rate; by default two fifths of ``epochs``.
         lr_gamma: Factor of the learning rate at each reduction.
         eps: Largest Jaccard distance between neighbours in DBSCAN; published: 0.6, and 0.7 for MSMT17.
         min_samples: Neighbours, itself included, that make an image the core of a cluster.
@@ -231,7 +231,7 @@ class ClusterConfig(ReIDConfig):
     steps: int = 200
     clusters_per_batch: int = 32
     images_per_cluster: int = 8
-    lr_step: int = 20
+    lr_step: int | None = None
     lr_gamma: float = 0.1
     eps: float = 0.6
     min_samples: int = 4
@@ -247,6 +247,8 @@ class ClusterConfig(ReIDConfig):
             ValueError: If a value is not valid; the message begins with the field's name.
         """
         super().__post_init__()
+        if self.lr_step is None:
+            object.__setattr__(self, "lr_step", max(1, 2 * self.epochs // 5))
         self.check_choices({"memory": MEMORIES})
         self.check_ranges(
             (
@@ -284,7 +286,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "finetune": {
         "pass-vit-s-384": {"size": (384, 128)},
         # 2 to 8 cores or one small GPU, thousands of images: fewer epochs
-        "laptop": {"epochs": 24, "lr": 3e-3, "eval_epochs": 6},
+        "laptop": {"model": "pass_vit_tiny_patch16", "epochs": 24, "lr": 3e-3, "eval_epochs": 6},
         "domain": DOMAIN,
     },
     "cluster": {
@@ -294,6 +296,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "uda-market1501": {"neck": "multi", "fusion": "cat", "eps": 0.6},  # from MSMT17
         "uda-msmt17": {"neck": "multi", "fusion": "mean", "eps": 0.7},  # from Market-1501
         "laptop": {
+            "model": "pass_vit_tiny_patch16",
             "epochs": 10,
             "steps": 40,
             "clusters_per_batch": 8,

@@ -113,8 +113,13 @@ class ReIDRun(Run):
         return {"data": self.dataset.description}
 
     def before_training(self) -> None:
-        if self.eval_dataset is not None and (scores := self._score(self.eval_dataset)):
-            self.before = {**scores, "evaluated_on": self.eval_dataset.fingerprint}
+        dataset = self.eval_dataset
+        if dataset is None:
+            return
+        queries, gallery = len(dataset.query), len(dataset.gallery)
+        self.log(f"evaluation before the first step: {queries} queries, {gallery} gallery images")
+        if scores := self._score(dataset):
+            self.before = {**scores, "evaluated_on": dataset.fingerprint}
             self.write(scores)
 
     def after_epoch(self) -> None:
@@ -126,7 +131,12 @@ class ReIDRun(Run):
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            self.export_to(self.folder.path / "best", **scores, evaluated_on=dataset.fingerprint)
+            self.export_to(
+                self.folder.path / "best",
+                **scores,
+                evaluated_on=dataset.fingerprint,
+                evaluation_data=dataset.description,
+            )
         self.write(scores)  # last: for a resumed run it marks the end of the evaluation
 
     def after_training(self) -> None:

@@ -40,7 +40,7 @@ __all__ = ["cluster", "compare_with_labels"]
 _logger = logging.getLogger(__name__)
 SHARED = ("init", "model", "fusion", "size", "device", "grad_checkpointing", "sync_bn", "workers", "seed",
           "save_minutes", "keep", "log_steps", "max_minutes", "max_unreadable", "skip_nonfinite",
-          "tensorboard", "cache_images")  # fmt: skip
+          "tensorboard", "quiet", "cache_images")  # fmt: skip
 
 
 def cluster(config: ClusterConfig) -> Path:
@@ -85,10 +85,10 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
     """Configuration of the fine-tuning on the source: shared settings, then ``source_config``."""
     values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
     if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
-        values |= merge_presets(config.source_config, PRESETS["finetune"])
+        values |= merge_presets(config.source_config, PRESETS["finetune"], config.model or config.init)
     elif config.source_config:
         try:
-            settings = yaml.safe_load(Path(config.source_config).read_text())
+            settings = yaml.safe_load(Path(config.source_config).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
             reason = " ".join(str(e).split())
@@ -243,6 +243,8 @@ class ClusterRun(ReIDRun):
         """Cluster the descriptors of all training images, for the epoch that begins."""
         c, t = self.config, self.trainer
         t.share_statistics()
+        if t.labels is None:  # the first time, since it may take minutes
+            self.log(f"clusters: descriptors of {len(self.train_split)} images for the first of {c.epochs} times")
         embed = Embedder(without_drop_path(t.backbone), t.device)
         extracted = extract(embed, self.train_split.paths)
         if self.is_main:  # every process has the errors of all

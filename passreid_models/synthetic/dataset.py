@@ -123,7 +123,7 @@ class SyntheticPersons:
             else:
                 list(map(save, jobs))
             recipe = {**vars(self), "train_ids": train_ids, "distractors": distractors, "images": len(jobs)}
-            (unfinished / MARKER).write_text(json.dumps(recipe, indent=2) + "\n")
+            (unfinished / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
             if root.exists():
                 root.rename(old)
             unfinished.rename(root)

@@ -1,64 +1,20 @@
 """Command lines of training runs: flags, a YAML file and a preset, all naming the fields of one dataclass."""
 
-import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from passreid_models.checkpoints.zoo import find_weight
+from passreid_models.runtime import did_you_mean
 from passreid_models.training.config import RunConfig
 
 Config = TypeVar("Config", bound=RunConfig)
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 2**20, 10
 NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
-
-
-def run(program: str, train: Callable[[Any], Path], parse: Callable[[], Any]) -> int:
-    """Parse the configuration and train; report user errors in one line.
-
-    Args:
-        program: Name for messages.
-        train: Takes the configuration, and returns the exported folder.
-        parse: Returns the configuration.
-
-    Returns:
-        Exit code: 0 trained to the end or to ``max_minutes``; 1 the loss was not finite, memory ran out, or a loader
-        process died; 2 a user's mistake; 128 + the signal, when one stopped the run (its state is saved).
-    """
-    import torch
-
-    from passreid_models.training.run import Stopped
-    from passreid_models.training.trainer import NonFiniteLossError
-
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        folder = train(parse())
-        if is_main:
-            print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
-        return 0
-    except Stopped as e:
-        if is_main:
-            print(f"{program}: {e}", file=sys.stderr)
-        return 128 + e.signum if e.signum else 0
-    except (NonFiniteLossError, ChildProcessError) as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as e:
-        print(f"{program}: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as e:
-        advice = "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less"
-        if program != "passreid-train":
-            advice = "a smaller batch or --grad-checkpointing needs less"
-        print(f"{program}: out of memory: {advice} ({str(e).partition('. ')[0]})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
 
 
 def read_config(
@@ -108,9 +64,9 @@ def read_config(
     flags = dict(options)
     for file in [value or "" for name, value in options if name == "--config"]:
         _check_yaml(Path(file))
-    if "--preset" not in flags and "--config" in flags:
-        flags["--preset"] = _preset_in(Path(str(flags["--config"])))
-    parser.set_defaults(merge_presets(flags.get("--preset") or "", presets))
+    in_file = _texts_in(Path(str(flags["--config"]))) if "--config" in flags else {}
+    preset, init = (flags.get(f"--{name}", in_file.get(name)) for name in ("preset", "init"))
+    parser.set_defaults(merge_presets(preset or "", presets, init or ""))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
@@ -118,7 +74,11 @@ def read_config(
         raise ValueError(f"config: {flags['--config']} is no text file, expected YAML") from None
     except ArgumentError as e:
         types = {f.name: str(getattr(f.type, "__name__", f.type)) for f in all_fields}
-        raise ValueError(f"{_one_line(str(e), types)}; {program} --help lists the options") from None
+        message = _one_line(str(e), types)
+        if unknown := re.search(r"unrecognized arguments: (--\w+)|Option '(\w+)' is not", message):
+            choices = [f"--{name}" if unknown[1] else name for name in ("config", "preset", *types)]
+            message += did_you_mean(unknown[1] or unknown[2], choices).replace("_", "-" if unknown[1] else "_")
+        raise ValueError(f"{message}; {program} --help lists the options") from None
     if len(data := [value for name, value in options if name == "--data"]) > 1:
         raise ValueError(f"data: one is expected, got {', '.join(map(str, data))}{several}")
     if not values["data"]:
@@ -139,12 +99,14 @@ def _one_line(message: str, types: Mapping[str, str]) -> str:
     return f"{value[1]}: expected {expected}, got {value[2]}"
 
 
-def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]], init: str = "") -> dict[str, Any]:
     """Settings of one preset, or of several with commas between, of which the later win; none of an empty text.
 
     Args:
         names: Names of presets.
         presets: Settings by name of the preset.
+        init: Weights to begin with; unless it is empty, ``random`` or a tag of the presets' model, they decide the
+            model.
 
     Raises:
         ValueError: If there is no such preset.
@@ -152,8 +114,11 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[
     settings: dict[str, Any] = {}
     for name in filter(None, (name.strip() for name in names.split(","))):
         if name not in presets:
-            raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}")
+            nearest = did_you_mean(name, presets)
+            raise ValueError(f"preset: expected one or more of {', '.join(presets)}, got {name!r}{nearest}")
         settings |= presets[name]
+    if init not in ("", "random") and "model" in settings and not find_weight(settings["model"], init):
+        del settings["model"]
     return settings
 
 
@@ -174,7 +139,7 @@ def _check_yaml(file: Path) -> None:
         raise ValueError(f"config: {file} is larger than {MAX_YAML_BYTES:,} bytes")
     depth = 0
     with suppress(yaml.YAMLError, UnicodeDecodeError):
-        for event in yaml.parse(file.read_text(), Loader=yaml.SafeLoader):
+        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"config: {file} has an alias, *{event.anchor}; expected plain values")
@@ -182,16 +147,15 @@ def _check_yaml(file: Path) -> None:
                 raise ValueError(f"config: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
 
 
-def _preset_in(file: Path) -> str | None:
-    """Return the preset that a YAML file names; errors in the file are left to the parser."""
+def _texts_in(file: Path) -> dict[str, str]:
+    """Return the settings in a YAML file that are texts; errors in the file are left to the parser."""
     import yaml
 
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    preset = content.get("preset") if isinstance(content, dict) else None
-    return preset if isinstance(preset, str) else None
+        return {}
+    return {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
 
 
 def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[tuple[str, str | None]]:
@@ -202,6 +166,7 @@ def _options(argv: Sequence[str], switches: set[str], pairs: set[str]) -> list[t
         word = words.pop(0)
         name, equals, rest = word.partition("=")
         value: str | None = rest if equals else None
+        name = "--quiet" if name == "-q" else name
         if not word.startswith("-"):
             name, value = "--data", word
         elif word in ("-h", "--help", "--version") or word.startswith("--print_config"):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import yaml
 
 from passreid_models.architectures import ARCHITECTURES
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_COUNT = 2**31 - 1
@@ -53,11 +53,12 @@ class RunConfig:
         max_unreadable: Largest share of unreadable images in an epoch; the run stops above it.
         skip_nonfinite: Number of steps with a non-finite loss or gradient to skip; the run stops at the next one.
         tensorboard: Also write TensorBoard files.
+        quiet: Of the log show only warnings on the terminal, and no progress bar (``-q``); ``log.txt`` has all lines.
     """
 
     FREE: ClassVar[tuple[str, ...]] = (
         "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-        "max_minutes", "max_unreadable", "skip_nonfinite", "tensorboard",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "tensorboard", "quiet",
     )  # fmt: skip
     """Fields that a resumed run may change: none affects the weights of later steps."""
 
@@ -100,6 +101,7 @@ class RunConfig:
     max_unreadable: float = 0.01
     skip_nonfinite: int = 0
     tensorboard: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         """
@@ -155,8 +157,10 @@ class RunConfig:
             ValueError: The message begins with the field's name.
         """
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise wrong(name, getattr(self, name), f"one of {', '.join(filter(None, allowed))}")
+            value = getattr(self, name)
+            if value not in allowed:
+                error = wrong(name, value, f"one of {', '.join(filter(None, allowed))}")
+                raise ValueError(f"{error}{did_you_mean(value, allowed)}")
 
     def check_ranges(self, ranges: Ranges) -> None:
         """Check that values are in range; None is in every range, and whole numbers end at ``MAX_COUNT``.
@@ -227,7 +231,7 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write a YAML file that ``--config`` takes."""
         with atomic_file(path) as temporary:
-            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+            temporary.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return the fields that affect the weights and differ from a saved run's, as (value here, saved value).

@@ -162,13 +162,13 @@ class RunFolder:
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
         if self.metrics_file.is_file():
-            lines = [x for x in self.metrics_file.read_text().splitlines() if _step_of(x) <= step]
+            lines = [x for x in self.metrics_file.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
             with atomic_file(self.metrics_file) as temporary:
-                temporary.write_text("".join(f"{x}\n" for x in lines))
+                temporary.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
 
     def metric(self, step: int, name: str) -> float | None:
         """Last value of a metric of this step in ``metrics.jsonl``; NaN if it is null, None if there is none."""
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.is_file() else []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
         records = [json.loads(line) for line in lines if _step_of(line) == step]
         values = [record[name] for record in records if name in record]
         if not values:
@@ -177,7 +177,7 @@ class RunFolder:
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from passreid_models.data.loader import SIGHUP
 from passreid_models.runtime import world
 
 SCHEDULED = ("lr", "weight_decay", "momentum", "teacher_temp")
@@ -47,10 +49,39 @@ class Window:
         }
 
 
+class TimeLeft:
+    """Time that a run still takes: steps as long as the mean so far, and what is done once an epoch beside them."""
+
+    def __init__(self, step: int, total_steps: int, epochs: int) -> None:
+        self.first, self.total, self.epoch_steps = step, total_steps, total_steps / epochs
+        self.start, self.in_steps = time.perf_counter(), 0.0
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Add the time spent inside to that of the steps."""
+        before = time.perf_counter()
+        yield
+        self.in_steps += time.perf_counter() - before
+
+    def after(self, step: int) -> str:
+        """Hours, minutes and seconds from this step to the end; the run has done one step or more."""
+        done, beside = step - self.first, time.perf_counter() - self.start - self.in_steps
+        seconds = (self.total - step) * (self.in_steps / done + beside / max(done, self.epoch_steps))
+        return tqdm.format_interval(seconds)
+
+
 @contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Log to the terminal, above the progress bar, and to a file; all but the first process log marked records only."""
-    handlers: list[logging.Handler] = [_Terminal(), _LateFile(path, delay=True)]
+def log_to(path: Path, quiet: bool = False) -> Iterator[None]:
+    """Log to the terminal, above the progress bar, and to a file; all but the first process log marked records only.
+
+    Args:
+        path: Log file.
+        quiet: Only warnings to the terminal.
+    """
+    handlers: list[logging.Handler] = [
+        _Terminal(logging.WARNING if quiet else logging.INFO),
+        _LateFile(path, encoding="utf-8", delay=True),
+    ]
     if world()[0]:
         for handler in handlers:
             handler.addFilter(lambda record: getattr(record, "every_process", False))
@@ -75,7 +106,15 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except BrokenPipeError:  # its reader has gone, such as head: a run saves and stops, as at a lost terminal
+            handler = signal.getsignal(SIGHUP) if SIGHUP else None
+            if handler == signal.SIG_IGN:  # of a run under nohup, which goes on
+                return
+            if SIGHUP is None or not callable(handler):
+                raise
+            signal.raise_signal(SIGHUP)
 
 
 class _LateFile(logging.FileHandler):

@@ -36,7 +36,7 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
         raise FileNotFoundError(f"{metrics} is not there: {run} is no training run, or has not logged yet")
-    records = [r for line in metrics.read_text().splitlines() if "epoch" in (r := _read(line))]
+    records = [r for line in metrics.read_text(encoding="utf-8").splitlines() if "epoch" in (r := _read(line))]
     if not records:
         raise ValueError(f"{metrics} holds no steps yet")
     picture = Path(picture) if picture else Path(run) / "curves.png"

@@ -7,12 +7,13 @@ import errno
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,12 @@ from passreid_models.device import process_group
 from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
 from passreid_models.training.config import RunConfig
 from passreid_models.training.folder import RunFolder, is_dead_worker
-from passreid_models.training.log import Window, log_to
+from passreid_models.training.log import TimeLeft, Window, log_to
 from passreid_models.training.trainer import BaseTrainer, NonFiniteLossError
 from passreid_models.training.warm_start import provenance_of
 
 _logger = logging.getLogger(__name__)
+GUARD = 'in a script, training stands below if __name__ == "__main__":'
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # raised by a write without the file's name
 
 
@@ -162,26 +164,33 @@ class Run:
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
             self._export()
         batches = closing(self.batches())
-        bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=None if self.is_main else True)
-        window = None
+        hide = config.quiet or not self.is_main
+        bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=True if hide else None)
+        window, first = None, trainer.step + 1
+        left = TimeLeft(trainer.step, trainer.total_steps, config.epochs)
         with _signals() as received, batches as loaded, bar:
             while trainer.step < trainer.total_steps:
                 self.before_step()
                 window = window or Window()
-                with window.waiting():
-                    micro_batches = [next(loaded) for _ in range(config.accumulate)]
-                self._count_unreadable(micro_batches)
-                ends_epoch = trainer.ends_epoch
-                try:
-                    record = trainer.training_step(micro_batches)
-                except NonFiniteLossError as e:
-                    last = self.folder.latest() or "none yet"
-                    raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
+                with left.stepping():
+                    with window.waiting():
+                        micro_batches = [next(loaded) for _ in range(config.accumulate)]
+                    self._count_unreadable(micro_batches)
+                    ends_epoch = trainer.ends_epoch
+                    try:
+                        record = trainer.training_step(micro_batches)
+                    except NonFiniteLossError as e:
+                        last = self.folder.latest() or "none yet"
+                        raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
                 window.add(record)
                 bar.update()
+                eta = f"  eta {left.after(trainer.step)}"
                 if trainer.step % config.log_steps == 0 or ends_epoch:
-                    self.write({**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})})
+                    figures = {**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})}
+                    self.write(figures, eta)
                     window = None  # the next one begins with a step: neither saving nor evaluating counts
+                elif trainer.step == first:  # a sign of life, long before the means over many steps
+                    self.log(self._line(window.summary(config.batch_size)) + eta)
                 stop = self._agree_to_stop(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
                 if stop or is_last or (is_good and self._checkpoint_is_due()):
@@ -203,19 +212,28 @@ class Run:
         if self.is_main:
             _logger.info(line)
 
-    def write(self, figures: Mapping[str, float]) -> None:
-        """Write metrics to ``metrics.jsonl``, the log and TensorBoard, in the first process."""
+    def write(self, figures: Mapping[str, float], eta: str = "") -> None:
+        """Write metrics to ``metrics.jsonl``, the log and TensorBoard, in the first process.
+
+        Args:
+            figures: Metrics by name.
+            eta: Time left, for the end of the log line.
+        """
         if not self.is_main:
             return
         t = self.trainer
         record = {"step": t.step, "epoch": t.epochs_done, **figures}
         self.folder.add_metrics(record)
-        values = "  ".join(f"{k} {record[k]:.4g}" for k in self.shown if k in record)
-        _logger.info(f"epoch {record['epoch']:.2f}  step {t.step}/{t.total_steps}  {values}")
+        self.log(self._line(figures) + eta)
         if self.board is not None:
             for key, value in record.items():
                 self.board.add_scalar(key, value, t.step)
             self.board.flush()
+
+    def _line(self, figures: Mapping[str, float]) -> str:
+        t = self.trainer
+        values = "  ".join(f"{k} {figures[k]:.4g}" for k in self.shown if k in figures)
+        return f"epoch {t.epochs_done:.2f}  step {t.step}/{t.total_steps}  {values}"
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
         """Log unreadable images, and stop the run when an epoch has too many."""
@@ -319,10 +337,13 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
         ValueError: If a setting does not fit the data, the machine, or the run to resume.
         OSError: If the data cannot be read, the run cannot be written, or a process that loads images died.
         NonFiniteLossError: If the loss is NaN or infinite.
+        RuntimeError: If a loader process imports the script that trains, which lacks its ``__main__`` guard.
         Stopped: On SIGINT, SIGTERM, SIGUSR1 or SIGHUP, or after ``max_minutes``, with the state saved.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # imports the script of the process above it
+        raise RuntimeError(f"a process that loads images has begun to train itself: {GUARD}")
     try:
-        log = log_to(Path(config.out) / "log.txt")
+        log = log_to(Path(config.out) / "log.txt", config.quiet)
         with process_group(config.device) as device, log, closing(task(config, device)) as run:
             try:
                 return run.train()
@@ -336,9 +357,10 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
     except RuntimeError as e:
         if not is_dead_worker(e):
             raise
+        spawned = multiprocessing.get_start_method(allow_none=True) not in (None, "fork")
         raise ChildProcessError(
             f"a process that loads images died ({e}): if memory ran out, fewer --workers need less; in a container "
-            "they need some GB of /dev/shm"
+            f"they need some GB of /dev/shm{f'; {GUARD}' if spawned else ''}"
         ) from None
 
 
@@ -352,7 +374,8 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(signum)
         advice = "; Ctrl-C again stops without saving" if signum == signal.SIGINT else ""
-        os.write(2, f"\nsaving after this step{advice}\n".encode())  # print may be in the middle of a line
+        with suppress(OSError):  # the terminal may be lost
+            os.write(2, f"\nsaving after this step{advice}\n".encode())  # print may be in the middle of a line
 
     in_main = threading.current_thread() is threading.main_thread()  # only this one may set handlers
     # a run under nohup ignores the end of its terminal

@@ -17,10 +17,11 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from timm.models import save_for_hf
 
 from passreid_models import cli
 from passreid_models.checkpoints.local_dir import save_pretrained
-from passreid_models.checkpoints.publish import CITATION, model_card, publish
+from passreid_models.checkpoints.publish import CITATION, files_to_publish, model_card, publish
 from passreid_models.checkpoints.zoo import get_weight, list_weights
 from tests.hub_server import DEFAULT_GITATTRIBUTES, HubServer
 
@@ -84,7 +85,7 @@ def test_the_card_states_what_the_tag_is_and_where_it_comes_from(card):
         "`pass_vit_small_patch16`, 64x32",
         "fusion `cat`, neck `none`, L2-normalised",
         "squash to 64x32, bilinear, mean [0.5, 0.5, 0.5]",
-        "mAP 92.2, Rank-1 96.3, measured by the authors",
+        "mAP 92.2, Rank-1 96.3 on Market-1501, measured by the authors",
         weight.license_note,
         CITATION,
         *PROVENANCE.values(),
@@ -146,8 +147,59 @@ def test_the_card_of_a_run_states_its_data_from_the_first_weights_on_and_its_acc
     card = ModelCard(model_card(config_of(tmp_path / "best"), "me/mine"))
     assert f"**Training data:** {data}{RUN['data']}\n" in card.text
     assert f"**Task:** {task}supervised re-ID\n" in card.text
-    assert "**Accuracy:** mAP 61.2, Rank-1 80.0, measured during the training" in card.text
+    assert "**Accuracy:** mAP 61.2, Rank-1 80.0 on queries and gallery of Market-1501, mine/: 9 images, " in card.text
+    assert ", measured during the training; of its checkpoints, this one had the highest mAP\n" in card.text
     assert card.data.datasets is None  # folders are not datasets of the Hub
+
+
+def results_of(card: ModelCard) -> list[tuple]:
+    """Model index: data, metric, value and source of each entry."""
+    assert card.data.model_name
+    return [
+        (r.dataset_name, r.dataset_type, r.metric_name, r.metric_value, r.source_url) for r in card.data.eval_results
+    ]
+
+
+def test_the_model_index_has_the_accuracy_with_its_data_and_the_authors_as_source_of_their_own(card, tmp_path):
+    paper = "https://arxiv.org/abs/2203.03931"
+    market = ("Market-1501", "Market-1501")
+    assert results_of(card) == [(*market, "mAP", 92.2, paper), (*market, "Rank-1", 96.3, paper)]
+    info = {"provenance": {**RUN, "evaluation_data": "Duke, other/: 3 queries"}}
+    save_pretrained(timm.create_model("test_pass_vit"), tmp_path / "best", info=info)
+    own = ModelCard(model_card(config_of(tmp_path / "best"), "me/mine"))
+    duke = ("Duke, other/", "Duke-other")
+    assert results_of(own) == [(*duke, "mAP", 61.23, None), (*duke, "Rank-1", 80.0, None)]
+    assert own.data.model_name == "mine"
+
+
+def test_the_card_says_how_to_install_the_package(card):
+    assert "```bash\npip install passreid-models\n```" in card.text
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_a_folder_of_timms_own_save_is_published_as_the_model_that_it_loads_and_claims_no_tag(
+    num_classes, tmp_path, no_network
+):
+    folder = tmp_path / "timm"
+    model = timm.create_model("pass_vit_small_patch16.lup_market1501", num_classes=num_classes, **TINY)
+    save_for_hf(model, str(folder), model_args=TINY, safe_serialization=True)
+    files = files_to_publish(folder, "me/mine")
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads(files["config.json"])
+    assert (config["fusion"], config["neck"], config["l2_normalize"]) == ("cat", "", True)
+    assert config["pretrained_cfg"]["license"] == "other"
+    assert not {"tag", "origin_url"} & config["pretrained_cfg"].keys()
+    card = files["README.md"].decode()
+    assert "fusion `cat`, neck `none`, L2-normalised" in card
+    assert "**Training data:** not stated" in card
+    assert "92.2" not in card
+    assert publish(folder, "me/mine", dry_run=True)[1]["config.json"] == len(files["config.json"])
+
+
+def test_a_folder_of_another_family_by_timm_is_refused(tmp_path, no_network):
+    save_for_hf(timm.create_model("test_vit"), str(tmp_path / "timm"), safe_serialization=True)
+    with pytest.raises(ValueError, match="is not the config of a model of this package"):
+        publish(tmp_path / "timm", "me/mine", dry_run=True)
 
 
 def test_only_the_authors_weights_name_the_authors_repository(tmp_path):

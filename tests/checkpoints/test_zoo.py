@@ -121,6 +121,7 @@ def test_every_row_is_of_a_registered_architecture_and_states_task_data_and_lice
         assert w.license_note
         if w.accuracy:
             assert w.accuracy["measured_by"]
+            assert w.accuracy["measured_on"] == w.data.split(", ")[-1] or w.bundled_file
 
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)

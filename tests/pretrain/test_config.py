@@ -40,7 +40,7 @@ def test_the_defaults_are_the_published_settings():
     assert (c.model, c.num_parts, c.size, c.view_sizes(0)) == (
         "pass_vit_small_patch16", 3, (256, 128), ((256, 128), (128, 64))
     )  # fmt: skip
-    assert (c.local_views, c.global_scale, c.local_scale) == (9, (0.4, 1.0), (0.1, 0.8))
+    assert (c.num_local_views, c.global_scale, c.local_scale) == (9, (0.4, 1.0), (0.1, 0.8))
     assert c.crop(0) == c.crop(c.epochs) == MultiCrop()
     assert (c.num_prototypes, c.hidden_dim, c.bottleneck_dim, c.norm_last_layer) == (65536, 2048, 256, True)
     assert (c.lr, c.min_lr, c.weight_decay, c.weight_decay_end, c.momentum) == (5e-4, 1e-6, 0.04, 0.4, 0.996)
@@ -76,6 +76,11 @@ def test_the_laptop_preset_is_coarse_first_and_smaller_in_everything():
 
 
 # ---- Views
+
+
+@pytest.mark.parametrize(("parts", "views"), [(None, 9), (0, 9), (1, 9), (2, 10), (3, 9), (4, 12), (5, 10)])
+def test_the_number_of_local_views_follows_the_parts(parts, views):
+    assert PretrainConfig(parts=parts).num_local_views == views
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"local_size": (-16, 64)}, "local_size: expected .*multiples of 16"),
         ({"local_size": (112, 64), "coarse_epochs": 1}, "local_size: .*multiples of 32, since the coarse epochs"),
         ({"local_views": 10}, "local_views: expected a multiple of parts = 3, got 10"),
-        ({"parts": 2}, "local_views: expected a multiple of parts = 2, got 9"),
+        ({"parts": 2, "local_views": 9}, "local_views: expected a multiple of parts = 2, got 9"),
         ({"areas": [(0, 1)]}, r"areas: expected one \(top, bottom\) for each of 3 parts"),
         ({"areas": []}, "areas: expected one"),
         ({"areas": [(0, 0.5), (0.7, 0.5), (0.5, 1)]}, r"areas: expected .*top < bottom.* got \(0.7, 0.5\)"),
@@ -332,7 +337,7 @@ def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
 def test_what_a_resumed_run_may_change_is_where_it_runs_and_what_it_reports():
     assert set(PretrainConfig.FREE) == {
         "data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-        "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard",
+        "max_minutes", "max_unreadable", "skip_nonfinite", "probe", "probe_epochs", "tensorboard", "quiet",
     }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,6 +33,7 @@ from passreid_models.pretrain.trainer import PretrainTrainer
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.run import Stopped, pick_workers
 from passreid_models.training.trainer import NonFiniteLossError
+from tests import ROOT
 from tests.tiny_runs import (
     EPOCH_STEPS,
     LONG,
@@ -235,6 +239,31 @@ def test_a_signal_stops_the_run_with_128_plus_its_number_and_advice_to_resume(st
         message = one_sentence(stop.output)
         assert message == f"passreid-train: stopped at step {stop.steps} of {LONG_STEPS}; --resume auto continues"
     assert all(f"resumed at step {stop.steps} of" in later.output for stop, later in pairwise(stops))
+
+
+def run_before_a_reader_that_goes(words: list[str]) -> int:
+    """passreid-train with its output in a pipe, whose reader goes after a few steps, as head does."""
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def read() -> None:
+        with os.fdopen(reading) as lines:
+            next(line for line in lines if f"step {EPOCH_STEPS + 2}/" in line)
+
+    threading.Thread(target=read, daemon=True).start()
+    return run_cli(words)
+
+
+def test_a_run_whose_log_nobody_reads_any_more_saves_and_stops_quietly_as_at_a_lost_terminal(home, data):
+    words = flags(data, home / "unread", **LONG)
+    with Child(run_before_a_reader_that_goes, words, folder=home / "printed") as child:
+        assert child.wait() == 128 + signal.SIGHUP
+        assert child.output == ""
+    log = (home / "unread" / "log.txt").read_text()
+    assert "; --resume auto continues" in log
+    assert saved_steps(home / "unread")[-1] == steps_logged(home / "unread") < LONG_STEPS
 
 
 def test_no_worker_is_left_after_a_stop(stops):
@@ -653,6 +682,21 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_other_behind(data, home):
     message = one_sentence(child.output)
     assert "a process that loads images died (DataLoader worker" in message
     assert "fewer --workers" in message
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_without_the_main_guard_names_it_in_both_processes(method, data, tmp_path):
+    config = tiny(data, tmp_path / "run", epochs=1, workers=1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import multiprocessing\nfrom passreid_models.pretrain import PretrainConfig, train\n"
+        f"multiprocessing.set_start_method({method!r}, force=True)\ntrain(PretrainConfig(**{config.to_dict()}))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("RuntimeError", "ChildProcessError"))]
+    assert len(errors) == 2
+    assert all('training stands below if __name__ == "__main__":' in line for line in errors)
 
 
 def test_a_run_that_another_process_made_meanwhile_is_left_alone(whole, data, tmp_path, monkeypatch):

@@ -245,9 +245,30 @@ def test_an_invalid_value_of_clustering_is_refused_by_name(options, message):
 def test_a_resumed_run_may_change_only_options_that_do_not_affect_the_weights(config):
     here = config(data="a/")
     free = {"data", "out", "init", "device", "workers", "resume", "save_minutes", "save_epochs", "keep", "log_steps",
-            "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard",
+            "max_minutes", "max_unreadable", "skip_nonfinite", "eval_data", "eval_epochs", "tensorboard", "quiet",
             "cache_images"}  # fmt: skip
     extra = set() if config is FinetuneConfig else {"source", "source_config"}
     assert set(config.FREE) == free | extra
     assert here.changed(config(data="b/", eval_epochs=3, dtype="float16").to_dict()) == {}
     assert here.changed(config(lr=0.5).to_dict()) == {"lr": (config().lr, 0.5)}
+
+
+def test_the_laptop_preset_means_the_tiny_model_unless_init_or_model_names_another(config, tmp_path):
+    tiny, small = "pass_vit_tiny_patch16", "pass_vit_small_patch16"
+    (tmp_path / "run.yaml").write_text(f"preset: laptop\ninit: {small}.synth\n")
+    for words, model in (
+        (["--init", "random"], tiny),
+        (["--init", "synth_reid"], tiny),
+        (["--init", f"{small}.synth"], small),
+        (["--init", "random", "--model", small], small),
+        (["--config", tmp_path / "run.yaml"], small),
+        (["--config", tmp_path / "run.yaml", "--init", "random"], tiny),
+    ):
+        preset = [] if "--config" in words else ["--preset", "laptop"]
+        assert complete(parse(config, "market/", *preset, *words)).model == model
+
+
+def test_the_learning_rate_falls_after_two_fifths_of_the_epochs_unless_lr_step_is_given():
+    steps = {epochs: ClusterConfig(epochs=epochs).lr_step for epochs in (1, 10, 50)}
+    assert steps == {1: 1, 10: 4, 50: 20}
+    assert ClusterConfig(epochs=10, lr_step=8).lr_step == 8

@@ -434,4 +434,5 @@ def test_the_fine_tuning_on_the_source_has_the_shared_settings(data, tmp_path):
     assert (source.seed, source.fusion, source.neck, source.size) == (5, "mean", "multi", (64, 32))
     assert source.epochs == 120
     assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
+    assert unsupervised._source_config(replace(config, source_config="laptop")).model == config.model
     assert finetune_config(data, tmp_path).epochs == 3

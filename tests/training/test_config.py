@@ -16,7 +16,7 @@ from passreid_models.training import RunConfig
 RUN = "data out resume seed"
 MACHINE = "device dtype grad_checkpointing sync_bn workers"
 CHECKPOINTS = "save_minutes save_epochs keep max_minutes"
-LOG = "log_steps max_unreadable skip_nonfinite tensorboard"
+LOG = "log_steps max_unreadable skip_nonfinite tensorboard quiet"
 AUGMENTATION = (
     "flip_prob pad erase_prob crop_scale jitter_prob brightness contrast saturation hue gray_prob blur_prob "
     "blur_radius downscale_prob downscale jpeg_prob jpeg_quality"
