@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -123,7 +124,12 @@ class Gallery:
             return self._joined()
 
     def add(
-        self, names: str | Sequence[str], images: Any, pids: Any = None, *, errors: dict[int, str] | None = None
+        self,
+        names: str | Sequence[str],
+        images: Any,
+        pids: ArrayLike | Tensor | None = None,
+        *,
+        errors: dict[int, str] | None = None,
     ) -> None:
         """Add images, or their descriptors, under names: all of them, or none if it raises.
 
@@ -131,7 +137,8 @@ class Gallery:
             names: Name of each image ``[N]``; one text is the name of all. A name may occur many times.
             images: Images as the Embedder takes them; or descriptors by the same model, floating point ``[N, C]``, or
                 one ``[C]``, of any dtype and device: they are kept as float32.
-            pids: Identities, whole numbers ``[N]`` or one for all, for ``evaluate`` and ``open_set``; a name has one.
+            pids: Identities, whole numbers ``[N]`` or one for all, for ``evaluate`` and ``open_set``. All images of a
+                name have the same: that of the earlier ones if None.
             errors: If given, an image that is unreadable, or whose descriptor is zero or not finite, is left out, with
                 an entry ``{row: reason}`` here; otherwise it raises.
 
@@ -141,17 +148,18 @@ class Gallery:
                 None.
             FileNotFoundError: If a folder holds no image.
         """
-        images, names = self._single(images), [names] if isinstance(names, str) else list(names)
-        names = names * len(images) if len(names) == 1 else names
+        images = self._single(images)
+        names = [names] * len(images) if isinstance(names, str) else list(names)
         if len(names) != len(images):
             raise ValueError(f"{len(names)} names for {len(images)} images")
         for name in names:
             _check_name(name)
-        pid_list = _as_pids(pids, len(images))
+        pid_list = None if pids is None else _as_pids(pids, len(images))
+        self._with_pids(names, pid_list)  # before the work
         x, good = self._embed(images, names, errors)
         rows = good.nonzero()[:, 0].tolist()
         x = x if len(rows) == len(x) else x[rows]
-        self._insert([names[i] for i in rows], x, [pid_list[i] for i in rows])
+        self._insert([names[i] for i in rows], x, pid_list and [pid_list[i] for i in rows])
 
     def search(
         self, images: Any, topk: int = 5, threshold: float | None = None, *, errors: dict[int, str] | None = None
@@ -299,15 +307,21 @@ class Gallery:
             self._blocks = [torch.cat(self._blocks)]
         return self._blocks[0] if self._blocks else torch.empty(0, 0)
 
-    def _insert(self, names: list[str], x: Tensor, pids: list[int]) -> None:
+    def _with_pids(self, names: list[str], pids: list[int] | None) -> list[int]:
+        """Identity of each image; those of their names if none are given."""
+        if pids is None:
+            return [self._pid_of.get(name, JUNK) for name in names]
+        pid_of: dict[str, int] = {}
+        for name, pid in zip(names, pids, strict=True):
+            if (known := pid_of.setdefault(name, self._pid_of.get(name, pid))) != pid:
+                raise ValueError(f"a name has one identity, and {name} has {known} and {pid}")
+        return pids
+
+    def _insert(self, names: list[str], x: Tensor, pids: list[int] | None) -> None:
         with self._lock:
-            pid_of: dict[str, int] = {}
-            for name, pid in zip(names, pids, strict=True):
-                known = pid_of.setdefault(name, self._pid_of.get(name, pid))
-                if known != pid:
-                    raise ValueError(f"a name has one identity, and {name} has {known} and {pid}")
             self._check_width(x)
-            self._pid_of.update(pid_of)
+            pids = self._with_pids(names, pids)
+            self._pid_of.update(zip(names, pids, strict=True))
             self._names += names
             self._pids += pids
             self._blocks += [x] if len(x) else []
@@ -391,10 +405,8 @@ def _as_descriptors(images: Any) -> Tensor | None:
     return as_tensor(images).reshape(-1, images.shape[-1]) if is_float and images.ndim in (1, 2) else None
 
 
-def _as_pids(pids: Any, count: int) -> list[int]:
-    """Identities of ``count`` images; -1 for each if there are none."""
-    if pids is None:
-        return [JUNK] * count
+def _as_pids(pids: ArrayLike | Tensor, count: int) -> list[int]:
+    """Identities of ``count`` images."""
     array = np.asarray(pids.cpu() if isinstance(pids, Tensor) else pids)
     array = np.full(count, array) if array.ndim == 0 else array
     if array.shape != (count,) or (count and (array.dtype.kind not in "iu" or (array > MAX_PID).any())):

@@ -302,6 +302,7 @@ def test_descriptors_that_embed_wrote_can_be_added(tmp_path):
     ("names", "pids", "message"),
     [
         (["a", "b"], None, "2 names for 3 images"),
+        (["a"], None, "1 names for 3 images"),
         (["a", 7, "c"], None, "a name must be a text that is not empty, got 7"),
         (["a", "", "c"], None, "a name must be a text that is not empty, got ''"),
         (["a", UNKNOWN, "c"], None, "'unknown' stands for hits that are not accepted"),
@@ -324,11 +325,11 @@ def test_identities_are_kept_by_image_and_are_minus_one_where_none_was_given():
     gallery = Gallery()
     gallery.add(["a", "b"], random(2), torch.tensor([3, 4]))
     gallery.add("a", random(2), 3)
-    gallery.add("c", random(1))
-    assert gallery.pids.tolist() == [3, 4, 3, 3, -1]
+    gallery.add(["c", "a"], random(2))
+    assert gallery.pids.tolist() == [3, 4, 3, 3, -1, 3]
     assert gallery.pids.dtype == np.int64
     gallery.remove("b")
-    assert gallery.pids.tolist() == [3, 3, 3, -1]
+    assert gallery.pids.tolist() == [3, 3, 3, -1, 3]
 
 
 ROWS = [[1.0, 2.0], [0.0, 0.0], [3.0, 4.0], [torch.nan, 1.0], [torch.inf, 1.0], [1e300, 0.0]]
@@ -401,7 +402,7 @@ def test_images_need_a_model(persons):
             Gallery().add("a", images)
 
 
-def test_the_number_of_images_is_checked_before_they_are_embedded(embed, persons, tmp_path, monkeypatch):
+def test_names_and_identities_are_checked_before_images_are_embedded(embed, persons, tmp_path, monkeypatch):
     persons[0].save(tmp_path / "a.png")
     persons[1].save(tmp_path / "b.png")
     monkeypatch.setattr(Embedder, "__call__", lambda *a, **k: pytest.fail("embedded"))
@@ -409,6 +410,8 @@ def test_the_number_of_images_is_checked_before_they_are_embedded(embed, persons
         Gallery(embed).add(["a", "b"], [tmp_path, persons[2]])
     with pytest.raises(ValueError, match="a name must be a text"):
         Gallery(embed).add([None], [persons[2]])
+    with pytest.raises(ValueError, match="a name has one identity"):
+        Gallery(embed).add(["a", "a"], persons[:2], [1, 2])
 
 
 def test_metric_and_device_are_checked():
