@@ -11,7 +11,7 @@ Shapes: Q queries, G images of the gallery, C descriptor width, K hits.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from threading import Lock
@@ -28,7 +28,7 @@ from passreid_models.device import pick_device
 from passreid_models.embed import Embedder, has_direction
 from passreid_models.retrieval.protocol import JUNK
 from passreid_models.retrieval.ranking import rank_pairs
-from passreid_models.retrieval.similarity import METRICS, Similarities, as_tensor, require_count
+from passreid_models.retrieval.similarity import METRICS, Similarities, as_tensor, chunks, require_count
 from passreid_models.runtime import atomic_file
 
 __all__ = ["UNKNOWN", "Gallery", "Hits"]
@@ -36,6 +36,7 @@ __all__ = ["UNKNOWN", "Gallery", "Hits"]
 UNKNOWN = "unknown"
 FORMAT = "passreid gallery 1"
 MAX_PID = 2**63 - 1
+BUDGET_MB = 256.0  # of a search, on top of the gallery
 NO_DIRECTION = "the descriptor is zero or not finite"
 
 
@@ -345,9 +346,8 @@ class _Index:
         k = min(total, wanted * math.ceil(total / len(self.names)))
         pending = np.arange(len(query))
         while len(pending):
-            similarities, images = self.images(query[pending], k)
             missing = []
-            for row, values, hits in zip(pending, similarities, images, strict=True):
+            for row, values, hits in self.images(query, pending, k):
                 hits = hits[hits >= 0]  # faiss finds fewer in some kinds of index
                 first = np.sort(np.unique(self.name_of[hits], return_index=True)[1])[:topk]
                 numbers[row, : len(first)], best[row, : len(first)] = self.name_of[hits[first]], values[first]
@@ -357,15 +357,19 @@ class _Index:
         names = [*self.names, UNKNOWN]  # the last one is at -1
         return [[names[i] for i in row] for row in numbers.tolist()], torch.from_numpy(best)
 
-    def images(self, query: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Similarities and rows of the most similar images ``[Q, K]``."""
-        pairs = self.pairs.with_query(query)
-        if self.faiss is None:
-            ranking = rank_pairs(pairs, k)
-            return ranking.similarities.cpu().numpy(), ranking.indices.cpu().numpy()
-        x = pairs.query if pairs.metric == "euclidean" else pairs.query / pairs.query_norms[:, None]
-        values, rows = self.faiss.search(x.numpy(), k)
-        return (-values if pairs.metric == "euclidean" else values), rows
+    def images(self, query: Tensor, rows: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield each row of the queries, with similarities and rows ``[K]`` of its most similar images."""
+        for start, stop in chunks(len(rows), 12 * k, BUDGET_MB, self.pairs.device):
+            pairs = self.pairs.with_query(query[rows[start:stop]])
+            if self.faiss is None:
+                ranking = rank_pairs(pairs, k, BUDGET_MB)
+                values, images = ranking.similarities.cpu().numpy(), ranking.indices.cpu().numpy()
+            else:
+                is_euclidean = pairs.metric == "euclidean"
+                x = pairs.query if is_euclidean else pairs.query / pairs.query_norms[:, None]
+                values, images = self.faiss.search(x.numpy(), k)
+                values = -values if is_euclidean else values
+            yield from zip(rows[start:stop].tolist(), values, images, strict=True)
 
 
 def _require_faiss() -> Any:

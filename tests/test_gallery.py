@@ -89,6 +89,16 @@ def test_a_name_is_found_once_by_its_most_similar_image(counts, faiss):
         assert np.allclose(similarities, [[s for _, s in row[:topk]] for row in expected], atol=1e-6)
 
 
+@pytest.mark.parametrize("faiss", ["", "Flat"])
+def test_many_queries_are_searched_in_groups_that_fit_into_the_memory(monkeypatch, faiss):
+    names, x, query = [f"n{i % 7}" for i in range(60)], random(60), random(23, seed=1)
+    expected = filled(x, names, faiss=faiss).search(query, 4)
+    monkeypatch.setattr("passreid_models.retrieval.similarity.CPU_CHUNK", 12 * 36 * 5)
+    found = filled(x, names, faiss=faiss).search(query, 4)
+    assert found.names == expected.names
+    assert torch.allclose(found.similarities, expected.similarities, atol=1e-6)
+
+
 def test_images_are_embedded_and_one_image_is_one_query(embed, persons, tmp_path):
     gallery = Gallery(embed)
     gallery.add(["a", "a", "b"], persons[:3])
