@@ -448,7 +448,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
                 raise ValueError(f"it is of the format {metadata['format']!r}, and this version reads {FORMAT!r}")
             if keys != {"descriptors", "json"}:
                 raise ValueError(f"it holds {_few(sorted(keys))}")
-            content, descriptors = file.get_tensor("json").numpy().tobytes(), file.get_tensor("descriptors")
+            content = file.get_tensor("json").numpy().tobytes()
+            descriptors = file.get_tensor("descriptors").clone()  # else it follows what becomes of the file
         if descriptors.dtype != torch.float32 or descriptors.ndim != 2:
             raise ValueError(f"its descriptors are {descriptors.dtype} {tuple(descriptors.shape)}")
         if metadata.get("sha256") != _checksum(content, descriptors):

@@ -506,6 +506,15 @@ def test_saving_again_replaces_the_file_and_a_gallery_loaded_without_a_model_kee
     assert torch.equal(again.descriptors, gallery.descriptors)
 
 
+def test_what_becomes_of_the_file_does_not_change_a_loaded_gallery(tmp_path):
+    x, path = random(3), tmp_path / "g"
+    filled(x).save(path)
+    gallery = Gallery.load(path)
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert torch.equal(gallery.descriptors, x)
+
+
 def test_empty_galleries_can_be_saved(embed, persons, tmp_path):
     Gallery().save(tmp_path / "a")
     gallery = Gallery.load(tmp_path / "a")
