@@ -4,6 +4,7 @@ checkpoints   weights: files read, converted, loaded, found, kept and published
 data          images and labels
 embed         images in, descriptors out
 retrieval     ranking and its metrics, on descriptors
+gallery       named images that are kept and searched
 evaluation    a model on a dataset
 pretrain      part-wise self-distillation: views, heads, loss, trainer
 reid          fine-tuning with labels and without
@@ -26,6 +27,7 @@ from passreid_models.checkpoints import (
 
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
+    from passreid_models.gallery import Gallery
     from passreid_models.retrieval import evaluate, rank
     from passreid_models.synthetic import SyntheticPersons
 
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Embedder",
+    "Gallery",
     "LoadReport",
     "SyntheticPersons",
     "convert_checkpoint",
@@ -44,8 +47,14 @@ __all__ = [
     "save_pretrained",
 ]
 
-_LATE = {"Embedder": "embed", "SyntheticPersons": "synthetic", "evaluate": "retrieval", "rank": "retrieval"}
-_ROOMS = ("data", "embed", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
+_LATE = {
+    "Embedder": "embed",
+    "Gallery": "gallery",
+    "SyntheticPersons": "synthetic",
+    "evaluate": "retrieval",
+    "rank": "retrieval",
+}
+_ROOMS = ("data", "embed", "gallery", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
 
 
 def __getattr__(name: str) -> Any:

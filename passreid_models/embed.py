@@ -1,6 +1,7 @@
 """Images in, descriptors out: files, folders, PIL images, arrays, tensors, and boxes of a video frame."""
 
 import csv
+import hashlib
 import json
 import os
 from collections import deque
@@ -21,13 +22,14 @@ from passreid_models.architectures import DEFAULT_MODEL
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
-from passreid_models.runtime import atomic_file, num_cores, unwrap
+from passreid_models.runtime import atomic_file, hash_tensors, num_cores, unwrap
 
 __all__ = ["Embedder", "finite_advice", "has_direction", "is_not_finite", "save_features"]
 
 NOT_FINITE = "the descriptor is not finite"  # or zero, as after an underflow
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
+MAX_BOX_COLUMNS = 8  # longer rows have another order: MOT's begin with frame and track
 
 
 class Embedder:
@@ -81,12 +83,15 @@ class Embedder:
             raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
         from timm.data import create_transform, resolve_data_config  # imports torchvision
 
+        # before they are rounded: descriptors of one network in two dtypes can be compared
+        self._weights = "" if self.dtype == torch.float32 else _hash_weights(network)
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.batch_size, self.flip = batch_size, flip
         self.workers = workers or min(8, num_cores())
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
         # the cfg of a model made with img_size= has another size
-        self.transform = create_transform(**resolve_data_config({"input_size": self.input_size}, model=self.model))
+        self.data_config = resolve_data_config({"input_size": self.input_size}, model=self.model)
+        self.transform = create_transform(**self.data_config)
         # the published unsupervised multi-neck feature is compared unnormalised
         self.l2_normalize = self.model.neck != "multi"
 
@@ -95,10 +100,34 @@ class Embedder:
         """Width C of a descriptor."""
         return self.model.head_hidden_size
 
+    @property
+    def name(self) -> str:
+        """Architecture and tag of the model."""
+        cfg = self.model.pretrained_cfg
+        return ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that two Embedders must share for their descriptors to be comparable, as JSON has it.
+
+        ``weights`` is the SHA-256 of the network's float32 tensors, without the classifier's. Name, device, dtype,
+        ``flip`` and ``batch_size`` may differ.
+        """
+        self._weights = self._weights or _hash_weights(self.model)
+        return {
+            "weights": self._weights,
+            "heads": [block.attn.num_heads for block in self.model.blocks],
+            "fusion": self.model.global_pool,
+            "neck": self.model.neck,
+            "size": list(self.input_size[1:]),
+            "mean": list(self.data_config["mean"]),
+            "std": list(self.data_config["std"]),
+            "interpolation": self.data_config["interpolation"],
+        }
+
     def __repr__(self) -> str:
-        cfg, size = self.model.pretrained_cfg, "x".join(map(str, self.input_size[1:]))
-        name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
-        return f"Embedder({name}, {size}, fusion={self.model.global_pool}, width={self.dim}, device={self.device})"
+        size = "x".join(map(str, self.input_size[1:]))
+        return f"Embedder({self.name}, {size}, fusion={self.model.global_pool}, width={self.dim}, device={self.device})"
 
     def __call__(
         self,
@@ -130,7 +159,7 @@ class Embedder:
                 is None.
             FileNotFoundError: If a folder holds no image.
         """
-        items = list(self._flatten([images] if isinstance(images, ImageLike) else images))
+        items = self.items(images)
         descriptors = torch.empty(len(items), self.dim)
         part_tokens = torch.empty(len(items), self.model.num_parts, self.model.embed_dim)
         bar = tqdm(total=len(items), unit="img", delay=3, disable=None if progress else True)
@@ -155,37 +184,68 @@ class Embedder:
                 bar.update(len(batch))
         return (descriptors, part_tokens) if parts else descriptors
 
-    def crops(self, frame: np.ndarray | Image.Image, boxes: Any, *, bgr: bool = False, parts: bool = False) -> Any:
+    def crops(
+        self,
+        frame: np.ndarray | Image.Image,
+        boxes: Any,
+        *,
+        bgr: bool = False,
+        parts: bool = False,
+        errors: dict[int, str] | None = None,
+    ) -> Any:
         """Compute the descriptors of the persons in a video frame.
 
         Args:
             frame: ``[H, W, 3]`` uint8 or a PIL image.
-            boxes: ``[N, 4]`` x1, y1, x2, y2 in pixels; clipped to the frame.
+            boxes: ``[N, 4]`` x1, y1, x2, y2 in pixels; clipped to the frame. Up to four more columns, such as the
+                scores, classes and numbers of detectors and trackers, are ignored.
             bgr: The frame has the channel order of OpenCV.
             parts: Return the part tokens too.
+            errors: If given, a box without a pixel inside the frame, or whose descriptor is zero or not finite, gets a
+                row of NaN and an entry ``{row: reason}`` here; otherwise it raises.
 
         Returns:
             As for a call of the Embedder.
 
         Raises:
-            ValueError: If the boxes are not ``[N, 4]``, or one has no pixel inside the frame.
+            ValueError: If the boxes are not ``[N, 4]`` to ``[N, 8]``, or one has no pixel inside the frame and
+                ``errors`` is None.
         """
         image = open_image(frame, bgr)
         corners = np.asarray(boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes, dtype=float)
-        if corners.size and (corners.ndim != 2 or corners.shape[1] != 4):
-            raise ValueError(f"boxes must be [N, 4], x1, y1, x2, y2; got the shape {corners.shape}")
-        corners = corners.reshape(-1, 4)
+        if corners.size and (corners.ndim != 2 or not 4 <= corners.shape[1] <= MAX_BOX_COLUMNS):
+            raise ValueError(
+                f"boxes must be [N, 4], x1, y1, x2, y2, with up to {MAX_BOX_COLUMNS - 4} more columns; got the shape "
+                f"{corners.shape}"
+            )
+        corners = corners[:, :4] if corners.size else np.empty((0, 4))
         limits = np.array([image.width, image.height] * 2)
         with np.errstate(invalid="ignore"):
             pixels = np.nan_to_num(np.clip(np.round(corners), 0, limits)).astype(int)
-        has_nan = np.isnan(corners).any(1)
-        empty = np.flatnonzero(has_nan | (pixels[:, 0] >= pixels[:, 2]) | (pixels[:, 1] >= pixels[:, 3]))
-        if len(empty):
-            raise ValueError(
-                f"box {empty[0]} {corners[empty[0]].tolist()} has no pixel inside the frame of "
-                f"{image.width}x{image.height}; boxes are x1, y1, x2, y2"
+        has_pixels = ~np.isnan(corners).any(1) & (pixels[:, 0] < pixels[:, 2]) & (pixels[:, 1] < pixels[:, 3])
+        items: list[Image.Image | ImageError] = [
+            image.crop(tuple(box))
+            if has_pixels[i]
+            else ImageError(
+                f"box {i} {corners[i].tolist()} has no pixel inside the frame of {image.width}x{image.height}; boxes "
+                "are x1, y1, x2, y2"
             )
-        return self([image.crop(tuple(box)) for box in pixels.tolist()], parts=parts, progress=False)
+            for i, box in enumerate(pixels.tolist())
+        ]
+        if errors is None and not has_pixels.all():
+            raise next(item for item in items if isinstance(item, ImageError))
+        return self(items, parts=parts, errors=errors, progress=False)  # type: ignore[arg-type]
+
+    def items(self, images: ImageLike | Sequence[ImageLike]) -> list[Any]:
+        """Single images, one for each descriptor: the files of folders, the rows of batched tensors.
+
+        Args:
+            images: As for a call of the Embedder.
+
+        Raises:
+            FileNotFoundError: If a folder holds no image.
+        """
+        return list(self._flatten([images] if isinstance(images, ImageLike) else images))
 
     def _forward(self, x: Tensor, with_parts: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return descriptors, parts, and whether those of each image are finite, bool ``[B]``."""
@@ -232,6 +292,8 @@ class Embedder:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _load(self, item: Any, bgr: bool) -> Tensor | ImageError:
+        if isinstance(item, ImageError):  # a box outside its frame
+            return item
         try:
             if isinstance(item, Tensor) and item.is_floating_point():
                 if tuple(item.shape) != self.input_size:
@@ -241,6 +303,12 @@ class Embedder:
             return self.transform(open_image(item, bgr))
         except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             return ImageError(f"{_name(item)}: {reason(e)}")
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    hash_tensors(digest, {k: v.float() for k, v in model.state_dict().items() if not k.startswith("head.")})
+    return digest.hexdigest()
 
 
 def _name(item: Any) -> str:

@@ -8,6 +8,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import passreid_models
 from passreid_models.data.images import ImageError, find_images
-from passreid_models.embed import Embedder, save_features
+from passreid_models.embed import Embedder, is_not_finite, save_features
 from passreid_models.synthetic import SyntheticPersons
 
 HEIGHT, WIDTH = 64, 32  # of images for test_pass_vit
@@ -186,6 +187,29 @@ def test_descriptors_do_not_depend_on_the_batch_size(embed, model, persons, batc
 def test_a_saved_model_embeds_by_name_as_it_does_as_a_module(embed, model, persons, tmp_path):
     passreid_models.save_pretrained(model, tmp_path / "saved")
     assert torch.equal(Embedder(f"local-dir:{tmp_path / 'saved'}", device="cpu", batch_size=4)(persons), embed(persons))
+
+
+def test_the_fingerprint_follows_weights_and_descriptor_and_not_name_dtype_flip_or_classifier(model):
+    own = Embedder(model, device="cpu").fingerprint
+    renamed = make_model(num_classes=7)
+    renamed.load_state_dict(model.state_dict(), strict=False)
+    renamed.pretrained_cfg["tag"] = "another"
+    for same in (
+        Embedder(renamed, device="cpu"),
+        Embedder(model, device="cpu", dtype=torch.bfloat16, flip=True, batch_size=1),
+    ):
+        assert same.fingerprint == own
+    changed = deepcopy(model)
+    with torch.no_grad():
+        changed.norm.weight[0] += 1e-6
+    others = {
+        "weights": Embedder(changed, device="cpu"),
+        "fusion": Embedder(model, device="cpu", fusion="mean"),
+        "mean": Embedder(make_model(pretrained_cfg_overlay=dict(mean=(0.1,) * 3)), device="cpu"),
+    }
+    for key, other in others.items():
+        assert [k for k, v in other.fingerprint.items() if v != own[k]] == [key]
+    assert json.loads(json.dumps(own)) == own
 
 
 # ---- Kinds of input
@@ -652,12 +676,40 @@ def test_a_box_without_a_pixel_is_refused_by_its_number(embed, frame, empty):
         embed.crops(frame, [BOXES[0], BOXES[1], empty])
 
 
-@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4)), torch.zeros(0, 4)])
+def test_a_box_without_a_pixel_leaves_the_other_boxes_of_the_frame_with_errors(embed, frame, persons):
+    boxes = [BOXES[0], [200, 0, 240, 50], BOXES[2], [float("nan")] * 4]
+    errors: dict[int, str] = {}
+    descriptors, parts = embed.crops(frame, boxes, parts=True, errors=errors)
+    assert sorted(errors) == [1, 3]
+    assert errors[1].startswith("box 1 [200.0, 0.0, 240.0, 50.0] has no pixel inside the frame of 200x100")
+    assert torch.allclose(descriptors[[0, 2]], embed([persons[0], persons[2]]), atol=1e-6)
+    assert descriptors[[1, 3]].isnan().all()
+    assert parts[[1, 3]].isnan().all()
+    assert not parts[[0, 2]].isnan().any()
+
+
+def test_a_crop_whose_descriptor_is_not_finite_is_an_error_of_its_row(frame):
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.inf)
+    errors: dict[int, str] = {}
+    boxes = [[200, 0, 240, 50], BOXES[0]]
+    assert Embedder(model, device="cpu").crops(frame, boxes, errors=errors).isnan().all()
+    assert [is_not_finite(errors[i]) for i in (0, 1)] == [False, True]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_scores_classes_and_numbers_of_tracks_after_the_corners_are_ignored(embed, frame, columns):
+    more = np.full((3, columns), np.nan)
+    assert torch.equal(embed.crops(frame, np.hstack([BOXES, more])), embed.crops(frame, BOXES))
+
+
+@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4)), torch.zeros(0, 4), np.zeros((0, 6))])
 def test_a_frame_without_boxes_gives_no_descriptors(embed, frame, boxes):
     assert embed.crops(frame, boxes).shape == (0, 128)
 
 
-@pytest.mark.parametrize("boxes", [[0, 10, 40, 90], np.ones((4, 5)), np.ones((2, 2, 4))])
+@pytest.mark.parametrize("boxes", [[0, 10, 40, 90], np.ones((4, 3)), np.ones((4, 10)), np.ones((2, 2, 4))])
 def test_boxes_of_another_shape_are_refused_and_not_reshaped(embed, frame, boxes):
     with pytest.raises(ValueError, match=r"boxes must be \[N, 4\].*got the shape"):
         embed.crops(frame, boxes)

@@ -1,9 +1,10 @@
-"""The example scripts and three benchmarks, run end to end, and the settings of the bundled weights."""
+"""The example scripts and four benchmarks, run end to end, and the settings of the bundled weights."""
 
 import io
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import combinations
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import timm
 import torch
 import train_bundled
 import transfer
+import video_gallery
 import yaml
 from baselines import colours
 from PIL import Image
 
 import passreid_models
-from passreid_models import SyntheticPersons
+from passreid_models import Gallery, SyntheticPersons
 from passreid_models.data.datasets import open_dataset
 from passreid_models.evaluation import evaluate_model
 from passreid_models.synthetic.attributes import stream
@@ -43,6 +45,17 @@ def test_the_minimal_example_trains_weights_that_load(tmp_path):
     assert len(passreid_models.load_report(trained).loaded) == len(start)
     changed = [k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])]
     assert len(changed) == len(start)
+
+
+def test_the_video_example_tells_who_is_back_and_names_who_is_new(tmp_path, capsys, one_thread):
+    args = Namespace(model="pass_vit_tiny_patch16", steps=3, fpir=0.05, save=tmp_path / "gallery.safetensors")
+    rows = video_gallery.main(args)
+    assert [camid for camid, *_ in rows] == [0] * 4 + [1] * 5
+    names = {pid: {name for _, p, name in rows if p == pid} for _, pid, _ in rows}
+    assert all(len(own) == 1 for own in names.values())
+    assert len(set.union(*names.values())) == len(names) == 6
+    assert capsys.readouterr().out.count("new: ") == 6
+    assert sorted(Gallery.load(args.save).names) == sorted(name for *_, name in rows for _ in range(args.steps))
 
 
 def settings_that_differ(folder: Path, settings: Path) -> dict[str, dict]:
@@ -221,6 +234,14 @@ def test_the_baselines_are_measured_on_any_labelled_dataset(tmp_path):
     refused = subprocess.run([*command, tmp_path / "unlabelled"], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_the_benchmark_of_the_gallery_reports_its_figures():
+    command = [sys.executable, BENCHMARKS / "gallery.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["many_ms"] > figures["one_ms"] > 0
 
 
 def test_foreign_cameras_are_unlike_those_of_training():

@@ -25,14 +25,15 @@ ROOMS = {
     "synthetic": {"runtime"},
     "data": {"runtime", "synthetic"},
     "embed": GROUND | {"device", "checkpoints", "pass_vit", "data"},
+    "gallery": {"runtime", "device", "retrieval", "embed"},
     "evaluation": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed"},
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "retrieval", "embed", "synthetic"},
-    "": {"pass_vit", "checkpoints", "embed", "retrieval", "synthetic"},  # passreid_models/__init__.py
-    "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation", "training",
-            "pretrain", "reid", "passreid_synth3d"},
+    "": {"pass_vit", "checkpoints", "embed", "gallery", "retrieval", "synthetic"},  # passreid_models/__init__.py
+    "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation",
+            "training", "pretrain", "reid", "passreid_synth3d"},
     "__main__": {"cli"},
     "passreid_synth3d": {"runtime", "synthetic", "data"},
 }  # fmt: skip

@@ -277,7 +277,8 @@ def test_every_python_fence_of_a_page_runs_or_says_why_not(page, documents_folde
 
 def test_readme_and_the_pages_of_the_models_show_python_that_runs():
     running = {relative(page) for page in PAGES if any(fence.reason is None for fence in fences_of(page.read_text()))}
-    assert {"README.md", "docs/models.md", "docs/reid.md", "docs/pretraining.md", "docs/synthetic.md"} <= running
+    names = ("gallery", "models", "reid", "pretraining", "synthetic")
+    assert {"README.md", *(f"docs/{name}.md" for name in names)} <= running
 
 
 # ---- Command lines in documents

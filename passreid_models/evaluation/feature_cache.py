@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from passreid_models.embed import Embedder, has_direction
-from passreid_models.runtime import atomic_file, cache_dir, num_cores, sha256
+from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, num_cores, sha256
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
@@ -94,9 +94,7 @@ def weights_key(embed: Embedder) -> str:
         "network": [repr(model), [getattr(module, "num_heads", 0) for module in model.modules()]],
     }
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    hash_tensors(digest, model.state_dict())
     return digest.hexdigest()
 
 

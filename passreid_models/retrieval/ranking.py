@@ -53,6 +53,11 @@ def rank(
     if len(rows := (~pairs.finite[0]).nonzero()[0]):
         shown = ", ".join(map(str, rows[:5])) + (", .." if len(rows) > 5 else "")
         raise ValueError(f"{len(rows)} query descriptors are not finite and cannot be ranked, in rows {shown}")
+    return rank_pairs(pairs, topk, budget_mb)
+
+
+def rank_pairs(pairs: Similarities, topk: int, budget_mb: float = 256.0) -> Ranking:
+    """Ranking of similarities that are prepared and checked: see ``rank``."""
     num_queries, num_gallery = pairs.shape
     width = min(topk, num_gallery)
     indices = torch.empty(num_queries, width, dtype=torch.int64, device=pairs.device)

@@ -4,6 +4,7 @@ Shapes: Q queries, G gallery images, C descriptor width, R rows of a chunk, K hi
 """
 
 from collections.abc import Iterator
+from copy import copy
 from numbers import Integral
 
 import numpy as np
@@ -38,26 +39,46 @@ class Similarities:
         if metric not in METRICS:
             raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
         self.metric = metric
-        query = gallery if same else query.to(gallery.device)
+        self.device = gallery.device
         self.offset = _offset(gallery) if metric == "euclidean" else None  # [C]
-        if self.offset is not None:
-            query, gallery = query - self.offset, gallery - self.offset
-        self.gallery = gallery.float()
-        self.query = self.gallery if same else query.float()
-        self.query_norms, self.gallery_norms = self._norms(self.query), self._norms(self.gallery)  # [Q], [G]
-        # a squared distance is at most 4 times the largest squared length
-        finite = (4 * self.query_norms).isfinite(), (4 * self.gallery_norms).isfinite()
-        self.not_finite = ~finite[0], (~finite[1]).nonzero()[:, 0]  # mask [Q], rows
-        self.finite = finite[0].cpu().numpy(), finite[1].cpu().numpy()
-        require_finite(self.finite)
+        self.gallery = (gallery if self.offset is None else gallery - self.offset).float()
+        self.gallery_norms, self.gallery_finite, self.gallery_scaled = self._lengths(self.gallery)
         self.copies, self.originals = _copies(self.gallery)
-        # unit vectors need no division
-        self.scaled = [bool(((x - 1).abs() > 1e-6).any()) for x in (self.query_norms, self.gallery_norms)]
-        self.device = self.gallery.device
-        self.buffer = self.gallery.new_empty(0)
-        self.shape = torch.Size((len(query), len(gallery)))
+        self._set_query(None if same else query)
 
     row_bytes = 0  # all chunks share one buffer
+
+    def with_query(self, query: Tensor) -> "Similarities":
+        """Similarities of other queries ``[Q, C]`` to the same gallery, which is not prepared again.
+
+        The buffer of ``rows`` is another one: threads can share a gallery in this way.
+        """
+        pairs = copy(self)
+        pairs._set_query(query)
+        return pairs
+
+    def _set_query(self, query: Tensor | None) -> None:
+        """Prepare queries; None for the gallery itself."""
+        if query is None:
+            self.query, self.query_norms, query_finite, scaled = (
+                self.gallery, self.gallery_norms, self.gallery_finite, self.gallery_scaled
+            )  # fmt: skip
+        else:
+            query = query.to(self.device)
+            self.query = (query if self.offset is None else query - self.offset).float()
+            self.query_norms, query_finite, scaled = self._lengths(self.query)
+        self.not_finite = ~query_finite, (~self.gallery_finite).nonzero()[:, 0]  # mask [Q], rows
+        self.finite = query_finite.cpu().numpy(), self.gallery_finite.cpu().numpy()
+        require_finite(self.finite)
+        self.scaled = scaled, self.gallery_scaled
+        self.buffer = self.gallery.new_empty(0)
+        self.shape = torch.Size((len(self.query), len(self.gallery)))
+
+    def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Norms of the descriptors, whether each is finite, and whether any is not of unit length."""
+        norms = self._norms(x)
+        # a squared distance is at most 4 times the largest squared length; unit vectors need no division
+        return norms, (4 * norms).isfinite(), bool(((norms - 1).abs() > 1e-6).any())
 
     def _norms(self, x: Tensor) -> Tensor:
         """Lengths of the descriptors, squared for the Euclidean distance; without a copy of ``x``."""
