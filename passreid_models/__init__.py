@@ -26,6 +26,7 @@ from passreid_models.checkpoints import (
 
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
+    from passreid_models.evaluation import attention_maps
     from passreid_models.retrieval import evaluate, rank
     from passreid_models.synthetic import SyntheticPersons
 
@@ -36,6 +37,7 @@ __all__ = [
     "Embedder",
     "LoadReport",
     "SyntheticPersons",
+    "attention_maps",
     "convert_checkpoint",
     "evaluate",
     "list_weights",
@@ -44,7 +46,13 @@ __all__ = [
     "save_pretrained",
 ]
 
-_LATE = {"Embedder": "embed", "SyntheticPersons": "synthetic", "evaluate": "retrieval", "rank": "retrieval"}
+_LATE = {
+    "Embedder": "embed",
+    "SyntheticPersons": "synthetic",
+    "attention_maps": "evaluation",
+    "evaluate": "retrieval",
+    "rank": "retrieval",
+}
 _ROOMS = ("data", "embed", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
 
 

@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--no-cache", action="store_true", help="neither read nor write cached descriptors")
     evaluate.set_defaults(run=_eval)
 
+    parts = commands.add_parser("parts", help="draw which patches CLS and each PART look at")
+    parts.add_argument("images", nargs="+", help="image files and folders; parts are compared with those of the first")
+    parts.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
+    parts.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    _add_device_options(parts)
+    parts.set_defaults(run=_parts)
+
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
     check = data.add_parser("check", help="count a dataset's images; list errors and remarks")
     check.add_argument("data", help="as for eval")
@@ -272,12 +279,18 @@ def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
         print(f"passreid: left out: {more} more images for the same reason", file=sys.stderr)
 
 
-def _embed(args: argparse.Namespace) -> int:
+def _image_names(images: Sequence[str]) -> list[str]:
+    """Files among the arguments, and the images of the folders among them."""
     from passreid_models.data.images import find_images
+
+    return [str(p) for image in images for p in (find_images(image) if Path(image).is_dir() else [image])]
+
+
+def _embed(args: argparse.Namespace) -> int:
     from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
 
     check_format(args.output, args.parts)
-    names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
+    names = _image_names(args.images)
     embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
     result = embed(names, parts=args.parts, errors=errors)
@@ -297,6 +310,15 @@ def _embed(args: argparse.Namespace) -> int:
     if unreadable := len(failed) - not_finite:
         print(f"passreid: {unreadable} of {len(names)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _parts(args: argparse.Namespace) -> int:
+    from passreid_models.evaluation.attention import draw_parts
+
+    names = _image_names(args.images)
+    draw_parts(args.model, names, args.output, device=args.device, dtype=_dtype(args))
+    print(f"{len(names)} images -> {args.output}")
+    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -29,8 +29,8 @@ ROOMS = {
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
-    "demo": {"runtime", "retrieval", "embed", "synthetic"},
-    "": {"pass_vit", "checkpoints", "embed", "retrieval", "synthetic"},  # passreid_models/__init__.py
+    "demo": {"runtime", "figure", "retrieval", "embed", "synthetic"},
+    "": {"pass_vit", "checkpoints", "embed", "evaluation", "retrieval", "synthetic"},  # passreid_models/__init__.py
     "cli": {"", "runtime", "device", "demo", "checkpoints", "data", "embed", "evaluation", "training", "pretrain",
             "reid", "passreid_synth3d"},
     "__main__": {"cli"},
