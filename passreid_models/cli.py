@@ -145,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_device_options(parts)
     parts.set_defaults(run=_parts)
 
+    gallery = commands.add_parser("gallery", help="a map of a gallery's images, as one HTML page")
+    gallery.add_argument("data", metavar="DIR", help="as for eval, or a folder of images")
+    gallery.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="page to write (.html)")
+    gallery.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    _add_device_options(gallery)
+    gallery.set_defaults(run=_gallery)
+
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
     check = data.add_parser("check", help="count a dataset's images; list errors and remarks")
     check.add_argument("data", help="as for eval")
@@ -319,6 +326,17 @@ def _parts(args: argparse.Namespace) -> int:
     draw_parts(args.model, names, args.output, device=args.device, dtype=_dtype(args))
     print(f"{len(names)} images -> {args.output}")
     return 0
+
+
+def _gallery(args: argparse.Namespace) -> int:
+    from passreid_models.embed import Embedder
+    from passreid_models.evaluation.gallery_page import write_gallery_page
+
+    errors: list[str] = []
+    line = write_gallery_page(args.data, args.output, Embedder(args.model, args.device, _dtype(args)), errors)
+    _print_left_out(errors)
+    print(line)
+    return 1 if errors else 0
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -254,6 +254,22 @@ def test_embed_refuses_a_folder_without_images(model_name, tmp_path, capsys):
     assert str(tmp_path / "empty") in sentence
 
 
+# ---- gallery
+
+
+def test_gallery_writes_a_page_and_names_what_it_leaves_out(images, model_name, tmp_path, capsys):
+    out, options = tmp_path / "gallery.html", ("--model", model_name, "--device", "cpu")
+    assert run("gallery", images, "-o", out, *options) == 0
+    output = capsys.readouterr()
+    assert output.out == f"3 images -> {out} ({out.stat().st_size / 1e6:.1f} MB)\n"
+    (images / "bad.png").write_bytes(b"no image")
+    assert run("gallery", images, "-o", out, *options) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith("3 of 4 images -> ")
+    assert f"passreid: left out: {images / 'bad.png'}: no image that Pillow can identify\n" in output.err
+    assert "name a page such as gallery.html" in refused(capsys, "gallery", images, "-o", tmp_path / "a.txt", *options)
+
+
 # ---- parts
 
 
