@@ -27,6 +27,7 @@ from passreid_models.checkpoints import (
 
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
+    from passreid_models.evaluation import attention_maps
     from passreid_models.gallery import Gallery
     from passreid_models.retrieval import evaluate, rank
     from passreid_models.synthetic import SyntheticPersons
@@ -39,6 +40,7 @@ __all__ = [
     "Gallery",
     "LoadReport",
     "SyntheticPersons",
+    "attention_maps",
     "convert_checkpoint",
     "evaluate",
     "list_weights",
@@ -51,6 +53,7 @@ _LATE = {
     "Embedder": "embed",
     "Gallery": "gallery",
     "SyntheticPersons": "synthetic",
+    "attention_maps": "evaluation",
     "evaluate": "retrieval",
     "rank": "retrieval",
 }

@@ -244,6 +244,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_quiet(evaluate)
     evaluate.set_defaults(run=_eval)
 
+    parts = commands.add_parser("parts", help="draw which patches CLS and each PART look at")
+    parts.add_argument("images", nargs="+", help="image files and folders; parts are compared with those of the first")
+    parts.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
+    parts.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    _add_device_options(parts)
+    parts.set_defaults(run=_parts)
+
+    gallery = commands.add_parser("gallery", help="a map of a gallery's images, as one HTML page")
+    gallery.add_argument("data", metavar="DIR", help="as for eval, or a folder of images")
+    gallery.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="page to write (.html)")
+    gallery.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
+    _add_device_options(gallery)
+    gallery.set_defaults(run=_gallery)
+
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
     check = data.add_parser("check", help="count a dataset's images; list errors and remarks")
     check.add_argument("data", help="as for eval")
@@ -445,12 +459,18 @@ def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
         print(f"passreid: left out: {more} more images for the same reason", file=sys.stderr)
 
 
-def _embed(args: argparse.Namespace) -> int:
+def _image_names(images: Sequence[str]) -> list[str]:
+    """Files among the arguments, and the images of the folders among them."""
     from passreid_models.data.images import find_images
+
+    return [str(p) for image in images for p in (find_images(image) if Path(image).is_dir() else [image])]
+
+
+def _embed(args: argparse.Namespace) -> int:
     from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
 
     check_format(args.output, args.parts)
-    names = [str(p) for image in args.images for p in (find_images(image) if Path(image).is_dir() else [image])]
+    names = _image_names(args.images)
     embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
     result = embed(names, parts=args.parts, errors=errors, progress=not args.quiet)
@@ -470,6 +490,26 @@ def _embed(args: argparse.Namespace) -> int:
     if unreadable := len(failed) - not_finite:
         print(f"passreid: {unreadable} of {len(names)} images could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _parts(args: argparse.Namespace) -> int:
+    from passreid_models.evaluation.attention import draw_parts
+
+    names = _image_names(args.images)
+    draw_parts(args.model, names, args.output, device=args.device, dtype=_dtype(args))
+    print(f"{len(names)} images -> {args.output}")
+    return 0
+
+
+def _gallery(args: argparse.Namespace) -> int:
+    from passreid_models.embed import Embedder
+    from passreid_models.evaluation.gallery_page import write_gallery_page
+
+    errors: list[str] = []
+    line = write_gallery_page(args.data, args.output, Embedder(args.model, args.device, _dtype(args)), errors)
+    _print_left_out(errors)
+    print(line)
+    return 1 if errors else 0
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from passreid_models.embed import Embedder
+from passreid_models.figure import check_picture
 from passreid_models.retrieval import evaluate, rank
 from passreid_models.runtime import atomic_file
 from passreid_models.synthetic import SyntheticPersons
@@ -35,8 +36,7 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
     Raises:
         ValueError: If ``picture`` is no picture file by its suffix, or ``num_ids`` is less than 2.
     """
-    if Path(picture).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{picture}: name a picture file such as ranking.png")
+    check_picture(picture)
     if num_ids < 2:
         raise ValueError(f"ranking needs 2 persons or more, got {num_ids}")
     data = _DemoData(model, num_ids)

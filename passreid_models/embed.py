@@ -184,6 +184,21 @@ class Embedder:
                 bar.update(len(batch))
         return (descriptors, part_tokens) if parts else descriptors
 
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Decode, resize and normalise images, given as in a call: the model's input, float32 ``[N, 3, H, W]``, CPU.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            FileNotFoundError: If a folder holds no image.
+        """
+        items = list(self._flatten([images] if isinstance(images, ImageLike) else images))
+        rows = torch.empty(len(items), *self.input_size)
+        for i, x in enumerate(x for batch in self._batches(items, bgr=False) for x in batch):
+            if isinstance(x, ImageError):
+                raise x
+            rows[i] = x
+        return rows
+
     def crops(
         self,
         frame: np.ndarray | Image.Image,

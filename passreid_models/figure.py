@@ -1,6 +1,19 @@
-"""Matplotlib, imported when a figure is made."""
+"""Pictures: file formats, and matplotlib, imported when a figure is made."""
 
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
+
+
+def check_picture(path: str | Path) -> None:
+    """Check that Pillow writes pictures of this suffix, before the work whose result is drawn.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{path}: name a picture file such as {Path(path).stem or 'picture'}.png")
 
 
 def require_matplotlib(option: str) -> None:

@@ -97,19 +97,40 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in m.__dict__
 
 
+def attention_weights(attn: Any, x: Tensor, num_queries: int) -> Tensor:
+    """Attention of the first tokens to all: the softmax in timm's ``Attention``, ``[B, heads, num_queries, T + N]``.
+
+    Args:
+        attn: Attention layer of a block.
+        x: Input tokens of the layer ``[B, T + N, D]``.
+        num_queries: Number of tokens whose attention is computed.
+    """
+    q, k, _ = _queries_keys_values(attn, x, num_queries)
+    return _softmax(attn, q, k)
+
+
 def _prefix_attention(attn: Any, x: Tensor, num_prefix: int) -> Tensor:
     """Attention of the prefix tokens to all tokens, ``attn(x)[:, :T]``."""
-    width, heads = attn.attn_dim, attn.num_heads
-    w_q, w_kv = attn.qkv.weight.split([width, 2 * width])
-    b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
-    q = F.linear(x[:, :num_prefix], w_q, b_q).unflatten(2, (heads, -1)).transpose(1, 2)  # [B, heads, T, d]
-    k, v = F.linear(x, w_kv, b_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T + N, d]
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = _queries_keys_values(attn, x, num_prefix)
     if attn.fused_attn:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
     else:
-        out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        out = attn.attn_drop(_softmax(attn, q, k)) @ v
     return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
+
+
+def _queries_keys_values(attn: Any, x: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the first tokens ``[B, heads, num_queries, d]``, keys and values of all ``[B, heads, T + N, d]``."""
+    width, heads = attn.attn_dim, attn.num_heads
+    w_q, w_kv = attn.qkv.weight.split([width, 2 * width])
+    b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
+    q = F.linear(x[:, :num_queries], w_q, b_q).unflatten(2, (heads, -1)).transpose(1, 2)
+    k, v = F.linear(x, w_kv, b_kv).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _softmax(attn: Any, q: Tensor, k: Tensor) -> Tensor:
+    return (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 @torch.fx.wrap

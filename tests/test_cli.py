@@ -263,6 +263,43 @@ def test_embed_refuses_a_folder_without_images(model_name, tmp_path, capsys):
     assert str(tmp_path / "empty") in sentence
 
 
+# ---- gallery
+
+
+def test_gallery_writes_a_page_and_names_what_it_leaves_out(images, model_name, tmp_path, capsys):
+    out, options = tmp_path / "gallery.html", ("--model", model_name, "--device", "cpu")
+    assert run("gallery", images, "-o", out, *options) == 0
+    output = capsys.readouterr()
+    assert output.out == f"3 images -> {out} ({out.stat().st_size / 1e6:.1f} MB)\n"
+    (images / "bad.png").write_bytes(b"no image")
+    assert run("gallery", images, "-o", out, *options) == 1
+    output = capsys.readouterr()
+    assert output.out.startswith("3 of 4 images -> ")
+    assert f"passreid: left out: {images / 'bad.png'}: no image that Pillow can identify\n" in output.err
+    assert "name a page such as gallery.html" in refused(capsys, "gallery", images, "-o", tmp_path / "a.txt", *options)
+
+
+# ---- parts
+
+
+def test_parts_draws_files_and_folders(images, model_name, tmp_path, capsys):
+    out = tmp_path / "parts.png"
+    assert run("parts", images / "2.png", images, "-o", out, "--model", model_name, "--device", "cpu") == 0
+    assert capsys.readouterr().out == f"4 images -> {out}\n"
+    with Image.open(out) as picture:
+        assert picture.size == (940, 28 + 4 * 178)  # of maps of 4 tokens, 80x160 pixels each
+
+
+def test_parts_refuses_what_it_cannot_read_or_write(images, model_name, tmp_path, capsys):
+    (images / "bad.png").write_bytes(b"no image")
+    options = ("--model", model_name, "--device", "cpu")
+    assert "bad.png: no image that Pillow" in refused(capsys, "parts", images, "-o", tmp_path / "a.png", *options)
+    assert "name a picture file" in refused(capsys, "parts", images, "-o", tmp_path / "a.txt", *options)
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused(capsys, "parts", tmp_path / "empty", "-o", tmp_path / "a.png", *options)
+    assert not list(tmp_path.glob("a.*"))
+
+
 # ---- convert
 
 

@@ -282,6 +282,17 @@ def test_find_images_is_sorted_recursive_and_leaves_out_hidden_and_other_files(t
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == images
 
 
+def test_preprocess_gives_the_pixels_that_reach_the_model(embed, files, persons):
+    mixture = [persons[3], files[0].parent, files[1]]
+    inputs = embed.preprocess(mixture)
+    assert inputs.shape == (len(files) + 2, 3, HEIGHT, WIDTH)
+    assert torch.equal(inputs, seen(embed, mixture))
+    assert torch.equal(embed.preprocess(inputs), inputs)
+    assert embed.preprocess([]).shape == (0, 3, HEIGHT, WIDTH)
+    with pytest.raises(ImageError, match=r"none.png: no such file"):
+        embed.preprocess([persons[0], files[0].with_name("none.png")])
+
+
 def test_a_hidden_folder_may_be_asked_for_by_name(tmp_path):
     (tmp_path / ".data").mkdir()
     (tmp_path / ".data" / "a.png").touch()

@@ -30,8 +30,9 @@ ROOMS = {
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
-    "demo": {"runtime", "retrieval", "embed", "synthetic"},
-    "": {"pass_vit", "checkpoints", "embed", "gallery", "retrieval", "synthetic"},  # passreid_models/__init__.py
+    "demo": {"runtime", "figure", "retrieval", "embed", "synthetic"},
+    # passreid_models/__init__.py
+    "": {"pass_vit", "checkpoints", "embed", "evaluation", "gallery", "retrieval", "synthetic"},
     "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation",
             "training", "pretrain", "reid", "passreid_synth3d"},
     "__main__": {"cli"},

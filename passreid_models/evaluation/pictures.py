@@ -83,13 +83,14 @@ def draw_ranking(retrieved: "Retrieved", queries: np.ndarray, topk: int) -> Imag
             y = row * cell_height + GAP
             frame = (x - GAP + 1, y - GAP + 1, x + WIDTH + GAP - 2, y + HEIGHT + GAP - 2)
             draw.rectangle(frame, fill=COLOURS[kind])
-            sheet.paste(_thumbnail(path), (x, y))
+            sheet.paste(thumbnail(path), (x, y))
             label = [f"id {pid}"] * (kind == "query") + [f"cam {camid + 1}"] * (camid >= 0)
             draw.text((x, y + HEIGHT + GAP), " ".join(label), fill="black")
     return sheet
 
 
-def _thumbnail(path: Path) -> Image.Image:
+def thumbnail(path: Path) -> Image.Image:
+    """Image of 64x128 pixels (width x height)."""
     return open_image(path).resize((WIDTH, HEIGHT))
 
 
