@@ -74,6 +74,7 @@ def save_pretrained(
             safe_serialization=True,
         )
         config = json.loads((new / "config.json").read_text())
+        config["model_args"].pop("num_classes", None)  # of timm 1.0.31; it stands at the root, and transformers adds it
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
