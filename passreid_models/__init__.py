@@ -5,6 +5,7 @@ data          images and labels
 embed         images in, descriptors out
 retrieval     ranking and its metrics, on descriptors
 evaluation    a model on a dataset
+export        a model for other runtimes
 pretrain      part-wise self-distillation: views, heads, loss, trainer
 reid          fine-tuning with labels and without
 training      what all trainers share
@@ -26,6 +27,7 @@ from passreid_models.checkpoints import (
 
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
+    from passreid_models.export import export_model
     from passreid_models.retrieval import evaluate, rank
     from passreid_models.synthetic import SyntheticPersons
 
@@ -38,14 +40,21 @@ __all__ = [
     "SyntheticPersons",
     "convert_checkpoint",
     "evaluate",
+    "export_model",
     "list_weights",
     "load_report",
     "rank",
     "save_pretrained",
 ]
 
-_LATE = {"Embedder": "embed", "SyntheticPersons": "synthetic", "evaluate": "retrieval", "rank": "retrieval"}
-_ROOMS = ("data", "embed", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
+_LATE = {
+    "Embedder": "embed",
+    "SyntheticPersons": "synthetic",
+    "evaluate": "retrieval",
+    "export_model": "export",
+    "rank": "retrieval",
+}
+_ROOMS = ("data", "embed", "retrieval", "evaluation", "export", "pretrain", "reid", "training", "synthetic")
 
 
 def __getattr__(name: str) -> Any:

@@ -26,17 +26,18 @@ ROOMS = {
     "data": {"runtime", "synthetic"},
     "embed": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "evaluation": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed"},
+    "export": {"runtime", "architectures", "checkpoints", "synthetic", "embed"},
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "retrieval", "embed", "synthetic"},
-    "": {"pass_vit", "checkpoints", "embed", "retrieval", "synthetic"},  # passreid_models/__init__.py
-    "cli": {"", "runtime", "device", "demo", "checkpoints", "data", "embed", "evaluation", "training", "pretrain",
-            "reid", "passreid_synth3d"},
+    "": {"pass_vit", "checkpoints", "embed", "export", "retrieval", "synthetic"},  # passreid_models/__init__.py
+    "cli": {"", "runtime", "device", "demo", "checkpoints", "data", "embed", "evaluation", "export", "training",
+            "pretrain", "reid", "passreid_synth3d"},
     "__main__": {"cli"},
     "passreid_synth3d": {"runtime", "synthetic", "data"},
 }  # fmt: skip
-VERSION = {"checkpoints", "training"}  # they write the version of the package, imported when they do
+VERSION = {"checkpoints", "export", "training"}  # they write the version of the package, imported when they do
 TWICE = {"__init__", "config", "run", "trainer", "batches", "optim"}
 
 

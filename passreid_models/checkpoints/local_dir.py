@@ -49,7 +49,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     if not overwrite:
-        _check_free(folder)
+        check_free(folder)
     m = cast(Any, unwrap(model))
     registered = ARCHITECTURES[m.pretrained_cfg["architecture"]]
     img_size = tuple(m.patch_embed.img_size)
@@ -127,7 +127,7 @@ def convert_checkpoint(
         ValueError: If an argument has an unknown value.
     """
     source, folder = Path(source), Path(folder)
-    _check_free(folder)
+    check_free(folder)
     if mean_std is not None and mean_std not in STATISTICS:
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
     converted = convert_file(source, network)
@@ -240,7 +240,8 @@ def model_of(
     return name, {**dims, "num_parts": architecture.num_parts}
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError unless ``folder`` is missing or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: name another")
 

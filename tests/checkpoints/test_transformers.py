@@ -55,7 +55,7 @@ def test_bundled_weights_give_the_descriptors_of_the_embedder(tmp_path, person):
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("weights/*/config.json")))
 def test_no_bundled_config_names_the_classes_twice(folder):
-    config = json.loads((ROOT / "weights" / folder / "config.json").read_text())
+    config = json.loads((ROOT / "weights" / folder / "config.json").read_text(encoding="utf-8"))
     assert config["num_classes"] == 0
     assert "num_classes" not in config["model_args"]
 
