@@ -6,6 +6,7 @@ embed         images in, descriptors out
 retrieval     ranking and its metrics, on descriptors
 gallery       named images that are kept and searched
 evaluation    a model on a dataset
+export        a model for other runtimes
 pretrain      part-wise self-distillation: views, heads, loss, trainer
 reid          fine-tuning with labels and without
 training      what all trainers share
@@ -28,6 +29,7 @@ from passreid_models.checkpoints import (
 if TYPE_CHECKING:
     from passreid_models.embed import Embedder
     from passreid_models.evaluation import attention_maps
+    from passreid_models.export import export_model
     from passreid_models.gallery import Gallery
     from passreid_models.retrieval import evaluate, rank
     from passreid_models.synthetic import SyntheticPersons
@@ -43,6 +45,7 @@ __all__ = [
     "attention_maps",
     "convert_checkpoint",
     "evaluate",
+    "export_model",
     "list_weights",
     "load_report",
     "rank",
@@ -55,9 +58,10 @@ _LATE = {
     "SyntheticPersons": "synthetic",
     "attention_maps": "evaluation",
     "evaluate": "retrieval",
+    "export_model": "export",
     "rank": "retrieval",
 }
-_ROOMS = ("data", "embed", "gallery", "retrieval", "evaluation", "pretrain", "reid", "training", "synthetic")
+_ROOMS = ("data", "embed", "gallery", "retrieval", "evaluation", "export", "pretrain", "reid", "training", "synthetic")
 
 
 def __getattr__(name: str) -> Any:

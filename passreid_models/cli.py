@@ -307,6 +307,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--num-heads", type=int, help="attention heads, if no registered model fits")
     convert.set_defaults(run=_convert)
 
+    export = commands.add_parser("export", help="a model to ONNX, torch.export, torchscript or Roboflow's reid")
+    export.add_argument("model", help=MODEL.partition(" (default")[0])
+    export.add_argument("output", type=Path, metavar="OUT", help="file .onnx, .pt2 or .pt; a folder for roboflow-reid")
+    export.add_argument("--format", choices=("onnx", "pt2", "torchscript", "roboflow-reid"), help="default: by suffix")
+    export.add_argument(
+        "--input",
+        choices=("normalized", "imagenet", "uint8"),
+        default="normalized",
+        help="images normalised by the model's statistics or ImageNet's, or bytes [B, H, W, 3] (default: %(default)s)",
+    )
+    export.add_argument("--half", action="store_true", help="float16 weights and activations")
+    export.add_argument("--l2", action=argparse.BooleanOptionalAction, help="L2-normalise; default: as the weights")
+    export.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+    export.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
+    export.set_defaults(run=_export)
+
     # only for the list of commands: TRAININGS
     commands.add_parser("train", help="pre-train on a folder of person crops; the same as passreid-train")
     commands.add_parser("finetune", help="train re-ID with identity labels")
@@ -593,6 +609,17 @@ def _convert(args: argparse.Namespace) -> int:
     )
     print(report)
     print(f'written: timm.create_model("local-dir:{args.folder}", pretrained=True)')
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from passreid_models.evaluation.evaluate import make_embedder
+    from passreid_models.export import check_output, export_model
+
+    check_output(args.output, args.format)
+    embed = make_embedder(args.model, size=args.size, fusion=args.fusion, device="cpu")
+    print(export_model(embed, args.output, args.format, input=args.input, half=args.half, l2=args.l2))
+    print(f"{embed} -> {args.output}")
     return 0
 
 

@@ -27,18 +27,20 @@ ROOMS = {
     "embed": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "gallery": {"runtime", "device", "retrieval", "embed"},
     "evaluation": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed"},
+    "export": {"runtime", "architectures", "checkpoints", "synthetic", "embed"},
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "figure", "retrieval", "embed", "synthetic"},
     # passreid_models/__init__.py
-    "": {"pass_vit", "checkpoints", "embed", "evaluation", "gallery", "retrieval", "synthetic"},
-    "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation",
+    # passreid_models/__init__.py
+    "": {"pass_vit", "checkpoints", "embed", "evaluation", "export", "gallery", "retrieval", "synthetic"},
+    "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation", "export",
             "training", "pretrain", "reid", "passreid_synth3d"},
     "__main__": {"cli"},
     "passreid_synth3d": {"runtime", "synthetic", "data"},
 }  # fmt: skip
-VERSION = {"checkpoints", "training"}  # they write the version of the package, imported when they do
+VERSION = {"checkpoints", "export", "training"}  # they write the version of the package, imported when they do
 TWICE = {"__init__", "config", "run", "trainer", "batches", "optim"}
 
 

@@ -51,7 +51,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     if not overwrite:
-        _check_free(folder)
+        check_free(folder)
     m = cast(Any, unwrap(model))
     registered = ARCHITECTURES[m.pretrained_cfg["architecture"]]
     img_size = tuple(m.patch_embed.img_size)
@@ -76,6 +76,7 @@ def save_pretrained(
             safe_serialization=True,
         )
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        config["model_args"].pop("num_classes", None)  # of timm 1.0.31; it stands at the root, and transformers adds it
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
         if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
             config["pretrained_cfg"].update(license="other")
@@ -128,7 +129,7 @@ def convert_checkpoint(
         ValueError: If an argument has an unknown value.
     """
     source, folder = Path(source), Path(folder)
-    _check_free(folder)
+    check_free(folder)
     if mean_std is not None and mean_std not in STATISTICS:
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
     converted = convert_file(source, network)
@@ -242,7 +243,8 @@ def model_of(
     return name, {**dims, "num_parts": architecture.num_parts}
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Raise FileExistsError unless ``folder`` is missing or an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: name another")
 
