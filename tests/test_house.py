@@ -33,7 +33,6 @@ ROOMS = {
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
     "demo": {"runtime", "figure", "retrieval", "embed", "synthetic"},
     # passreid_models/__init__.py
-    # passreid_models/__init__.py
     "": {"pass_vit", "checkpoints", "embed", "evaluation", "export", "gallery", "retrieval", "synthetic"},
     "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation", "export",
             "training", "pretrain", "reid", "passreid_synth3d"},
