@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from passreid_models.runtime import atomic_file, atomic_folder, lock, sha256
+from passreid_models.runtime import atomic_file, atomic_folder, did_you_mean, lock, near_path, sha256
 from tests import ROOT
 
 RUNTIME = ROOT / "passreid_models" / "runtime.py"
@@ -288,3 +288,11 @@ def test_sha256_is_that_of_the_standard_and_of_long_files(tmp_path):
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     path.write_bytes(bytes(range(256)) * 5000)
     assert sha256(str(path)) == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
+
+
+def test_a_misspelt_word_or_path_names_the_nearest_and_others_none(tmp_path):
+    assert did_you_mean("evl", ["embed", "eval", "eva"]) == "; did you mean eval?"
+    assert did_you_mean("zzz", ["embed", "eval"]) == ""
+    (tmp_path / "persons").mkdir()
+    assert near_path(tmp_path / "persns") == "; did you mean persons?"
+    assert near_path(tmp_path / "zzz") == near_path(tmp_path / "nowhere" / "persons") == ""

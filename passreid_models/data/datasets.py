@@ -26,7 +26,7 @@ from passreid_models.data.images import count, image_names, list_folder
 from passreid_models.data.labels import number_cameras, number_ids, settle
 from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, Row, read_flat, read_folder, read_tree
 from passreid_models.data.tables import read_csv
-from passreid_models.runtime import cache_dir, lock, num_cores
+from passreid_models.runtime import cache_dir, lock, near_path, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
 __all__ = ["ReIDDataset", "Split", "open_dataset"]
@@ -212,7 +212,7 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         return _open_synthetic(str(data))
     path = Path(os.path.abspath(data))
     if not str(data) or not path.exists():
-        raise FileNotFoundError(f"{data or 'data'}: no such file or folder; expected {EXPECTED}")
+        raise FileNotFoundError(f"{data or 'data'}: no such file or folder; expected {EXPECTED}{near_path(path)}")
     if not path.is_dir():
         if path.suffix.lower() != ".csv":
             is_list = path.suffix.lower() in (".tsv", ".tab", ".txt")
