@@ -191,7 +191,7 @@ class Embedder:
             ImageError: If an image cannot be read.
             FileNotFoundError: If a folder holds no image.
         """
-        items = list(self._flatten([images] if isinstance(images, ImageLike) else images))
+        items = self.items(images)
         rows = torch.empty(len(items), *self.input_size)
         for i, x in enumerate(x for batch in self._batches(items, bgr=False) for x in batch):
             if isinstance(x, ImageError):
