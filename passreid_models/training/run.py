@@ -171,7 +171,7 @@ class Run:
                 with window.waiting():
                     micro_batches = [next(loaded) for _ in range(config.accumulate)]
                 self._count_unreadable(micro_batches)
-                ends_epoch = trainer.ends_epoch
+                ends_epoch, ends_window = trainer.ends_epoch, trainer.ends_window
                 try:
                     record = trainer.training_step(micro_batches)
                 except NonFiniteLossError as e:
@@ -179,7 +179,7 @@ class Run:
                     raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
                 window.add(record)
                 bar.update()
-                if trainer.step % config.log_steps == 0 or ends_epoch:
+                if ends_window:
                     self.write({**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})})
                     window = None  # the next one begins with a step: neither saving nor evaluating counts
                 stop = self._agree_to_stop(received)
