@@ -30,6 +30,7 @@ __all__ = ["AttentionMaps", "attention_maps", "draw_parts"]
 
 MAX_IMAGES = 64
 WIDTH, GAP, LABEL, CELL = 80, 4, 14, 30  # of an image, between images, of a line of text, of a similarity; in pixels
+TITLE = 140  # pixels that the longest title takes
 HEAT = np.array([(0, 0, 40), (120, 20, 110), (235, 85, 45), (255, 220, 70)])  # from no attention to the most
 
 
@@ -117,11 +118,14 @@ def _sheet(images: list[Image.Image], names: list[str], maps: AttentionMaps) -> 
     num_tokens, h, w = maps.rollout.shape[1:]
     height, step = WIDTH * h // w, WIDTH + GAP
     groups = {"last block, mean of heads": maps.last.mean(1), "rollout": maps.rollout}
-    starts = [step + 2 * GAP + i * (num_tokens * step + 2 * GAP) for i in range(len(groups) + 1)]
+    span = max(num_tokens * step, TITLE) + 2 * GAP
+    starts = [step + 2 * GAP + i * span for i in range(len(groups) + 1)]
     labels = ["CLS", *(f"PART {k}" for k in range(1, num_tokens))]
     row_height = max(height, CELL * num_tokens) + LABEL + GAP
     sheet = Image.new(
-        "RGB", (starts[-1] + 4 * CELL // 3 + CELL * num_tokens, 2 * LABEL + len(images) * row_height), "white"
+        "RGB",
+        (starts[-1] + max(4 * CELL // 3 + CELL * num_tokens, TITLE), 2 * LABEL + len(images) * row_height),
+        "white",
     )
     draw = ImageDraw.Draw(sheet)
     for x, title in zip(starts, [*groups, "cosine with the first image"], strict=True):

@@ -49,7 +49,7 @@ class RunConfig:
         save_epochs: Epochs between two checkpoints.
         keep: Number of checkpoints to keep; older ones are deleted.
         max_minutes: Save and stop after this many minutes; 0: no limit.
-        log_steps: Steps between two log lines.
+        log_steps: Steps between two log lines of an epoch, the last of which comes at its end.
         max_unreadable: Largest share of unreadable images in an epoch; the run stops above it.
         skip_nonfinite: Number of steps with a non-finite loss or gradient to skip; the run stops at the next one.
         tensorboard: Also write TensorBoard files.

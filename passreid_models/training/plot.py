@@ -20,6 +20,7 @@ PANELS = {  # titles, and names or patterns of the metrics
     "images a second": ("images_per_s",),
 }
 COLUMNS = 3
+FEW = 40  # points of a curve that are drawn as such
 
 
 def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
@@ -47,13 +48,15 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     panels = {title: keys for title, keys in curves.items() if keys}
     rows = math.ceil(len(panels) / COLUMNS)
     figure = new_figure(12, 4 * rows)
+    end = max(r["epoch"] for r in records) or 1
     for position, (title, keys) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, COLUMNS, position)
         for key in keys:
             x, values = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
             y = [math.nan if v is None else v for v in values]  # null (not finite) is a gap in the curve
             largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
-            axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker=".", markersize=3)
+            size = 5 if len(x) <= FEW else 2
+            axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker="o", markersize=size)
         scores = [(r["epoch"], r["mAP"]) for r in records if r.get("mAP") is not None] if "mAP" in keys else []
         if len(scores) > 1 and scores[0][0] == 0:
             (_, before), *later = scores
@@ -61,6 +64,9 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
             axes.axhline(before, color="gray", linestyle=":", linewidth=1)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
+        if "shares" in title:
+            axes.set_ylim(-0.03, 1.03)
+        axes.set_xlim(-0.03 * end, 1.03 * end)  # the same in all panels
         axes.legend(fontsize=7)
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, dpi=110)

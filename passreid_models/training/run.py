@@ -176,7 +176,7 @@ class Run:
                     with window.waiting():
                         micro_batches = [next(loaded) for _ in range(config.accumulate)]
                     self._count_unreadable(micro_batches)
-                    ends_epoch = trainer.ends_epoch
+                    ends_epoch, ends_window = trainer.ends_epoch, trainer.ends_window
                     try:
                         record = trainer.training_step(micro_batches)
                     except NonFiniteLossError as e:
@@ -185,7 +185,7 @@ class Run:
                 window.add(record)
                 bar.update()
                 eta = f"  eta {left.after(trainer.step)}"
-                if trainer.step % config.log_steps == 0 or ends_epoch:
+                if ends_window:
                     figures = {**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})}
                     self.write(figures, eta)
                     window = None  # the next one begins with a step: neither saving nor evaluating counts

@@ -95,6 +95,17 @@ class BaseTrainer:
         """Whether the next step is the last of its epoch."""
         return self.epoch_at(self.step + 1) > self.epoch
 
+    @property
+    def ends_window(self) -> bool:
+        """Whether a log line follows the next step: every ``log_steps`` steps of an epoch, and at its end.
+
+        The last window of an epoch is between half of ``log_steps`` and 1.5 times as long: the mean of one step would
+        be noise.
+        """
+        start, end = self.epoch_starts[self.epoch : self.epoch + 2]
+        every, left = self.config.log_steps, end - self.step - 1
+        return left == 0 or ((self.step + 1 - start) % every == 0 and 2 * left > every)
+
     def training_step(self, batches: Sequence[Any]) -> dict[str, float]:
         """Train one step on the micro-batches of this process, and add 1 to ``step``.
 

@@ -4,7 +4,9 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -105,6 +107,29 @@ def test_the_panel_of_the_map_says_where_the_run_began(tmp_path, curves, monkeyp
     assert curves["mAP"] == ([0.0, 1.0, 2.0], [37.2, 36.6, 34.4])
     plot_run(write(tmp_path, [record(1), *scores[1:]]))  # a run of an older version
     assert titles[-2] == "retrieval, %"
+
+
+def test_few_points_are_drawn_as_points_and_all_panels_show_the_whole_run(tmp_path, monkeypatch):
+    sizes: dict[tuple[str, int], float] = {}
+    limits: set[tuple[float, float]] = set()
+    plot = Axes.plot
+
+    def save(self: Figure, path: Path, **options: object) -> None:
+        limits.update(axes.get_xlim() for axes in self.axes)
+        path.touch()
+
+    def spy(self: Axes, x: list[float], y: list[float], **options: Any) -> object:
+        assert options["marker"] == "o"
+        sizes[options["label"], len(x)] = options["markersize"]
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    monkeypatch.setattr(Figure, "savefig", save)
+    plot_run(write(tmp_path, [record(1)]))
+    assert sizes["loss", 1] == 5
+    plot_run(write(tmp_path, [record(step) | ({"mAP": 9.0} if step % 20 == 0 else {}) for step in range(1, 61)]))
+    assert (sizes["loss", 60], sizes["mAP", 3]) == (2, 5)
+    assert {tuple(map(round, 1000 * np.array(ends))) for ends in limits} == {(-15, 515), (-900, 30900)}
 
 
 def test_null_is_a_gap_in_a_curve(tmp_path, curves):
