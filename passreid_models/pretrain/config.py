@@ -152,6 +152,7 @@ class PretrainConfig(RunConfig):
         if not self.model:
             of_init = settings_of(self.init).get("model") if self.init else None
             object.__setattr__(self, "model", of_init or DEFAULT_MODEL)
+        object.__setattr__(self, "local_views", self.num_local_views)
         self.check_choices({"clip_by": CLIPS, "pos_resampling": RESAMPLINGS})
         self.check_ranges(
             (
@@ -236,9 +237,8 @@ class PretrainConfig(RunConfig):
         return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from a saved run's; None counts as the number it stands for."""
-        pairs, saved = super().changed(other), self.known(other)
-        for name in ("parts", "local_views"):  # such as 3 here and None, the architecture's own 3, there
-            if getattr(self, f"num_{name}") == getattr(saved, f"num_{name}"):
-                pairs.pop(name, None)
+        """Fields that shape the weights and differ from a saved run's; ``parts`` counts as the number it stands for."""
+        pairs = super().changed(other)
+        if self.num_parts == self.known(other).num_parts:  # such as 3 here and None, the architecture's own 3, there
+            pairs.pop("parts", None)
         return pairs
