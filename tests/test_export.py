@@ -28,13 +28,21 @@ STATISTICS = dict(mean=(0.5, 0.4, 0.3), std=(0.3, 0.25, 0.2), interpolation="bil
 POOLS = ("cat", "mean", "parts", "token")
 
 
-def small(neck: str = "", **kwargs: Any) -> nn.Module:
-    """A model of one block with random weights and statistics that are not ImageNet's."""
-    model = create("test_pass_vit", **{"depth": 1, "neck": neck, **kwargs})
+def distinct(name: str = "test_pass_vit", **kwargs: Any) -> nn.Module:
+    """A model of random weights, neck and running statistics included, whose descriptors of persons differ."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    for key, tensor in model.state_dict().items():
+        if "running_" in key or key.startswith("fc_norm.bn.weight"):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        elif key.startswith("patch_embed.proj") and tensor.ndim > 1:
+            tensor.mul_(5)
     model.pretrained_cfg.update(STATISTICS)
-    nn.init.normal_(model.patch_embed.proj.weight, std=0.05)
-    nn.init.normal_(model.pos_embed)
-    return model
+    return model.eval()
+
+
+def small(neck: str = "", **kwargs: Any) -> nn.Module:
+    return distinct(**{"depth": 1, "neck": neck, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +77,7 @@ def load(file: Path) -> Callable[[np.ndarray], Tensor]:
 
 def assert_host_gets_the_descriptors(file: Path, embed: Embedder, images: list[Image.Image], atol: float) -> None:
     run, expected, x = load(file), embed(images), host_images(images, metadata_of(file))
+    assert expected.std(dim=0).max() > 3e-3
     for batch in (1, 3, 5):
         assert run(x[:batch]).dtype == torch.float32
         torch.testing.assert_close(run(x[:batch]), expected[:batch], rtol=0, atol=atol)
@@ -92,7 +101,7 @@ def test_a_host_gets_the_descriptors_of_the_embedder_in_batches_of_any_size(tmp_
     model, file = small(**kwargs), tmp_path / f"model{FORMATS[format]}"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parity = export_model(model, file, input=input, half=half)
-    assert_host_gets_the_descriptors(file, Embedder(model, "cpu"), persons, 5e-3 if half else 2e-6)
+    assert_host_gets_the_descriptors(file, Embedder(model, "cpu"), persons, 5e-3 if half else 1e-5)
     assert parity.min_cosine > (0.9999 if half else 0.999999)
     assert 0 <= parity.mean_difference <= parity.max_difference < (5e-3 if half else 1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [file.name, f"{file.name}.json"]
@@ -104,14 +113,14 @@ def test_a_host_gets_the_descriptors_of_the_embedder_in_batches_of_any_size(tmp_
 def test_every_pool_and_neck_can_be_exported(tmp_path, persons, pool, neck):
     model = small(neck, global_pool=pool)
     export_model(model, tmp_path / "model.pt")
-    assert_host_gets_the_descriptors(tmp_path / "model.pt", Embedder(model, "cpu"), persons, 2e-6)
+    assert_host_gets_the_descriptors(tmp_path / "model.pt", Embedder(model, "cpu"), persons, 1e-5)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_exported(tmp_path, persons, name):
-    model = small(embed_dim=64, num_heads=2) if name == "test_pass_vit" else create(name, depth=1, img_size=(384, 128))
+    model = distinct(name, depth=1, img_size=(384, 128))
     export_model(model, tmp_path / "model.pt", input="uint8")
-    assert_host_gets_the_descriptors(tmp_path / "model.pt", Embedder(model, "cpu"), persons, 2e-6)
+    assert_host_gets_the_descriptors(tmp_path / "model.pt", Embedder(model, "cpu"), persons, 1e-5)
 
 
 @pytest.mark.slow
@@ -131,7 +140,7 @@ def test_onnx_of_every_architecture_holds_the_limit(tmp_path, name, size):
 def test_onnx_and_pt2_of_every_pool_and_neck_hold_the_limit(tmp_path, persons, pool, neck, format):
     model, file = small(neck, global_pool=pool), tmp_path / f"model{FORMATS[format]}"
     export_model(model, file)
-    assert_host_gets_the_descriptors(file, Embedder(model, "cpu"), persons, 2e-6)
+    assert_host_gets_the_descriptors(file, Embedder(model, "cpu"), persons, 1e-5)
 
 
 def test_an_onnx_file_stands_alone_and_tells_what_the_host_has_to_do(tmp_path):
@@ -228,10 +237,10 @@ def test_an_export_that_differs_is_refused_and_an_older_file_stays(tmp_path, mon
 def test_differences_are_those_of_all_rows_of_all_batches():
     images, expected = torch.zeros(7, 1), 4 * torch.eye(7)
     offset = torch.zeros(7, 7)
-    offset[6, 6] = 4e-4  # seen in the batch of 7 alone
+    offset[6, 6] = 2e-4  # seen in the batch of 7 alone
     parity = export._compare(lambda x: (expected + offset)[: len(x)], images, expected, half=False)
-    assert parity == Parity(pytest.approx(1e-4, rel=1e-2), pytest.approx(1e-4 / 70, rel=1e-2), pytest.approx(1))
-    assert "difference 1.0e-04 at most, 1.4e-06 on average; cosine 1.0000000" in str(parity)
+    assert parity == Parity(pytest.approx(5e-5, rel=1e-2), pytest.approx(5e-5 / 70, rel=1e-2), pytest.approx(1))
+    assert "difference 5.0e-05 at most, 7.1e-07 on average; cosine 1.0000000" in str(parity)
 
 
 BAD = {
