@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -513,7 +514,7 @@ def test_a_disk_that_fills_up_at_the_record_leaves_the_old_weights(tmp_path, cac
     pull(LUP, tmp_path / "old.pth")
     write = Path.write_text
 
-    def disk_full(path: Path, text: str) -> None:
+    def disk_full(path: Path, text: str, **options: Any) -> None:
         if path.name == f"{LUP}.json":
             write(path, text[: len(text) // 2])
             raise OSError("No space left on device")
