@@ -289,6 +289,12 @@ def test_the_command_exports_at_another_size_and_prints_the_parity(tmp_path, cap
     assert "give a format" in capsys.readouterr().err
 
 
+def test_the_choices_of_the_command_are_those_of_the_function():
+    commands = next(action for action in cli._parser()._actions if action.choices).choices
+    choices = {action.dest: action.choices for action in commands["export"]._actions}
+    assert (tuple(choices["format"]), tuple(choices["input"])) == (tuple(FORMATS), export.INPUTS)
+
+
 # ---- roboflow-reid
 
 
