@@ -309,10 +309,10 @@ def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, 
     shutil.rmtree(cut / "best")
     write = SupervisedRun.write
 
-    def killed(self, figures):
+    def killed(self, figures, eta=""):
         if "mAP" in figures:
             raise KeyboardInterrupt
-        write(self, figures)
+        write(self, figures, eta)
 
     monkeypatch.setattr(SupervisedRun, "write", killed)
     with pytest.raises(KeyboardInterrupt):
