@@ -25,8 +25,8 @@ import passreid_models
 from passreid_models import cli
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints import download, drive, zoo
-from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.hub import download_hub
+from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.checkpoints.zoo import (
