@@ -438,10 +438,8 @@ def _read_weights(
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
     elif cfg.source == "hf-hub":
-        if cfg.hf_hub_filename:
-            return cfg, None
         check_cached(cfg.hf_hub_id, "config.json", cache_dir)  # timm has read it
-        file = download_hub(cfg.hf_hub_id, cache=cache_dir)
+        file = download_hub(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir)
     elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
         file = cfg.file
     elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):

@@ -38,7 +38,7 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     file in the cache is checked too, and serves if the Hub does not answer.
 
     Raises:
-        ValueError: If ``hub_id`` is not a repository with at most one revision.
+        ValueError: If ``hub_id`` is not a repository with at most one revision, or ``filename`` no relative path.
         WeightsUnavailableError: If the repository or the file is not available.
         CheckpointError: If the file is damaged after a second download too.
     """
@@ -47,6 +47,8 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     from huggingface_hub.utils import build_hf_headers
 
     repo_id, revision = _split(hub_id)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", str(filename)):  # config.json can name it
+        raise ValueError(f"{hub_id}: expected the name of a file in the repository, got {str(filename)[:80]!r}")
     where = f"{filename} of {hub_id} on the Hub"
     cached = _cached(hub_id, filename, cache)
     if cached and re.fullmatch(_COMMIT, revision) and is_intact(cached):
