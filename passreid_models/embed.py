@@ -22,7 +22,7 @@ from passreid_models.architectures import DEFAULT_MODEL
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
-from passreid_models.runtime import atomic_file, hash_tensors, num_cores, unwrap
+from passreid_models.runtime import atomic_file, check_workers, hash_tensors, num_cores, unwrap
 
 __all__ = ["Embedder", "finite_advice", "has_direction", "is_not_finite", "save_features"]
 
@@ -65,11 +65,12 @@ class Embedder:
             workers: Threads that decode images; one per core, 8 at most, by default.
 
         Raises:
-            ValueError: If ``batch_size`` is less than 1, the model is not of this package or is unpooled, or the device
-                is not available.
+            ValueError: If ``batch_size`` is less than 1, ``workers`` too many for the cores, the model is not of
+                this package or is unpooled, or the device is not available.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        self.workers = check_workers(workers or 0) or min(8, num_cores())
         self.device, self.dtype = pick_device(device), dtype or torch.float32
         if isinstance(model, nn.Module):
             network: Any = deepcopy(unwrap(model))
@@ -87,7 +88,6 @@ class Embedder:
         self._weights = "" if self.dtype == torch.float32 else _hash_weights(network)
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)
         self.batch_size, self.flip = batch_size, flip
-        self.workers = workers or min(8, num_cores())
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
         # the cfg of a model made with img_size= has another size
         self.data_config = resolve_data_config({"input_size": self.input_size}, model=self.model)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
+from passreid_models.checkpoints.hub import check_cached, download_hub
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
 from passreid_models.checkpoints.local_dir import check_config
 from passreid_models.checkpoints.read import CheckpointError
@@ -437,9 +438,8 @@ def _read_weights(
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
     elif cfg.source == "hf-hub":
-        if cfg.hf_hub_filename:
-            return cfg, None
-        file = zoo.download_hub(cfg.hf_hub_id, cache=cache_dir)
+        check_cached(cfg.hf_hub_id, "config.json", cache_dir)  # timm has read it
+        file = download_hub(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir)
     elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
         file = cfg.file
     elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):

@@ -197,6 +197,18 @@ def num_cores() -> int:
     return max(1, cores // local_world_size())
 
 
+def check_workers(workers: int) -> int:
+    """Return a number of processes or threads to start.
+
+    Raises:
+        ValueError: If it is negative, or more than 16 and than four for each core.
+    """
+    most = max(16, 4 * num_cores())
+    if not 0 <= workers <= most:
+        raise ValueError(f"workers: expected between 0 and {most} on {num_cores()} CPU cores, got {workers}")
+    return workers
+
+
 def local_world_size() -> int:
     """Number of processes of ``torchrun`` on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from passreid_models.data.layouts import MARKER_3D
-from passreid_models.runtime import atomic_file, lock, num_cores
+from passreid_models.runtime import atomic_file, check_workers, lock, num_cores
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
 from passreid_synth3d.fabrics import PATTERN_FAMILIES
@@ -140,7 +140,7 @@ def write_market1501(
     """
     train_ids = _integer("num_ids", num_ids, 1) // 2 if train_ids is None else train_ids
     recipe = _Recipe(num_ids, images_per_id, cameras, sites, seed, size, train_ids, patterns, place, first_id, quality)
-    workers = num_cores() if workers is None else _integer("workers", workers, 0)
+    workers = num_cores() if workers is None else check_workers(_integer("workers", workers, 0))
     root, files = Path(root), recipe.files()
     if _present(root, recipe, files) == files and _marker(root)["complete"]:
         return root

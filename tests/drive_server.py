@@ -1,6 +1,9 @@
 """A Google Drive on 127.0.0.1, as far as downloading goes: files, the confirm page, the quota page, and accidents."""
 
+import contextlib
 import re
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -19,16 +22,26 @@ QUOTA = """<html><head><title>Google Drive - Quota exceeded</title></head><body>
 recently.</p></body></html>"""
 LOGIN = "<html><head><title>Sign in - Google&nbsp;Accounts</title></head><body></body></html>"
 
+ACCIDENTS = ("cut", "cut-always", "whole-again", "reset", "stall", "trickle", "other-part", "changed")
+
 
 class DriveServer:
     """Serves ``content`` under ids that say how: ``file``, ``confirm``, ``quota``, ``login``, ``cut`` (half, once),
-    ``cut-always``, ``whole-again`` (half, then no ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``; other
-    ids are not there. ``kinds`` says it for other ids; with ``kind`` every id is served in that way."""
+    ``cut-always``, ``whole-again`` (half, then no ranges), ``slow``, ``busy`` (503 twice), ``denied``, ``loop``,
+    ``reset`` and ``stall`` (half, once), ``trickle`` (a few bytes, once), ``other-part`` (half, then the wrong range,
+    once), ``changed`` (half, then a range of a longer file, once), ``endless``, ``page`` (a long one), ``private``
+    (401), ``wait`` (429 once, 3 s), ``wait-long`` (429, a day), ``elsewhere`` (redirect to ``self.elsewhere``),
+    ``nowhere`` (416); other ids are not there. ``kinds`` says it for other ids; with ``kind`` every id is served in
+    that way."""
 
-    def __init__(self, content: bytes, kinds: Mapping[str, str] | None = None, kind: str = "") -> None:
-        self.content, self.kinds, self.kind = content, kinds or {}, kind
+    def __init__(
+        self, content: bytes, kinds: Mapping[str, str] | None = None, kind: str = "", port: int = 0, elsewhere: str = ""
+    ) -> None:
+        self.content, self.kinds, self.kind, self.elsewhere = content, kinds or {}, kind, elsewhere
         self.requests: list[tuple[str, str | None]] = []
         """Id and Range header of each."""
+        self.credentials: set[str | None] = set()
+        self.closing = threading.Event()
         self.count: Counter[str] = Counter()
         drive = self
 
@@ -40,7 +53,7 @@ class DriveServer:
             def do_GET(self) -> None:
                 drive.answer(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -48,6 +61,10 @@ class DriveServer:
         return self
 
     def __exit__(self, *args: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -56,6 +73,7 @@ class DriveServer:
         file_id, wanted = query.get("id", ""), request.headers.get("Range")
         kind = self.kind or self.kinds.get(file_id, file_id)
         self.requests.append((file_id, wanted))
+        self.credentials.add(request.headers.get("Authorization"))
         self.count[file_id] += 1
         nth = self.count[file_id]
         if kind == "quota":
@@ -68,10 +86,22 @@ class DriveServer:
             return self._page(request, "", 403)
         if kind == "busy" and nth <= 2:
             return self._page(request, "", 503)
-        if kind not in ("file", "confirm", "cut", "cut-always", "whole-again", "slow", "busy"):
+        if kind == "page":
+            return self._page(request, LOGIN + "<form" * 1_000_000)
+        if kind == "private":
+            return self._page(request, "", 401)
+        if kind == "nowhere":
+            return self._page(request, "", 416)
+        if kind == "wait-long" or (kind == "wait" and nth == 1):
+            return self._page(request, "", 429, Retry_After="86400" if kind == "wait-long" else "3")
+        if kind == "elsewhere":
+            return self._page(request, "", 302, Location=f"{self.elsewhere}/download?id=file")
+        if kind not in ("file", "confirm", "slow", "busy", "wait", "endless", *ACCIDENTS):
             return self._page(request, "", 404)
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and kind != "whole-again" else 0
         body = self.content[start:]
+        if kind == "endless":
+            return self._endless(request)
         if start >= len(self.content):
             request.send_response(416)
             request.send_header("Content-Range", f"bytes */{len(self.content)}")
@@ -81,9 +111,23 @@ class DriveServer:
         request.send_response(206 if start else 200)
         request.send_header("Content-Type", "application/octet-stream")
         request.send_header("Content-Length", str(len(body)))
+        if start:
+            first = start - 1 if kind == "other-part" and nth == 2 else start
+            size = len(self.content) + (kind == "changed" and nth == 2)
+            request.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
         request.end_headers()
-        if (kind in ("cut", "whole-again") and nth == 1) or kind == "cut-always":
-            request.wfile.write(b"" if kind == "cut-always" else body[: len(body) // 2])
+        if (kind in ACCIDENTS and nth == 1) or kind == "cut-always":
+            part = {"cut-always": 0, "trickle": 100}.get(kind, len(body) // 2)
+            request.wfile.write(body[:part])
+            if kind == "stall":
+                self.closing.wait(5)
+            if kind == "trickle":
+                with contextlib.suppress(OSError):
+                    while not self.closing.wait(0.1):
+                        request.wfile.write(body[part : (part := part + 10)])
+            if kind == "reset":
+                request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                socket.close(request.connection.detach())
             request.close_connection = True
             return None
         if kind == "slow":
@@ -95,9 +139,21 @@ class DriveServer:
         request.wfile.write(body)
         return None
 
-    def _page(self, request: BaseHTTPRequestHandler, text: str, status: int = 200) -> None:
+    def _endless(self, request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Type", "application/octet-stream")
+        request.end_headers()
+        with contextlib.suppress(OSError):  # until the client has had enough
+            while not self.closing.is_set():
+                request.wfile.write(bytes(65536))
+        request.close_connection = True
+
+    def _page(self, request: BaseHTTPRequestHandler, text: str, status: int = 200, **headers: str) -> None:
         request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
         request.send_header("Content-Type", "text/html; charset=utf-8")
         request.send_header("Content-Length", str(len(text.encode())))
         request.end_headers()
-        request.wfile.write(text.encode())
+        with contextlib.suppress(OSError):  # the client reads only the beginning
+            request.wfile.write(text.encode())

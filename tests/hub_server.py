@@ -11,6 +11,7 @@ lie on a second origin (`hub.cdn`), where the client must not send its token. On
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,9 +63,10 @@ class Repo:
 
 @dataclass
 class Fault:
-    kind: str | int  # "corrupt", "drop", "reset", "short", or a status
+    kind: str | int  # "corrupt", "drop", "reset", "short", "stall", "drip", "page", "long", or a status
     at: int | None = None
     times: int | None = None  # None: always
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Refusal(Exception):
@@ -93,6 +96,9 @@ class HubServer:
         self._faults: dict[tuple[str, str], Fault] = {}  # (repo_id, path) -> what its downloads suffer
         self._refusals: list[tuple[re.Pattern, Fault]] = []
         self._servers: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+        self.metadata: dict[tuple[str, str], dict[str, str]] = {}
+        """Headers of metadata to send in place of the true ones, by (repo_id, path); an empty one is left out."""
+        self.closing = threading.Event()
 
     def __enter__(self) -> "HubServer":
         for _ in range(2):
@@ -108,6 +114,7 @@ class HubServer:
 
     def close(self) -> None:
         """Stop listening; from then on the endpoint refuses connections."""
+        self.closing.set()
         for server, thread in self._servers:
             server.shutdown()
             server.server_close()
@@ -158,12 +165,16 @@ class HubServer:
         self, repo_id: str, path: str, how: str = "drop", *, at: int | None = None, times: int | None = None
     ) -> None:
         """Send nothing past byte `at` (default: half). `how`: "drop" closes the connection there, "reset" resets it,
-        and "short" announces the short body as the whole one, as a careless proxy does."""
+        "stall" sends nothing more, and "short" announces the short body as the whole one, as a careless proxy does."""
         self._faults[repo_id, path] = Fault(how, at, times)
 
-    def refuse(self, status: int, match: str = "", *, times: int | None = None) -> None:
+    def spoil(self, repo_id: str, path: str, how: str, *, at: int = 1000, times: int | None = None) -> None:
+        """`how`: "drip" sends `at` bytes every 0.1 s, "page" sends a page of HTML, "long" a body twice as long."""
+        self._faults[repo_id, path] = Fault(how, at, times)
+
+    def refuse(self, status: int, match: str = "", *, times: int | None = None, **headers: str) -> None:
         """Answer requests whose "METHOD path" contains the regex `match` with this status: 403, 429, 503, ..."""
-        self._refusals.append((re.compile(match), Fault(status, times=times)))
+        self._refusals.append((re.compile(match), Fault(status, times=times, headers=headers)))
 
     def heal(self) -> None:
         """Withdraw every fault."""
@@ -216,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for pattern, fault in hub._refusals:
                 if pattern.search(request) and hub._strike(fault):
-                    raise Refusal(fault.kind, message="refused by the test")
+                    raise Refusal(fault.kind, message="refused by the test", **fault.headers)
             if origin == "hub" and self.sender not in (None, f"Bearer {hub.token}"):
                 raise Refusal(401, message="Invalid credentials in Authorization header")
             for pattern, action in ROUTES:
@@ -255,11 +266,14 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in repo.commits[sha]:
             raise Refusal(404, "EntryNotFound", "Entry not found", X_Repo_Commit=sha)
         data = repo.commits[sha][path]
+        false = self.hub.metadata.get((repo_id, path), {})
         if not is_lfs(path, len(data), data):
-            return self._send_file(repo_id, path, data, ETag=f'"{git_sha1(data)}"', X_Repo_Commit=sha)
+            true = {"ETag": f'"{git_sha1(data)}"', "X-Repo-Commit": sha}
+            return self._send_file(repo_id, path, data, **{k: v for k, v in {**true, **false}.items() if v})
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         location = f"{self.hub.cdn}/{quote(repo_id)}/cdn/{sha}/{quote(path)}"
-        self._reply(b"", 302, Location=location, X_Repo_Commit=sha, **linked)
+        true = {"Location": location, "X-Repo-Commit": sha, **linked}
+        self._reply(b"", 302, **{k: v for k, v in {**true, **false}.items() if v})
 
     def cdn(self, repo_id: str, sha: str, path: str) -> None:  # as signed urls do, it asks for no token
         data = self.hub.files(repo_id, sha)[path]
@@ -279,6 +293,13 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "corrupt":
             data = bytearray(data)
             data[fault.at] ^= 0xFF
+        elif kind == "page":
+            page = b"<html><title>Sign in &amp; pay</title><body>" + b"x" * len(data)
+            return self._reply(page, **{"Content-Type": "text/html"})
+        elif kind == "long":
+            return self._reply(data + data, **headers)
+        elif kind == "drip":
+            return self._drip(data[start:], fault.at, status, headers)
         elif kind:
             end = max(start, min(end, len(data) // 2 if fault.at is None else fault.at))
         body, promised = bytes(data[start:end]), None if kind in (None, "corrupt", "short") else stop - start
@@ -287,9 +308,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.downloads[repo_id, path] += 1
                 self.hub.sent[repo_id, path] += len(body)
         self._reply(body, status, length=promised, **headers)
+        if kind == "stall":
+            self.wfile.flush()
+            self.hub.closing.wait(30)
         if kind == "reset":  # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             socket.close(self.connection.detach())
+
+    def _drip(self, body: bytes, step: int, status: int, headers: Mapping[str, str]) -> None:
+        self._reply(b"", status, length=len(body), **headers)
+        with contextlib.suppress(OSError):  # the client has given up
+            for i in range(0, len(body), step):
+                self.wfile.write(body[i : i + step])
+                time.sleep(0.1)
 
     def info(self, repo_id: str, revision: str) -> None:
         repo, sha = self._repo(repo_id), self.hub.resolve(repo_id, revision or "main")

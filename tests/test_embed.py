@@ -282,6 +282,11 @@ def test_find_images_is_sorted_recursive_and_leaves_out_hidden_and_other_files(t
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == images
 
 
+def test_more_threads_than_the_cores_can_use_are_refused():
+    with pytest.raises(ValueError, match=r"workers: expected between 0 and \d+ on \d+ CPU cores, got 100000"):
+        Embedder("test_pass_vit", device="cpu", workers=100_000)
+
+
 def test_preprocess_gives_the_pixels_that_reach_the_model(embed, files, persons):
     mixture = [persons[3], files[0].parent, files[1]]
     inputs = embed.preprocess(mixture)

@@ -5,6 +5,8 @@ convert     any published layout to timm's keys
 load        converted tensors into a model, with a report of every tensor
 local_dir   exported folders, for ``local-dir:`` and the Hub
 zoo         manifest of the known weights, and the search for a tag's file
+download    transfers that are resumed and limited
+hub, drive  files of the Hugging Face Hub, verified, and of Google Drive
 names       model of a name, a folder, a run or a file
 publish     exported folder to the Hugging Face Hub
 """

@@ -39,7 +39,8 @@ class Converted:
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
 _ANCHOR = "blocks.0.attn.qkv.weight"
 _BACKBONE = re.compile(r"(?:cls_token|reg_token|pos_embed|patch_embed\.|blocks\.|norm\.|norm_pre\.|fc_norm\.)")
-_WEIGHTS = re.compile(rf"{_BACKBONE.pattern}|part|cls_pos|bottleneck|classifier\.|head\.weight|head\.bias")
+_HEADS = r"\d+\.(?:mlp|last_layer)\."  # as pre-training names them
+_WEIGHTS = re.compile(rf"{_BACKBONE.pattern}|part|cls_pos|bottleneck|classifier\.|head\.weight|head\.bias|{_HEADS}")
 _TOKEN = re.compile(r"cls_token|cls_pos|reg_token|pos_embed|part_token\d+|part\d+_pos")
 _RANKS = {
     r"(classifier|head)\.weight": 2,

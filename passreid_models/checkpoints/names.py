@@ -23,6 +23,7 @@ from torch import nn
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
+from passreid_models.checkpoints.hub import download_hub
 from passreid_models.checkpoints.local_dir import PIXELS, check_fields, exported_folder, model_of, read_config, several
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.runtime import did_you_mean
@@ -124,7 +125,10 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     """
     scheme, _, rest = name.partition(":")
     if scheme in ("hf-hub", "hf_hub") and rest:
-        return _exported(f"hf-hub:{rest}", zoo.download_hub(rest, "config.json").parent)
+        snapshot = download_hub(rest, "config.json").parent
+        model = _exported(f"local-dir:{snapshot}", snapshot)  # not by timm, which verifies nothing
+        download_hub(f"{rest.partition('@')[0]}@{snapshot.name}")  # the weights of the same commit
+        return model
     path = Path(rest if scheme == "local-dir" else name)
     if name in ARCHITECTURES:
         return _tagged(name, name, next((w for w in zoo.list_weights(name) if w.bundled_file), None))

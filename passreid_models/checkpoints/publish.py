@@ -7,9 +7,10 @@ from typing import Any
 
 import timm
 
+from passreid_models.checkpoints.download import WeightsUnavailableError, short_error
 from passreid_models.checkpoints.local_dir import CLAIMS, read_config
 from passreid_models.checkpoints.read import read_checkpoint
-from passreid_models.checkpoints.zoo import Weight, WeightsUnavailableError, list_weights, short_error
+from passreid_models.checkpoints.zoo import Weight, list_weights
 
 __all__ = ["model_card", "publish"]
 

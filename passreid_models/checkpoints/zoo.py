@@ -9,10 +9,8 @@ A tag is searched in this order: bundled file, local cache, Hugging Face Hub, th
 
 import json
 import os
-import re
 import shutil
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -20,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from passreid_models.checkpoints.convert import Converted, convert_file
-from passreid_models.checkpoints.drive import DriveError, download_drive
+from passreid_models.checkpoints.download import WeightsUnavailableError
+from passreid_models.checkpoints.drive import download_drive
+from passreid_models.checkpoints.hub import download_hub
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.runtime import atomic_file, cache_dir, did_you_mean, lock, sha256
@@ -29,10 +29,6 @@ __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "p
 
 
 TRAIN_IDENTITIES = {"Market-1501": 751, "MSMT17": 1_041, "DukeMTMC-reID": 702}  # rows of a supervised classifier
-
-
-class WeightsUnavailableError(FileNotFoundError):
-    """Known weights that are not available now; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -327,68 +323,9 @@ def _download_drive(weight: Weight, folder: Path) -> Path:
     file = folder / f"{weight.source['drive_id']}.pth"  # the name goes into the provenance
     try:
         download_drive(weight.source["drive_id"], file)
-    except DriveError as e:
+    except WeightsUnavailableError as e:
         raise WeightsUnavailableError(f"{e}; {by_hand}") from None
     return file
-
-
-def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | Path | None = None) -> Path:
-    """Download a file of a Hub repository, ``org/name`` or ``org/name@revision``, and check its SHA-256.
-
-    The Hub's client compares only sizes; a blob in its cache is named by the hash that it should have.
-
-    Raises:
-        WeightsUnavailableError: If the repository or the file is not available.
-        CheckpointError: If the file is damaged after a second download too.
-    """
-    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    repo_id, _, revision = hub_id.partition("@")
-    if not try_to_load_from_cache(repo_id, filename, cache, revision or None):
-        try:
-            _reach(hf_hub_url(repo_id, filename, revision=revision or None))
-        except Exception as e:
-            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {short_error(e)}") from None
-    for again in (False, True):
-        try:
-            path = hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache, force_download=again)
-        except Exception as e:  # their kind depends on the client's HTTP library
-            is_offline = isinstance(e.__cause__, OfflineModeIsEnabled)
-            why = "HF_HUB_OFFLINE is set and it is not in the cache" if is_offline else short_error(e)
-            raise WeightsUnavailableError(f"{filename} of {hub_id} on the Hub: {why}") from None
-        blob = Path(path).resolve()
-        if len(blob.name) != 64 or sha256(blob) == blob.name:
-            return Path(path)
-        blob.unlink()
-    raise CheckpointError(f"{filename} of {hub_id} arrives damaged: its SHA-256 is not the one the Hub states")
-
-
-def _reach(url: str) -> None:
-    """Raise an exception if the Hub does not answer twice; its client would wait 23 s for a file not in its cache."""
-    from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    for last in (False, True):
-        try:
-            get_hf_file_metadata(url, timeout=10)
-        except (HfHubHTTPError, OfflineModeIsEnabled):
-            return  # the download says what is wrong
-        except Exception:
-            if last:
-                raise
-            time.sleep(1)
-        else:
-            return
-
-
-def short_error(error: Exception) -> str:
-    """Exception of a network client in one line; those of the Hub's client begin with a line of the status alone."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    status = re.match(r"\d{3} (Client|Server) Error", lines[0])
-    return f"{status[0]}: {lines[1]}" if status and len(lines) > 1 else lines[0]
 
 
 def verify(name: str = "") -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
+MAX_PIXELS = 50_000_000
+"""Pixels of the largest image that is opened, unless ``PASSREID_MAX_PIXELS`` is set; a small file can hold billions."""
 _LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
@@ -127,15 +129,43 @@ def count(number: int, one: str, many: str = "") -> str:
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Content of a file.
+    """Content of an image file.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is a pipe or a device, whose reader would wait.
+        ValueError: If it is a pipe or a device, whose reader would wait, or too large.
     """
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError("not a regular file")
+    check_bytes(os.path.getsize(path))
     return Path(path).read_bytes()
+
+
+def check_bytes(size: int) -> int:
+    """Return the size of an image file in bytes.
+
+    Raises:
+        ValueError: If it is more than 8 bytes for each pixel of the largest image.
+    """
+    if size > 8 * max_pixels():
+        raise ValueError(f"a file of {size:,} bytes; {_limit()}, of 8 bytes at most")
+    return size
+
+
+def max_pixels() -> int:
+    """Pixels of the largest image that is opened.
+
+    Raises:
+        ValueError: If ``PASSREID_MAX_PIXELS`` is set and not a number.
+    """
+    text = os.environ.get("PASSREID_MAX_PIXELS") or str(MAX_PIXELS)
+    if not re.fullmatch("[0-9]{1,15}", text):
+        raise ValueError(f"PASSREID_MAX_PIXELS must be a number of pixels, got {text!r}")
+    return int(text)
+
+
+def _limit() -> str:
+    return f"the limit is {max_pixels():,} pixels (PASSREID_MAX_PIXELS)"
 
 
 def open_image(item: Any, bgr: bool = False) -> Image.Image:
@@ -148,7 +178,8 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
 
     Raises:
         Exception: Any exception of the system and of Pillow's decoders (OSError, SyntaxError, struct.error ...), and
-            ValueError if ``item`` is not an image or has no pixels; ``reason`` puts it into words.
+            ValueError if ``item`` is not an image, or has no pixels or more than ``MAX_PIXELS``; ``reason`` puts it
+            into words.
     """
     if isinstance(item, str | os.PathLike):
         item = read_file(item)
@@ -176,6 +207,8 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > max_pixels():  # known before it is decoded
+        raise ValueError(f"an image of {image.width}x{image.height} pixels (width x height); {_limit()}")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -191,6 +224,8 @@ def reason(error: Exception) -> str:
     """Reason why an image cannot be read, without the names and counts that Pillow and the system add."""
     if isinstance(error, UnidentifiedImageError):
         return "no image that Pillow can identify"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"an image of more pixels than Pillow opens; {_limit()}"
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

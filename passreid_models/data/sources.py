@@ -16,7 +16,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from passreid_models.data.images import ImageError, count, open_image, reason
+from passreid_models.data.images import ImageError, check_bytes, count, open_image, reason
 from passreid_models.data.listing import Listing, Names, list_images
 from passreid_models.runtime import cache_dir, near_path
 
@@ -149,7 +149,7 @@ class TarSource(FileSource):
         tar, start, size = self.members[3 * index : 3 * index + 3]
         with open(self.tars[tar], "rb", buffering=0) as file:  # for each image: workers must not share its position
             file.seek(start)
-            return file.read(size)
+            return file.read(check_bytes(size))
 
 
 class SyntheticSource:

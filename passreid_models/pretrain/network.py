@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from passreid_models.architectures import IMAGENET
+from passreid_models.checkpoints.convert import check_tensors
 from passreid_models.checkpoints.names import NamedModel
 from passreid_models.checkpoints.read import CheckpointError, StateDict, unwrap_checkpoint
 from passreid_models.pass_vit import PassVisionTransformer
@@ -259,7 +260,10 @@ def _load_heads(network: PASSNetwork, config: PretrainConfig, weights: NamedMode
             f"bottleneck_dim={config.bottleneck_dim} and {config.num_parts} parts: set the file's values, or run "
             "`passreid convert` on it first to begin with new heads"
         )
-    network.heads.load_state_dict(saved)
+    try:
+        network.heads.load_state_dict(check_tensors(saved))
+    except CheckpointError as e:
+        raise CheckpointError(f"init: projection heads of {weights.file}: {e}") from None
 
 
 def _find_heads(tensors: StateDict) -> StateDict:

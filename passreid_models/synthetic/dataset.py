@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from passreid_models.runtime import check_workers
 from passreid_models.synthetic.scene import PLACES, draw
 
 MARKER = "synthetic_persons.json"
@@ -101,6 +102,7 @@ class SyntheticPersons:
         """
         train_ids = self.num_ids // 2 if train_ids is None else train_ids
         at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
+        check_workers(workers)
         if train_ids > self.num_ids:
             raise ValueError(f"train_ids must be between 0 and num_ids = {self.num_ids}, got {train_ids}")
         if not 2 <= self.cameras <= 9 or self.images_per_id < self.cameras + 2:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import yaml
 
 from passreid_models.architectures import ARCHITECTURES
-from passreid_models.runtime import atomic_file, did_you_mean
+from passreid_models.runtime import atomic_file, check_workers, did_you_mean
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_COUNT = 2**31 - 1
@@ -114,11 +114,12 @@ class RunConfig:
             (
                 ("epochs save_epochs keep log_steps", 1, math.inf),
                 ("lr weight_decay save_minutes max_minutes skip_nonfinite", 0, math.inf),
-                ("workers", 0, 1_000),
                 ("seed", 0, 2**63 - 1),
                 ("max_unreadable", 0, 1),
             )
         )
+        if self.workers is not None:
+            check_workers(self.workers)
         if not 0 <= self.drop_path < 1:
             raise wrong("drop_path", self.drop_path, "at least 0 and less than 1")
 

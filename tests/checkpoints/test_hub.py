@@ -208,7 +208,7 @@ def test_a_cache_of_the_callers_is_used_for_the_weights_too(hub):
             "WeightsUnavailableError",
             "model.safetensors of org/config-only on the Hub: 404 Client Error: Entry Not Found for url",
         ),
-        ("damaged", "CheckpointError", "arrives damaged: its SHA-256 is not the one the Hub states"),
+        ("damaged", "CheckpointError", "arrives damaged: its hash is not the one that the Hub states"),
     ],
 )
 def test_repositories_that_cannot_be_loaded_are_errors_with_the_reason(hub, case, error, words):
@@ -258,6 +258,7 @@ def test_the_drive_is_asked_only_where_the_hub_has_nothing(hub):
     [
         ("online", "tag, no repository", "other", "there is no such file on Google Drive"),
         ("online", "tag, private repository", "published", "there is no such file on Google Drive"),
+        ("offline", "tag never loaded", "other", "test_pass_vit.other on the Hub: ConnectError: "),
         ("offline", "tag never loaded", "other", "the download from Google Drive failed: ConnectError: "),
     ],
 )
@@ -278,7 +279,7 @@ def test_without_a_network_hub_and_drive_are_each_asked_once_more_after_a_second
 def test_a_damaged_repository_of_a_tag_is_an_error_and_not_passed_over(hub):
     kinds, message = hub.online["tag, damaged"]
     assert kinds[0] == "CheckpointError"
-    assert "model.safetensors of broken/test_pass_vit.published arrives damaged" in message
+    assert "model.safetensors of broken/test_pass_vit.published on the Hub arrives damaged" in message
 
 
 def test_without_a_server_a_repository_that_was_never_loaded_is_an_error(hub):

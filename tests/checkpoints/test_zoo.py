@@ -25,7 +25,8 @@ from timm.models import get_pretrained_cfg, list_models
 import passreid_models
 from passreid_models import cli
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
-from passreid_models.checkpoints import drive, zoo
+from passreid_models.checkpoints import download, drive, zoo
+from passreid_models.checkpoints.hub import download_hub
 from passreid_models.checkpoints.load import load_report
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.checkpoints.read import CheckpointError
@@ -359,7 +360,7 @@ def official_file(
 def server(monkeypatch) -> Iterator[DriveServer]:
     """A Drive that has what ``serve`` gives it."""
     sleep = time.sleep
-    monkeypatch.setattr(drive.time, "sleep", lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: sleep(seconds / 100))
     with DriveServer(b"", kind="file") as server:
         monkeypatch.setattr(drive, "_ENDPOINT", server.endpoint)
         yield server
@@ -832,7 +833,7 @@ def test_an_interrupted_download_leaves_no_half_file(tmp_path, cache, small, ser
         assert [file.stat().st_size for file in cache.glob(".*/*.pth")] == [len(server.content) // 2]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drive.time, "sleep", interrupt)
+    monkeypatch.setattr(download.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pull(LUP)
     assert litter(cache) == []
@@ -899,4 +900,4 @@ def test_a_repository_that_is_not_in_the_cache_of_an_offline_hub_names_the_setti
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = "config.json of org/name on the Hub: HF_HUB_OFFLINE is set and it is not in the cache"
     with pytest.raises(WeightsUnavailableError, match=f"^{message}$"):
-        zoo.download_hub("org/name", "config.json", tmp_path)
+        download_hub("org/name", "config.json", tmp_path)

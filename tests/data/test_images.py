@@ -4,6 +4,7 @@ import os
 import socket
 import tarfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def embed() -> Embedder:
     return Embedder(make_model(), "cpu", workers=2)
+
+
+def large(width: int, height: int) -> bytes:
+    """A small file of many pixels."""
+    file = BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def by_embed(root: Path) -> list[str]:
@@ -201,8 +209,38 @@ REASONS = {
     "truncated": (jpeg(0)[:-200], "image file is truncated"),
     "text": (b"this is no image", "no image that Pillow can identify"),
     "missing": (None, "no such file"),
+    "many pixels": (
+        large(10_001, 5_000),
+        "an image of 10001x5000 pixels (width x height); the limit is 50,000,000 pixels (PASSREID_MAX_PIXELS)",
+    ),
     "without pixels": (b"P6 0 4 255\n", "no image that Pillow can identify"),
 }
+
+
+def test_an_image_at_the_limit_of_pixels_is_opened_and_the_limit_can_be_raised(monkeypatch):
+    assert open_image(large(10_000, 5_000)).size == (10_000, 5_000)
+    monkeypatch.setenv("PASSREID_MAX_PIXELS", "50005000")
+    assert open_image(large(10_001, 5_000)).size == (10_001, 5_000)
+    monkeypatch.setenv("PASSREID_MAX_PIXELS", "99")
+    with pytest.raises(ValueError, match=r"an image of 10x10 pixels .* the limit is 99 pixels"):
+        open_image(Image.new("RGB", (10, 10)))
+    monkeypatch.setenv("PASSREID_MAX_PIXELS", "many")
+    with pytest.raises(ValueError, match="PASSREID_MAX_PIXELS must be a number of pixels, got 'many'"):
+        open_image(large(1, 1))
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(10**11)  # sparse
+    with pytest.raises(ValueError, match=r"a file of 100,000,000,000 bytes; the limit is 50,000,000 pixels"):
+        open_image(tmp_path / "a.jpg")
+
+
+def test_an_image_beyond_pillows_own_limit_is_refused_with_ours():
+    with pytest.raises(Image.DecompressionBombError) as error:
+        open_image(b"P6 100000 100000 255\n")
+    expected = "an image of more pixels than Pillow opens; the limit is 50,000,000 pixels (PASSREID_MAX_PIXELS)"
+    assert reason(error.value) == expected
 
 
 @pytest.mark.parametrize("kind", REASONS)

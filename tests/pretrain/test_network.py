@@ -272,6 +272,23 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.mul(float("nan")), "NaN or infinite values in 1 tensors"),
+        (lambda x: x.to(torch.int8), r"heads of .*: 1 tensors are not of floating point .* 0\.mlp\.0\.weight is int8"),
+        (lambda x: x.to_sparse(), "is sparse_coo; expected a dense tensor"),
+    ],
+)
+def test_heads_are_checked_as_the_backbone_is(run, tmp_path, spoil, message):
+    state = read_checkpoint(RunFolder(run).latest())
+    name = next(k for k in state["teacher"] if k.endswith("heads.0.mlp.0.weight"))
+    state["teacher"][name] = spoil(state["teacher"][name])
+    torch.save(state, tmp_path / "spoilt.pt")
+    with pytest.raises(CheckpointError, match=message):
+        start(init=tmp_path / "spoilt.pt")
+
+
+@pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"num_prototypes": 64}, "num_prototypes=64"),
