@@ -37,7 +37,7 @@ class Embedder:
 
     Interpolation and statistics of the preprocessing come from the model's pretrained cfg, the size from the model.
 
-    Example:
+    Examples:
         >>> embed = Embedder("pass_vit_small_patch16")
         >>> descriptors = embed(["a.jpg", "folder/", pil_image, array])  # [N, 768]
     """

@@ -59,7 +59,7 @@ class Gallery:
 
     Any number of threads may search, add and remove at once: a search sees the gallery as it was when it began.
 
-    Example:
+    Examples:
         >>> gallery = Gallery(Embedder("pass_vit_tiny_patch16"))
         >>> gallery.add(["anna", "anna", "ben"], ["a1.jpg", "a2.jpg", "b.jpg"])
         >>> names, similarities = gallery.search("query.jpg", topk=1, threshold=0.8)

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from itertools import combinations
 from pathlib import Path
@@ -175,6 +177,29 @@ def assert_packed(work: Path, settings: Path, seen: dict[str, int]) -> dict:
         assert any(("probe_mAP" if name == "pass" else "mAP") in record for record in log)
     assert "classifier: kept, with the neck" in (work / "tiny-3-variation" / "log.txt").read_text()
     return figures
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_persons_to_a_fine_tuned_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path))
+    notebook = json.loads((EXAMPLES / "passreid.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    namespace: dict = {"__name__": "__main__"}
+    for cell in cells:
+        exec(compile(cell, cell, "exec"), namespace)
+    assert namespace["x"].shape == (64, 384)
+    assert namespace["maps"].last.shape == (2, 6, 4, 16, 8)
+    assert namespace["folder"] == tmp_path / "supervised" / "export"
+    assert (tmp_path / "parts.png").is_file()
+
+
+def test_the_links_of_the_notebook_lead_somewhere():
+    notebook = json.loads((EXAMPLES / "passreid.ipynb").read_text(encoding="utf-8"))
+    text = "".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert links
+    assert [name for name in links if not (EXAMPLES / name).is_file()] == []
 
 
 @pytest.mark.slow

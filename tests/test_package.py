@@ -11,6 +11,7 @@ A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on
 command lines of this package are parsed, not run; links, images and scripts that the documents name must be there.
 """
 
+import ast
 import importlib
 import inspect
 import json
@@ -288,7 +289,18 @@ def test_every_python_fence_of_a_page_runs_or_says_why_not(page, documents_folde
 
 def test_readme_and_the_pages_of_the_models_show_python_that_runs():
     running = {relative(page) for page in PAGES if any(fence.reason is None for fence in fences_of(page.read_text()))}
-    names = ("gallery", "models", "reid", "pretraining", "synthetic")
+    names = (
+        "cluster",
+        "embed",
+        "evaluate",
+        "export",
+        "finetune",
+        "gallery",
+        "models",
+        "pretraining",
+        "start",
+        "synthetic",
+    )
     assert {"README.md", *(f"docs/{name}.md" for name in names)} <= running
 
 
@@ -448,10 +460,59 @@ def test_broken_links_are_found(tmp_path):
     assert broken_links(tmp_path / "b.md") == ["e.png", "a.md#no", "#x"]
 
 
-def test_every_page_is_linked_from_the_readme():
-    text = (ROOT / "README.md").read_text()
-    names = {relative(document) for document in [*DOCUMENTS, ROOT / "CITATION.cff", ROOT / "LICENSE", ROOT / "NOTICE"]}
-    assert [name for name in names - {"README.md"} if not re.search(rf"\]\({re.escape(name)}[)#]", text)] == []
+def test_every_page_is_reached_from_the_readme_by_links():
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        if document not in reached:
+            reached.add(document)
+            names = re.findall(r"\]\(([^)\s:#]+)[)#]", document.read_text()) if document.suffix == ".md" else []
+            waiting += [(document.parent / name).resolve() for name in names]
+    others = [ROOT / name for name in ("CITATION.cff", "LICENSE", "NOTICE", "examples/passreid.ipynb")]
+    assert {*DOCUMENTS, *others} - reached == set()
+
+
+# ---- The site, and pages that follow the code
+
+
+def test_the_reference_has_all_public_names_and_rooms():
+    named = set(re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    things = {name: importlib.import_module(name) for name in named if name.count(".") < 2}
+    shown = {getattr(module, name) for module in things.values() for name in module.__all__}
+    shown |= {
+        getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for name in named - set(things)
+    }
+    assert [name for name in passreid_models.__all__ if getattr(passreid_models, name) not in shown] == []
+    rooms = {f"passreid_models.{name}" for name in ("checkpoints", *passreid_models._ROOMS)}
+    assert [room for room in rooms if not any(f"{name}.".startswith(f"{room}.") for name in named)] == []
+
+
+def messages() -> list[str]:
+    """Texts in the source of the package, with "..." for the values that are put in."""
+    texts = []
+    for path in (ROOT / "passreid_models").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_every_message_of_troubleshooting_is_one_of_the_code():
+    known = messages()
+    fences = fences_of((ROOT / "docs" / "troubleshooting.md").read_text(), "text")
+    quoted = [line for fence in fences for line in fence.code.splitlines()]
+    assert len(quoted) > 8
+
+    def is_known(message: str) -> bool:
+        """Whether the code holds all that stands between the dots, each piece in one text."""
+        return all(any(piece in text for text in known) for piece in filter(None, map(str.strip, message.split("..."))))
+
+    assert [message for message in quoted if not is_known(message)] == []
+    assert not is_known("... has no bundled weight that is known")
 
 
 # ---- README.md, CITATION.cff

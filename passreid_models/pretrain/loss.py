@@ -24,7 +24,7 @@ from passreid_models.runtime import all_reduce_mean
 class PASSLoss(nn.Module):
     """Cross-entropy between the teacher's and the student's prototype assignments, with centred teacher outputs.
 
-    Example:
+    Examples:
         >>> criterion = PASSLoss(num_prototypes=65536, num_parts=3)
         >>> loss = criterion(student_logits, teacher_logits, teacher_temp=0.04)
         >>> loss.backward()

@@ -46,7 +46,7 @@ class ClusterMemory(nn.Module):
     batch's clusters: with ``hard`` towards the least similar sample of the cluster, with ``mean`` towards every sample
     in turn.
 
-    Example:
+    Examples:
         >>> memory = ClusterMemory(centroids)
         >>> loss = memory(features, labels)
         >>> memory.update(features, labels)
