@@ -63,6 +63,7 @@ results = {
     "gated": error("hf-hub:org/gated"),
     "no weights": error("hf-hub:org/config-only"),
     "damaged": error("hf-hub:org/damaged"),
+    "damaged config": error("hf-hub:org/config"),
     "damaged in the cache": weights_in_cache("org/damaged"),
     "damaged once": load("hf-hub:org/once"),
     "another cache": load("hf-hub:org/tiny", cache_dir=os.environ["OTHER_CACHE"]),
@@ -136,6 +137,8 @@ def hub(tmp_path_factory) -> SimpleNamespace:
         server.add_repo("org/tiny", new, tags={"v1": old})
         for repo in ("org/damaged", "org/once", "org/test_pass_vit.published", "broken/test_pass_vit.published"):
             server.add_repo(repo, new)
+        server.add_repo("org/config", new)
+        server.metadata["org/config", "config.json"] = {"ETag": '"' + 40 * "a" + '"'}
         server.add_repo("org/private", new, private=True)
         server.add_repo("shut/test_pass_vit.published", new, private=True)
         server.add_repo("org/gated", new, gated=True)
@@ -208,6 +211,7 @@ def test_a_cache_of_the_callers_is_used_for_the_weights_too(hub):
             "WeightsUnavailableError",
             "model.safetensors of org/config-only on the Hub: 404 Client Error: Entry Not Found for url",
         ),
+        ("damaged config", "CheckpointError", "config.json of org/config was damaged on its way from the Hub"),
         ("damaged", "CheckpointError", "arrives damaged: its hash is not the one that the Hub states"),
     ],
 )
