@@ -227,8 +227,6 @@ class Gallery:
             OSError: If it cannot be written.
         """
         path = Path(path)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder: a gallery is saved to a file")
         model = {"name": self.embed.name, **self.embed.fingerprint} if self.embed else self._model
         with self._lock:
             descriptors, names, pids = self._joined(), list(self._names), list(self._pids)

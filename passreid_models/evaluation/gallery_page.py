@@ -22,7 +22,7 @@ from passreid_models.data.images import ImageError, count
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.pictures import thumbnail
 from passreid_models.retrieval import rank
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, check_file
 
 __all__ = ["write_gallery_page"]
 
@@ -53,6 +53,7 @@ def write_gallery_page(data: str | Path, file: str | Path, embed: Embedder, erro
     """
     if Path(file).suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{file}: name a page such as gallery.html")
+    check_file(file)
     dataset = _open(data)
     split = dataset.gallery if len(dataset.gallery) else dataset.train
     rows = np.flatnonzero(split.pids != -1) if (split.pids != -1).any() else np.arange(len(split))

@@ -164,12 +164,15 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, embed):
         ("none", "a.html", FileNotFoundError, "none: no such file or folder"),
         (".", "a.html", ValueError, "no known layout"),
         (".", "a.pdf", ValueError, "a.pdf: name a page such as gallery.html"),
+        (".", "a.html/b.html", NotADirectoryError, "b.html: .*a.html is no folder"),
     ],
 )
 def test_mistakes_are_refused_and_leave_no_file(tmp_path, embed, data, name, error, message):
+    if "/" in name:
+        (tmp_path / name).parent.touch()
     with pytest.raises(error, match=message):
         write_gallery_page(tmp_path / data, tmp_path / name, embed)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.stat().st_size] == []
 
 
 def test_umap_is_a_second_map_where_it_is_installed(market, tmp_path, embed, monkeypatch):
