@@ -404,7 +404,7 @@ def _as_descriptors(images: Any) -> Tensor | None:
         is_float = images.is_floating_point()
     else:
         is_float = isinstance(images, np.ndarray) and images.dtype.kind == "f"
-    return as_tensor(images).reshape(-1, images.shape[-1]) if is_float and images.ndim in (1, 2) else None
+    return as_tensor(images)[(None,) * (2 - images.ndim)] if is_float and images.ndim in (1, 2) else None
 
 
 def _as_pids(pids: ArrayLike | Tensor, count: int) -> list[int]:
