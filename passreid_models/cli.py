@@ -509,11 +509,12 @@ def _embed(args: argparse.Namespace) -> int:
 
 
 def _parts(args: argparse.Namespace) -> int:
+    from passreid_models.data.images import count
     from passreid_models.evaluation.attention import draw_parts
 
     names = _image_names(args.images)
     draw_parts(args.model, names, args.output, device=args.device, dtype=_dtype(args))
-    print(f"{len(names)} images -> {args.output}")
+    print(f"{count(len(names), 'image')} -> {args.output}")
     return 0
 
 

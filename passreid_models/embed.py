@@ -22,7 +22,7 @@ from passreid_models.architectures import DEFAULT_MODEL
 from passreid_models.checkpoints.names import find_model
 from passreid_models.data.images import ImageError, ImageLike, find_images, open_image, reason
 from passreid_models.device import pick_device
-from passreid_models.runtime import atomic_file, check_workers, hash_tensors, num_cores, unwrap
+from passreid_models.runtime import atomic_file, check_file, check_workers, hash_tensors, num_cores, unwrap
 
 __all__ = ["Embedder", "finite_advice", "has_direction", "is_not_finite", "save_features"]
 
@@ -123,6 +123,7 @@ class Embedder:
             "mean": list(self.data_config["mean"]),
             "std": list(self.data_config["std"]),
             "interpolation": self.data_config["interpolation"],
+            "crop": [self.data_config["crop_mode"], self.data_config["crop_pct"]],
         }
 
     def __repr__(self) -> str:
@@ -309,12 +310,15 @@ class Embedder:
     def _load(self, item: Any, bgr: bool) -> Tensor | ImageError:
         if isinstance(item, ImageError):  # a box outside its frame
             return item
+        channels = self.input_size[0]
         try:
             if isinstance(item, Tensor) and item.is_floating_point():
                 if tuple(item.shape) != self.input_size:
                     expected = "x".join(map(str, self.input_size))
                     raise ValueError(f"float tensors are taken as preprocessed, {expected}; got {tuple(item.shape)}")
                 return item.float().cpu()
+            if channels != 3:
+                raise ValueError(f"the model takes images of {channels} channels: give float tensors, preprocessed")
             return self.transform(open_image(item, bgr))
         except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             return ImageError(f"{_name(item)}: {reason(e)}")
@@ -379,8 +383,9 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
 
 
 def check_format(path: Path, parts: bool) -> None:
-    """Raise ValueError if ``save_features`` cannot write this format; called before the work begins."""
+    """Raise ValueError or OSError if ``save_features`` cannot write this file; called before the work begins."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: features are written as one of {', '.join(FORMATS)}")
     if parts and path.suffix == ".csv":
         raise ValueError(f"{path}: parts do not fit into a CSV file, use .safetensors or .npz")
+    check_file(path)

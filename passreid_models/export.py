@@ -6,7 +6,6 @@ FOLDER/reid_config.json             what ``reid.ReIDModel.from_pretrained`` read
 FOLDER/weights.safetensors          the state dict of the timm model
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.zoo import list_weights
 from passreid_models.embed import Embedder
-from passreid_models.runtime import atomic_file, atomic_folder, sha256
+from passreid_models.runtime import atomic_file, atomic_folder, check_file, sha256
 from passreid_models.synthetic import SyntheticPersons
 
 __all__ = ["FORMATS", "INPUTS", "Parity", "export_model"]
@@ -110,7 +109,7 @@ def export_model(
     Raises:
         ValueError: If a library is missing, the format cannot hold the model, or the descriptors differ: by more than
             1e-4, or in float16 by a cosine below 0.999.
-        FileExistsError: If the folder of ``roboflow-reid`` is not empty.
+        OSError: If the file or its JSON cannot be written, or the folder of ``roboflow-reid`` is not empty.
     """
     path = Path(path)
     format = check_output(path, format)
@@ -118,7 +117,12 @@ def export_model(
         raise ValueError(f"input must be one of {', '.join(INPUTS)}, got {input!r}")
     if isinstance(model, Embedder) and model.flip:
         raise ValueError("an export gives the descriptor of one image: make the Embedder without flip")
+    if isinstance(model, Embedder) and model.dtype != torch.float32:
+        raise ValueError(f"the Embedder has rounded its weights to {model.dtype}: make it in float32, and give half")
     embed = Embedder(model.model if isinstance(model, Embedder) else model, "cpu")
+    crop = (embed.data_config["crop_mode"], embed.data_config["crop_pct"])
+    if crop != ("squash", 1):
+        raise ValueError(f"hosts resize images to the whole, and this model crops them: crop_mode, crop_pct are {crop}")
     embed.model.reset_classifier(0)
     embed.l2_normalize = embed.l2_normalize if l2 is None else l2
     if input != "normalized" and embed.input_size[0] != 3:
@@ -140,7 +144,7 @@ def export_model(
             parity = _compare(LOADERS[format](temporary), images, expected, half)
         digest = sha256(temporary)
     beside = {**metadata, "format": format, "sha256": digest, "parity": asdict(parity)}
-    _write_json(path.with_name(f"{path.name}.json"), beside)
+    _write_json(_json_of(path), beside)
     return parity
 
 
@@ -162,12 +166,13 @@ def check_output(path: Path, format: str | None) -> str:
 
     Raises:
         ValueError: If the suffix is not that of the format, or a library is missing.
-        FileExistsError: If the folder of ``roboflow-reid`` is not empty.
+        OSError: If a file cannot be written there, or the folder of ``roboflow-reid`` is not empty.
     """
     if format is None:
         format = next((name for name, suffix in FORMATS.items() if suffix and suffix == path.suffix), None)
     if format not in FORMATS:
-        raise ValueError(f"{path}: give a format ({', '.join(FORMATS)}) or a suffix ({', '.join(FORMATS.values())})")
+        suffixes = ", ".join(filter(None, FORMATS.values()))
+        raise ValueError(f"{path}: give a format ({', '.join(FORMATS)}) or a suffix ({suffixes})")
     if FORMATS[format] and path.suffix != FORMATS[format]:
         raise ValueError(f"{path}: a file of {format} ends in {FORMATS[format]}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
@@ -175,7 +180,14 @@ def check_output(path: Path, format: str | None) -> str:
         raise ValueError(f'ONNX needs {", ".join(missing)}: pip install "passreid-models[export]"')
     if format == "roboflow-reid":
         check_free(path)
+    else:
+        check_file(path)
+        check_file(_json_of(path))
     return format
+
+
+def _json_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _drawn_pixels(embed: Embedder) -> Tensor:
@@ -195,7 +207,7 @@ def _metadata(embed: Embedder, input: str, half: bool) -> dict[str, Any]:
     is_tag = model.origin.has_own_cfg and cfg.get("tag")
     return {
         "model": f"{cfg['architecture']}.{cfg['tag']}" if is_tag else cfg["architecture"],
-        "weights_sha256": _hash_weights(model),
+        "weights_sha256": embed.fingerprint["weights"],
         "license": (model.origin.has_own_cfg and cfg.get("license")) or "other",
         "input": input,
         "input_dtype": "uint8" if input == "uint8" else "float16" if half else "float32",
@@ -211,15 +223,6 @@ def _metadata(embed: Embedder, input: str, half: bool) -> dict[str, Any]:
         "precision": "float16" if half else "float32",
         "package": f"passreid-models {__version__}",
     }
-
-
-def _hash_weights(model: nn.Module) -> str:
-    """SHA-256 of the tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _compare(run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, half: bool) -> Parity:

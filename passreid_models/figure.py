@@ -5,15 +5,19 @@ from typing import Any
 
 from PIL import Image
 
+from passreid_models.runtime import check_file
+
 
 def check_picture(path: str | Path) -> None:
-    """Check that Pillow writes pictures of this suffix, before the work whose result is drawn.
+    """Check that a picture can be written there, before the work whose result is drawn.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If Pillow writes no pictures of this suffix.
+        OSError: As ``check_file``.
     """
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path}: name a picture file such as {Path(path).stem or 'picture'}.png")
+    check_file(path)
 
 
 def require_matplotlib(option: str) -> None:

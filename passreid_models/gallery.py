@@ -227,8 +227,6 @@ class Gallery:
             OSError: If it cannot be written.
         """
         path = Path(path)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder: a gallery is saved to a file")
         model = {"name": self.embed.name, **self.embed.fingerprint} if self.embed else self._model
         with self._lock:
             descriptors, names, pids = self._joined(), list(self._names), list(self._pids)
@@ -406,7 +404,7 @@ def _as_descriptors(images: Any) -> Tensor | None:
         is_float = images.is_floating_point()
     else:
         is_float = isinstance(images, np.ndarray) and images.dtype.kind == "f"
-    return as_tensor(images).reshape(-1, images.shape[-1]) if is_float and images.ndim in (1, 2) else None
+    return as_tensor(images)[(None,) * (2 - images.ndim)] if is_float and images.ndim in (1, 2) else None
 
 
 def _as_pids(pids: ArrayLike | Tensor, count: int) -> list[int]:

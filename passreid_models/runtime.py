@@ -20,10 +20,31 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
+def check_file(path: str | Path) -> None:
+    """Check that a file can be written there, before the work whose result it is to hold.
+
+    Raises:
+        OSError: If it is a folder, or a folder above it is none or cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path}: {folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{path}: {folder} cannot be written to")
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind."""
+    """Yield a temporary file beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     path = Path(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the name keeps its suffix, since some writers choose the format by it
     with _named(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:

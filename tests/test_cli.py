@@ -284,6 +284,8 @@ def test_gallery_writes_a_page_and_names_what_it_leaves_out(images, model_name, 
 
 def test_parts_draws_files_and_folders(images, model_name, tmp_path, capsys):
     out = tmp_path / "parts.png"
+    assert run("parts", images / "2.png", "-o", out, "--model", model_name, "--device", "cpu") == 0
+    assert capsys.readouterr().out == f"1 image -> {out}\n"
     assert run("parts", images / "2.png", images, "-o", out, "--model", model_name, "--device", "cpu") == 0
     assert capsys.readouterr().out == f"4 images -> {out}\n"
     with Image.open(out) as picture:

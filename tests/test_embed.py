@@ -206,6 +206,7 @@ def test_the_fingerprint_follows_weights_and_descriptor_and_not_name_dtype_flip_
         "weights": Embedder(changed, device="cpu"),
         "fusion": Embedder(model, device="cpu", fusion="mean"),
         "mean": Embedder(make_model(pretrained_cfg_overlay=dict(mean=(0.1,) * 3)), device="cpu"),
+        "crop": Embedder(make_model(pretrained_cfg_overlay=dict(crop_mode="center")), device="cpu"),
     }
     for key, other in others.items():
         assert [k for k, v in other.fingerprint.items() if v != own[k]] == [key]
@@ -606,6 +607,15 @@ def test_without_an_error_dictionary_the_first_unreadable_image_raises_its_name(
 def test_items_that_are_not_images_are_refused_with_what_was_given_and_expected(embed, item, message):
     with pytest.raises(ImageError, match=message):
         embed([item])
+
+
+def test_images_are_refused_by_a_model_of_other_channels_and_float_tensors_are_not(persons):
+    embed = Embedder(make_model(in_chans=1), device="cpu")
+    errors: dict[int, str] = {}
+    x = embed([persons[0], torch.zeros(1, 64, 32)], errors=errors)
+    assert errors == {0: "a Image: the model takes images of 1 channels: give float tensors, preprocessed"}
+    assert x[0].isnan().all()
+    assert x[1].isfinite().all()
 
 
 # ---- Decoding

@@ -161,7 +161,7 @@ def test_an_onnx_file_stands_alone_and_tells_what_the_host_has_to_do(tmp_path):
         if name not in ("format", "sha256", "parity"):
             assert props[name] == (value if isinstance(value, str) else json.dumps(value))
     assert metadata["sha256"] == export.sha256(file)
-    assert len(metadata["weights_sha256"]) == 64
+    assert metadata["weights_sha256"] == Embedder(model, "cpu").fingerprint["weights"]
     assert metadata["parity"].keys() == {"max_difference", "mean_difference", "min_cosine"}
     expected = {
         "model": "test_pass_vit",
@@ -244,7 +244,10 @@ def test_differences_are_those_of_all_rows_of_all_batches():
 
 
 BAD = {
-    "an unknown suffix": (dict(path="model.bin"), r"give a format \(onnx, pt2, torchscript, roboflow-reid\)"),
+    "an unknown suffix": (
+        dict(path="model.bin"),
+        r"give a format \(onnx, pt2, torchscript, roboflow-reid\) or a suffix \(\.onnx, \.pt2, \.pt\)",
+    ),
     "an unknown format": (dict(path="model.onnx", format="tflite"), "give a format"),
     "another suffix": (dict(path="model.onnx", format="pt2"), r"a file of pt2 ends in \.pt2"),
     "an unknown input": (dict(path="model.pt", input="bgr"), "input must be one of normalized, imagenet, uint8"),
@@ -268,6 +271,28 @@ def test_models_that_give_no_descriptors_or_no_colours_are_refused(tmp_path):
         export_model(gray, tmp_path / "model.pt", input="uint8")
     export_model(gray, tmp_path / "model.pt")
     assert metadata_of(tmp_path / "model.pt")["input_shape"] == ["batch", 1, 64, 32]
+
+
+def test_a_model_that_crops_its_images_is_refused(tmp_path):
+    for crop in (dict(crop_mode="center"), dict(crop_pct=0.875)):
+        model = small()
+        model.pretrained_cfg.update(crop)
+        with pytest.raises(ValueError, match="hosts resize images to the whole, and this model crops them"):
+            export_model(model, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_an_embedder_has_rounded_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has rounded its weights to torch\.bfloat16: make it in float32"):
+        export_model(Embedder(small(), "cpu", torch.bfloat16), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("folder", ["model.pt", "model.pt.json"])
+def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    with pytest.raises(IsADirectoryError, match=f"{folder} is a folder: name a file"):
+        export_model("no_such_model", tmp_path / "model.pt")
+    assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
 def test_missing_libraries_are_named_before_the_work(tmp_path, monkeypatch):

@@ -355,6 +355,12 @@ def test_zero_and_not_finite_descriptors_are_refused_by_name():
         filled(random(2, 2)).search(BAD)
 
 
+def test_descriptors_without_a_width_are_refused():
+    for x in (torch.ones(1, 0), torch.ones(0)):
+        with pytest.raises(ValueError, match="the descriptor is zero or not finite: a"):
+            Gallery().add("a", x)
+
+
 def test_with_errors_the_others_are_added_and_searched():
     errors: dict[int, str] = {3: "given before"}
     gallery = Gallery()

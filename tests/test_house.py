@@ -15,7 +15,7 @@ GROUND = {"runtime", "architectures", "figure", "layers", "schedules"}
 ROOMS = {
     "runtime": set(),
     "architectures": set(),
-    "figure": set(),
+    "figure": {"runtime"},
     "layers": set(),
     "schedules": set(),
     "device": {"runtime"},

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from passreid_models.runtime import atomic_file, atomic_folder, did_you_mean, lock, near_path, sha256
+from passreid_models.runtime import atomic_file, atomic_folder, check_file, did_you_mean, lock, near_path, sha256
 from tests import ROOT
 
 RUNTIME = ROOT / "passreid_models" / "runtime.py"
@@ -85,6 +86,18 @@ def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert names(path.parent) == ["record.json"]
+
+
+def test_a_place_where_no_file_can_be_is_named_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(IsADirectoryError, match=r"folder: name a file"), atomic_file(tmp_path):
+        pytest.fail("the work has begun")
+    with pytest.raises(NotADirectoryError, match=r"a\.json: .*file is no folder"):
+        check_file(tmp_path / "file" / "b" / "a.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        check_file(tmp_path / "new" / "a.json")
+    assert names(tmp_path) == ["file"]
 
 
 def test_the_temporary_file_keeps_the_suffix_by_which_writers_choose_a_format(tmp_path):

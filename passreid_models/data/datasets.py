@@ -16,7 +16,8 @@ numbers, such as 1 and 01, or that look the same are refused in one dataset.
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -80,8 +81,10 @@ class ReIDDataset:
     query itself may match."""
     recipe: str = ""
     """Recipe of generated persons; else empty."""
-    identities: tuple[str, ...] = ()
-    """Names of the training identities in the order of their numbers, without junk."""
+    pid_names: Mapping[int, str] = field(default_factory=dict)
+    """Name of each identity by its number, as the data have it."""
+    camera_names: Mapping[int, str] = field(default_factory=dict)
+    """Name of each camera by its number; empty for the unknown one."""
     parts: tuple[str, str, str] = ("", "", "")
     """Source of each split, such as ``query/``, for messages."""
     repeated: tuple[str, ...] = ()
@@ -95,6 +98,11 @@ class ReIDDataset:
     def splits(self) -> dict[str, Split]:
         """``train``, ``query`` and ``gallery`` by name."""
         return {"train": self.train, "query": self.query, "gallery": self.gallery}
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """Names of the training identities in the order of their numbers, without junk."""
+        return tuple(self.pid_names[pid] for pid in np.unique(self.train.pids).tolist() if pid >= 0)
 
     @cached_property
     def own(self) -> np.ndarray:
@@ -277,7 +285,7 @@ def _dataset(layout: Layout) -> ReIDDataset:
     train, query, gallery = (
         Split([Path(row.path) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
-    names = {pid: row.pid for pid, row in zip(pids[0].tolist(), rows[0], strict=True)}
+    every = [row for split in rows for row in split]
     test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
     return ReIDDataset(
         name=layout.name,
@@ -286,7 +294,8 @@ def _dataset(layout: Layout) -> ReIDDataset:
         query=query,
         gallery=gallery,
         has_cameras=bool((test_camids >= 0).all() and len(np.unique(test_camids)) > 1),
-        identities=tuple(names[pid] for pid in sorted(names) if pid >= 0),
+        pid_names=dict(zip(np.concatenate(pids).tolist(), (row.pid for row in every), strict=True)),
+        camera_names=dict(zip(np.concatenate(camids).tolist(), (row.camid for row in every), strict=True)),
         parts=(layout.parts.get("train", ""), layout.parts.get("query", ""), layout.parts.get("gallery", "")),
         repeated=tuple(repeated),
         alike=tuple(alike),

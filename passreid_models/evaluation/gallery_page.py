@@ -22,7 +22,7 @@ from passreid_models.data.images import ImageError, count
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.pictures import thumbnail
 from passreid_models.retrieval import rank
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, check_file
 
 __all__ = ["write_gallery_page"]
 
@@ -53,6 +53,7 @@ def write_gallery_page(data: str | Path, file: str | Path, embed: Embedder, erro
     """
     if Path(file).suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"{file}: name a page such as gallery.html")
+    check_file(file)
     dataset = _open(data)
     split = dataset.gallery if len(dataset.gallery) else dataset.train
     rows = np.flatnonzero(split.pids != -1) if (split.pids != -1).any() else np.arange(len(split))
@@ -95,8 +96,7 @@ def _open(data: str | Path) -> ReIDDataset:
 
 
 def _images(dataset: ReIDDataset, split: Split, features: Tensor, embed: Embedder) -> list[dict[str, Any]]:
-    """Name, identity (empty: none), camera (0: unknown), JPEG and nearest neighbours of each image."""
-    names = dict(zip(np.unique(dataset.train.pids[dataset.train.pids >= 0]).tolist(), dataset.identities, strict=True))
+    """Name, identity (empty: none), camera (empty: unknown), JPEG and nearest neighbours of each image."""
     ranking = rank(features, features, NEIGHBOURS + 1, "cosine" if embed.l2_normalize else "euclidean")
     with ThreadPoolExecutor(embed.workers) as pool:
         jpegs = list(pool.map(_jpeg, split.paths))
@@ -104,8 +104,8 @@ def _images(dataset: ReIDDataset, split: Split, features: Tensor, embed: Embedde
     for i, (path, pid, camid) in enumerate(zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True)):
         pairs = zip(ranking.indices[i].tolist(), ranking.similarities[i].tolist(), strict=True)
         near = [(j, round(similarity, 4)) for j, similarity in pairs if j != i][:NEIGHBOURS]
-        label = names.get(pid, str(pid) if pid > 0 else "")
-        images.append(dict(name=dataset.relative(path), pid=label, cam=camid + 1, jpeg=jpegs[i], near=near))
+        label, camera = dataset.pid_names[pid] if pid > 0 else "", dataset.camera_names[camid]
+        images.append(dict(name=dataset.relative(path), pid=label, cam=camera, jpeg=jpegs[i], near=near))
     return images
 
 

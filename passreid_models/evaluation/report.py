@@ -210,7 +210,7 @@ class Evaluation:
         for camid in np.unique(camids).tolist():
             counted = (camids == camid) & (first > 0)
             if counted.any():
-                row = {"camera": camid + 1 if camid >= 0 else None, "queries": int(counted.sum())}
+                row = {"camera": self.dataset.camera_names[camid] or None, "queries": int(counted.sum())}
                 scores = {"mAP": precisions[counted].mean(), "rank1": (first[counted] == 1).mean()}
                 rows.append(row | {key: 100 * float(value) for key, value in scores.items()})
         return rows

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,11 @@ def test_reranking_is_that_of_the_descriptors_without_junk(tmp_path, embed):
 
 
 def test_scores_of_a_camera_are_the_means_over_its_queries_and_average_to_the_whole(market, embed):
-    evaluation = run(market, embed, per_camera=True)
+    assert [row["camera"] for row in run(market, embed, per_camera=True).to_dict()["cameras"]] == ["1", "2", "3", "4"]
+    evaluation = run(replace(market, camera_names={i: f"door {i}" for i in range(4)}), embed, per_camera=True)
     scores = evaluation.to_dict()
-    assert [row["camera"] for row in scores["cameras"]] == [1, 2, 3, 4]
+    assert [row["camera"] for row in scores["cameras"]] == ["door 0", "door 1", "door 2", "door 3"]
+    assert "camera door 0" in str(evaluation)
     for camid, row in enumerate(scores["cameras"]):
         mine = market.query.camids == camid
         own = evaluate(

@@ -58,7 +58,7 @@ def test_images_have_their_labels_and_nearest_neighbours(page, market, embed):
     assert [image["name"] for image in images] == [f"bounding_box_test/{path.name}" for path in gallery.paths]
     assert [image["pid"] for image in images] == [str(pid) if pid else "" for pid in gallery.pids.tolist()]
     assert {image["pid"] for image in images} >= {""}  # distractors
-    assert [image["cam"] for image in images] == (gallery.camids + 1).tolist()
+    assert [image["cam"] for image in images] == [str(camid + 1) for camid in gallery.camids.tolist()]
     x = embed(gallery.paths)
     cosines = x @ x.T - 9 * torch.eye(len(x))
     for row, image in enumerate(images):
@@ -87,9 +87,22 @@ def test_a_photograph_that_is_there_twice_is_its_own_twins_neighbour(tmp_path, e
     assert write_gallery_page(root, tmp_path / "a.html", embed).startswith("7 images -> ")
     images = data_of(tmp_path / "a.html")["images"]
     assert [image["pid"] for image in images] == [f"person {i}" for i in (0, 0, 1, 1, 2, 2, 2)]
-    assert [image["cam"] for image in images] == [0] * 7
+    assert [image["cam"] for image in images] == [""] * 7
     assert [images[i]["near"][0] for i in (0, 6)] == [[6, pytest.approx(1)], [0, pytest.approx(1)]]
     assert all(i not in [j for j, _ in image["near"]] for i, image in enumerate(images))
+
+
+def test_identities_and_cameras_have_the_names_of_the_data(tmp_path, embed):
+    rows = ["path,pid,camid,split"]
+    labels = [("zoe", "0", "train"), ("ben", "0", "query"), ("ben", "1", "gallery"), ("0007", "10", "gallery")]
+    labels += [("</script><b>", "0", "gallery")]
+    for i, (pid, camid, split) in enumerate(labels):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+        rows.append(f"{i}.jpg,{pid},{camid},{split}")
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    write_gallery_page(tmp_path / "own.csv", tmp_path / "a.html", embed)
+    images = data_of(tmp_path / "a.html")["images"]
+    assert [(x["pid"], x["cam"]) for x in images] == [("ben", "1"), ("7", "10"), ("</script><b>", "0")]
 
 
 def test_descriptors_of_a_multi_neck_are_compared_by_distance(tmp_path):
@@ -151,12 +164,15 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, embed):
         ("none", "a.html", FileNotFoundError, "none: no such file or folder"),
         (".", "a.html", ValueError, "no known layout"),
         (".", "a.pdf", ValueError, "a.pdf: name a page such as gallery.html"),
+        (".", "a.html/b.html", NotADirectoryError, "b.html: .*a.html is no folder"),
     ],
 )
 def test_mistakes_are_refused_and_leave_no_file(tmp_path, embed, data, name, error, message):
+    if "/" in name:
+        (tmp_path / name).parent.touch()
     with pytest.raises(error, match=message):
         write_gallery_page(tmp_path / data, tmp_path / name, embed)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.stat().st_size] == []
 
 
 def test_umap_is_a_second_map_where_it_is_installed(market, tmp_path, embed, monkeypatch):
@@ -261,7 +277,7 @@ def test_hovering_shows_an_image_its_labels_and_neighbours_and_a_click_keeps_it(
     x, y = place(desktop, i)
     desktop.mouse("Moved", x + 2, y)
     texts = desktop.evaluate("[...document.querySelectorAll('#panel dd')].map(node => node.textContent)")
-    assert texts == [image["pid"] or "none", str(image["cam"]), image["name"]]
+    assert texts == [image["pid"] or "none", image["cam"], image["name"]]
     neighbours = desktop.evaluate("[...document.querySelectorAll('#neighbours button')].map(node => node.innerText)")
     assert [text.split()[0] for text in neighbours] == [f"{s:.3f}" for _, s in image["near"]]
     desktop.wait("[...document.querySelectorAll('#panel img')].every(image => image.naturalWidth === 64)")
@@ -296,8 +312,8 @@ def test_filters_by_identity_name_and_camera(desktop, page):
 
     of_pid = [i for i, image in enumerate(images) if image["pid"] == pid]
     assert count(pid) == of_pid
-    assert count(pid, str(cam)) == [i for i in of_pid if images[i]["cam"] == cam]
-    assert count("", str(cam)) == [i for i, image in enumerate(images) if image["cam"] == cam]
+    assert count(pid, cam) == [i for i in of_pid if images[i]["cam"] == cam]
+    assert count("", cam) == [i for i, image in enumerate(images) if image["cam"] == cam]
     assert count("C2S1") == [i for i, image in enumerate(images) if "c2s1" in image["name"]]
     assert count("no such name") == []
     assert count(pid) == of_pid
