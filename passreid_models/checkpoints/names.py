@@ -2,7 +2,7 @@
 
 pass_vit_tiny_patch16               an architecture, with its bundled weights
 pass_vit_small_patch16.lup          an architecture and a tag
-synth_reid                          a tag that one architecture has
+synth                               a tag that one architecture has
 hf-hub:org/name, local-dir:FOLDER   a Hub repository, an exported folder
 runs/mine, runs/mine/export         a run (its export, else its newest checkpoint), an exported folder
 runs/mine/checkpoints/step_...pt    a checkpoint of a run

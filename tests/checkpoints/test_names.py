@@ -36,7 +36,7 @@ from tests.tiny_runs import tiny, write_images
 CPU = torch.device("cpu")
 TINY, SMALL, BASE = (f"pass_vit_{size}_patch16" for size in ("tiny", "small", "base"))
 RUN_KINDS = ("run", "export", "local-dir:export", "local-dir:run", "weights", "checkpoint", "run without export")
-TAG_KINDS = (TINY, f"{TINY}.synth_reid", "synth_reid")
+TAG_KINDS = (f"{TINY}.synth", "synth")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,15 +119,15 @@ def test_a_run_its_export_and_its_checkpoint_are_the_same_model_in_every_place(n
 
 @pytest.mark.parametrize("name", TAG_KINDS)
 @pytest.mark.parametrize("place", PLACES)
-def test_an_architecture_its_tag_and_the_tag_alone_are_the_same_model_in_every_place(place, name):
-    expected = timm.create_model(f"{TINY}.synth_reid", pretrained=True).state_dict()
+def test_a_tag_is_the_same_model_in_every_place_with_and_without_its_architecture(place, name):
+    expected = timm.create_model(f"{TINY}.synth", pretrained=True).state_dict()
     assert_equal(PLACES[place](name, TINY), expected)
 
 
 # ---- Commands
 
 
-@pytest.mark.parametrize("kind", ["run", "export", "checkpoint", "synth_reid"])
+@pytest.mark.parametrize("kind", ["run", "export", "checkpoint", "synth"])
 def test_embed_eval_and_demo_take_every_kind_of_name(names, persons, tmp_path, capsys, kind):
     name = names.get(kind, kind)
     image = next((persons / "query").glob("*.jpg"))
@@ -173,7 +173,7 @@ def test_an_official_file_gives_the_descriptor_of_its_converted_folder(file, tmp
 
 
 def test_a_tag_that_one_architecture_has_selects_it():
-    for init, model in (("synth_reid", TINY), ("lup_usl_msmt17", SMALL), ("lup_uda_msmt17_to_market1501", SMALL)):
+    for init, model in (("synth", TINY), ("lup_usl_msmt17", SMALL), ("lup_uda_msmt17_to_market1501", SMALL)):
         assert find_model(init).name == f"{model}.{init}"
         assert complete(FinetuneConfig(data="unused", init=init)).model == model
     assert zoo.get_weight("lup_usl_msmt17") == zoo.get_weight(f"{SMALL}.lup_usl_msmt17")
@@ -218,7 +218,7 @@ def test_a_tag_that_the_given_architecture_does_not_have_is_refused_with_those_t
     ("name", "listed"),
     [
         ("lup_market", ["lup_market1501", "lup_market1501_384"]),
-        ("synth_red", ["synth_reid"]),
+        ("synth_red", ["synth", "synth_reid"]),
         ("pass_vit_tyni_patch16.lup_usl", ["lup_usl_market1501", "lup_usl_msmt17"]),
         ("resnet50", ["their tags"]),
         ("runs/mine", ["a folder with config.json, a run, or a checkpoint file"]),
@@ -268,9 +268,9 @@ def test_a_file_that_begins_with_the_name_of_an_architecture_is_that_file(tmp_pa
 
 
 def test_weights_pull_and_verify_take_a_tag_alone(capsys):
-    assert cli.main(["weights", "pull", "synth_reid"]) == 0
-    assert Path(capsys.readouterr().out.strip()).name == f"{TINY}.synth_reid"
-    assert cli.main(["weights", "verify", "synth_reid"]) == 0
+    assert cli.main(["weights", "pull", "synth"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == f"{TINY}.synth"
+    assert cli.main(["weights", "verify", "synth"]) == 0
 
 
 # ---- Without an architecture
@@ -285,11 +285,13 @@ def test_a_run_names_its_architecture_wherever_training_begins(names, kind):
 
 
 def test_a_tag_names_its_architecture_in_pretraining_too():
-    assert PretrainConfig(init="synth_reid").model == TINY
+    assert PretrainConfig(init="synth").model == TINY
     assert PretrainConfig().model == SMALL
     assert PretrainConfig(init="lup", model=BASE).model == BASE
     with pytest.raises(ValueError, match=f"init: .*{SMALL}.lup.*{BASE}.lup"):
         PretrainConfig(init="lup")
+    with pytest.raises(ValueError, match=f"init: .*{TINY}.synth_reid.*{SMALL}.synth_reid"):
+        PretrainConfig(init="synth_reid")
 
 
 def test_an_official_file_names_its_architecture(tmp_path):
