@@ -25,7 +25,7 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from passreid_models.architectures import ARCHITECTURES, STATISTICS
+from passreid_models.architectures import ARCHITECTURES, IMAGENET, STATISTICS
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
 from passreid_models.checkpoints.hub import check_cached, download_hub
@@ -365,6 +365,11 @@ def _build(
     converted = None
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
+    is_untagged = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
+    if is_untagged:  # what the cfg has is of the default weights; a file that does not tell is taken for pre-trained
+        mean, std = IMAGENET
+        statistics = {"mean": mean, "std": std, "interpolation": "bicubic"}
+        cfg = replace(cfg, **{k: v for k, v in statistics.items() if k not in overlay})
     file = cfg.file or cfg.hf_hub_id or UNNAMED
     if converted and source in FOLDERS:
         _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
@@ -378,7 +383,6 @@ def _build(
     )
     if entry is not None and kwargs.get("num_parts") != 0:
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
-    is_untagged = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
     if converted and is_untagged and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
     try:

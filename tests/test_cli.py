@@ -652,7 +652,7 @@ def completion(tmp_path_factory) -> Path:
         (["eval", "--rer"], ["--rerank"]),
         (["finetune", "--lab"], ["--label-smoothing"]),
         (["cluster", "--preset", "usl"], ["usl-market1501", "usl-msmt17"]),
-        (["train", "--init", "pass_vit_tiny_patch16.s"], ["pass_vit_tiny_patch16.synth"]),
+        (["train", "--init", "pass_vit_small_patch16.s"], ["pass_vit_small_patch16.synth_reid"]),
         (["embed", "pict"], ["pictures"]),
     ],
 )

@@ -466,7 +466,7 @@ def bad_files(persons, tmp_path) -> dict[str, Path]:
         "unrecognized|broken": folder / "damaged.png",
         "no image that Pillow can identify": folder / "text.jpg",
         "the file is empty": folder / "empty.jpg",
-        "decompression bomb": folder / "bomb.png",
+        "more pixels than Pillow opens": folder / "bomb.png",
         "no known range": folder / "float.tif",
         "no such file": folder / "missing.jpg",
     }

@@ -367,7 +367,7 @@ BAD = {
     "truncated": (JPEGS[0][:-100], "image file is truncated"),
     "empty": (b"", "the file is empty"),
     "text": (b"this is not an image", "no image that Pillow can identify"),
-    "bomb": (bomb(), "decompression bomb"),
+    "bomb": (bomb(), "more pixels than Pillow opens"),
 }
 
 

@@ -134,8 +134,8 @@ def test_a_preset_is_a_valid_configuration_and_flags_win_wherever_they_stand(pre
 
 def test_the_weights_to_begin_with_decide_the_model_and_not_a_preset(tmp_path):
     small = "pass_vit_small_patch16"
-    (tmp_path / "settings.yaml").write_text(f"init: {small}.synth\n")
-    assert parse("crops/", "--preset=laptop", f"--init={small}.synth").model == small
+    (tmp_path / "settings.yaml").write_text(f"init: {small}.synth_reid\n")
+    assert parse("crops/", "--preset=laptop", f"--init={small}.synth_reid").model == small
     assert parse("crops/", "--preset=laptop", f"--config={tmp_path}/settings.yaml").model == small
     assert parse("crops/", "--preset=laptop", "--init=synth").model == "pass_vit_tiny_patch16"
     assert parse("crops/", "--preset=laptop", f"--model={small}").model == small

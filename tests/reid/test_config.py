@@ -255,11 +255,11 @@ def test_a_resumed_run_may_change_only_options_that_do_not_affect_the_weights(co
 
 def test_the_laptop_preset_means_the_tiny_model_unless_init_or_model_names_another(config, tmp_path):
     tiny, small = "pass_vit_tiny_patch16", "pass_vit_small_patch16"
-    (tmp_path / "run.yaml").write_text(f"preset: laptop\ninit: {small}.synth\n")
+    (tmp_path / "run.yaml").write_text(f"preset: laptop\ninit: {small}.synth_reid\n")
     for words, model in (
         (["--init", "random"], tiny),
         (["--init", "synth_reid"], tiny),
-        (["--init", f"{small}.synth"], small),
+        (["--init", f"{small}.synth_reid"], small),
         (["--init", "random", "--model", small], small),
         (["--config", tmp_path / "run.yaml"], small),
         (["--config", tmp_path / "run.yaml", "--init", "random"], tiny),
