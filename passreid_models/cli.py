@@ -93,8 +93,7 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
     from passreid_models.training.trainer import NonFiniteLossError
 
     if isinstance(error, Stopped):
-        is_first = os.environ.get("RANK", "0") == "0"
-        return 128 + error.signum if error.signum else 0, str(error) if is_first else ""
+        return 128 + error.signum if error.signum else 0, str(error) if _is_first() else ""
     if isinstance(error, OutOfMemoryError):
         advice = {
             "passreid": "a smaller --batch-size needs less",
@@ -159,8 +158,13 @@ def _cluster(argv: Sequence[str]) -> int:
     return _print_export(cluster(read_config(argv, ClusterConfig, presets, name, what, expected)))
 
 
+def _is_first() -> bool:
+    """Whether this is the first process of torchrun, whose process group has ended."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_export(folder: Path) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(f'timm.create_model("local-dir:{folder}", pretrained=True)')
     return 0
 
@@ -215,8 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="images to descriptors")
     embed.add_argument("images", nargs="+", help="image files and folders")
     embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
-    embed.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
-    _add_device_options(embed)
+    _add_model_options(embed)
     embed.add_argument("--batch-size", type=int, default=64)
     embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     embed.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
@@ -227,12 +230,11 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
     evaluate.add_argument("data", help="Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file ...")
-    evaluate.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
+    _add_model_options(evaluate)
     evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
     evaluate.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
     evaluate.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
     evaluate.add_argument("--batch-size", type=int, default=64)
-    _add_device_options(evaluate)
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
     evaluate.add_argument(
@@ -247,15 +249,13 @@ def _parser() -> argparse.ArgumentParser:
     parts = commands.add_parser("parts", help="draw which patches CLS and each PART look at")
     parts.add_argument("images", nargs="+", help="image files and folders; parts are compared with those of the first")
     parts.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="picture to write")
-    parts.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
-    _add_device_options(parts)
+    _add_model_options(parts)
     parts.set_defaults(run=_parts)
 
     gallery = commands.add_parser("gallery", help="a map of a gallery's images, as one HTML page")
     gallery.add_argument("data", metavar="DIR", help="as for eval, or a folder of images")
     gallery.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="page to write (.html)")
-    gallery.add_argument("--model", default="pass_vit_tiny_patch16", help=MODEL)
-    _add_device_options(gallery)
+    _add_model_options(gallery)
     gallery.set_defaults(run=_gallery)
 
     data = commands.add_parser("data", help="check a dataset").add_subparsers(required=True, metavar="COMMAND")
@@ -441,7 +441,8 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_device_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=MODEL)
     parser.add_argument("--device", help="default: the accelerator, if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
@@ -558,16 +559,13 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-    import json
-
     from passreid_models.data.check import check_dataset
-    from passreid_models.runtime import atomic_file
+    from passreid_models.runtime import write_json
 
     check = check_dataset(args.data, verify=not args.no_verify, progress=not args.quiet)
     print(check)
     if args.json:
-        with atomic_file(args.json) as temporary:
-            temporary.write_text(json.dumps(check.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, check.to_dict())
     return 0 if check.ok else 1
 
 

@@ -28,7 +28,7 @@ from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.zoo import list_weights
 from passreid_models.embed import Embedder
-from passreid_models.runtime import atomic_file, atomic_folder, check_file, sha256
+from passreid_models.runtime import atomic_file, atomic_folder, check_file, sha256, write_json
 from passreid_models.synthetic import SyntheticPersons
 
 __all__ = ["FORMATS", "INPUTS", "Parity", "export_model"]
@@ -144,7 +144,7 @@ def export_model(
             parity = _compare(LOADERS[format](temporary), images, expected, half)
         digest = sha256(temporary)
     beside = {**metadata, "format": format, "sha256": digest, "parity": asdict(parity)}
-    _write_json(_json_of(path), beside)
+    write_json(_json_of(path), beside)
     return parity
 
 
@@ -238,11 +238,6 @@ def _compare(run: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor, 
         allowed = f"a cosine of {MIN_COSINE}" if half else f"a difference of {LIMIT:g}"
         raise ValueError(f"nothing is written: the export differs by more than {allowed}: {parity}")
     return parity
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -341,7 +336,7 @@ def _export_roboflow(
         model.load_state_dict(load_file(new / "weights.safetensors"))
         with torch.inference_mode():
             parity = _compare(lambda images: F.normalize(model(images)), images, expected, half)
-        _write_json(new / "reid_config.json", {**config, "passreid": {**metadata, "parity": asdict(parity)}})
+        write_json(new / "reid_config.json", {**config, "passreid": {**metadata, "parity": asdict(parity)}})
     return parity
 
 

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -53,6 +54,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield new / path.name
         _flush(new)
         (new / path.name).replace(path)
+
+
+def write_json(path: str | Path, content: Any, allow_nan: bool = True) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If a number is not finite, and ``allow_nan`` is False.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
 
 
 @contextmanager

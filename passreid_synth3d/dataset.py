@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from passreid_models.data.layouts import MARKER_3D
-from passreid_models.runtime import atomic_file, check_workers, lock, num_cores
+from passreid_models.runtime import atomic_file, check_workers, lock, num_cores, write_json
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
 from passreid_synth3d.fabrics import PATTERN_FAMILIES
@@ -268,9 +268,7 @@ def _marker(root: Path) -> dict[str, Any]:
 
 
 def _mark(root: Path, recipe: _Recipe, complete: bool) -> None:
-    marker = {**recipe.to_dict(), "libraries": _libraries(), "complete": complete}
-    with atomic_file(root / MARKER_3D) as temporary:
-        temporary.write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    write_json(root / MARKER_3D, {**recipe.to_dict(), "libraries": _libraries(), "complete": complete})
 
 
 def _libraries() -> dict[str, str | None]:

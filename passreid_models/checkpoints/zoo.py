@@ -23,7 +23,7 @@ from passreid_models.checkpoints.drive import download_drive
 from passreid_models.checkpoints.hub import download_hub
 from passreid_models.checkpoints.local_dir import write_converted
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.runtime import atomic_file, cache_dir, did_you_mean, lock, sha256
+from passreid_models.runtime import cache_dir, did_you_mean, lock, sha256, write_json
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
 
@@ -280,8 +280,7 @@ def _convert_into_cache(weight: Weight, file: Path, old: Path | None) -> Path:
         "sha256": sha256(folder / "model.safetensors"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with atomic_file(cache_dir() / f"{weight.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(cache_dir() / f"{weight.name}.json", record)
     return folder
 
 

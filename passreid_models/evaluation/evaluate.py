@@ -7,7 +7,6 @@ Junk is left out before anything is computed, as in the published code: without 
 with re-ranking it would be among the neighbours.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
 from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation, Retrieved, percent
 from passreid_models.figure import require_matplotlib
-from passreid_models.runtime import atomic_file, on_first, world
+from passreid_models.runtime import on_first, world, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -85,8 +84,7 @@ def evaluate_model(
             progress=progress,
         )
     if evaluation and json_file is not None:
-        with atomic_file(json_file) as temporary:
-            temporary.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(json_file, evaluation.to_dict(), allow_nan=False)
     if evaluation and pictures is not None:
         draw_evaluation(evaluation, pictures)
     return evaluation

@@ -184,13 +184,13 @@ class Run:
                         raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
                 window.add(record)
                 bar.update()
-                eta = f"  eta {left.after(trainer.step)}"
-                if ends_window:
-                    figures = {**window.summary(config.batch_size), **(trainer.indicators if ends_epoch else {})}
-                    self.write(figures, eta)
-                    window = None  # the next one begins with a step: neither saving nor evaluating counts
-                elif trainer.step == first:  # a sign of life, long before the means over many steps
-                    self.log(self._line(window.summary(config.batch_size)) + eta)
+                if ends_window or trainer.step == first:
+                    figures, eta = window.summary(config.batch_size), f"  eta {left.after(trainer.step)}"
+                    if ends_window:
+                        self.write({**figures, **(trainer.indicators if ends_epoch else {})}, eta)
+                        window = None  # the next one begins with a step: neither saving nor evaluating counts
+                    else:  # a sign of life, long before the means over many steps
+                        self.log(self._line(figures) + eta)
                 stop = self._agree_to_stop(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
                 if stop or is_last or (is_good and self._checkpoint_is_due()):
