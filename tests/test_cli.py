@@ -413,7 +413,7 @@ def test_weights_list_shows_every_row_of_the_manifest(capsys):
         *["Market-1501,", "the", "authors", "LUPerson,", "Market-1501"],
     ]
     row = next(row for row in rows if row.startswith("pass_vit_tiny_patch16.synth_reid "))
-    assert "18.9    23.6  300 generated persons on the street, this package " in row
+    assert "46.5    56.9  300 generated persons on the street, this package " in row
 
 
 def test_weights_list_of_an_architecture_shows_its_rows_alone(capsys):

@@ -78,8 +78,9 @@ def settings_that_differ(folder: Path, settings: Path) -> dict[str, dict]:
     return differing
 
 
-def test_the_settings_are_those_of_the_bundled_weights():
-    assert not settings_that_differ(ROOT / "weights/pass_vit_small_patch16.synth_reid", train_bundled.SETTINGS)
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_the_settings_are_those_of_the_bundled_weights(size):
+    assert not settings_that_differ(ROOT / f"weights/pass_vit_{size}_patch16.synth_reid", train_bundled.SETTINGS)
 
 
 def test_the_phases_have_the_settings_of_their_files():
