@@ -164,10 +164,10 @@ def copy_as_webp(source, target):
 
 
 def describe(data):
-    """Describe a set for figures.json: its size, and of drawn persons seed and generator."""
+    """Describe a set for figures.json: its size and generator, and what else a drawn set differs by."""
     marker = json.loads((data / MARKER_3D).read_text(encoding="utf-8")) if (data / MARKER_3D).exists() else {}
-    keys = ("seed", "patterns", "generator", "webp_quality")
-    return {"data": open_dataset(data).description, **{key: marker[key] for key in keys if key in marker}}
+    keys = marker.keys() & {"patterns", "webp_quality"}
+    return {"data": open_dataset(data).description, **{key: marker[key] for key in sorted(keys)}}
 
 
 def check_settings(config, run):

@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("-o", "--output", type=Path, required=True, help=".safetensors, .npz or .csv")
     _add_model_options(embed)
     embed.add_argument("--batch-size", type=int, default=64)
-    embed.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+    _add_fusion(embed)
     embed.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
     embed.add_argument("--parts", action="store_true", help="write the part tokens too")
     embed.add_argument("--strict", action="store_true", help="stop at the first unreadable image")
@@ -231,9 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="mAP, CMC and ROC of a model on a dataset")
     evaluate.add_argument("data", help="Market-1501, MSMT17, DukeMTMC-reID, a folder for each identity, a CSV file ...")
     _add_model_options(evaluate)
-    evaluate.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+    _add_fusion(evaluate)
     evaluate.add_argument("--flip", action="store_true", help="average with the mirrored image's descriptor")
-    evaluate.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
+    _add_size(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=64)
     evaluate.add_argument("--rerank", action="store_true", help="also after k-reciprocal re-ranking")
     evaluate.add_argument("--per-camera", action="store_true", help="also scores for the queries of each camera")
@@ -319,8 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--half", action="store_true", help="float16 weights and activations")
     export.add_argument("--l2", action=argparse.BooleanOptionalAction, help="L2-normalise; default: as the weights")
-    export.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
-    export.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
+    _add_fusion(export)
+    _add_size(export)
     export.set_defaults(run=_export)
 
     # only for the list of commands: TRAININGS
@@ -446,6 +446,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the accelerator, if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--force-dtype", action="store_true", help="compute in bfloat16 on a CPU slow at it, too")
+
+
+def _add_fusion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="instead of the weights' own")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=_size, metavar="HxW", help="image size instead of the weights' own")
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:

@@ -172,7 +172,7 @@ class Gallery:
 
         Args:
             images: Images, or descriptors by the same model, as ``add`` takes them.
-            topk: Number of hits K. Where the gallery has fewer names, the others are ``unknown``, at -inf.
+            topk: Number of hits K; all names where the gallery has fewer, and one ``unknown`` at -inf if it is empty.
             threshold: Least similarity of an accepted hit: a cosine, or a negative squared distance; None accepts all.
             errors: If given, an image without a descriptor gets an entry ``{row: reason}`` here, and hits that are
                 ``unknown``, at NaN; otherwise it raises.
@@ -194,6 +194,7 @@ class Gallery:
             if self._index is None and self._names:
                 self._index = _Index(self._names, self._joined(), self.metric, self.faiss, self.device)
             index = self._index
+        topk = min(topk, len(index.names) if index else 1)
         similarities = torch.full((len(images), topk), -torch.inf)
         similarities[~good] = torch.nan
         names = [[UNKNOWN] * topk for _ in images]

@@ -133,18 +133,19 @@ def test_equal_similarities_are_ordered_by_when_the_names_were_added():
     assert gallery.search(x[0], topk=4).names == [["e", "b", "d", "a"]]
 
 
+@pytest.mark.parametrize("topk", [3, 10**9, 10**30])
 @pytest.mark.parametrize("faiss", ["", "Flat"])
-def test_fewer_names_than_hits_and_an_empty_gallery_are_filled_up_with_unknown(embed, persons, faiss):
+def test_hits_are_all_names_where_there_are_fewer_and_one_unknown_of_an_empty_gallery(embed, persons, faiss, topk):
     gallery = Gallery(embed, faiss=faiss)
-    names, similarities = gallery.search(persons[0], topk=3)
-    assert names == [[UNKNOWN] * 3]
-    assert similarities.tolist() == [[-torch.inf] * 3]
-    gallery.add(["a", "a"], persons[:2])
-    names, similarities = gallery.search(persons[:2], topk=3)
-    assert names == [["a", UNKNOWN, UNKNOWN]] * 2
-    assert similarities[:, 1:].tolist() == [[-torch.inf] * 2] * 2
-    assert gallery.search([]).names == []
-    assert gallery.search([]).similarities.shape == (0, 5)
+    names, similarities = gallery.search(persons[0], topk)
+    assert names == [[UNKNOWN]]
+    assert similarities.tolist() == [[-torch.inf]]
+    gallery.add(["a", "b", "a"], persons[:3])
+    names, similarities = gallery.search(persons[:2], topk)
+    assert names == [["a", "b"], ["b", "a"]]
+    assert similarities.isfinite().all()
+    assert gallery.search([], topk).names == []
+    assert gallery.search([], topk).similarities.shape == (0, 2)
 
 
 def test_faiss_finds_what_the_exact_search_finds_and_an_approximate_index_what_is_near():

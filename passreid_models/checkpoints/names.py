@@ -125,10 +125,8 @@ def find_model(name: str, architecture: str = "") -> NamedModel:
     """
     scheme, _, rest = name.partition(":")
     if scheme in ("hf-hub", "hf_hub") and rest:
-        snapshot = download_hub(rest, "config.json").parent
-        model = _exported(f"local-dir:{snapshot}", snapshot)  # not by timm, which verifies nothing
-        download_hub(f"{rest.partition('@')[0]}@{snapshot.name}")  # the weights of the same commit
-        return model
+        snapshot = download_hub(rest, "config.json").parent  # the weights, of the same commit, when a model is made
+        return _exported(f"hf-hub:{rest.partition('@')[0]}@{snapshot.name}", snapshot)
     path = Path(rest if scheme == "local-dir" else name)
     if name in ARCHITECTURES:
         return _tagged(name, name, next((w for w in zoo.list_weights(name) if w.bundled_file), None))

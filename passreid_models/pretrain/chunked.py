@@ -25,6 +25,7 @@ def chunked_cross_entropies(
     teacher_temp: float,
     chunk: int,
     weight: float = 1.0,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies of one kind of token over all pairs of a global view and another view.
 
@@ -40,6 +41,7 @@ def chunked_cross_entropies(
         teacher_temp: Temperature of the teacher's softmax.
         chunk: Samples per chunk.
         weight: Weight of each pair in the sum.
+        scratch: Result of ``scratch_like``, which calls one after another can share.
 
     Returns:
         Weighted sum over the pairs, which can be differentiated once, and the pairs' cross-entropies ``[G, V]`` without
@@ -50,12 +52,19 @@ def chunked_cross_entropies(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be 1 sample or more, got {chunk}")
-    device_type = features.device.type
+    scratch = scratch_like(prototypes[0]) if scratch is None else scratch
+    with torch.autocast(features.device.type, enabled=False):
+        teacher = (teacher_features.detach(), *(x if x is None else x.detach() for x in teacher_prototypes), center)
+        options = student_temp, teacher_temp, chunk, weight, scratch
+        return _CrossEntropies.apply(features, *prototypes, *teacher, *options)
+
+
+def scratch_like(prototypes: Tensor) -> Tensor:
+    """Memory ``[3, K, C]`` in autocast's type for copies and gradient of prototypes ``[K, C]``; empty in float32."""
+    device_type = prototypes.device.type
     in_autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if in_autocast else torch.float32
-    with torch.autocast(device_type, enabled=False):
-        teacher = (teacher_features.detach(), *(x if x is None else x.detach() for x in teacher_prototypes), center)
-        return _CrossEntropies.apply(features, *prototypes, *teacher, student_temp, teacher_temp, chunk, weight, dtype)
+    return torch.empty(0 if dtype == torch.float32 else 3, *prototypes.shape, dtype=dtype, device=prototypes.device)
 
 
 class _CrossEntropies(torch.autograd.Function):
@@ -73,11 +82,15 @@ class _CrossEntropies(torch.autograd.Function):
         teacher_temp: float,
         chunk: int,
         weight: float,
-        dtype: torch.dtype,
+        scratch: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        dtype = scratch.dtype
         # contiguous: for a transposed chunk torch would copy the prototypes once per sample
         x_BVC, y_BGC = (x.transpose(0, 1).to(dtype).contiguous() for x in (features, teacher_features))
-        w_KC, u_KC = prototypes.to(dtype), teacher_prototypes.to(dtype)
+        if len(scratch):
+            w_KC, u_KC, product_KC = scratch[0].copy_(prototypes), scratch[1].copy_(teacher_prototypes), scratch[2]
+        else:
+            w_KC, u_KC, product_KC = prototypes.float(), teacher_prototypes.float(), None
         scales_K = weight_norm_scales(prototypes, gains)
         teacher_scales_K = weight_norm_scales(teacher_prototypes, teacher_gains)
         size, num_views, num_global = x_BVC.shape[0], x_BVC.shape[1], y_BGC.shape[1]
@@ -105,12 +118,11 @@ class _CrossEntropies(torch.autograd.Function):
                 grad_z = grad_bVK.mul_(scales_K).to(dtype).flatten(0, 1)
                 grad_x_BVC[b] = (grad_z @ w_KC).unflatten(0, (-1, num_views))
                 x = x_BVC[b].flatten(0, 1)
-                if grad_w_KC is None:
-                    grad_w_KC = (grad_z.T @ x).float()
-                elif dtype == torch.float32:
+                if grad_w_KC is not None and dtype == torch.float32:
                     grad_w_KC.addmm_(grad_z.T, x)
                 else:
-                    grad_w_KC += grad_z.T @ x
+                    product = torch.mm(grad_z.T, x, out=product_KC)
+                    grad_w_KC = product.float() if grad_w_KC is None else grad_w_KC.add_(product)
         ctx.grads = (grad_x_BVC, grad_w_KC, dots_K.mul_(student_temp), prototypes.detach(), scales_K, gains)
         ctx.scale = true_scale / scale
         pairs = total_GV / size

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from passreid_models.pretrain.chunked import chunked_cross_entropies
+from passreid_models.pretrain.chunked import chunked_cross_entropies, scratch_like
 from passreid_models.pretrain.network import Projections
 from passreid_models.runtime import all_reduce_mean
 
@@ -83,10 +83,12 @@ class PASSLoss(nn.Module):
         self._check(student.features, teacher.features)
         features = list(zip(student.features, teacher.features, strict=True))
         prototypes = zip(student.weights(), teacher.weights(), strict=True)
+        scratch = scratch_like(student.prototypes[0])  # new memory for each kind of token would cost a CPU more
         weight = 1 / sum(len(y) * (len(x) - 1) for x, y in features)
         total, terms = torch.zeros((), device=self.centers.device), []
         for (x, y), (w, u), center in zip(features, prototypes, self.centers, strict=True):
-            summed, pairs = chunked_cross_entropies(x, w, y, u, center, self.student_temp, teacher_temp, chunk, weight)
+            temps = self.student_temp, teacher_temp
+            summed, pairs = chunked_cross_entropies(x, w, y, u, center, *temps, chunk, weight, scratch)
             total = total + summed
             terms.append(pairs)
         return total, terms

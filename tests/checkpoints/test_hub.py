@@ -25,7 +25,7 @@ import json, os, sys, time
 import timm, torch, passreid_models
 from pathlib import Path
 from passreid_models import load_report
-from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints import hub, zoo
 from passreid_models.checkpoints.names import find_model
 
 x = torch.linspace(-1, 1, 3 * 64 * 32).reshape(1, 3, 64, 32)
@@ -36,9 +36,13 @@ def load(name, **kwargs):
             "mean": list(model.pretrained_cfg["mean"]), "neck": model.neck}
 
 def named(name):
-    model = find_model(name)
+    hashed, sha256 = [], hub.sha256
+    hub.sha256 = lambda path: hashed.append(path) or sha256(path)
+    models = [find_model(name) for _ in range(3)]  # as in a training: settings, provenance, weights
+    model, before = models[-1], len(hashed)
     descriptor = model.create().eval()(x).flatten().tolist()
-    return {"architecture": model.architecture, "settings": model.settings, "descriptor": descriptor}
+    result = {"architecture": model.architecture, "settings": model.settings, "descriptor": descriptor}
+    return {**result, "hashed": [before, len(hashed)]}
 
 def error(name):
     try:
@@ -175,6 +179,10 @@ def test_architecture_size_and_fusion_of_a_repository_are_known_before_its_weigh
     named = hub.online["named"]
     assert (named["architecture"], named["settings"]) == ("test_pass_vit", {"size": [64, 32], "fusion": "cat"})
     assert named["descriptor"] == pytest.approx(hub.old, abs=1e-5)
+
+
+def test_weights_are_hashed_once_however_often_their_name_is_looked_up(hub):
+    assert hub.online["named"]["hashed"] == [0, 1]  # before the model is made, and after
 
 
 def test_the_report_names_the_file_in_the_cache(hub):
