@@ -1,16 +1,13 @@
 """Device, dtype and process group of a process."""
 
-import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -48,17 +45,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.9 on
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory of large freed tensors, where its C library is glibc.
-
-    glibc returns each of 32 MiB and more to the system, and new pages were 15 % of a training step in bfloat16.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # of other C libraries and systems
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @contextmanager

@@ -1,9 +1,5 @@
 """Choice of a device: the same for the Embedder, the evaluation and all runs."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -26,24 +22,3 @@ def test_a_device_that_is_not_there_is_refused_in_the_same_words_everywhere(name
         Embedder(nn.Identity(), device=name)
     with pytest.raises(ValueError, match=message), process_group(name):
         pass
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
-def test_the_memory_of_a_large_freed_tensor_is_used_again():
-    code = """
-import resource, torch
-from passreid_models.device import keep_freed_memory
-
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 16,384 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-new_pages()
-print(new_pages() > 1000)
-keep_freed_memory()
-new_pages()
-print(new_pages() > 1000)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert (done.stdout.split(), done.stderr) == (["True", "False"], "")

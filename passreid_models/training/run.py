@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.data.loader import SIGHUP, SIGNALS
-from passreid_models.device import keep_freed_memory, process_group
+from passreid_models.device import process_group
 from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
 from passreid_models.training.config import RunConfig
 from passreid_models.training.folder import RunFolder, is_dead_worker
@@ -345,8 +345,6 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
     try:
         log = log_to(Path(config.out) / "log.txt", config.quiet)
         with process_group(config.device) as device, log, closing(task(config, device)) as run:
-            if device.type == "cpu":
-                keep_freed_memory()
             try:
                 return run.train()
             except Exception as e:  # to the log file; on the terminal the caller reports it
