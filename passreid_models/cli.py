@@ -514,6 +514,8 @@ def _embed(args: argparse.Namespace) -> int:
         print(f"passreid: {not_finite} of {len(names)} descriptors are not finite: {advice}", file=sys.stderr)
     if unreadable := len(failed) - not_finite:
         print(f"passreid: {unreadable} of {len(names)} images could not be read", file=sys.stderr)
+    if not rows:
+        print(f"passreid: no descriptors, so {args.output} was not written", file=sys.stderr)
     return 1 if failed else 0
 
 

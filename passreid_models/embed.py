@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,12 +31,15 @@ NOT_FINITE = "the descriptor is not finite"  # or zero, as after an underflow
 FORMATS = (".safetensors", ".npz", ".csv")
 PREFETCH = 2  # batches that are decoded ahead of the model
 MAX_BOX_COLUMNS = 8  # longer rows have another order: MOT's begin with frame and track
+WHOLE = ("squash", 1.0)  # crop_mode and crop_pct of a model that resizes images to the whole
+_logger = logging.getLogger(__name__)
 
 
 class Embedder:
     """Descriptors of person images by a PASS model.
 
-    Interpolation and statistics of the preprocessing come from the model's pretrained cfg, the size from the model.
+    Interpolation, statistics and crop of the preprocessing come from the model's pretrained cfg, the size from the
+    model. Models of this package crop nothing; one that does is used as it says, with a warning.
 
     Examples:
         >>> embed = Embedder("pass_vit_small_patch16")
@@ -91,6 +95,11 @@ class Embedder:
         self.input_size: tuple[int, int, int] = (self.model.in_chans, *self.model.patch_embed.img_size)
         # the cfg of a model made with img_size= has another size
         self.data_config = resolve_data_config({"input_size": self.input_size}, model=self.model)
+        if self.crop != WHOLE:  # timm's default where a config.json says nothing is the middle, 0.875 of each side
+            _logger.warning(
+                f"{self.name} crops images, which cuts off heads and feet: crop_mode {self.crop[0]}, crop_pct "
+                f"{self.crop[1]:g}; if it was not trained so, its configuration needs crop_mode squash and crop_pct 1"
+            )
         self.transform = create_transform(**self.data_config)
         # the published unsupervised multi-neck feature is compared unnormalised
         self.l2_normalize = self.model.neck != "multi"
@@ -105,6 +114,11 @@ class Embedder:
         """Architecture and tag of the model."""
         cfg = self.model.pretrained_cfg
         return ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+
+    @property
+    def crop(self) -> tuple[str, float]:
+        """``crop_mode`` and ``crop_pct`` of the model; ``("squash", 1.0)`` where images are resized to the whole."""
+        return self.data_config["crop_mode"], self.data_config["crop_pct"]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -123,7 +137,7 @@ class Embedder:
             "mean": list(self.data_config["mean"]),
             "std": list(self.data_config["std"]),
             "interpolation": self.data_config["interpolation"],
-            "crop": [self.data_config["crop_mode"], self.data_config["crop_pct"]],
+            "crop": list(self.crop),
         }
 
     def __repr__(self) -> str:

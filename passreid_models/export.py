@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.zoo import list_weights
-from passreid_models.embed import Embedder
+from passreid_models.embed import WHOLE, Embedder
 from passreid_models.runtime import atomic_file, atomic_folder, check_file, sha256, write_json
 from passreid_models.synthetic import SyntheticPersons
 
@@ -120,9 +120,10 @@ def export_model(
     if isinstance(model, Embedder) and model.dtype != torch.float32:
         raise ValueError(f"the Embedder has rounded its weights to {model.dtype}: make it in float32, and give half")
     embed = Embedder(model.model if isinstance(model, Embedder) else model, "cpu")
-    crop = (embed.data_config["crop_mode"], embed.data_config["crop_pct"])
-    if crop != ("squash", 1):
-        raise ValueError(f"hosts resize images to the whole, and this model crops them: crop_mode, crop_pct are {crop}")
+    if embed.crop != WHOLE:
+        raise ValueError(
+            f"hosts resize images to the whole, and this model crops them: crop_mode, crop_pct are {embed.crop}"
+        )
     embed.model.reset_classifier(0)
     embed.l2_normalize = embed.l2_normalize if l2 is None else l2
     if input != "normalized" and embed.input_size[0] != 3:

@@ -218,7 +218,10 @@ def test_embed_strict_stops_at_an_unreadable_image_and_writes_nothing(images, mo
 def test_embed_of_nothing_but_unreadable_images_writes_no_file_and_exits_with_1(model_name, tmp_path, capsys):
     out = tmp_path / "f.npz"
     assert run("embed", tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", out, "--model", model_name) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "passreid: 2 of 2 images could not be read"
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "passreid: 2 of 2 images could not be read",
+        f"passreid: no descriptors, so {out} was not written",
+    ]
     assert not out.exists()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import passreid_models
 from passreid_models.data.images import ImageError, find_images
-from passreid_models.embed import Embedder, is_not_finite, save_features
+from passreid_models.embed import WHOLE, Embedder, is_not_finite, save_features
 from passreid_models.synthetic import SyntheticPersons
 
 HEIGHT, WIDTH = 64, 32  # of images for test_pass_vit
@@ -211,6 +211,16 @@ def test_the_fingerprint_follows_weights_and_descriptor_and_not_name_dtype_flip_
     for key, other in others.items():
         assert [k for k, v in other.fingerprint.items() if v != own[k]] == [key]
     assert json.loads(json.dumps(own)) == own
+
+
+def test_a_model_that_crops_images_says_so(embed, caplog):
+    assert (embed.crop, caplog.text) == (WHOLE, "")
+    for crop, said in (
+        (dict(crop_mode="center"), "center, crop_pct 1"),
+        (dict(crop_pct=0.875), "squash, crop_pct 0.875"),
+    ):
+        Embedder(make_model(pretrained_cfg_overlay=crop), device="cpu")
+        assert f"crops images, which cuts off heads and feet: crop_mode {said};" in caplog.text
 
 
 # ---- Kinds of input

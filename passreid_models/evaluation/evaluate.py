@@ -76,7 +76,7 @@ def evaluate_model(
         evaluation = evaluate_dataset(
             dataset,
             embed,
-            name=model,
+            name=embed.name if embed.name.partition(".")[0] == model else model,  # with the tag of bundled weights
             rerank=rerank,
             per_camera=per_camera,
             open_set=open_set,

@@ -11,9 +11,10 @@ from passreid_models.figure import new_figure
 from passreid_models.runtime import atomic_file
 
 if TYPE_CHECKING:
+    from passreid_models.data.datasets import ReIDDataset
     from passreid_models.evaluation.report import Evaluation, Retrieved
 
-WIDTH, HEIGHT, GAP, LABEL = 64, 128, 4, 14  # of a ranked image, in pixels
+WIDTH, HEIGHT, GAP, LABEL = 64, 128, 4, 26  # of a ranked image, in pixels; two lines of text
 COLOURS = {"query": "black", "right": "green", "wrong": "red"}
 
 
@@ -40,7 +41,7 @@ def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int =
     rows = counted[np.unique(np.linspace(0, len(counted) - 1, queries).round().astype(int))]
     files = [Path(folder) / "ranking.png"]
     with atomic_file(files[0]) as temporary:
-        draw_ranking(evaluation.retrieved, rows, topk).save(temporary)
+        draw_ranking(evaluation.retrieved, evaluation.dataset, rows, topk).save(temporary)
     for name, figure in figures.items():
         files.append(Path(folder) / f"{name}.png")
         with atomic_file(files[-1]) as temporary:
@@ -64,29 +65,38 @@ def best_hits(retrieved: "Retrieved", query: int, topk: int) -> np.ndarray:
     return hits[~left_out[hits]][:topk]
 
 
-def draw_ranking(retrieved: "Retrieved", queries: np.ndarray, topk: int) -> Image.Image:
+def draw_ranking(retrieved: "Retrieved", dataset: "ReIDDataset", queries: np.ndarray, topk: int) -> Image.Image:
     """Draw a row for each query: the query framed black, hits green if the identity is right, red if it is wrong.
 
-    The camera is written below each image, and the identity below the query.
+    Identity and camera are written below each image as the data name them, shortened to its width.
     """
     cell_width, cell_height = WIDTH + 2 * GAP, HEIGHT + 2 * GAP + LABEL
     sheet = Image.new("RGB", ((1 + topk) * cell_width + 2 * GAP, len(queries) * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, query in enumerate(queries.tolist()):
-        pid = int(retrieved.query.pids[query])
-        cells = [(retrieved.query.paths[query], int(retrieved.query.camids[query]), "query")]
-        for hit in best_hits(retrieved, query, topk).tolist():
-            kind = "right" if retrieved.gallery.pids[hit] == pid else "wrong"
-            cells.append((retrieved.gallery.paths[hit], int(retrieved.gallery.camids[hit]), kind))
-        for column, (path, camid, kind) in enumerate(cells):
+        cells = [(retrieved.query, query)] + [
+            (retrieved.gallery, i) for i in best_hits(retrieved, query, topk).tolist()
+        ]
+        for column, (split, i) in enumerate(cells):
             x = column * cell_width + GAP + (2 * GAP if column else 0)
             y = row * cell_height + GAP
             frame = (x - GAP + 1, y - GAP + 1, x + WIDTH + GAP - 2, y + HEIGHT + GAP - 2)
-            draw.rectangle(frame, fill=COLOURS[kind])
-            sheet.paste(thumbnail(path), (x, y))
-            label = [f"id {pid}"] * (kind == "query") + [f"cam {camid + 1}"] * (camid >= 0)
-            draw.text((x, y + HEIGHT + GAP), " ".join(label), fill="black")
+            is_right = split.pids[i] == retrieved.query.pids[query]
+            draw.rectangle(frame, fill=COLOURS["right" if is_right else "wrong"] if column else COLOURS["query"])
+            sheet.paste(thumbnail(split.paths[i]), (x, y))
+            pid, camera = dataset.pid_names[int(split.pids[i])], dataset.camera_names[int(split.camids[i])]
+            lines = [f"id {pid}" if split.pids[i] else "distractor", f"cam {camera}" if camera else ""]
+            draw.text((x, y + HEIGHT + GAP), "\n".join(_shorten(draw, line) for line in lines), fill="black", spacing=2)
     return sheet
+
+
+def _shorten(draw: ImageDraw.ImageDraw, text: str) -> str:
+    """Text in one line as wide as an image and the gap beside it."""
+    text = " ".join(text.split())
+    length = len(text)
+    while draw.textlength(text[:length] + "..." * (length < len(text))) > WIDTH + GAP:
+        length -= 1
+    return text[:length] + "..." * (length < len(text))
 
 
 def thumbnail(path: Path) -> Image.Image:

@@ -179,10 +179,7 @@ class Evaluation:
             "cmc": [round(100 * float(share), 4) for share in self.metrics.cmc],
             "eer": 100 * self.roc.eer,
             "eer_threshold": _finite(self.roc.eer_threshold),
-            "verification": [
-                {"fpr": fpr, "tpr": _finite(100 * self.roc.tpr_at(fpr)), "threshold": _finite(self.roc.threshold(fpr))}
-                for fpr in FPRS
-            ],
+            "verification": [self._verification(fpr) for fpr in FPRS],
         }
         if self.rerank:
             values["reranked"] = percent(self.rerank)
@@ -191,6 +188,10 @@ class Evaluation:
         if self.open_set:
             values["open_set"] = self._open_set(self.open_set)
         return values
+
+    def _verification(self, fpr: float) -> dict[str, Any]:
+        tpr = _finite(100 * self.roc.tpr_at(fpr))
+        return {"fpr": fpr, "tpr": tpr, "threshold": None if tpr is None else _finite(self.roc.threshold(fpr))}
 
     def _open_set(self, result: OpenSet) -> dict[str, Any]:
         return {

@@ -330,3 +330,12 @@ def test_a_link_into_a_hidden_folder_is_followed(tmp_path):
     root = write(tmp_path / "crops", ["0001/a.jpg", ".store/x/a.jpg"])
     (root / "0002").symlink_to(".store/x")
     assert by_embed(root) == ["0001/a.jpg", "0002/a.jpg"]
+
+
+def test_a_folder_without_images_is_refused_with_what_it_holds(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"no images \(\.jpg .*\.gif\) in .*, 1 other file$"):
+        find_images(tmp_path)
+    (tmp_path / "b.MP4").touch()
+    with pytest.raises(FileNotFoundError, match="2 other files; videos are not read: cut the persons"):
+        find_images(tmp_path)

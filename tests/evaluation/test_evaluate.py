@@ -80,11 +80,34 @@ def test_the_scores_are_those_of_the_descriptors_in_percent(market, embed):
     assert scores["cmc"] == pytest.approx((100 * expected.cmc).tolist())
     assert scores["eer"] == pytest.approx(100 * curve.eer)
     assert scores["eer_threshold"] == pytest.approx(curve.eer_threshold)
-    assert [row["threshold"] for row in scores["verification"]] == [curve.threshold(1e-3), curve.threshold(1e-4)]
-    assert [row["tpr"] for row in scores["verification"]] == [None, None]  # too few pairs
+    assert scores["verification"] == [{"fpr": fpr, "tpr": None, "threshold": None} for fpr in (1e-3, 1e-4)]  # too few
     assert scores["metric"] == "cosine"
     assert scores["queries"] == {"total": 16, "counted": 16, "without_match": 0}
     assert 5 < scores["mAP"] < 95  # neither nothing nor everything is right
+
+
+def test_a_verification_has_a_threshold_where_its_rate_can_be_measured(market, embed):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    curve = roc(x, x + 0.5 * x.flip(1), np.arange(1, 65), np.arange(1, 65))  # 4,032 pairs of two identities
+    evaluation = replace(run(market, embed), roc=curve)
+    frequent, rare = evaluation.to_dict()["verification"]
+    assert frequent == {"fpr": 1e-3, "tpr": 100 * curve.tpr_at(1e-3), "threshold": curve.threshold(1e-3)}
+    assert rare == {"fpr": 1e-4, "tpr": None, "threshold": None}
+    rows = [line.split() for line in str(evaluation).splitlines() if line.startswith("FPR")]
+    assert rows == [
+        ["FPR", "0.001", f"{frequent['tpr']:.1f}", f"{frequent['threshold']:.4f}"],
+        ["FPR", "0.0001", "-", "-"],
+    ]
+
+
+def test_a_model_without_a_tag_is_reported_with_that_of_the_bundled_weights(market, embed, monkeypatch):
+    bundled = Embedder(embed.model, "cpu")
+    bundled.model.pretrained_cfg["tag"] = "bundled"
+    monkeypatch.setattr("passreid_models.evaluation.evaluate.make_embedder", lambda model, **options: bundled)
+    for name, expected in (("test_pass_vit", "test_pass_vit.bundled"), ("runs/mine", "runs/mine")):
+        evaluation = evaluate_model(market.root, name, cache=False)
+        assert evaluation is not None
+        assert evaluation.model["name"] == expected
 
 
 def test_reranking_is_that_of_the_descriptors_without_junk(tmp_path, embed):

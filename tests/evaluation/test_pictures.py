@@ -8,9 +8,9 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from passreid_models.data.datasets import Split, open_dataset
+from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset
 from passreid_models.evaluation.pictures import best_hits, draw_evaluation, draw_ranking
@@ -53,6 +53,25 @@ def plain(folder: Path, has_cameras: bool, own: int = -1) -> Retrieved:
     )
 
 
+def named(retrieved: Retrieved, cameras: tuple[str, ...] = ("lobby", "gate", "stairs")) -> ReIDDataset:
+    """The dataset of ``plain``, whose identities and cameras have names."""
+    pids, camids = {0: "0000", 1: "anna", 2: "ben"}, {-1: "", **dict(enumerate(cameras))}
+    splits = retrieved.query.take(np.arange(0)), retrieved.query, retrieved.gallery
+    return ReIDDataset(
+        "CSV", retrieved.query.paths[0].parent, *splits, retrieved.has_cameras, pid_names=pids, camera_names=camids
+    )
+
+
+def ranking(retrieved: Retrieved, topk: int, **names: tuple[str, ...]) -> Image.Image:
+    return draw_ranking(retrieved, named(retrieved, **names), np.array([0]), topk)
+
+
+def labels(sheet: Image.Image, columns: int, first: int, last: int) -> list[bool]:
+    """Whether there is text below each image, in these rows of pixels."""
+    pixels = np.asarray(sheet.convert("L"))[136 + first : 136 + last]
+    return [bool((pixels[:, x : x + 72] < 128).any()) for x in [0, *range(80, 80 + 72 * (columns - 1), 72)]]
+
+
 @pytest.mark.parametrize(
     ("cameras", "own", "expected"),
     [(True, -1, [1, 2, 3]), (False, -1, [0, 1, 2]), (False, 1, [0, 2, 3]), (True, 0, [1, 2, 3])],
@@ -63,27 +82,43 @@ def test_hits_are_in_order_without_those_that_the_protocol_leaves_out(tmp_path, 
 
 
 def test_hits_have_the_colour_of_right_and_wrong_and_their_images_inside(tmp_path):
-    sheet = draw_ranking(plain(tmp_path, True), np.array([0]), topk=4)
+    sheet = ranking(plain(tmp_path, True), topk=4)
     frames = [sheet.getpixel((column * 72 + (8 if column else 0) + 1, 60)) for column in range(5)]
     black, green, red = (0, 0, 0), (0, 128, 0), (255, 0, 0)
     assert frames == [black, green, red, green, red]
     inside = [sheet.getpixel((column * 72 + (8 if column else 0) + 36, 60)) for column in range(5)]
     assert inside == [(10 * i, 0, 100) for i in (0, 2, 3, 4, 5)]
-    label = np.asarray(sheet.crop((0, 136, sheet.width, sheet.height)).convert("L"))
-    assert [(label[:, x : x + 72] < 128).any() for x in (0, 80, 152, 224, 296)] == [True] * 5
+    assert labels(sheet, 5, 0, 13) == labels(sheet, 5, 13, 26) == [True] * 5
+
+
+def test_identities_and_cameras_have_the_names_of_the_data(tmp_path, monkeypatch):
+    written: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, text, **k: written.append(text) or draw_text(self, xy, text, **k)
+    )
+    ranking(plain(tmp_path, True), topk=4)
+    expected = ["id anna\ncam lobby", "id anna\ncam gate", "id ben\ncam gate", "id anna\ncam stairs"]
+    assert written == [*expected, "distractor\ncam lobby"]
+    written.clear()
+    sheet = ranking(plain(tmp_path, True), topk=4, cameras=("x", "a camera whose name is long", "W" * 40))
+    assert written[1].startswith("id anna\ncam a cam")
+    assert written[1].endswith("...")
+    gaps = np.asarray(sheet.convert("L"))[136:, [*range(72, 84), *range(152, 156), *range(224, 228)]]
+    assert (gaps > 128).all()  # no label runs into the next
 
 
 def test_places_without_a_hit_stay_white(tmp_path):
-    sheet = draw_ranking(plain(tmp_path, True), np.array([0]), topk=6)
+    sheet = ranking(plain(tmp_path, True), topk=6)
     assert sheet.getpixel((5 * 72 + 9, 60)) == (255, 255, 255)
 
 
 def test_without_cameras_no_camera_is_named(tmp_path):
     retrieved = plain(tmp_path, False)
     retrieved.query.camids[:], retrieved.gallery.camids[:] = -1, -1
-    sheet = draw_ranking(retrieved, np.array([0]), topk=4)
-    label = np.asarray(sheet.crop((0, 136, sheet.width, sheet.height)).convert("L"))
-    assert [bool((label[:, x : x + 72] < 128).any()) for x in (0, 80, 152, 224, 296)] == [True, *[False] * 4]
+    sheet = ranking(retrieved, topk=4)
+    assert labels(sheet, 5, 0, 13) == [True] * 5
+    assert labels(sheet, 5, 13, 26) == [False] * 5
 
 
 def test_four_pictures_are_written(evaluation, tmp_path):
@@ -95,7 +130,7 @@ def test_four_pictures_are_written(evaluation, tmp_path):
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
     with Image.open(tmp_path / "pictures" / "ranking.png") as ranking:
-        assert ranking.size == (6 * 72 + 8, 3 * 150)
+        assert ranking.size == (6 * 72 + 8, 3 * 162)
 
 
 def test_the_curves_are_those_of_the_evaluation(evaluation, tmp_path, monkeypatch):
@@ -139,7 +174,7 @@ def test_queries_that_do_not_count_are_not_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
     monkeypatch.setattr(
         "passreid_models.evaluation.pictures.draw_ranking",
-        lambda retrieved, rows, topk: shown.extend(rows.tolist()) or Image.new("RGB", (1, 1)),
+        lambda retrieved, dataset, rows, topk: shown.extend(rows.tolist()) or Image.new("RGB", (1, 1)),
     )
     draw_evaluation(evaluation, tmp_path / "pictures")
     assert shown == [1, 2, 3, 4]
