@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is opened, unless ``PASSREID_MAX_PIXELS`` is set; a small file can hold billions."""
@@ -118,7 +118,7 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     paths = [root / name for name in image_names(str(root))]
     if not paths:
         others = [name for name, status in walk(str(root)) if status is None]
-        is_video = any(name.lower().endswith(VIDEOS) for name in others)
+        is_video = any(name.lower().endswith(VIDEO_SUFFIXES) for name in others)
         advice = "; videos are not read: cut the persons out of their frames first" if is_video else ""
         raise FileNotFoundError(
             f"no images ({' '.join(SUFFIXES)}) in {root}, {count(len(others), 'other file')}{advice}"
