@@ -120,6 +120,11 @@ def lock(path: str | Path) -> FileLock:
     return FileLock(path.parent / f".{path.name}.lock")
 
 
+def printable(text: str) -> str:
+    """Text in one line for a terminal: control characters, as a file's name can hold them, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """End of an error message: the nearest of ``choices``, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(choices), 1)
