@@ -6,6 +6,7 @@ gallery that loads with other descriptors.
 """
 
 import os
+import shutil
 import socket
 import tarfile
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import jsonargparse  # noqa: F401  # with the next two once, not in the process of every case
+import matplotlib.backends.backend_agg  # noqa: F401
 import safetensors.torch
+import sklearn.cluster  # noqa: F401
 import timm
 import torch
 
@@ -40,12 +44,15 @@ class Base:
     """Valid files that the cases start from, in a folder that they do not write to."""
 
     root: Path
-    state: dict[str, torch.Tensor]
-    """State dict of the model in ``export``."""
 
     @property
     def export(self) -> Path:
         return self.root / "export"
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """State dict of the model in ``export``."""
+        return safetensors.torch.load_file(self.export / "model.safetensors")
 
     @property
     def model(self) -> list[str]:
@@ -86,7 +93,7 @@ def make_base(root: Path) -> Base:
     cache.file.rename(root / "features.safetensors")
     with tarfile.open(root / "images.tar", "w") as tar:
         tar.add(root / "images", "images")
-    return Base(root, state)
+    return Base(root)
 
 
 def put(file: Path, content: bytes | str) -> Path:
@@ -113,8 +120,9 @@ def odd_file(rng: Random, path: Path) -> None:
     """Something other than a regular file that can be read, or an odd one."""
     kind = rng.randrange(9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() or path.is_symlink():
-        path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
     if kind == 0:
         os.mkfifo(path)
     elif kind == 1:

@@ -168,7 +168,7 @@ def outputs(rng: Random, base: Base, work: Path) -> Call:
         assert code in (0, 1, 2), f"exit code {code}"
         if code == 2:
             is_run = words[0] in ("train", "finetune")
-            assert out in text, f"the message does not name {out}: {text}"
+            assert out in text or repr(target.suffix[1:]) in text, f"the message does not name {out}: {text}"
             left = {p for p in set(work.rglob("*")) - before if p.is_file() and not p.name.endswith(".lock")}
             left = {p for p in left if (work / "cache") not in p.parents}
             assert is_run or not left, f"{left} is left"
@@ -248,6 +248,7 @@ def _client(server: HubServer) -> Iterator[None]:
         if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
             module.HUGGINGFACE_CO_URL_TEMPLATE = template
     constants.HF_HUB_OFFLINE = False
+    del os.environ["HF_HUB_OFFLINE"]
     constants.HF_HUB_ETAG_TIMEOUT = 2
     os.environ["HF_TOKEN"] = server.token
     download.time = SimpleNamespace(sleep=lambda s: None, monotonic=time.monotonic, time=time.time)  # type: ignore[assignment]

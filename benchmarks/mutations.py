@@ -8,6 +8,7 @@ import math
 import pickle
 import pickletools
 import struct
+import warnings
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -286,7 +287,8 @@ def mutate_tensor(rng: Random, x: Tensor) -> Any:
     if kind == 11:
         return torch.tensor(rng.choice((0.0, math.nan)))
     if kind == 12 and x.is_floating_point():
-        return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # it is deprecated
+            return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
     if kind == 13:
         return torch.empty(x.shape, device="meta")
     if kind == 14:

@@ -36,7 +36,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 sys.path.append(str(Path(__file__).parents[1]))  # the servers and tiny runs of the tests
 
 import common
@@ -45,10 +44,11 @@ import hostile_use as use
 import hostile_weights as weights
 import torch
 from hostile import Base, Call, make_base
+from huggingface_hub import constants
 
 from passreid_models import cli
 
-CASES, QUICK_CASES, KILLS, QUICK_KILLS = 300, 4, 50, 0  # of each class; in all
+CASES, QUICK_CASES, KILLS = 300, 4, 50  # cases of each class
 SECONDS, MEMORY = 60, 2 * 2**30
 ADDRESS_SPACE = 4 * 2**30  # on top of what is there: threads reserve more than they use
 MAX_MESSAGE = 4000  # characters
@@ -80,20 +80,21 @@ CLASSES: dict[str, Callable[[Random, Base, Path], Call]] = {
 class Outcome(NamedTuple):
     """End of a case: ``failure`` is empty if it is a good one."""
 
-    failure: str  # "", "traceback", "hang", "over 2 GB", "code executed", "died", "wrong result", "unclear message"
+    failure: str  # "", code executed, hang, over 2 GB, traceback, wrong result, unclear message, died, no case
     message: str
     output: str
     seconds: float
     megabytes: float
 
 
-def run_case(call: Call, work: Path, seconds: float = SECONDS) -> Outcome:
+def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = MEMORY) -> Outcome:
     """Run a case in a process of its own, and judge how it ends.
 
     Args:
         call: Words of a ``passreid`` command, or a function.
         work: Folder of the case; the process works in it.
         seconds: Time limit.
+        memory: Limit of the memory that it adds, in bytes.
     """
     log, ending = work.parent / f"{work.name}.log", work.parent / f"{work.name}.json"
     start = time.monotonic()
@@ -123,7 +124,7 @@ def run_case(call: Call, work: Path, seconds: float = SECONDS) -> Outcome:
         failure = "code executed"
     elif hangs:
         failure = "hang"
-    elif grown > MEMORY or (NO_MEMORY.search(output + message) and not end.get("said")):
+    elif grown > memory or (NO_MEMORY.search(output + message) and not end.get("said")):
         failure = "over 2 GB"
     elif not end or "ended" not in end:
         failure, message = "died", f"status {status}"
@@ -144,7 +145,7 @@ def _child(call: Call, work: Path, log: Path, ending: Path) -> None:
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
         os.chdir(work)
         os.environ["PASSREID_CACHE"] = str(work / "cache")
-        os.environ["HF_HOME"] = str(work / "hf")
+        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
         pages, resident = map(int, Path("/proc/self/statm").read_text(encoding="utf-8").split()[:2])
         limit = pages * os.sysconf("SC_PAGESIZE") + ADDRESS_SPACE
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -221,7 +222,10 @@ def run_number(kind: str, number: int, seed: int, base: Base, folder: Path) -> t
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as parent:
         work = Path(parent, "case")
         work.mkdir()
-        call = CLASSES[kind](Random(f"{kind}/{number}/{seed}"), base, work)
+        try:
+            call = CLASSES[kind](Random(f"{kind}/{number}/{seed}"), base, work)
+        except Exception:
+            return Outcome("no case", traceback.format_exc(), "", 0, 0), []
         return run_case(call, work), call
 
 
@@ -274,7 +278,7 @@ def main() -> None:
     parser.add_argument("--case", metavar="CLASS:NUMBER", help="one case, with its output")
     args = parser.parse_args()
     cases = args.cases if args.cases is not None else QUICK_CASES if args.quick else CASES
-    kills = args.kills if args.kills is not None else QUICK_KILLS if args.quick else KILLS
+    kills = args.kills if args.kills is not None else 0 if args.quick or args.only else KILLS
 
     start = time.monotonic()
     torch.set_num_threads(1)

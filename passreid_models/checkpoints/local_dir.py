@@ -343,9 +343,10 @@ _PRETRAINED_CFG: dict[str, Check] = {
 }
 
 
-def are_statistics(values: Mapping[str, Any]) -> bool:
-    """Whether the mean, std and interpolation among some values are possible ones of a pretrained cfg."""
-    return all(check(values[name]) for name, (_, check) in _PRETRAINED_CFG.items() if name in values)
+def are_statistics(values: Any) -> bool:
+    """Whether a dictionary has mean, std or interpolation that a pretrained cfg can have, and nothing else."""
+    known = ("mean", "std", "interpolation")
+    return isinstance(values, dict) and all(k in known and _PRETRAINED_CFG[k][1](v) for k, v in values.items())
 
 
 _MODEL_ARGS: dict[str, Check] = {

@@ -141,7 +141,7 @@ _RUN: dict[str, Check] = {
     "fingerprint": ("a text", _is_text),
     "dtype": ("a text", _is_text),
     "identities": ("texts", lambda v: isinstance(v, list | tuple) and all(map(_is_text, v))),
-    "statistics": ("mean, std and interpolation", lambda v: isinstance(v, dict) and are_statistics(v)),
+    "statistics": ("mean, std and interpolation", are_statistics),
     "before": ("scores", _is_scores),
     **dict.fromkeys(("origin", "scaler", "optimizer"), OBJECT),
     **dict.fromkeys(("student", "teacher", "model"), ("tensors by name", _are_tensors)),

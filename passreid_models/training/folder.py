@@ -21,9 +21,10 @@ from filelock import FileLock, Timeout
 from passreid_models.checkpoints.convert import check_tensors
 from passreid_models.checkpoints.names import check_run, run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
-from passreid_models.runtime import atomic_file, lock
+from passreid_models.runtime import atomic_file, lock, read_bytes
 
 _logger = logging.getLogger(__name__)
+MAX_METRICS_BYTES = 2**28  # a million lines
 NETWORKS = {"student", "teacher", "model"}  # entries of checkpoints
 
 
@@ -169,7 +170,7 @@ class RunFolder:
         for path in self.checkpoints():
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
-        if self.metrics_file.is_file():
+        if self.metrics_file.exists():
             lines = [line for line, record in self._records() if record["step"] <= step]
             with atomic_file(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
@@ -182,9 +183,9 @@ class RunFolder:
         return [record for _, record in self._records()]
 
     def _records(self) -> list[tuple[str, dict[str, float]]]:
-        if not self.metrics_file.is_file():
+        if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bytes(self.metrics_file, MAX_METRICS_BYTES).decode(errors="replace").splitlines()
         return [(line, record) for line in lines if (record := _record(line))]
 
     def metric(self, step: int, name: str) -> float | None:
