@@ -112,7 +112,7 @@ def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = M
             hangs = True
             os.killpg(pid, signal.SIGKILL)
         else:
-            time.sleep(0.002)
+            time.sleep(0.005)
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what it has started
     took = time.monotonic() - start
@@ -245,12 +245,17 @@ def run_all(jobs: list[tuple[str, int]], seed: int, base: Base, folder: Path) ->
     for worker in workers:
         worker.start()
     running = size
-    while running:
-        item = queue.get()
-        running -= item is None
-        if item is not None:
-            yield item
+    try:
+        while running:
+            item = queue.get()
+            running -= item is None
+            if item is not None:
+                yield item
+    except KeyboardInterrupt:
+        print("interrupted: the figures are those of the cases so far")
     for worker in workers:
+        if running:
+            worker.terminate()
         worker.join()
 
 
