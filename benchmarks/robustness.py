@@ -48,7 +48,7 @@ from huggingface_hub import constants
 
 from passreid_models import cli
 
-CASES, QUICK_CASES, KILLS = 300, 4, 50  # cases of each class
+CASES, QUICK_CASES, KILLS = 300, 3, 50  # cases of each class
 SECONDS, MEMORY = 60, 2 * 2**30
 ADDRESS_SPACE = 4 * 2**30  # on top of what is there: threads reserve more than they use
 MAX_MESSAGE = 4000  # characters

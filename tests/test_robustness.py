@@ -59,7 +59,8 @@ def fail(error):
 )
 def test_the_judge_knows_each_kind_of_failure(call, failure, tmp_path):
     (tmp_path / "case").mkdir()
-    assert run_case(call, tmp_path / "case", seconds=5, memory=2**27).failure == failure
+    seconds = 1 if failure == "hang" else 60
+    assert run_case(call, tmp_path / "case", seconds, memory=2**27).failure == failure
 
 
 @pytest.mark.slow
@@ -68,4 +69,4 @@ def test_the_benchmark_of_robustness_reports_its_figures():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     zeros = dict.fromkeys(("failures", "kills", "lost", "tracebacks", "hangs", "over_2gb", "code_executed"), 0)
-    assert json.loads(done.stdout.splitlines()[-1]) == {"cases": 4 * len(CLASSES), **zeros}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"cases": 3 * len(CLASSES), **zeros}
