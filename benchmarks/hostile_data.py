@@ -249,6 +249,7 @@ def galleries(rng: Random, base: Base, work: Path) -> Call:
         changed = m.mutate_json(Random(seed), values)
         x = m.mutate_tensor(Random(seed + 1), x) if seed % 2 else x
         if not (isinstance(x, torch.Tensor)
+            and not x.requires_grad
             and x.layout == torch.strided
             and x.dtype == torch.float32 and x.ndim == 2 and x.is_contiguous()
                 and x.device.type == "cpu" and x.layout == torch.strided and x.numel() < 10**6):  # fmt: skip
