@@ -72,7 +72,9 @@ def run(program: str, work: Callable[[], int]) -> int:
         code, message = _explain(e, program)
     try:
         if message:
-            print(f"{program}: {message}", file=sys.stderr, flush=True)
+            from passreid_models.runtime import printable
+
+            print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         _discard(sys.stderr)
     return code
@@ -94,12 +96,13 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
 
     if isinstance(error, Stopped):
         return 128 + error.signum if error.signum else 0, str(error) if _is_first() else ""
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):  # the CPU's, too
         advice = {
             "passreid": "a smaller --batch-size needs less",
             "passreid-train": "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less",
         }.get(program, "a smaller batch or --grad-checkpointing needs less")
-        return 1, f"out of memory: {advice} ({str(error).partition('. ')[0]})"
+        reason = re.split(r"\. (?=[A-Z])", str(error).rpartition("DefaultCPUAllocator: ")[2])[0]
+        return 1, f"out of memory: {advice} ({reason or 'Python has none left'})"
     if isinstance(error, NonFiniteError | NonFiniteLossError | ChildProcessError):
         return 1, str(error)
     if isinstance(error, ValueError | OSError):
@@ -187,14 +190,14 @@ class _Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        from passreid_models.runtime import did_you_mean
+        from passreid_models.runtime import did_you_mean, printable
 
         if option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += did_you_mean(option[1], self._option_string_actions)
         elif word := re.search(r"invalid choice: '([^']*)' \(choose", message):
             choices = [str(choice) for action in self._actions for choice in action.choices or ()]
             message += did_you_mean(word[1], choices)
-        super().error(message)
+        super().error(printable(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -478,8 +481,10 @@ def _dtype(args: argparse.Namespace) -> "torch.dtype":
 
 def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
     """Print the images that are left out, each with the reason; those beyond ``limit`` as a number."""
+    from passreid_models.runtime import printable
+
     for reason in reasons[:limit]:
-        print(f"passreid: left out: {reason}", file=sys.stderr)
+        print(f"passreid: left out: {printable(reason)}", file=sys.stderr)
     if more := len(reasons) - len(reasons[:limit]):
         print(f"passreid: left out: {more} more images for the same reason", file=sys.stderr)
 

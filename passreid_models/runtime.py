@@ -37,6 +37,20 @@ def check_file(path: str | Path) -> None:
         raise PermissionError(f"{path}: {folder} cannot be written to")
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """Content of a regular file of at most ``most`` bytes; a pipe or a device would make the reader wait.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no regular file, or larger.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+    if path.stat().st_size > most:
+        raise ValueError(f"{path} is larger than {most:,} bytes")
+    return path.read_bytes()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind.
@@ -118,6 +132,11 @@ def lock(path: str | Path) -> FileLock:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.parent / f".{path.name}.lock")
+
+
+def printable(text: str) -> str:
+    """Text in one line for a terminal: control characters, as a file's name can hold them, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

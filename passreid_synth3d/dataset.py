@@ -21,8 +21,8 @@ from filelock import Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from passreid_models.data.layouts import MARKER_3D
-from passreid_models.runtime import atomic_file, check_workers, lock, num_cores, write_json
+from passreid_models.data.layouts import MARKER_3D, MAX_LIST_BYTES
+from passreid_models.runtime import atomic_file, check_workers, lock, num_cores, read_bytes, write_json
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
 from passreid_synth3d.fabrics import PATTERN_FAMILIES
@@ -262,8 +262,9 @@ def _marker(root: Path) -> dict[str, Any]:
         FileExistsError: If it is damaged.
     """
     try:
-        return {"complete": False, **json.loads((root / MARKER_3D).read_text(encoding="utf-8"))}
-    except (ValueError, TypeError):
+        marker = {"complete": False, "libraries": None, **json.loads(read_bytes(root / MARKER_3D, MAX_LIST_BYTES))}
+        return {**marker, "libraries": marker["libraries"] and dict(marker["libraries"])}
+    except (ValueError, TypeError, RecursionError):
         raise FileExistsError(f"{root / MARKER_3D} is damaged; give a new or an empty folder") from None
 
 

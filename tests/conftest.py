@@ -1,9 +1,17 @@
 """Fixtures that several test files share."""
 
 import socket
+import tempfile
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, configuration, settings
+
+configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # not the checkout
+COMMON = dict(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("short", max_examples=2, derandomize=True, phases=[Phase.generate], **COMMON)
+settings.register_profile("long", max_examples=300, **COMMON)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def check_config(config: Any, file: str | Path) -> None:
     is_config = isinstance(config, dict) and isinstance(config.get("pretrained_cfg"), dict)
     if not is_config or config.get("architecture") not in list(ARCHITECTURES):
         raise ValueError(f"{file} is not the config of a model of this package")
-    check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": _OBJECT, "provenance": _OBJECT}, file)
+    check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": OBJECT, "provenance": OBJECT}, file)
     check_fields(config["pretrained_cfg"], _PRETRAINED_CFG, f"{file}: pretrained_cfg")
     if "num_classes" in config:
         check_fields(config, {"num_classes": _CLASSES}, file)
@@ -329,7 +329,7 @@ def _number(low: float, high: float) -> Check:
 
 
 MAX_CONFIG_BYTES = 2**24
-_OBJECT: Check = ("an object", lambda v: isinstance(v, dict))
+OBJECT: Check = ("an object", lambda v: isinstance(v, dict))
 _CHANNELS, _CLASSES, PIXELS = whole(1, 64), whole(0, 100_000), whole(16, 4096)
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
 _PRETRAINED_CFG: dict[str, Check] = {
@@ -341,6 +341,14 @@ _PRETRAINED_CFG: dict[str, Check] = {
     "std": _either(several(3, _number(1e-6, 100)), several(1, _number(1e-6, 100))),
     "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
 }
+
+
+def are_statistics(values: Any) -> bool:
+    """Whether a dictionary has mean, std or interpolation that a pretrained cfg can have, and nothing else."""
+    known = ("mean", "std", "interpolation")
+    return isinstance(values, dict) and all(k in known and _PRETRAINED_CFG[k][1](v) for k, v in values.items())
+
+
 _MODEL_ARGS: dict[str, Check] = {
     "embed_dim": whole(1, 16_384),
     "depth": whole(1, 1_000),

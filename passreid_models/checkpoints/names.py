@@ -18,13 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_state_dict
 from passreid_models.checkpoints.hub import download_hub
-from passreid_models.checkpoints.local_dir import PIXELS, check_fields, exported_folder, model_of, read_config, several
+from passreid_models.checkpoints.local_dir import (
+    OBJECT,
+    PIXELS,
+    Check,
+    are_statistics,
+    check_fields,
+    exported_folder,
+    model_of,
+    read_config,
+    several,
+    whole,
+)
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.runtime import did_you_mean
 
@@ -81,8 +92,10 @@ class NamedModel:
     @property
     def run(self) -> dict[str, Any]:
         """The checkpoint, if it is one of a run of this package; else an empty dictionary."""
-        is_run = isinstance(self.checkpoint, dict) and {"config", "step"} <= self.checkpoint.keys()
-        return self.checkpoint if is_run else {}
+        if not isinstance(self.checkpoint, dict) or not {"config", "step"} <= self.checkpoint.keys():
+            return {}
+        check_run(self.checkpoint, self.file or "")
+        return self.checkpoint
 
     @property
     def own_model(self) -> tuple[str, dict[str, Any]]:
@@ -93,12 +106,58 @@ class NamedModel:
         return _model_of_tensors(self.converted, self.file)
 
 
+def check_run(checkpoint: Mapping[str, Any], file: str | Path) -> None:
+    """Check the entries of a run's checkpoint: their types, and the settings that make its model.
+
+    Raises:
+        CheckpointError: The message begins with ``file`` and the entry.
+    """
+    try:
+        check_fields(checkpoint, {name: check for name, check in _RUN.items() if name in checkpoint}, file)
+        config = checkpoint["config"]
+        check_fields(config, {k: check for k, check in _RUN_CONFIG.items() if k in config}, f"{file}: config")
+    except ValueError as e:
+        raise CheckpointError(str(e)) from None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_scores(value: Any) -> bool:
+    return isinstance(value, dict) and (not value or type(value.get("mAP")) in (int, float))
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+_RUN: dict[str, Check] = {
+    "config": OBJECT,
+    "step": whole(0, 2**53),
+    "skipped": whole(0, 2**53),
+    "num_images": whole(1, 2**53),
+    "world_size": whole(1, 10**6),
+    "fingerprint": ("a text", _is_text),
+    "dtype": ("a text", _is_text),
+    "identities": ("texts", lambda v: isinstance(v, list | tuple) and all(map(_is_text, v))),
+    "statistics": ("mean, std and interpolation", are_statistics),
+    "before": ("scores", _is_scores),
+    **dict.fromkeys(("origin", "scaler", "optimizer"), OBJECT),
+    **dict.fromkeys(("student", "teacher", "model"), ("tensors by name", _are_tensors)),
+    **dict.fromkeys(("centers", "labels", "centroids"), ("a tensor", lambda v: isinstance(v, Tensor))),
+}
+_RUN_CONFIG: dict[str, Check] = {
+    "model": (f"one of {', '.join(ARCHITECTURES)}", lambda v: v in list(ARCHITECTURES)),
+    "size": several(2, PIXELS),
+    "init": ("a text", _is_text),
+}
+
+
 def _model_of_run(config: Any, converted: Converted, file: Path | None) -> tuple[str, dict[str, Any]]:
     """Architecture and arguments of the model that a run exports."""
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: config: expected the settings of a run, got a {type(config).__name__}")
-    known = f"one of {', '.join(ARCHITECTURES)}", lambda v: v in list(ARCHITECTURES)
-    check_fields(config, {"model": known, "size": several(2, PIXELS)}, f"{file}: config")
+    if missing := [name for name in ("model", "size") if name not in config]:
+        raise CheckpointError(f"{file}: config has no {missing[0]}")
     args: dict[str, Any] = {"img_size": tuple(config["size"]), "num_parts": converted.architecture.num_parts}
     if fusion := config.get("fusion"):
         args["global_pool"] = fusion

@@ -21,9 +21,9 @@ from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.download import WeightsUnavailableError
 from passreid_models.checkpoints.drive import download_drive
 from passreid_models.checkpoints.hub import download_hub
-from passreid_models.checkpoints.local_dir import write_converted
+from passreid_models.checkpoints.local_dir import MAX_CONFIG_BYTES, write_converted
 from passreid_models.checkpoints.read import CheckpointError
-from passreid_models.runtime import cache_dir, did_you_mean, lock, sha256, write_json
+from passreid_models.runtime import cache_dir, did_you_mean, lock, read_bytes, sha256, write_json
 
 __all__ = ["Weight", "WeightsUnavailableError", "get_weight", "list_weights", "pull", "resolve", "verify"]
 
@@ -190,10 +190,12 @@ def read_record(name: str) -> dict[str, Any] | None:
     """Record of pulled weights: folder, address, SHA-256 and size of the source, SHA-256 of the result; or None."""
     path = cache_dir() / f"{name}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:  # not written by this package: pull again
+        record = json.loads(read_bytes(path, MAX_CONFIG_BYTES)) if path.exists() else None
+    except (ValueError, RecursionError):  # not written by this package: pull again
         return None
-    return record if isinstance(record, dict) and record.keys() >= {"folder", "sha256"} else None
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in ("folder", "sha256")):
+        return None
+    return record if Path(record["folder"]).name == record["folder"] else None
 
 
 def pull(name: str, source: str | Path | None = None, force: bool = False) -> Path:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.data.images import count, open_image, read_file, reason
 from passreid_models.data.layouts import VIDEOS
-from passreid_models.runtime import num_cores
+from passreid_models.runtime import num_cores, printable
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
 
@@ -41,7 +41,7 @@ class Finding:
     def __str__(self) -> str:
         names = ", ".join(self.files[:SHOWN])
         more = f" and {len(self.files) - SHOWN:,} more" if len(self.files) > SHOWN else ""
-        return f"{self.level}: {self.message}{f': {names}{more}' if names else ''}"
+        return printable(f"{self.level}: {self.message}{f': {names}{more}' if names else ''}")
 
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:

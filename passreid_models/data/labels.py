@@ -139,8 +139,9 @@ def number_ids(labels: Sequence[list[str]]) -> list[np.ndarray]:
 def number_cameras(labels: Sequence[list[str]]) -> list[np.ndarray]:
     """Number the cameras of the three splits, given as text, from 0; camera 1 is the first, unless there is a 0."""
     names = _natural({name for split in labels for name in split} - {""})
-    if all(name.isdecimal() and name.isascii() for name in names) and len({int(name) for name in names}) == len(names):
-        first = min(1, *map(int, names)) if names else 1
+    numbers = {int(name) for name in names if name.isdecimal() and name.isascii()}
+    if len(numbers) == len(names) and max(numbers, default=0) < 1 << 62:
+        first = min(1, *numbers) if numbers else 1
         camids = {name: int(name) - first for name in names}
     else:
         camids = {name: number for number, name in enumerate(names)}

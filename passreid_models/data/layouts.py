@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from passreid_models.data.folder_names import is_split, refuse_other_folders, refuse_other_sets
 from passreid_models.data.images import image_names, is_image_name, list_folder
+from passreid_models.runtime import read_bytes
 from passreid_models.synthetic.dataset import MARKER
 
 __all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree"]
@@ -38,6 +39,7 @@ EXPECTED = (
 )
 MARKER_3D = "synthetic3d.json"
 """File in a folder of ``passreid_synth3d`` that records how its persons were drawn."""
+MAX_LIST_BYTES = 2**27  # of a table or list: a million lines
 SPLITS = ("train", "query", "gallery")
 MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 VERI = {"train": "image_train", "query": "image_query", "gallery": "image_test"}
@@ -228,7 +230,7 @@ def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]
 def _name_3d(marker: Path) -> str:
     """Name of a set of 3-D persons, with what tells its images from those of another drawing."""
     try:
-        recipe = json.loads(marker.read_text(encoding="utf-8"))
+        recipe = json.loads(read_bytes(marker, MAX_LIST_BYTES))
         return f"synthetic 3-D (generator {int(recipe.get('generator', 1))}, seed {int(recipe['seed'])})"
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return "synthetic 3-D"
@@ -296,7 +298,8 @@ def _msmt17_version(root: Path, folders: set[str]) -> str:
 
 def _read_list(file: Path, folder: Path) -> Iterator[Row]:
     """Rows of a list of MSMT17, whose identities count from 0; here from 1, since 0 would be a distractor."""
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines(), 1):
+    text = read_bytes(file, MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         path, _, pid = line.strip().rpartition(" ")

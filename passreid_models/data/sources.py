@@ -23,6 +23,7 @@ from passreid_models.runtime import cache_dir, near_path
 __all__ = ["FileSource", "ListSource", "Source", "SyntheticSource", "TarSource", "open_source"]
 
 LISTS = (".txt", ".lst")
+MAX_PATH_BYTES = 2**16
 EXPECTED = f"a folder of images, a list of paths ({' or '.join(LISTS)}), a .tar file, or synthetic:ids=1000"
 
 
@@ -118,7 +119,9 @@ class ListSource(FileSource):
         """
         names = Names()
         with path.open("rb") as file:
-            for line in file:
+            while line := file.readline(MAX_PATH_BYTES):
+                if len(line) == MAX_PATH_BYTES:
+                    raise ValueError(f"{path}: a line of {MAX_PATH_BYTES:,} bytes or more; expected one path per line")
                 if b"\0" in line:
                     raise ValueError(f"{path}: a list of images is text in UTF-8, this is UTF-16 or no text")
                 line = line.removeprefix(b"\xef\xbb\xbf").strip()  # Windows marks UTF-8 at the beginning

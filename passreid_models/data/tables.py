@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
-from passreid_models.data.layouts import SPLITS, Layout, Row
+from passreid_models.data.layouts import MAX_LIST_BYTES, SPLITS, Layout, Row
+from passreid_models.runtime import read_bytes
 
 __all__ = ["read_csv"]
 
@@ -109,7 +110,7 @@ def _columns(head: str, separator: str) -> list[str]:
 
 
 def _text(file: Path) -> str:
-    content = file.read_bytes()
+    content = read_bytes(file, MAX_LIST_BYTES)
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     if b"\0" in content and encoding.startswith("utf-8"):
         raise ValueError(f"{file}: UTF-16 without its mark, or no text; expected a CSV file in UTF-8")

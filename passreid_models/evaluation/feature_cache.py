@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from passreid_models.data.images import read_file
 from passreid_models.embed import Embedder, has_direction
-from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, num_cores, sha256
+from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, num_cores
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
@@ -106,8 +107,8 @@ def hash_files(paths: Sequence[Path]) -> list[str]:
 
 def _hash(path: Path) -> str:
     try:
-        return sha256(path) if path.is_file() else ""  # a pipe would make the reader wait
-    except OSError:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    except (OSError, ValueError):  # a pipe, or too large for an image
         return ""
 
 

@@ -23,7 +23,7 @@ from passreid_models.pretrain.optim import clip_to_norm, gradient_norms, make_op
 from passreid_models.pretrain.photometric import Photometric
 from passreid_models.runtime import all_reduce_mean, seed_step
 from passreid_models.schedules import cosine, linear_epochs, warmup_cosine
-from passreid_models.training.optim import set_hyperparameters
+from passreid_models.training.optim import load_optimizer, set_hyperparameters
 from passreid_models.training.trainer import BaseTrainer, sync_gradients
 
 
@@ -176,7 +176,7 @@ class PretrainTrainer(BaseTrainer):
     def load_tensors(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.criterion.centers.copy_(state["centers"])
         for backbone in (self.student.backbone, self.teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **state["statistics"]}

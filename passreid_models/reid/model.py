@@ -152,6 +152,8 @@ def make_backbone(
     start: Any = None
     if state is not None:
         parts = next((v for k, v in state.items() if k.endswith("reg_token")), None)
+        if parts is not None and parts.ndim != 3:
+            raise CheckpointError(f"reg_token of the run to resume has {parts.ndim} dimensions, and 3 are expected")
         size["num_parts"] = 0 if parts is None else parts.shape[1]
     elif config.init != "random":
         weights = weights or find_weights(config.init, config.model)

@@ -72,10 +72,11 @@ class ReIDRun(Run):
     def _read_best(self, step: int) -> float:
         """mAP of the best model so far; -1 if there is none up to this step on the same evaluation data."""
         file = self.folder.path / "best" / "config.json"
-        provenance = read_config(file.parent)["provenance"] if file.is_file() else {}
+        provenance = read_config(file.parent).get("provenance", {}) if file.is_file() else {}
         if self.eval_dataset is None or provenance.get("evaluated_on") != self.eval_dataset.fingerprint:
             return -1.0
-        return provenance["mAP"] if provenance["step"] <= step else -1.0
+        score, at = provenance.get("mAP"), provenance.get("step")
+        return score if isinstance(score, int | float) and isinstance(at, int) and at <= step else -1.0
 
     def batches(self) -> Generator[ImageBatch, None, None]:
         t = self.trainer

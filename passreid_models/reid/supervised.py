@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passreid_models.checkpoints.names import NamedModel
+from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.reid.losses import batch_hard_triplet
@@ -23,6 +24,7 @@ from passreid_models.reid.samplers import count_identity_batches, identity_batch
 from passreid_models.reid.trainer import ReIDTrainer, statistics_of
 from passreid_models.runtime import gather_rows
 from passreid_models.schedules import warmup_cosine_epochs
+from passreid_models.training.optim import load_optimizer
 from passreid_models.training.run import run_in_folder
 from passreid_models.training.warm_start import find_weights
 
@@ -98,16 +100,19 @@ class SupervisedTrainer(ReIDTrainer):
         names = run.get("identities")  # older checkpoints have none, but a fingerprint of the labelled images
         if not has_classifier(run):
             reason = f"{init} gives no checkpoint of passreid finetune"
-        elif names is None and run["fingerprint"] != self.fingerprint:
+        elif names is None and run.get("fingerprint") != self.fingerprint:
             reason = f"{init} does not name its identities, and its images are others"
         elif names is not None and names != ids:
             same = len(set(names) & set(ids))
             reason = f"of the {len(names)} identities of {init} and the {len(ids)} here, {same} are the same"
-        elif differing := [k for k in ("neck", "fusion") if run["config"][k] != getattr(c, k)]:
+        elif differing := [k for k in ("neck", "fusion") if run["config"].get(k) != getattr(c, k)]:
             reason = "; ".join(f"{k} is {getattr(c, k)}, and {run['config'][k]} in {init}" for k in differing)
         else:
             kept = {k: v for k, v in run["model"].items() if k.startswith(("backbone.fc_norm.", "classifier."))}
-            self.model.load_state_dict(kept, strict=False)
+            try:
+                self.model.load_state_dict(kept, strict=False)
+            except RuntimeError as e:  # of other shapes
+                raise CheckpointError(f"init: {init}: {' '.join(str(e).split())}") from None
             line = f"classifier: kept, with the neck, since the {len(ids)} identities have the names of {init}"
             if run.get("fingerprint") != self.fingerprint:
                 line += "; its images are others: if its persons are, too, begin with its export"
@@ -142,7 +147,7 @@ class SupervisedTrainer(ReIDTrainer):
 
     def load_tensors(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
 
 
 def find_start(config: FinetuneConfig) -> NamedModel:

@@ -31,8 +31,9 @@ from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainer import ReIDTrainer, statistics_of
 from passreid_models.runtime import gather_rows, on_first, world
-from passreid_models.training.command import merge_presets
+from passreid_models.training.command import check_yaml, merge_presets
 from passreid_models.training.folder import RunFolder
+from passreid_models.training.optim import load_optimizer
 from passreid_models.training.run import run_in_folder
 
 __all__ = ["cluster", "compare_with_labels"]
@@ -87,9 +88,12 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
     if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
         values |= merge_presets(config.source_config, PRESETS["finetune"], config.model or config.init)
     elif config.source_config:
+        file = Path(config.source_config)
+        if file.exists():
+            check_yaml(file, "source_config")
         try:
-            settings = yaml.safe_load(Path(config.source_config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as e:  # a date that there is not is a ValueError
             expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
             reason = " ".join(str(e).split())
             raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {reason}") from None
@@ -201,7 +205,7 @@ class ClusterTrainer(ReIDTrainer):
 
     def load_tensors(self, state: dict[str, Any]) -> None:
         self.backbone.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.labels = state["labels"].cpu()
         self.memory = self._new_memory(state["centroids"])
 

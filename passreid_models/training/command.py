@@ -63,7 +63,7 @@ def read_config(
     options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
     flags = dict(options)
     for file in [value or "" for name, value in options if name == "--config"]:
-        _check_yaml(Path(file))
+        check_yaml(Path(file))
     in_file = _texts_in(Path(str(flags["--config"]))) if "--config" in flags else {}
     preset, init = (flags.get(f"--{name}", in_file.get(name)) for name in ("preset", "init"))
     parser.set_defaults(merge_presets(preset or "", presets, init or ""))
@@ -122,29 +122,33 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]], init: st
     return settings
 
 
-def _check_yaml(file: Path) -> None:
+def check_yaml(file: Path, option: str = "config") -> None:
     """Check that a file of settings is one, before it is parsed: a regular file without aliases, not deeply nested.
 
     Aliases of aliases grow a small file to any size; other errors in the file are left to the parser.
 
+    Args:
+        file: The file.
+        option: Option that names it.
+
     Raises:
-        ValueError: The message begins with ``config`` and the file.
+        ValueError: The message begins with the option and names the file.
     """
     import yaml
 
     if not file.is_file():
         what = "it is no regular file" if file.exists() else "there is none"
-        raise ValueError(f"config: expected a YAML file at {file}: {what}")
+        raise ValueError(f"{option}: expected a YAML file at {file}: {what}")
     if file.stat().st_size > MAX_YAML_BYTES:
-        raise ValueError(f"config: {file} is larger than {MAX_YAML_BYTES:,} bytes")
+        raise ValueError(f"{option}: {file} is larger than {MAX_YAML_BYTES:,} bytes")
     depth = 0
     with suppress(yaml.YAMLError, UnicodeDecodeError):
         for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"config: {file} has an alias, *{event.anchor}; expected plain values")
+                raise ValueError(f"{option}: {file} has an alias, *{event.anchor}; expected plain values")
             if depth > MAX_YAML_DEPTH:
-                raise ValueError(f"config: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
+                raise ValueError(f"{option}: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
 
 
 def _texts_in(file: Path) -> dict[str, str]:

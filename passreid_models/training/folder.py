@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from passreid_models.checkpoints.names import run_checkpoints
+from passreid_models.checkpoints.convert import check_tensors
+from passreid_models.checkpoints.names import check_run, run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
-from passreid_models.runtime import atomic_file, lock
+from passreid_models.runtime import atomic_file, lock, read_bytes
 
 _logger = logging.getLogger(__name__)
+MAX_METRICS_BYTES = 2**28  # a million lines
+NETWORKS = {"student", "teacher", "model"}  # entries of checkpoints
 
 
 class RunFolder:
@@ -113,6 +116,12 @@ class RunFolder:
             raise CheckpointError(str(e).removesuffix(AGAIN)) from None
         if not isinstance(state, dict) or not {"config", "step", *self.state_keys} <= state.keys():
             raise CheckpointError(f"{path} is no checkpoint of {self.program}: give it to --init instead of --resume")
+        check_run(state, path)
+        try:
+            for name in NETWORKS & state.keys():
+                check_tensors(state[name])
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
         return state
 
     def load_latest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -161,19 +170,28 @@ class RunFolder:
         for path in self.checkpoints():
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
-        if self.metrics_file.is_file():
-            lines = [x for x in self.metrics_file.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
+        if self.metrics_file.exists():
+            lines = [line for line, record in self._records() if record["step"] <= step]
             with atomic_file(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
 
+    def metrics(self) -> list[dict[str, float]]:
+        """Records of ``metrics.jsonl``: numbers by name, NaN for null, each with a ``step``.
+
+        Lines that are no records, such as one that a kill cut short, are left out.
+        """
+        return [record for _, record in self._records()]
+
+    def _records(self) -> list[tuple[str, dict[str, float]]]:
+        if not self.metrics_file.exists():
+            return []
+        lines = read_bytes(self.metrics_file, MAX_METRICS_BYTES).decode(errors="replace").splitlines()
+        return [(line, record) for line in lines if (record := _record(line))]
+
     def metric(self, step: int, name: str) -> float | None:
         """Last value of a metric of this step in ``metrics.jsonl``; NaN if it is null, None if there is none."""
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
-        records = [json.loads(line) for line in lines if _step_of(line) == step]
-        values = [record[name] for record in records if name in record]
-        if not values:
-            return None
-        return values[-1] if isinstance(values[-1], int | float) else math.nan
+        values = [record[name] for record in self.metrics() if record["step"] == step and name in record]
+        return values[-1] if values else None
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
@@ -181,13 +199,16 @@ class RunFolder:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of ``metrics.jsonl``; infinite for one that is no record, such as one that a kill cut short."""
+def _record(line: str) -> dict[str, float]:
+    """Numbers in a line of ``metrics.jsonl``, with NaN for null; empty if it is no record."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int | float) else math.inf
+        record = json.loads(line, parse_int=float)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    values = {k: math.nan if v is None else v for k, v in record.items() if v is None or isinstance(v, float)}
+    return values if math.isfinite(values.get("step", math.nan)) else {}
 
 
 def is_dead_worker(error: Exception) -> bool:

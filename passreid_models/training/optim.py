@@ -1,6 +1,7 @@
 """Parameter groups, with factors of the learning rate and the weight decay."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher
@@ -70,6 +71,20 @@ def make_grouped_optimizer(
         return torch.optim.SGD(param_groups, lr=0.0, momentum=momentum)
     fused = backbone.cls_token.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(param_groups, lr=0.0, betas=(momentum, 0.999), fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore the moments of a saved optimiser; the settings of the groups stay those of the configuration.
+
+    Raises:
+        ValueError: If they are not those of its parameters.
+    """
+    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for p, moments in optimizer.state.items():
+        for name, x in moments.items():
+            if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_meta or x.shape not in (p.shape, ())):
+                shapes = f"{tuple(x.shape)}, and its parameter {tuple(p.shape)}"
+                raise ValueError(f"{name} of the optimiser is {x.layout} {shapes}")
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -1,12 +1,12 @@
 """Curves of a training run."""
 
-import json
 import math
 from fnmatch import filter as matching
 from pathlib import Path
 
 from passreid_models.figure import new_figure
 from passreid_models.runtime import atomic_file
+from passreid_models.training.folder import RunFolder
 
 PANELS = {  # titles, and names or patterns of the metrics
     "loss": ("loss", "loss_*"),
@@ -34,10 +34,11 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
         FileNotFoundError: If there are no metrics.
         ValueError: If matplotlib is not installed, or cannot write such a file.
     """
-    metrics = Path(run) / "metrics.jsonl"
+    folder = RunFolder(run)
+    metrics = folder.metrics_file
     if not metrics.is_file():
         raise FileNotFoundError(f"{metrics} is not there: {run} is no training run, or has not logged yet")
-    records = [r for line in metrics.read_text(encoding="utf-8").splitlines() if "epoch" in (r := _read(line))]
+    records = [record for record in folder.metrics() if math.isfinite(record.get("epoch", math.nan))]
     if not records:
         raise ValueError(f"{metrics} holds no steps yet")
     picture = Path(picture) if picture else Path(run) / "curves.png"
@@ -53,11 +54,12 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
         axes = figure.add_subplot(rows, COLUMNS, position)
         for key in keys:
             x, values = zip(*((r["epoch"], r[key]) for r in records if key in r), strict=True)
-            y = [math.nan if v is None else v for v in values]  # null (not finite) is a gap in the curve
+            y = [v if math.isfinite(v) else math.nan for v in values]  # a gap in the curve
             largest = max((abs(v) for v in y if not math.isnan(v)), default=0) or 1.0
             size = 5 if len(x) <= FEW else 2
             axes.plot(x, [v / largest for v in y] if "shares" in title else y, label=key, marker="o", markersize=size)
-        scores = [(r["epoch"], r["mAP"]) for r in records if r.get("mAP") is not None] if "mAP" in keys else []
+        evaluated = [r for r in records if math.isfinite(r.get("mAP", math.nan))] if "mAP" in keys else []
+        scores = [(r["epoch"], r["mAP"]) for r in evaluated]
         if len(scores) > 1 and scores[0][0] == 0:
             (_, before), *later = scores
             title += f": mAP {before:.1f} before, {max(y for _, y in later):.1f} at best, {later[-1][1]:.1f} at the end"
@@ -71,11 +73,3 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, dpi=110)
     return picture
-
-
-def _read(line: str) -> dict[str, float]:
-    """Parse a line; empty if it is incomplete, after a kill or while a run is writing it."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}

@@ -70,7 +70,7 @@ class Run:
         newest = self.folder.latest()
         checkpoint = self.folder.find(config.resume)
         if checkpoint is not None:  # it holds all weights, and init may be gone
-            config = replace(config, init=checkpoint["config"]["init"])
+            config = replace(config, init=checkpoint["config"].get("init", ""))
         self.config = config
         self.trainer = self.prepare(device, checkpoint)
         self.origin = checkpoint.get("origin", {}) if checkpoint else provenance_of(config.init, self.config.model)

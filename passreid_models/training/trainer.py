@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.device import pick_dtype
 from passreid_models.runtime import world
 from passreid_models.training.config import RunConfig
@@ -193,6 +194,7 @@ class BaseTrainer:
 
         Raises:
             ValueError: If ``state`` is of a run with other settings or data; the message names them.
+            CheckpointError: If its tensors are not those of such a run.
         """
         config = self.config
         if changed := config.changed(state["config"]):
@@ -213,9 +215,16 @@ class BaseTrainer:
                 "and drop-path masks differ"
             )
         self.step, self.skipped = state["step"], state["skipped"]
-        self.load_tensors(state)
-        if state["scaler"]:  # empty unless the saved run was in float16
-            self.scaler.load_state_dict(state["scaler"])
+        try:
+            self.load_tensors(state)
+            if state["scaler"]:  # empty unless the saved run was in float16
+                self.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:  # torch's loaders
+            reason = " ".join(str(e).split())[:300]
+            raise CheckpointError(
+                f"the checkpoint of the run to resume does not fit its settings ({type(e).__name__}: {reason}): begin "
+                "with another one, or another --out"
+            ) from None
 
 
 def sync_gradients(network: nn.Module, last: bool) -> AbstractContextManager:

@@ -41,7 +41,7 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
             raise
         _logger.warning(f"init: {str(e).removesuffix(AGAIN)}; {export} is taken instead")
         weights, run = _find(init, model), {}
-    architecture = run["config"]["model"] if run else weights.architecture
+    architecture = run["config"].get("model", "") if run else weights.architecture
     if architecture not in ("", model):
         raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
     return weights

@@ -902,3 +902,13 @@ def test_a_repository_that_is_not_in_the_cache_of_an_offline_hub_names_the_setti
     message = "config.json of org/name on the Hub: HF_HUB_OFFLINE is set and it is not in the cache"
     with pytest.raises(WeightsUnavailableError, match=f"^{message}$"):
         download_hub("org/name", "config.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record", ["null", "[]", '{"folder": [], "sha256": ""}', '{"folder": "../x", "sha256": ""}', "[" * 10**5, "{"]
+)
+def test_a_record_that_this_package_did_not_write_counts_as_none(record, tmp_path, monkeypatch):
+    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path))
+    (tmp_path / f"{LUP}.json").write_text(record)
+    assert zoo.read_record(LUP) is None
+    assert zoo.verify(LUP) == [(LUP, "not pulled")]

@@ -3,6 +3,7 @@
 import pytest
 
 from passreid_models.data.datasets import open_dataset
+from passreid_models.data.labels import number_cameras
 from tests.reid_data import write, write_csv, write_msmt17
 
 
@@ -117,3 +118,8 @@ def test_repeated_rows_count_once(tmp_path):
     assert twice.repeated == ("own.csv:6", "own.csv:7")
     assert twice.fingerprint == once.fingerprint
     assert (twice.own.tolist(), twice.matches.tolist()) == ([0], [1])
+
+
+def test_cameras_with_more_digits_than_an_integer_holds_are_numbered_in_their_order():
+    cameras = number_cameras([["9" * 20, "7"], ["9" * 30], ["7", ""]])
+    assert [split.tolist() for split in cameras] == [[1, 0], [2], [0, -1]]

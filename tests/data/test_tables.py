@@ -1,8 +1,12 @@
 """CSV files of labels: read as people, scripts and spreadsheets write them, or refused with their line."""
 
+import os
+
 import pytest
 
 from passreid_models.data.datasets import open_dataset
+from passreid_models.data.sources import open_source
+from passreid_models.evaluation.feature_cache import hash_files
 from tests.reid_data import rows, write_csv
 
 
@@ -136,3 +140,21 @@ def test_a_list_of_another_suffix_is_refused_with_the_suffix_to_give_it(tmp_path
         ValueError, match=rf"own.{suffix}: .* \(a list with .* or tabs is read once it is named .csv\); e"
     ):
         open_dataset(file)
+
+
+def test_a_csv_or_a_list_that_is_no_regular_file_or_huge_is_refused_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for name in ("pipe.csv", "zero.csv"):
+        with pytest.raises(ValueError, match=rf"{name} is no regular file"):
+            open_dataset(tmp_path / name)
+    for name in ("huge.csv", "huge.txt"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**34)
+    with pytest.raises(ValueError, match=r"huge\.csv is larger than 134,217,728 bytes"):
+        open_dataset(tmp_path / "huge.csv")
+    with pytest.raises(ValueError, match=r"huge\.txt: a line of 65,536 bytes or more; expected one path per line"):
+        open_source(tmp_path / "huge.txt")
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(2**34)
+    assert hash_files([tmp_path / "huge.jpg", tmp_path / "pipe.csv"]) == ["", ""]
