@@ -9,9 +9,11 @@ RUN/export/                        current model, for timm's local-dir:
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ class RunFolder:
         self.log_file, self.metrics_file = self.path / "log.txt", self.path / "metrics.jsonl"
         self.checkpoint_folder, self.export_folder = self.path / "checkpoints", self.path / "export"
         self._lock: FileLock | None = None
+        self._opened: os.stat_result | None = None  # of the lock file, which this process holds open
 
     def open(self) -> None:
         """Make the folder, lock it until ``close``, and remove files that a killed run left half written.
@@ -57,6 +60,7 @@ class RunFolder:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / "run")
             self._lock.acquire(timeout=0)
+            self._opened = os.stat(self._lock.lock_file)
             for path in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
                 if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
@@ -68,6 +72,24 @@ class RunFolder:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+    def check_present(self) -> None:
+        """Check that the folder is the one that was opened; writing would make it again, without what was in it.
+
+        Raises:
+            OSError: If it was deleted, moved or replaced.
+        """
+        if self._lock is None or self._opened is None:
+            return
+        try:
+            present = os.path.samestat(os.stat(self._lock.lock_file), self._opened)
+        except FileNotFoundError:  # hidden files alone may be cleared away
+            present = (self.path / "config.yaml").is_file()
+        if not present:
+            raise OSError(
+                f"{self.path} was deleted, moved or replaced while the run wrote to it: --resume auto continues from "
+                "its last checkpoint, if that was kept"
+            )
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; half-written ones have other names."""
@@ -85,11 +107,13 @@ class RunFolder:
         Raises:
             OSError: If the checkpoint cannot be written; earlier ones stay as they are.
         """
+        self.check_present()
         path = self.checkpoint_folder / f"step_{state['step']:09d}.pt"
         last = self.latest()
         try:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
+                self.check_present()  # it takes seconds
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
             if is_dead_worker(e):
                 raise
@@ -162,32 +186,37 @@ class RunFolder:
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
         if self.metrics_file.is_file():
-            lines = [x for x in self.metrics_file.read_text(encoding="utf-8").splitlines() if _step_of(x) <= step]
+            rows = [row for row in read_metrics(self.metrics_file) if row["step"] <= step]
             with atomic_file(self.metrics_file) as temporary:
-                temporary.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
+                temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
     def metric(self, step: int, name: str) -> float | None:
         """Last value of a metric of this step in ``metrics.jsonl``; NaN if it is null, None if there is none."""
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.is_file() else []
-        records = [json.loads(line) for line in lines if _step_of(line) == step]
-        values = [record[name] for record in records if name in record]
+        values = [row[name] for row in read_metrics(self.metrics_file) if row["step"] == step and name in row]
         if not values:
             return None
         return values[-1] if isinstance(values[-1], int | float) else math.nan
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
+        self.check_present()
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of ``metrics.jsonl``; infinite for one that is no record, such as one that a kill cut short."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-    return step if isinstance(step, int | float) else math.inf
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``, if there is one: objects of numbers and nulls with a whole ``step``.
+
+    Other lines are left out, such as one that a kill cut short.
+    """
+    rows = []
+    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            numbers = isinstance(row, dict) and all(isinstance(v, int | float | None) for v in row.values())
+            if numbers and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
 
 
 def is_dead_worker(error: Exception) -> bool:

@@ -1,12 +1,12 @@
 """Curves of a training run."""
 
-import json
 import math
 from fnmatch import filter as matching
 from pathlib import Path
 
 from passreid_models.figure import new_figure
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_buffer
+from passreid_models.training.folder import read_metrics
 
 PANELS = {  # titles, and names or patterns of the metrics
     "loss": ("loss", "loss_*"),
@@ -37,7 +37,7 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
     metrics = Path(run) / "metrics.jsonl"
     if not metrics.is_file():
         raise FileNotFoundError(f"{metrics} is not there: {run} is no training run, or has not logged yet")
-    records = [r for line in metrics.read_text(encoding="utf-8").splitlines() if "epoch" in (r := _read(line))]
+    records = [row for row in read_metrics(metrics) if row.get("epoch") is not None]
     if not records:
         raise ValueError(f"{metrics} holds no steps yet")
     picture = Path(picture) if picture else Path(run) / "curves.png"
@@ -68,14 +68,6 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
             axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(-0.03 * end, 1.03 * end)  # the same in all panels
         axes.legend(fontsize=7)
-    with atomic_file(picture) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with atomic_buffer(picture) as buffer:
+        figure.savefig(buffer, format=picture.suffix[1:], dpi=110)
     return picture
-
-
-def _read(line: str) -> dict[str, float]:
-    """Parse a line; empty if it is incomplete, after a kill or while a run is writing it."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
