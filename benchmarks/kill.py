@@ -677,9 +677,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two of the trainings and some of the cases")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    parser.add_argument(
-        "--case", action="append", help="only cases whose name, such as pretrain: clock set back, holds this text"
-    )
+    parser.add_argument("--case", action="append", help="only cases with this text, such as pretrain: clock")
     parser.add_argument("--folder", help="where to write the runs; default: the system's temporary folder")
     args = parser.parse_args()
     num_kills = args.kills if args.kills is not None else 4 if args.quick else 50
@@ -710,7 +708,12 @@ def main() -> None:
             for lab in pool.map(work, references):
                 if lab.failures:
                     raise SystemExit(lab.failures[0][2])
-            done = list(pool.map(work, *zip(*labs, strict=True)))
+            done = []
+            for lab in pool.map(work, *zip(*labs, strict=True)):
+                done.append(lab)
+                print(f"{lab.task}: {lab.case}: {lab.counts.total()} cases", file=sys.stderr, flush=True)
+                for _, _, message in lab.failures:
+                    print(message, file=sys.stderr, flush=True)
     sys.exit(report(done, skipped, time.perf_counter() - start))
 
 
@@ -718,8 +721,6 @@ def report(done: list[Lab], skipped: list[str], seconds: float) -> int:
     """Print the table; return the number of failures."""
     cases: Counter = sum((lab.counts for lab in done), Counter())
     failures = [failure for lab in done for failure in lab.failures]
-    for _, _, message in failures:
-        print(message, file=sys.stderr)
     failed, kinds = Counter(case for _, case, _ in failures), Counter(kind for kind, _, _ in failures)
     figures = {
         "cases": cases.total(), "failures": len(failures), "kills": cases[KILLS], "lost": kinds["lost"],
