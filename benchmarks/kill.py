@@ -31,7 +31,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ from passreid_models import cli
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.data.loader import SIGNALS
 from passreid_models.reid import supervised, unsupervised  # noqa: F401  (imported before the processes are forked)
+from passreid_models.runtime import num_cores
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
-LIMIT = 180  # seconds, after which a process hangs
-SIZE, LONG = (64, 32), 4  # a run that is killed often has so many times the epochs
+LIMIT = 180  # seconds after which a process hangs, on a machine that does nothing else
+SIZE, LONG = (64, 32), 2  # a run that is killed often has so many times the epochs
 SAVING = dict(size="64x32", device="cpu", dtype="float32", log_steps=1, save_minutes=1 / 600, resume="auto")
 RUN = dict(SAVING, model="test_pass_vit", workers=1, save_epochs=10**6)
 REID = dict(RUN, init="random", fusion="cat", pad=2, lr=0.01, eval_epochs=2)
@@ -86,8 +87,8 @@ class Child:
         with contextlib.suppress(OSError):  # here too: whichever comes first
             os.setpgid(self.process.pid, self.process.pid)
 
-    def wait(self, seconds: float = LIMIT) -> int:
-        self.process.join(seconds)
+    def wait(self) -> int:
+        self.process.join(limit())
         if self.process.exitcode is None:
             self.signal(signal.SIGKILL)
             raise Failed("hangs", f"it hangs: {self.printed.read_text()[-300:]}")
@@ -95,7 +96,7 @@ class Child:
 
     def until(self, happened: Callable[[], bool]) -> bool:
         """Wait until something has happened; return False if the process ended before."""
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + limit()
         while not happened():
             if not self.process.is_alive():
                 return False
@@ -119,9 +120,9 @@ class Child:
             raise Failed("unclear", f"exit code {code}, expected {codes}: {output[-400:]}")
         return lines[0]
 
-    def check_nothing_left(self, seconds: float = 30) -> None:
+    def check_nothing_left(self) -> None:
         """Wait until no process of the group is left: a worker looks for its parent every 5 seconds."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + limit() / 6
         with contextlib.suppress(ProcessLookupError):
             while time.monotonic() < end:
                 os.killpg(self.process.pid, 0)
@@ -143,6 +144,10 @@ def _begin(function: Callable[..., int], args: tuple, printed: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.exit(function(*args))
+
+
+def limit() -> float:
+    return LIMIT * max(1, os.getloadavg()[0] / num_cores())
 
 
 def children(pid: int) -> list[int]:
@@ -709,8 +714,8 @@ def main() -> None:
                 if lab.failures:
                     raise SystemExit(lab.failures[0][2])
             done = []
-            for lab in pool.map(work, *zip(*labs, strict=True)):
-                done.append(lab)
+            for ended in as_completed([pool.submit(work, *lab) for lab in labs]):
+                done.append(lab := ended.result())
                 print(f"{lab.task}: {lab.case}: {lab.counts.total()} cases", file=sys.stderr, flush=True)
                 for _, _, message in lab.failures:
                     print(message, file=sys.stderr, flush=True)

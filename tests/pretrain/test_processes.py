@@ -105,6 +105,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_them_goes_on_wi
     assert [r["step"] for r in metrics(run)] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_sentence_and_the_run_resumes(home, data):
     run = home / "bereaved"
     with ExitStack() as stack:
