@@ -9,6 +9,7 @@ cases, failures    faults, and those with another outcome
 kills              number of kills (kill -9) at random moments
 lost               failures in which weights, rows or checkpoints differ, or files are left
 hangs, tracebacks  failures in which a process does not end, or ends with a stack trace
+identical          1 if nothing is lost, else 0
 lost_steps         largest number of steps that had to be repeated after a kill
 skipped            cases that this machine cannot run; full and read-only disks are mounted, which needs root
 
@@ -203,6 +204,7 @@ class Lab:
     seed: int
     epochs: int = 1  # times those of TASKS
     processes: int = 1  # of the run to compare with
+    num_kills: int = 0
     counts: Counter = field(default_factory=Counter)
     failures: list[tuple[str, str, str]] = field(default_factory=list)  # kind, case, message
     lost_steps: int = 0
@@ -371,12 +373,12 @@ def whole(lab: Lab) -> None:
     ended = lab.start_ranks() if lab.processes == 2 else [lab.start()]
     for child in ended:
         if child.wait():
-            raise SystemExit(f"the uninterrupted run failed:\n{child.printed.read_text()[-2000:]}")
+            raise Failed("unclear", child.printed.read_text()[-2000:])
 
 
-def kills(lab: Lab, count: int) -> None:
+def kills(lab: Lab) -> None:
     """kill -9 at random moments, of the process alone or of its workers too."""
-    total, done, newest = lab.rows(lab.reference), 0, {}
+    total, count, done, newest = lab.rows(lab.reference), lab.num_kills, 0, {}
     while done < count:
         with lab.counted(0):
             child = lab.start()
@@ -637,32 +639,19 @@ CASES: dict[str, Callable[[Lab], None]] = {
     "clock set back": clock,
 }
 QUICK = {"pretrain": list(CASES)[4:], "cluster": ["signals", "a loader process dies", "foreign rows"]}
-KILLS = "kill -9"
+KILLS, WHOLE = "kill -9", "uninterrupted"
 NEED_ROOT = ("full disk", "read-only disk")
 
 
-def work(lab: Lab, count: int = 0) -> Lab:
-    """A case, or a number of kills, in a process of its own."""
+def work(lab: Lab) -> Lab:
+    """Run a case, in a process of its own."""
     torch.set_num_threads(1)
-    case = partial_case(lab.case, count)
-    try:
-        case(lab)
-    except Failed as e:  # before the cases were counted
-        lab.failures.append((e.kind, lab.case, f"{lab.case}, {lab.task}: {e}"))
-    except Exception:
-        lab.failures.append(("unclear", lab.case, f"{lab.case}, {lab.task}: {traceback.format_exc()[-900:]}"))
-    for child in lab.children:
-        child.signal(signal.SIGKILL)
+    with lab.counted(0):
+        {**CASES, KILLS: kills, WHOLE: whole}[lab.case](lab)
     lab.children = []
-    if not lab.failures and lab.case != "whole":
+    if not lab.failures and lab.case != WHOLE:
         shutil.rmtree(lab.folder)
     return lab
-
-
-def partial_case(name: str, count: int) -> Callable[[Lab], None]:
-    if name == KILLS:
-        return lambda lab: kills(lab, count)
-    return whole if name == "whole" else CASES[name]
 
 
 def write_data(home: Path) -> None:
@@ -700,21 +689,21 @@ def main() -> None:
         os.environ["PASSREID_CACHE"] = str(home / "cache")
         write_data(home)
         shares = {task: len(range(i, num_kills, len(cases))) for i, task in enumerate(cases)}
-        labs = [(Lab(home, KILLS, task, args.seed, LONG), n) for task, n in shares.items() if n]
+        labs = [Lab(home, KILLS, task, args.seed, LONG, num_kills=n) for task, n in shares.items() if n]
         labs += [
-            (Lab(home, name, task, args.seed, processes=2 if name == "a process of torchrun dies" else 1), 0)
+            Lab(home, name, task, args.seed, processes=2 if CASES[name] is rank else 1)
             for task, names in cases.items()
             for name in names
             if name not in skipped
         ]
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
-            wholes = {(lab.task, lab.epochs, lab.processes) for lab, _ in labs}
-            references = [Lab(home, "whole", t, args.seed, epochs, p) for t, epochs, p in sorted(wholes)]
+            wholes = {(lab.task, lab.epochs, lab.processes) for lab in labs}
+            references = [Lab(home, WHOLE, t, args.seed, epochs, p) for t, epochs, p in sorted(wholes)]
             for lab in pool.map(work, references):
                 if lab.failures:
                     raise SystemExit(lab.failures[0][2])
             done = []
-            for ended in as_completed([pool.submit(work, *lab) for lab in labs]):
+            for ended in as_completed([pool.submit(work, lab) for lab in labs]):
                 done.append(lab := ended.result())
                 print(f"{lab.task}: {lab.case}: {lab.counts.total()} cases", file=sys.stderr, flush=True)
                 for _, _, message in lab.failures:
@@ -730,6 +719,7 @@ def report(done: list[Lab], skipped: list[str], seconds: float) -> int:
     figures = {
         "cases": cases.total(), "failures": len(failures), "kills": cases[KILLS], "lost": kinds["lost"],
         "hangs": kinds["hangs"], "tracebacks": kinds["tracebacks"],
+        "identical": float(not kinds["lost"]),
         "lost_steps": max((lab.lost_steps for lab in done), default=0), "skipped": len(skipped),
     }  # fmt: skip
     rows = [(name, f"{count} cases, {failed[name]} failed") for name, count in cases.items()]

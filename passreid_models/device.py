@@ -55,7 +55,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         name: Device, as ``pick_device`` takes it.
 
     Raises:
-        ChildProcessError: If another process of the group has ended.
+        ChildProcessError: If another process of the group has ended or cannot be reached.
     """
     device = pick_device(name)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -72,7 +72,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
             raise
         reason = str(e).partition(chr(10))[0]
-        raise ChildProcessError(f"another process of this run has ended, and said why ({reason})") from None
+        raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
