@@ -62,7 +62,7 @@ def run(program: str, work: Callable[[], int]) -> int:
         try:
             return work()
         finally:  # also after --help, which ends by SystemExit
-            sys.stdout.flush()  # a reader that has gone is noticed here
+            _flush_output()
     except BrokenPipeError:  # such as of `passreid weights list | head`
         _discard(sys.stdout)
         return 1
@@ -78,6 +78,17 @@ def run(program: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         _discard(sys.stderr)
     return code
+
+
+def _flush_output() -> None:
+    """Flush standard output: here a reader that has gone is noticed, and a full disk."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        _discard(sys.stdout)
+        raise OSError(f"standard output could not be written: {e.strerror}") from None
 
 
 def _discard(stream: TextIO) -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from passreid_models.embed import Embedder
 from passreid_models.figure import check_picture
 from passreid_models.retrieval import evaluate, rank
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_buffer
 from passreid_models.synthetic import SyntheticPersons
 
 DATA_SEED, DEMO_SEED = 1, 0  # two seeds: the data have no person and no camera of the demo
@@ -48,8 +48,8 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
         lines.append(f"{names.get(name, name):<36}{x.shape[1]:>6}{metrics['mAP']:>8.1f}{metrics['rank1']:>8.1f}")
     descriptors = data.descriptors["model"]
     best = rank(descriptors[queries][:SHOWN], descriptors[gallery], TOPK).indices.numpy()
-    with atomic_file(picture) as temporary:
-        _draw(data.images, queries[:SHOWN], gallery[best], data.pids).save(temporary)
+    with atomic_buffer(picture) as buffer:
+        _draw(data.images, queries[:SHOWN], gallery[best], data.pids).save(buffer)
     return "\n".join([*lines, "", f"the first {len(best)} queries and their best {best.shape[1]} hits: {picture}"])
 
 

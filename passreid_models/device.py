@@ -53,6 +53,9 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
 
     Args:
         name: Device, as ``pick_device`` takes it.
+
+    Raises:
+        ChildProcessError: If another process of the group has ended or cannot be reached.
     """
     device = pick_device(name)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
@@ -61,8 +64,30 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait while the first clusters or saves
     try:
+        # others wait while the first clusters or saves
+        dist.init_process_group(backend, timeout=timedelta(hours=2), **_own_store())
         yield device
+    except RuntimeError as e:
+        if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
+            raise
+        reason = str(e).partition(chr(10))[0]
+        raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _own_store() -> dict[str, Any]:
+    """Options of ``init_process_group`` after a restart by torchrun on one machine.
+
+    torchrun keeps one store for all its attempts, in which a process may find the address of one that has died (pytorch
+    issue 135712). Several machines count the attempts differently.
+    """
+    attempt, size = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ["WORLD_SIZE"]
+    if attempt == "0" or os.environ.get("LOCAL_WORLD_SIZE") != size:
+        return {}
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}

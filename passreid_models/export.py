@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,8 @@ def export_model(
         with torch.inference_mode(False), torch.no_grad(), _quiet():
             WRITERS[format](network, images[:2].contiguous(), temporary, metadata)
             parity = _compare(LOADERS[format](temporary), images, expected, half)
-        digest = sha256(temporary)
-    beside = {**metadata, "format": format, "sha256": digest, "parity": asdict(parity)}
-    write_json(_json_of(path), beside)
+        beside = {**metadata, "format": format, "sha256": sha256(temporary), "parity": asdict(parity)}
+        write_json(_json_of(path), beside)  # before the model is renamed: on a full disk there is neither
     return parity
 
 
@@ -284,7 +284,9 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_pt2(network: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:
     program = torch.export.export(network, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    torch.export.save(program, path, extra_files={"passreid.json": json.dumps(metadata)})
+    buffer = BytesIO()  # a full disk is no OSError in torch's own writer of files
+    torch.export.save(program, buffer, extra_files={"passreid.json": json.dumps(metadata)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
@@ -293,7 +295,9 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_torchscript(network: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:
     traced = torch.jit.trace(network, example, check_trace=False)
-    traced.save(str(path), _extra_files={"passreid.json": json.dumps(metadata)})
+    buffer = BytesIO()  # torch's own writer of files aborts on a full disk
+    torch.jit.save(traced, buffer, _extra_files={"passreid.json": json.dumps(metadata)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +26,13 @@ def check_file(path: str | Path) -> None:
     """Check that a file can be written there, before the work whose result it is to hold.
 
     Raises:
-        OSError: If it is a folder, or a folder above it is none or cannot be written to.
+        OSError: If it is a folder, a device or a pipe, or a folder above it is none or cannot be written to.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():  # a device, which the new file would replace
+        raise OSError(f"{path} is no regular file: name another")
     folder = next(parent for parent in path.parents if parent.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"{path}: {folder} is no folder")
@@ -68,6 +71,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield new / path.name
         _flush(new)
         (new / path.name).replace(path)
+
+
+@contextmanager
+def atomic_buffer(path: str | Path) -> Iterator[BytesIO]:
+    """Yield a buffer that is written to ``path`` at the end, whole or not at all.
+
+    For writers that do not report a full disk: Pillow takes a short write for a whole one, and TorchScript aborts.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    check_file(path)
+    buffer = BytesIO()
+    buffer.name = str(path)  # by which Pillow chooses the format
+    yield buffer
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_json(path: str | Path, content: Any, allow_nan: bool = True) -> None:

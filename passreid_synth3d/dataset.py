@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from passreid_models.data.layouts import MARKER_3D, MAX_LIST_BYTES
-from passreid_models.runtime import atomic_file, check_workers, lock, num_cores, read_bytes, write_json
+from passreid_models.runtime import atomic_buffer, check_workers, lock, num_cores, read_bytes, write_json
 from passreid_models.synthetic.attributes import stream
 from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
 from passreid_synth3d.fabrics import PATTERN_FAMILIES
@@ -196,8 +196,8 @@ def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:
     missing = [(camid, k, root / file) for camid, k, file in recipe.images(pid) if not (root / file).exists()]
     for camid, k, path in missing:
         image = draw(recipe.seed, pid, camid, k, recipe.size, recipe.patterns, recipe.place)
-        with atomic_file(path) as temporary:
-            image.save(temporary, quality=recipe.quality)
+        with atomic_buffer(path) as buffer:
+            image.save(buffer, quality=recipe.quality)
     return len(missing)
 
 

@@ -269,6 +269,17 @@ def test_the_benchmark_of_the_gallery_reports_its_figures():
     assert figures["many_ms"] > figures["one_ms"] > 0
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_faults_reports_its_cases(tmp_path):
+    command = [sys.executable, BENCHMARKS / "kill.py", "--quick", "--kills", "1", "--case", "pretrain: a flipped byte"]
+    done = subprocess.run([*command, "--folder", tmp_path], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    counts = ("cases", "kills", "failures", "lost", "hangs", "tracebacks")
+    assert [figures[name] for name in counts] == [4, 1, 0, 0, 0, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_foreign_cameras_are_unlike_those_of_training():
     for camera in (transfer.foreign_camera(camid, seed) for seed in range(20) for camid in range(9)):
         assert camera.gamma < 0.75 or camera.gamma > 1.33

@@ -24,7 +24,7 @@ from passreid_models.data.images import ImageLike, open_image
 from passreid_models.embed import Embedder, finite_advice
 from passreid_models.figure import check_picture
 from passreid_models.layers import attention_weights
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_buffer
 
 __all__ = ["AttentionMaps", "attention_maps", "draw_parts"]
 
@@ -110,8 +110,8 @@ def draw_parts(
     if not 0 < len(images) <= MAX_IMAGES:
         raise ValueError(f"attention is drawn for 1 to {MAX_IMAGES} images, not {len(images):,}")
     maps = attention_maps(Embedder(model, **options), images)
-    with atomic_file(picture) as temporary:
-        _sheet([open_image(image) for image in images], [Path(image).stem for image in images], maps).save(temporary)
+    with atomic_buffer(picture) as buffer:
+        _sheet([open_image(image) for image in images], [Path(image).stem for image in images], maps).save(buffer)
 
 
 def _sheet(images: list[Image.Image], names: list[str], maps: AttentionMaps) -> Image.Image:

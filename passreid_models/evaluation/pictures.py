@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from passreid_models.data.images import open_image
 from passreid_models.figure import new_figure
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_buffer
 
 if TYPE_CHECKING:
     from passreid_models.data.datasets import ReIDDataset
@@ -40,12 +40,12 @@ def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int =
     counted = np.flatnonzero(np.asarray(evaluation.metrics.first_match) > 0)
     rows = counted[np.unique(np.linspace(0, len(counted) - 1, queries).round().astype(int))]
     files = [Path(folder) / "ranking.png"]
-    with atomic_file(files[0]) as temporary:
-        draw_ranking(evaluation.retrieved, evaluation.dataset, rows, topk).save(temporary)
+    with atomic_buffer(files[0]) as buffer:
+        draw_ranking(evaluation.retrieved, evaluation.dataset, rows, topk).save(buffer)
     for name, figure in figures.items():
         files.append(Path(folder) / f"{name}.png")
-        with atomic_file(files[-1]) as temporary:
-            figure.savefig(temporary, dpi=110)
+        with atomic_buffer(files[-1]) as buffer:
+            figure.savefig(buffer, dpi=110)
     return files
 
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,10 @@ class SyntheticPersons:
             if root.exists():
                 root.rename(old)
             unfinished.rename(root)
+        except OSError as e:
+            if e.filename or not e.strerror:
+                raise
+            raise OSError(f"{root} could not be written: {e.strerror}") from None
         finally:
             for leftover in (unfinished, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -160,7 +165,9 @@ def _save(
     seed: int, size: tuple[int, int], place: str, root: Path, quality: int, job: tuple[int, int, int, str]
 ) -> None:
     pid, camid, k, file = job
-    draw(seed, pid, camid, k, size, place).save(root / file, quality=quality)
+    buffer = BytesIO()  # Pillow takes a short write, on a full disk, for a whole one
+    draw(seed, pid, camid, k, size, place).save(buffer, "JPEG", quality=quality)
+    (root / file).write_bytes(buffer.getbuffer())
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:

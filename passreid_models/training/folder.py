@@ -9,6 +9,7 @@ RUN/export/                        current model, for timm's local-dir:
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ class RunFolder:
         self.log_file, self.metrics_file = self.path / "log.txt", self.path / "metrics.jsonl"
         self.checkpoint_folder, self.export_folder = self.path / "checkpoints", self.path / "export"
         self._lock: FileLock | None = None
+        self._opened: os.stat_result | None = None  # of the lock file, which this process holds open
 
     def open(self) -> None:
         """Make the folder, lock it until ``close``, and remove files that a killed run left half written.
@@ -60,6 +62,7 @@ class RunFolder:
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.path / "run")
             self._lock.acquire(timeout=0)
+            self._opened = os.stat(self._lock.lock_file)
             for path in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
                 if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
@@ -71,6 +74,24 @@ class RunFolder:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+    def check_present(self) -> None:
+        """Check that the folder is the one that was opened; writing would make it again, without what was in it.
+
+        Raises:
+            OSError: If it was deleted, moved or replaced.
+        """
+        if self._lock is None or self._opened is None:
+            return
+        try:
+            present = os.path.samestat(os.stat(self._lock.lock_file), self._opened)
+        except FileNotFoundError:  # hidden files alone may be cleared away
+            present = (self.path / "config.yaml").is_file()
+        if not present:
+            raise OSError(
+                f"{self.path} was deleted, moved or replaced while the run wrote to it: --resume auto continues from "
+                "its last checkpoint, if that was kept"
+            )
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; half-written ones have other names."""
@@ -88,11 +109,13 @@ class RunFolder:
         Raises:
             OSError: If the checkpoint cannot be written; earlier ones stay as they are.
         """
+        self.check_present()
         path = self.checkpoint_folder / f"step_{state['step']:09d}.pt"
         last = self.latest()
         try:
             with atomic_file(path) as temporary:
                 torch.save(state, temporary)
+                self.check_present()  # it takes seconds
         except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError when the disk is full
             if is_dead_worker(e):
                 raise
@@ -195,6 +218,7 @@ class RunFolder:
 
     def add_metrics(self, record: Mapping[str, float]) -> None:
         """Append a line to ``metrics.jsonl``; values that are not finite become null, since JSON has none."""
+        self.check_present()
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n")
 

@@ -5,7 +5,7 @@ from fnmatch import filter as matching
 from pathlib import Path
 
 from passreid_models.figure import new_figure
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_buffer
 from passreid_models.training.folder import RunFolder
 
 PANELS = {  # titles, and names or patterns of the metrics
@@ -70,6 +70,6 @@ def plot_run(run: str | Path, picture: str | Path | None = None) -> Path:
             axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(-0.03 * end, 1.03 * end)  # the same in all panels
         axes.legend(fontsize=7)
-    with atomic_file(picture) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with atomic_buffer(picture) as buffer:
+        figure.savefig(buffer, format=picture.suffix[1:], dpi=110)
     return picture

@@ -299,6 +299,7 @@ class Run:
         """
         if not self.is_main:
             return
+        self.folder.check_present()
         model, extras = self.exported()
         info = {"provenance": {**self._provenance(), **more}}
         try:

@@ -135,7 +135,7 @@ def test_four_pictures_are_written(evaluation, tmp_path):
 
 def test_the_curves_are_those_of_the_evaluation(evaluation, tmp_path, monkeypatch):
     plots, stairs, lines = [], {}, []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
     plot, draw_stairs = Axes.plot, Axes.stairs
     monkeypatch.setattr(
         Axes, "plot", lambda self, *a, **k: plots.append((a[0], a[1], k["label"])) or plot(self, *a, **k)
@@ -171,7 +171,7 @@ def test_queries_that_do_not_count_are_not_shown(tmp_path, monkeypatch):
     evaluation = evaluate_dataset(open_dataset(root), Embedder(make_model(), "cpu"), cache=False)
     assert evaluation is not None
     shown: list[int] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).touch())
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
     monkeypatch.setattr(
         "passreid_models.evaluation.pictures.draw_ranking",
         lambda retrieved, dataset, rows, topk: shown.extend(rows.tolist()) or Image.new("RGB", (1, 1)),

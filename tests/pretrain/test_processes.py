@@ -105,6 +105,23 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_them_goes_on_wi
     assert [r["step"] for r in metrics(run)] == list(range(1, step + 2))
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_one_sentence_and_the_run_resumes(home, data):
+    run = home / "bereaved"
+    with ExitStack() as stack:
+        children = world(run_cli, flags(data, run, **LONG, **TWO, save_minutes=0), folder=home / "world")
+        for child in children:
+            stack.enter_context(child)
+        children[0].wait_until(lambda: steps_logged(run) > 2)
+        children[1].signal(signal.SIGKILL)
+        assert [child.wait() for child in children] == [1, -signal.SIGKILL]
+    assert "another process of this run has ended" in one_sentence(children[0].output)
+    step = saved_steps(run)[-1]
+    with pytest.raises(Stopped, match=f"stopped at step {step + 1} of {LONG_STEPS}"):
+        train(tiny(data, run, **LONG, resume="auto", max_minutes=1e-9, **TWO))
+    assert [r["step"] for r in metrics(run)] == list(range(1, step + 2))
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused(data, home):
     with ExitStack() as stack:
         children = world(run_cli, flags(data, home / "uneven", batch_size=3), folder=home / "world")

@@ -716,6 +716,25 @@ def test_a_run_that_another_process_made_meanwhile_is_left_alone(whole, data, tm
     train(tiny(data, tmp_path / "run", resume="auto"))  # the lock is free
 
 
+def test_a_run_whose_folder_is_moved_stops_and_goes_on_where_it_is_moved_back(whole, data, tmp_path, monkeypatch):
+    run, step = tmp_path / "run", PretrainTrainer.training_step
+
+    def move(self: PretrainTrainer, *args: object) -> dict[str, float]:
+        if self.step == 6:
+            run.rename(tmp_path / "moved")
+        return step(self, *args)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", move)
+    with pytest.raises(OSError, match="run was deleted, moved or replaced while the run wrote to it"):
+        train(tiny(data, run))
+    assert not run.exists()
+    monkeypatch.undo()
+    (tmp_path / "moved").rename(run)
+    train(tiny(data, run, resume="auto"))
+    assert_same_bits(run, result(whole))
+    assert [r["step"] for r in metrics(run)] == list(range(1, STEPS + 1))
+
+
 def run_on_a_disk_that_is_gone(words: list[str]) -> int:
     """Run where reading ``gone.png`` waits forever, as from a network disk."""
     read_file = images.read_file

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -246,6 +247,39 @@ def test_a_folder_that_cannot_be_made_is_refused_with_advice(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(OSError, match=r"file.* cannot be written to \(.+\): name another folder with --out"):
             RunFolder(path).open()
+
+
+def write(run: RunFolder) -> None:
+    run.add_metrics({"step": 1, "loss": 1.0})
+
+
+def save(run: RunFolder) -> None:
+    run.save(state(1), keep=2)
+
+
+@pytest.mark.parametrize("act", [write, save])
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_folder_that_is_deleted_moved_or_replaced_is_not_made_again(folder, tmp_path, how, act):
+    (folder.path / "config.yaml").touch()
+    folder.path.rename(tmp_path / "elsewhere")
+    if how == "deleted":
+        shutil.rmtree(tmp_path / "elsewhere")
+    other = RunFolder(folder.path)
+    if how == "replaced":
+        other.open()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=r"runs/a was deleted, moved or replaced while the run wrote to it"):
+        act(folder)
+    other.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_goes_on_without_its_hidden_files(folder):
+    (folder.path / "config.yaml").touch()
+    (folder.path / ".run.lock").unlink()
+    write(folder)
+    save(folder)
+    assert names(folder) == ["step_000000001.pt"]
 
 
 def test_closing_twice_or_before_opening_does_nothing(tmp_path):

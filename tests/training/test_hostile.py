@@ -60,7 +60,8 @@ def test_a_count_beyond_any_use_is_refused_with_its_bounds(command, option, tmp_
 
 def test_metrics_lines_that_are_no_records_are_dropped(tmp_path):
     lines = ['{"step": 1, "loss": 2}', "[1]", "5", "null", '"step"', '{"step": "x"}', '{"step": 9}', "{", "[" * 10**5]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    lines += ['{"step": 1, "note": "x"}', '{"step": 1e999}']
+    (tmp_path / "metrics.jsonl").write_bytes("".join(f"{line}\n" for line in lines).encode() + b"\xff\xfe\x00\n")
     run = RunFolder(tmp_path)
     assert run.metric(1, "loss") == 2
     assert run.metric(2, "loss") is None
