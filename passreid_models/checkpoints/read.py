@@ -93,7 +93,7 @@ def has_checksum(path: Path) -> bool:
 def _safe_globals() -> list[Any]:
     import numpy as np
 
-    scalar = np.float32(0).__reduce__()[0]  # type: ignore[attr-defined]
+    scalar = np.float32(0).__reduce__()[0]
     dtypes = [getattr(np.dtypes, name) for name in ("Float32DType", "Float64DType", "Int64DType")]
     return [
         argparse.Namespace,
