@@ -445,7 +445,7 @@ def all_options() -> set[str]:
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
     for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
         names |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
-    return names | {"--signal"}  # of Slurm
+    return names | {"--signal", "--max-restarts", "--nnodes"}  # of Slurm and torchrun
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
