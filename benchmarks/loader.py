@@ -107,7 +107,7 @@ def main() -> None:
             "worker_ms": cpu_ms(lambda nth: ours(read, nth), count),
             "worker_ms_cached": cpu_ms(lambda nth: ours(cached, nth), count),
         }
-        with tarfile.open(Path(folder) / "images.tar", "w") as shard:
+        with tarfile.open(Path(folder) / "images.tar", "w:") as shard:
             for path in paths:
                 shard.add(path, path.name)
         order = np.random.default_rng(0).permutation(count * BATCH).reshape(count, BATCH)

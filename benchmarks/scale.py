@@ -71,7 +71,7 @@ def write_shards(folder: Path, count: int) -> None:
     folder.mkdir()
     for i, (name, content) in enumerate(images(count)):
         if i % SHARD == 0:
-            shard = tarfile.open(folder / f"{i // SHARD:04d}.tar", "w")  # noqa: SIM115
+            shard = tarfile.open(folder / f"{i // SHARD:04d}.tar", "w:")  # noqa: SIM115
         member = tarfile.TarInfo(name)
         member.size = len(content)
         shard.addfile(member, io.BytesIO(content))
