@@ -45,7 +45,7 @@ def test_the_tables_of_the_benchmarks_are_those_of_the_recorded_results():
 
 
 def test_a_table_shows_median_spread_and_missed_targets():
-    row = benchmarks.Row("both", "a.py", "{s:.1f} s; {mb:,.0f} MB", "at most 2 s; at most 900 MB")
+    row = benchmarks.Row("a.py", "both", "{s:.1f} s; {mb:,.0f} MB", "at most 2 s; at most 900 MB")
     figures = {"s": [2.04, 2.0, 2.5], "mb": [1024, 800, 1024]}
     record = {"machine": "a CPU", "date": "2026-11-28", "runs": 3, "figures": figures}
     assert benchmarks.table([row], {"a.py": record}).splitlines()[2] == (
