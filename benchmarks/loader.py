@@ -6,6 +6,7 @@ worker_speedup          CPU time of a worker for an image, plain over ours: deco
 worker_speedup_cached   the same, with decoded images kept in memory (``--cache-images auto``), after the first epoch
 worker_ms...            those times of ours, in milliseconds
 normalise_ms            CPU time of the training process for an image, where it has no GPU to normalise it
+folder_ms, tar_ms       CPU time to read and decode an image, of a folder and of a tar file, in random order
 start_speedup           wait for the first batch of an epoch, plain over ours in clustering; fine-tuning has none
 
 JPEG files of 128x64, as in Market-1501, trained at 256x128; batch 64; one thread, and 2 workers for the epochs.
@@ -13,6 +14,7 @@ JPEG files of 128x64, as in Market-1501, trained at 256x128; batch 64; one threa
 
 import argparse
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +30,7 @@ from torchvision import transforms as T
 from passreid_models.architectures import HALF
 from passreid_models.data.images import open_image
 from passreid_models.data.loader import stopping
+from passreid_models.data.sources import open_source
 from passreid_models.reid.batches import KeySampler, TrainImages, collate, load, make_loader, normalise, train_transform
 from passreid_models.reid.config import FinetuneConfig
 from passreid_models.synthetic import SyntheticPersons
@@ -104,6 +107,13 @@ def main() -> None:
             "worker_ms": cpu_ms(lambda nth: ours(read, nth), count),
             "worker_ms_cached": cpu_ms(lambda nth: ours(cached, nth), count),
         }
+        with tarfile.open(Path(folder) / "images.tar", "w:") as shard:
+            for path in paths:
+                shard.add(path, path.name)
+        order = np.random.default_rng(0).permutation(count * BATCH).reshape(count, BATCH)
+        for name, data in (("folder_ms", folder), ("tar_ms", shard.name)):
+            source = open_source(data, Path(folder) / "cache")
+            ms[name] = cpu_ms(lambda nth, source=source: [source.load(i) for i in order[nth]], count)
         raw = collate([read[0, i, i] for i in range(BATCH)])
         ms["normalise_ms"] = cpu_ms(lambda nth: normalise(*raw[:3]), count)
 

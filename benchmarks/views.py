@@ -6,6 +6,7 @@ worker_speedup_128x64, worker_speedup_256x128    our images per second over the 
                                                  the photometric part runs on the device: decoding, cropping and
                                                  resizing to uint8, drawing the parameters, collating
 cpu_speedup_128x64, cpu_speedup_256x128          the same with every stage on the CPU, up to normalised float32 views
+worker_images_per_s_128x64, .._256x128           images per second of that worker
 
 The size of the JPEG images is in the name; one thread, batches of 16, the median of the rounds. The plain
 implementation runs every stage in the worker, with torchvision on PIL images.
@@ -92,6 +93,7 @@ def main() -> None:
         for label, times in seconds.items()
     }
     rows += [(name, f"{value:.2f}") for name, value in figures.items()]
+    figures |= {f"worker_images_per_s_{label}": count / statistics.median(t["worker"]) for label, t in seconds.items()}
     common.report(f"11 views of an image, medians of {rounds} rounds; {common.machine()}", rows, figures)
 
 

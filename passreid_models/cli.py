@@ -510,8 +510,8 @@ def _image_names(images: Sequence[str]) -> list[str]:
 def _embed(args: argparse.Namespace) -> int:
     from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
 
-    check_format(args.output, args.parts)
     names = _image_names(args.images)
+    check_format(args.output, args.parts, names)
     embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
     result = embed(names, parts=args.parts, errors=errors, progress=not args.quiet)
@@ -521,9 +521,9 @@ def _embed(args: argparse.Namespace) -> int:
     _print_left_out([reason for reason in failed.values() if is_not_finite(reason)], SHOWN)
     rows = [i for i in range(len(names)) if i not in failed]
     if rows:
-        save_features(
-            args.output, [names[i] for i in rows], descriptors[rows], parts[rows] if parts is not None else None
-        )
+        if failed:
+            descriptors, parts = descriptors[rows], parts[rows] if parts is not None else None
+        save_features(args.output, [names[i] for i in rows], descriptors, parts)
         print(f"{len(rows)} descriptors of width {embed.dim} -> {args.output}")
     if not_finite := sum(map(is_not_finite, failed.values())):
         advice = finite_advice(embed.dtype)

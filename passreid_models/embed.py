@@ -29,6 +29,7 @@ __all__ = ["Embedder", "finite_advice", "has_direction", "is_not_finite", "save_
 
 NOT_FINITE = "the descriptor is not finite"  # or zero, as after an underflow
 FORMATS = (".safetensors", ".npz", ".csv")
+MAX_NAMES = 99_000_000  # bytes; the header of a safetensors file, which holds them, has 100 MB
 PREFETCH = 2  # batches that are decoded ahead of the model
 MAX_BOX_COLUMNS = 8  # longer rows have another order: MOT's begin with frame and track
 WHOLE = ("squash", 1.0)  # crop_mode and crop_pct of a model that resizes images to the whole
@@ -176,7 +177,7 @@ class Embedder:
         """
         items = self.items(images)
         descriptors = torch.empty(len(items), self.dim)
-        part_tokens = torch.empty(len(items), self.model.num_parts, self.model.embed_dim)
+        part_tokens = torch.empty(len(items) if parts else 0, self.model.num_parts, self.model.embed_dim)
         bar = tqdm(total=len(items), unit="img", delay=3, disable=None if progress else True)
         row = 0
         with bar, torch.inference_mode():
@@ -185,7 +186,9 @@ class Embedder:
                 good = [i for i, x in enumerate(batch) if isinstance(x, Tensor)]
                 if good and (errors is not None or len(good) == len(batch)):
                     x = torch.stack([x for x in batch if isinstance(x, Tensor)])
-                    block[good], part_block[good], finite = self._forward(x, parts)
+                    block[good], tokens, finite = self._forward(x, parts)
+                    if parts:
+                        part_block[good] = tokens
                     for i in (i for i, is_finite in zip(good, finite.tolist(), strict=True) if not is_finite):
                         advice = finite_advice(self.dtype)
                         batch[i] = ImageError(f"{_name(items[row + i])}: {NOT_FINITE}: {advice}")
@@ -194,7 +197,8 @@ class Embedder:
                         if errors is None:
                             raise failure
                         errors[row + i] = str(failure)
-                        block[i], part_block[i] = torch.nan, torch.nan
+                        block[i] = torch.nan
+                        part_block[i : i + 1] = torch.nan
                 row += len(batch)
                 bar.update(len(batch))
         return (descriptors, part_tokens) if parts else descriptors
@@ -373,10 +377,11 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
     metadata. ``.npz``: the same as arrays. ``.csv``: one row per image, the name first, without parts.
 
     Raises:
-        ValueError: If the suffix is none of these, parts are given for a CSV file, or there is not one name per row.
+        ValueError: If the suffix is none of these, parts are given for a CSV file, the names are too long for the
+            metadata of a safetensors file, or there is not one name per row.
     """
     path = Path(path)
-    check_format(path, parts is not None)
+    check_format(path, parts is not None, names)
     tensors = {"descriptors": descriptors.contiguous()} | ({} if parts is None else {"parts": parts.contiguous()})
     for key, tensor in tensors.items():
         if len(tensor) != len(names):
@@ -393,13 +398,18 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["name", *(f"f{i}" for i in range(descriptors.shape[1]))])
-                writer.writerows([name, *map(repr, row)] for name, row in zip(names, descriptors.tolist(), strict=True))
+                rows = map(Tensor.tolist, descriptors)  # one at a time: a Python float takes 8 times as much
+                writer.writerows([name, *map(repr, row)] for name, row in zip(names, rows, strict=True))
 
 
-def check_format(path: Path, parts: bool) -> None:
+def check_format(path: Path, parts: bool, names: Sequence[str]) -> None:
     """Raise ValueError or OSError if ``save_features`` cannot write this file; called before the work begins."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: features are written as one of {', '.join(FORMATS)}")
     if parts and path.suffix == ".csv":
         raise ValueError(f"{path}: parts do not fit into a CSV file, use .safetensors or .npz")
+    if path.suffix == ".safetensors" and len(json.dumps(json.dumps(list(names)))) > MAX_NAMES:
+        raise ValueError(
+            f"{path}: a safetensors file has 100 MB for names, and those of {len(names):,} images take more; use .npz"
+        )
     check_file(path)

@@ -12,8 +12,14 @@ import torch.nn.functional as F
 from timm.layers import Attention, DropPath, LayerNorm, Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (  # torch 2.6 has no function for them
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
+GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
 PER_TOKEN = (LayerNorm, nn.LayerNorm, Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, LayerScale, DropPath)
 
 
@@ -86,7 +92,7 @@ def is_per_token(module: nn.Module, mixing: Mapping[type, Any] = {}) -> bool:
         module: A layer with those inside it.
         mixing: Layers that may mix tokens, by the class that they must have.
     """
-    return not _has_any_global_hook() and all(
+    return not any(GLOBAL_HOOKS) and all(
         (type(m) in PER_TOKEN or m is mixing.get(type(m))) and not _is_hooked(m) for m in module.modules()
     )
 

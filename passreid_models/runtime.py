@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -267,6 +269,16 @@ def num_cores() -> int:
     """Number of CPU cores for this process: those it may use, shared with the other processes of ``torchrun`` here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size())
+
+
+def map_threads(function: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Yield the function of each item, in order, computed in threads for reading files: two per core, 16 at most.
+
+    4,096 items are in work at most: a pool's ``map`` makes objects of 2 kB for each of all items.
+    """
+    with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
+        for start in range(0, len(items), 4096):
+            yield from pool.map(function, items[start : start + 4096])
 
 
 def check_workers(workers: int) -> int:

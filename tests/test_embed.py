@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import threading
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import passreid_models
 from passreid_models.data.images import ImageError, find_images
-from passreid_models.embed import WHOLE, Embedder, is_not_finite, save_features
+from passreid_models.embed import MAX_NAMES, WHOLE, Embedder, is_not_finite, save_features
 from passreid_models.synthetic import SyntheticPersons
 
 HEIGHT, WIDTH = 64, 32  # of images for test_pass_vit
@@ -851,3 +852,29 @@ def test_other_suffixes_and_parts_in_a_csv_are_refused(features, tmp_path):
     with pytest.raises(ValueError, match=r"f.csv: parts do not fit into a CSV file"):
         save_features(tmp_path / "f.csv", NAMES, *features)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_names_of_a_safetensors_file_may_fill_its_header_and_not_more(tmp_path):
+    names, file = ["a" * (MAX_NAMES // 1000 - 7)] * 1000, tmp_path / "f.safetensors"
+    with pytest.raises(ValueError, match="those of 1,001 images take more"):
+        save_features(file, [*names, "a" * 1000], torch.zeros(1001, 1))
+    save_features(file, names, torch.zeros(1000, 1))
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["names"]) == names
+
+
+def test_a_csv_is_written_a_row_at_a_time(tmp_path):
+    x = torch.randn(4000, 64)
+    tracemalloc.start()
+    save_features(tmp_path / "f.csv", ["a"] * len(x), x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < x.nbytes / 2
+
+
+def test_parts_take_memory_only_where_they_are_asked_for(embed, files, monkeypatch):
+    embed(files[0])  # imports
+    made, empty = [], torch.empty
+    monkeypatch.setattr("passreid_models.embed.torch.empty", lambda *shape: made.append(empty(*shape)) or made[-1])
+    embed(files)
+    assert sum(x.numel() for x in made) == len(files) * embed.dim

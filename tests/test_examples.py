@@ -1,5 +1,6 @@
 """The example scripts and four benchmarks, run end to end, and the settings of the bundled weights."""
 
+import importlib
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scale
 import timm
 import torch
 import train_bundled
@@ -31,7 +33,35 @@ from tests import ROOT
 from tests.tiny_runs import write_images
 
 EXAMPLES = ROOT / "examples"
+benchmarks = importlib.import_module("all")
 BENCHMARKS = ROOT / "benchmarks"
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_recorded_results():
+    page, results = (ROOT / "docs" / "benchmarks.md").read_text(), json.loads(benchmarks.RESULTS.read_text())
+    assert benchmarks.write_tables(page, results) == page
+    assert page.count("<!-- table: ") == page.count("<!-- end -->") == len(benchmarks.TABLES)
+    assert results.keys() <= {row.command for rows in benchmarks.TABLES.values() for row in rows}
+
+
+def test_a_table_shows_median_spread_and_missed_targets():
+    row = benchmarks.Row("a.py", "both", "{s:.1f} s; {mb:,.0f} MB", "at most 2 s; at most 900 MB")
+    figures = {"s": [2.04, 2.0, 2.5], "mb": [1024, 800, 1024]}
+    record = {"machine": "a CPU", "date": "2026-11-28", "runs": 3, "figures": figures}
+    assert benchmarks.table([row], {"a.py": record}).splitlines()[2] == (
+        "| both | 2.0 s; 1,024 MB (2.0 s; 800 MB to 2.5 s; 1,024 MB in 3 runs) | at most 2 s: missed; "
+        "at most 900 MB: missed | `python benchmarks/a.py` | 2026-11-28, a CPU |"
+    )
+    assert benchmarks.table([row], {}).endswith("| both | not measured | at most 2 s; at most 900 MB | `python "
+                                                "benchmarks/a.py` | - |")  # fmt: skip
+
+
+def test_exponents_of_growth_are_fitted_above_the_noise():
+    sizes = [1_000, 10_000, 100_000]
+    assert scale.exponent(sizes, [0.5, 5.0, 50.0], 0.3) == pytest.approx(1)
+    assert scale.exponent(sizes, [0.01, 1.0, 100.0], 0.3) == pytest.approx(2)
+    assert scale.exponent(sizes, [0.0, -0.2, 0.2], 0.3) == 0
+    assert scale.exponent(sizes, [0.0, 0.1, 3.0], 0.3) == pytest.approx(1)  # from the noise, 10 times as much
 
 
 def test_the_minimal_example_trains_weights_that_load(tmp_path):

@@ -18,11 +18,14 @@ import json
 import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -140,6 +143,56 @@ def test_console_scripts_point_at_functions_that_return_an_exit_code(script):
     signature = inspect.signature(getattr(importlib.import_module(module), function))
     assert signature.return_annotation is int
     assert all(p.default is not p.empty for p in signature.parameters.values())
+
+
+# ---- Dependencies, wheel
+
+
+def requirement(text: str) -> tuple[str, str]:
+    """Name of a library as pip normalises it, and what follows it."""
+    name, rest = re.fullmatch(r"([\w-]+)(?:\[\w+\])?(.*)", text).groups()
+    return name.lower().replace("_", "-"), rest
+
+
+def test_every_dependency_has_a_lower_bound_the_same_everywhere_and_a_licence_in_the_list():
+    extras = PROJECT["project"]["optional-dependencies"]
+    own = [requirement(text) for key, group in extras.items() if key not in ("test", "docs") for text in group]
+    own += map(requirement, PROJECT["project"]["dependencies"])
+    assert all(rest.startswith(">=") for _, rest in own)
+    tested = dict(map(requirement, extras["test"]))
+    assert {name: rest for name, rest in own if tested.get(name, rest) != rest} == {}
+    table = (ROOT / "SECURITY.md").read_text().partition("| libraries | licence |")[2].partition("\n\n")[0]
+    cells = [re.sub(r" \(.*?\)", "", row.split("|")[1]).split(",") for row in table.splitlines()[2:]]
+    assert {name for name, _ in own} == {name.strip() for cell in cells for name in cell}
+
+
+def tracked(folder: Path) -> set[str]:
+    """Files below a folder, without what git ignores."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_weights_and_licences_alone_and_its_bytes_follow_from_them(tmp_path):
+    names = ("passreid_models", "passreid_synth3d", "weights", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+    wheels = []
+    for tree in ("a", "b/other"):  # with the times of the copy
+        (tmp_path / tree).mkdir(parents=True)
+        for name in (*names, ".gitignore"):
+            copy = partial(shutil.copytree, copy_function=shutil.copy) if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tmp_path / tree / name)
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / tree / "dist"]
+        subprocess.run(command, cwd=tmp_path / tree, check=True, capture_output=True)
+        wheels += (tmp_path / tree / "dist").glob("*.whl")
+    contents = [wheel.read_bytes() for wheel in wheels]
+    assert contents[0] == contents[1]
+    assert len(contents[0]) < 75e6
+    info = f"passreid_models-{passreid_models.__version__}.dist-info"
+    expected = {f"{name}/{file}" for name in names[:2] for file in tracked(ROOT / name)}
+    expected |= {f"passreid_models/_weights/{file}" for file in tracked(ROOT / "weights")}
+    expected |= {f"{info}/{file}" for file in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE",
+                                               "licenses/NOTICE")}  # fmt: skip
+    assert set(zipfile.ZipFile(wheels[0]).namelist()) == expected
 
 
 # ---- Docstrings
@@ -392,7 +445,7 @@ def all_options() -> set[str]:
             parsers += action.choices.values() if isinstance(action.choices, dict) else []
     for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
         names |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
-    return names | {"--signal"}  # of Slurm
+    return names | {"--signal", "--max-restarts", "--nnodes"}  # of Slurm and torchrun
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

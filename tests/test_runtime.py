@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from passreid_models.runtime import atomic_file, atomic_folder, check_file, did_you_mean, lock, near_path, sha256
+from passreid_models.runtime import (
+    atomic_file,
+    atomic_folder,
+    check_file,
+    did_you_mean,
+    lock,
+    map_threads,
+    near_path,
+    sha256,
+)
 from tests import ROOT
 
 RUNTIME = ROOT / "passreid_models" / "runtime.py"
@@ -309,3 +318,12 @@ def test_a_misspelt_word_or_path_names_the_nearest_and_others_none(tmp_path):
     (tmp_path / "persons").mkdir()
     assert near_path(tmp_path / "persns") == "; did you mean persons?"
     assert near_path(tmp_path / "zzz") == near_path(tmp_path / "nowhere" / "persons") == ""
+
+
+def test_threads_give_results_in_order_and_do_not_run_far_ahead_of_them():
+    begun: list[int] = []
+    results = map_threads(lambda i: begun.append(i) or 2 * i, range(10_000))
+    assert next(results) == 0
+    assert len(begun) <= 4096
+    assert list(results) == list(range(2, 20_000, 2))
+    assert sorted(begun) == list(range(10_000))

@@ -93,9 +93,14 @@ def has_checksum(path: Path) -> bool:
 def _safe_globals() -> list[Any]:
     import numpy as np
 
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    scalar = np.float32(0).__reduce__()[0]
     dtypes = [getattr(np.dtypes, name) for name in ("Float32DType", "Float64DType", "Int64DType")]
-    return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *dtypes,
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
 
 
 def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateDict, str]:

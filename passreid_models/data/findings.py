@@ -3,7 +3,6 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.data.images import count, open_image, read_file, reason
 from passreid_models.data.layouts import VIDEOS
-from passreid_models.runtime import num_cores, printable
+from passreid_models.runtime import map_threads, printable
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
 
@@ -142,10 +141,9 @@ def _counts(dataset: ReIDDataset) -> Iterator[Finding]:
 def file_findings(dataset: ReIDDataset, progress: bool) -> Iterator[Finding]:
     """Findings on images that cannot be read, and on duplicates; every image is opened."""
     paths = list(dict.fromkeys(path for split in dataset.splits.values() for path in split.paths))
-    with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
-        bar = tqdm(pool.map(_hash, paths, chunksize=16), total=len(paths), unit="img", delay=3,
-                   disable=None if progress else True)  # fmt: skip
-        hashes = dict(zip(paths, bar, strict=True))
+    disable = None if progress else True
+    bar = tqdm(map_threads(_hash, paths), total=len(paths), unit="img", delay=3, disable=disable)
+    hashes = dict(zip(paths, bar, strict=True))
     reasons: dict[str, list[str]] = defaultdict(list)
     for path, (_, failure) in hashes.items():
         if failure:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from passreid_models.data.images import read_file
 from passreid_models.embed import Embedder, has_direction
-from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, num_cores
+from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, map_threads
 
 __all__ = ["FeatureCache", "hash_files", "weights_key"]
 
@@ -101,8 +100,7 @@ def weights_key(embed: Embedder) -> str:
 
 def hash_files(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of the bytes of each file; ``""`` where it cannot be read."""
-    with ThreadPoolExecutor(min(16, 2 * num_cores())) as pool:
-        return list(pool.map(_hash, paths, chunksize=64))
+    return list(map_threads(_hash, paths))
 
 
 def _hash(path: Path) -> str:

@@ -82,7 +82,7 @@ def test_the_help_shows_every_option_under_its_topic(config, capsys):
         cli.main([COMMANDS[config], "--help"])
     assert e.value.code == 0
     text = capsys.readouterr().out
-    shown = {title: re.findall(r"^  --(\w+) ", block, re.MULTILINE) for title, block in
+    shown = {title: re.findall(r"^  --(\w+)[ ,]", block, re.MULTILINE) for title, block in
              re.findall(r"^([a-z ]+):\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)}  # fmt: skip
     assert {title: shown.get(title) for title in config.topics()} == config.topics()
 
