@@ -200,7 +200,7 @@ class Gallery:
         names = [[UNKNOWN] * topk for _ in images]
         if index and good.any():
             found, similarities[good] = index.search(x[good], topk)
-            accepted = similarities.numpy() >= np.float64(-np.inf if threshold is None else threshold)  # not in float32
+            accepted = similarities.double().numpy() >= (-np.inf if threshold is None else threshold)
             for row, hits in zip(good.nonzero()[:, 0].tolist(), found, strict=True):
                 names[row] = [hit if accepted[row, i] else UNKNOWN for i, hit in enumerate(hits)]
         return Hits(names, similarities)

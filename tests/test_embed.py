@@ -869,7 +869,7 @@ def test_a_csv_is_written_a_row_at_a_time(tmp_path):
     save_features(tmp_path / "f.csv", ["a"] * len(x), x)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < x.nbytes / 2
+    assert peak < 2 * x.nbytes  # as floats all of them take 8 times as much
 
 
 def test_parts_take_memory_only_where_they_are_asked_for(embed, files, monkeypatch):

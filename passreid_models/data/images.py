@@ -202,6 +202,8 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
             raise ValueError(f"expected a uint8 tensor [3, H, W], got {item.dtype} {tuple(item.shape)}")
         image = Image.fromarray(item.permute(1, 2, 0).squeeze(2).cpu().numpy()).convert("RGB")
     elif isinstance(item, np.ndarray):
+        if 0 in item.shape:  # Pillow 10 has another error
+            raise ValueError("it has no pixels")
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or (item.ndim == 3 and item.shape[2] != 3):
             raise ValueError(f"expected a uint8 array [H, W, 3] or [H, W], got {item.dtype} {item.shape}")
         image = Image.fromarray(item[..., ::-1] if bgr and item.ndim == 3 else item).convert("RGB")
