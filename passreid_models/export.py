@@ -39,6 +39,7 @@ INPUTS = ("normalized", "imagenet", "uint8")
 BATCHES = (1, 2, 7)  # a batch of 1 as the example would fix the batch size
 LIMIT = 1e-4  # largest difference of a float32 export
 MIN_COSINE = 0.999  # of a float16 export
+SHAPES = {"images": {0: torch.export.Dim("batch", max=2**20)}}  # torch before 2.7 refuses an open range
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path, metadata: dict[
         verbose=False,
         input_names=["images"],
         output_names=["descriptors"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamic_shapes=SHAPES,
     )
     values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     program.model.metadata_props.update(values)
@@ -283,7 +284,7 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_pt2(network: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:
-    program = torch.export.export(network, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(network, (example,), dynamic_shapes=SHAPES)
     buffer = BytesIO()  # a full disk is no OSError in torch's own writer of files
     torch.export.save(program, buffer, extra_files={"passreid.json": json.dumps(metadata)})
     path.write_bytes(buffer.getbuffer())
