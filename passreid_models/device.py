@@ -71,7 +71,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
             raise
-        reason = str(e).partition(chr(10))[0]
+        reason = str(e).partition(chr(10))[0].partition(". ")[0]
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():
