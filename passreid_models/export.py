@@ -39,7 +39,7 @@ INPUTS = ("normalized", "imagenet", "uint8")
 BATCHES = (1, 2, 7)  # a batch of 1 as the example would fix the batch size
 LIMIT = 1e-4  # largest difference of a float32 export
 MIN_COSINE = 0.999  # of a float16 export
-SHAPES = {"images": {0: torch.export.Dim("batch", max=2**20)}}  # torch before 2.7 refuses an open range
+SHAPES = {"images": {0: torch.export.Dim("batch", max=2**20)}}  # torch 2.6 refuses an open range
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def check_output(path: Path, format: str | None) -> str:
     if FORMATS[format] and path.suffix != FORMATS[format]:
         raise ValueError(f"{path}: a file of {format} ends in {FORMATS[format]}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
+    if format == "onnx" and torch.__version__ < (2, 8):
+        missing.append("torch 2.8 or newer")
     if missing:
         raise ValueError(f'ONNX needs {", ".join(missing)}: pip install "passreid-models[export]"')
     if format == "roboflow-reid":
