@@ -1,17 +1,25 @@
-"""Exports in the libraries they are for; a test is skipped, with the reason, where its library is not installed."""
+"""Models and exports in other libraries; a test is skipped, with the reason, where its library is not installed.
 
+The examples of docs/neighbours.md run here as they stand, each after the first one; their figures have to be ours.
+"""
+
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from passreid_models import Embedder, SyntheticPersons, export_model, save_pretrained
+from passreid_models import Embedder, SyntheticPersons, evaluate, export_model, save_pretrained
 from passreid_models.evaluation import evaluate_model
+from tests import ROOT
 from tests.checkpoints.test_local_dir import create
+from tests.test_package import fences_of
 
 pytestmark = pytest.mark.usefixtures("no_network", "one_thread")
 HEIGHT, WIDTH = 64, 32
@@ -96,3 +104,108 @@ def test_the_encoder_of_boxmot_gives_our_descriptors_and_its_tracker_keeps_the_p
     assert len(by_person) == 3
     for track_rows in by_person.values():  # each moves by three pixels a frame, and never to another's place
         assert np.ptp(track_rows[:, 2] - 3 * track_rows[:, 0]) < 6
+
+
+# ---- Examples of docs/neighbours.md
+
+LIBRARIES = {
+    "faiss": "faiss",
+    "torchreid": "torchreid",
+    "pytorch-metric-learning": "pytorch_metric_learning",
+    "open-metric-learning": "oml.datasets",
+    "lightly": "lightly",
+}
+
+
+def sections() -> dict[str, str]:
+    """Python of each section of the page, by its heading."""
+    heading, *others = re.split(r"^## ", (ROOT / "docs" / "neighbours.md").read_text(encoding="utf-8"), flags=re.M)
+    texts = {"": heading, **{text.splitlines()[0]: text for text in others}}
+    return {name: "\n".join(fence.code for fence in fences_of(text)) for name, text in texts.items()}
+
+
+@pytest.fixture(scope="module")
+def first_example() -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "neighbours"}
+    exec(compile(sections()[""], "docs/neighbours.md", "exec"), namespace)
+    x, pids, query, ours = (namespace[key] for key in ("x", "pids", "query", "ours"))
+    without_cameras = evaluate(x[query], x[~query], pids[query], pids[~query])
+    assert ours.mAP < without_cameras.mAP < 1  # figures that tell one protocol from another
+    assert ours.rank1 < without_cameras.rank1
+    return namespace
+
+
+@pytest.fixture
+def example(first_example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str) -> dict[str, Any]:
+        namespace = dict(first_example)
+        exec(compile(sections()[name], f"docs/neighbours.md, {name}", "exec"), namespace)
+        return namespace
+
+    return run
+
+
+def require(name: str) -> None:
+    pytest.importorskip(LIBRARIES[name], reason=f"{name} is not installed: see docs/neighbours.md")
+
+
+def assert_trained(model: torch.nn.Module, loss: torch.Tensor, embed: Embedder) -> None:
+    """Every parameter has a gradient, and weights from the first layer to the last have moved."""
+    assert loss.item() > 0
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    before = timm.create_model(embed.name, pretrained=True).state_dict()
+    moved = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+    assert moved >= {"patch_embed.proj.weight", "reg_token", "blocks.0.attn.qkv.weight", "norm.weight"}
+
+
+def test_each_example_of_the_page_has_a_test():
+    assert sections().keys() - {""} == LIBRARIES.keys()
+
+
+def test_faiss_finds_what_rank_finds(example):
+    require("faiss")
+    result = example("faiss")
+    np.testing.assert_array_equal(result["indices"], result["hits"].indices)
+    np.testing.assert_allclose(result["similarities"], result["hits"].similarities, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Cython evaluation")
+def test_torchreid_evaluates_to_our_figures(example):
+    require("torchreid")
+    result = example("torchreid")
+    assert result["mAP"] == pytest.approx(result["ours"].mAP, abs=1e-9)
+    np.testing.assert_allclose(result["cmc"], result["ours"].cmc[:10], atol=1e-6)
+
+
+def test_pytorch_metric_learning_trains_the_model_and_evaluates_to_our_figures(example):
+    require("pytorch-metric-learning")
+    result = example("pytorch-metric-learning")
+    assert_trained(result["trunk"], result["loss"], result["embed"])
+    for theirs, ours in (("accuracy", "figures"), ("accuracy_of_all", "figures_of_all")):
+        accuracy, metrics = result[theirs], result[ours]
+        assert 0 < metrics.mAP < 0.99
+        assert accuracy["mean_average_precision"] == pytest.approx(metrics.mAP, abs=1e-6)
+        assert accuracy["precision_at_1"] == pytest.approx(metrics.rank1, abs=1e-6)
+    assert result["tuned"](result["persons"][:1]).shape == (1, 384)
+
+
+def test_open_metric_learning_extracts_our_descriptors_and_evaluates_to_our_figures(example):
+    require("open-metric-learning")
+    result = example("open-metric-learning")
+    torch.testing.assert_close(result["embeddings"], result["x"], rtol=0, atol=1e-5)
+    figures, ours, size = result["figures"], result["ours"], len(result["val"])
+    assert float(figures["map"][size]) == pytest.approx(ours.mAP, abs=1e-6)
+    assert [float(figures["cmc"][k]) for k in (1, 5)] == pytest.approx([ours.rank(1), ours.rank(5)], abs=1e-6)
+    assert result["PASSExtractor"](result["name"]).feat_dim == result["embeddings"].shape[1]
+
+
+def test_lightly_trains_the_model_as_a_backbone(example):
+    require("lightly")
+    result = example("lightly")
+    assert result["first_views"].shape == (8, 3, 256, 128)
+    assert_trained(result["backbone"], result["loss"], result["embed"])
+    x, learned = result["x"][:2], result["learned"](result["persons"][:2])
+    assert not torch.equal(learned, x)
+    assert F.cosine_similarity(learned, x).min() > 0.9  # a step, not another model
