@@ -91,7 +91,7 @@ def make_base(root: Path) -> Base:
     cache = FeatureCache(embed, "images", root)
     cache.store([f"{i:064x}" for i in range(len(x))], x)
     cache.file.rename(root / "features.safetensors")
-    with tarfile.open(root / "images.tar", "w") as tar:
+    with tarfile.open(root / "images.tar", mode="w") as tar:
         tar.add(root / "images", "images")
     return Base(root)
 

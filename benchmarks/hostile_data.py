@@ -103,7 +103,7 @@ def datasets(rng: Random, base: Base, work: Path) -> Call:
         else:
             for name in ("list_train.txt", "list_query.txt"):
                 if (root / name).is_file():
-                    put(root / name, m.mutate_text(rng, (root / name).read_text(errors="replace")))
+                    put(root / name, m.mutate_text(rng, (root / name).read_text(encoding="utf-8", errors="replace")))
     if rng.random() < 0.2:
         return ["embed", str(root), "-o", str(work / "out.csv"), *base.model]
     return _use_dataset(rng, base, root)
@@ -330,6 +330,8 @@ def metrics(rng: Random, base: Base, work: Path) -> Call:
         run = RunFolder(file.parent)
         run.metric(1, "loss")
         run.forget_after(2)
-        assert all(json.loads(line)["step"] <= 2 for line in file.read_text().splitlines()), "a later step is left"
+        assert all(json.loads(line)["step"] <= 2 for line in file.read_text(encoding="utf-8").splitlines()), (
+            "a later step is left"
+        )
 
     return rng.choice((["plot", str(file.parent), "--out", str(work / "out.png")], forget))

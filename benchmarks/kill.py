@@ -88,11 +88,15 @@ class Child:
         with contextlib.suppress(OSError):  # here too: whichever comes first
             os.setpgid(self.process.pid, self.process.pid)
 
+    @property
+    def output(self) -> str:
+        return self.printed.read_text(encoding="utf-8", errors="replace")
+
     def wait(self) -> int:
         self.process.join(limit())
         if self.process.exitcode is None:
             self.signal(signal.SIGKILL)
-            raise Failed("hangs", f"it hangs: {self.printed.read_text()[-300:]}")
+            raise Failed("hangs", f"it hangs: {self.output[-300:]}")
         return self.process.exitcode
 
     def until(self, happened: Callable[[], bool]) -> bool:
@@ -103,7 +107,7 @@ class Child:
                 return False
             if time.monotonic() > end:
                 self.signal(signal.SIGKILL)
-                raise Failed("hangs", f"nothing happens: {self.printed.read_text()[-300:]}")
+                raise Failed("hangs", f"nothing happens: {self.output[-300:]}")
             time.sleep(0.004)
         return True
 
@@ -113,7 +117,7 @@ class Child:
 
     def sentence(self, *codes: int) -> str:
         """Wait for the end; return the one sentence with which the program explained it."""
-        code, output = self.wait(), self.printed.read_text()
+        code, output = self.wait(), self.output
         if "Traceback" in output:
             raise Failed("tracebacks", output[-600:])
         lines = [line for line in output.splitlines() if re.match("passreid[a-z -]*: ", line)]
@@ -153,7 +157,7 @@ def limit() -> float:
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except OSError:
         return []
 
@@ -266,7 +270,7 @@ class Lab:
         """Make a run that was killed when a share of it was done."""
         child = self.start()
         if not child.until(self.part_done(share)):
-            raise Failed("unclear", f"it ended: {child.printed.read_text()[-400:]}")
+            raise Failed("unclear", f"it ended: {child.output[-400:]}")
         child.signal(signal.SIGKILL)
         child.wait()
 
@@ -278,7 +282,7 @@ class Lab:
         """Resume the run to its end and compare it with the uninterrupted one."""
         child = self.start()
         if code := child.wait():
-            output = child.printed.read_text()
+            output = child.output
             raise Failed("tracebacks" if "Traceback" in output else "unclear", f"exit code {code}: {output[-600:]}")
         self.compare()
 
@@ -373,7 +377,7 @@ def whole(lab: Lab) -> None:
     ended = lab.start_ranks() if lab.processes == 2 else [lab.start()]
     for child in ended:
         if child.wait():
-            raise Failed("unclear", child.printed.read_text()[-2000:])
+            raise Failed("unclear", child.output[-2000:])
 
 
 def kills(lab: Lab) -> None:
@@ -389,7 +393,7 @@ def kills(lab: Lab) -> None:
                 child.process.join(lab.rng.uniform(0, 1.5 if at_start else 0.3))
             if ended or child.process.exitcode is not None:
                 if child.wait():
-                    raise Failed("unclear", child.printed.read_text()[-600:])
+                    raise Failed("unclear", child.output[-600:])
                 lab.compare()
                 lab.new_run()
                 newest = {}
@@ -414,7 +418,7 @@ def signals(lab: Lab) -> None:
             child, before = lab.start(), lab.rows()
             due = lab.part_done((i + 0.5 + lab.rng.random() / 2) / (len(SIGNALS) + 1))
             if not child.until(lambda before=before, due=due: lab.rows() > before + 1 and due()):
-                raise Failed("unclear", f"it ended: {child.printed.read_text()[-400:]}")
+                raise Failed("unclear", f"it ended: {child.output[-400:]}")
             child.signal(signum)
             sentence = child.sentence(128 + signum)
             newest = lab.newest()
@@ -431,7 +435,7 @@ def worker(lab: Lab) -> None:
     with lab.counted():
         child = lab.start(workers=2)
         if not child.until(lambda: lab.part_done(0.4)() and len(child.workers()) == 2):
-            raise Failed("unclear", f"it ended: {child.printed.read_text()[-400:]}")
+            raise Failed("unclear", f"it ended: {child.output[-400:]}")
         os.kill(child.workers()[0], signal.SIGKILL)
         if "a process that loads images died" not in (sentence := child.sentence(1)):
             raise Failed("unclear", sentence)
@@ -444,9 +448,9 @@ def rank(lab: Lab) -> None:
     with lab.counted():
         child = lab.start(run_elastic)
         if not child.until(lab.part_done(0.4)):
-            raise Failed("unclear", f"it ended: {child.printed.read_text()[-600:]}")
+            raise Failed("unclear", f"it ended: {child.output[-600:]}")
         os.kill(lab.rng.choice(child.workers()), signal.SIGKILL)
-        code, output = child.wait(), child.printed.read_text()
+        code, output = child.wait(), child.output
         if code:
             raise Failed("unclear", f"exit code {code}: {output[-9000:]}")
         if re.search(r"Traceback.*\n(?!.*resource_sharer)", output):  # Python's own, in a worker of the killed process
@@ -578,7 +582,7 @@ def changed_data(lab: Lab) -> None:
     with lab.counted():
         child = lab.start(workers=0, **({} if lab.task == "pretrain" else {"cache_images": "none"}))
         if not child.until(lab.part_done(0.75)):
-            raise Failed("unclear", f"it ended: {child.printed.read_text()[-400:]}")
+            raise Failed("unclear", f"it ended: {child.output[-400:]}")
         for image in images:
             image.rename(aside / image.name)
         if str(lab.out) not in (sentence := child.sentence(2)) and str(lab.data) not in sentence:
@@ -595,7 +599,7 @@ def deleted(lab: Lab) -> None:
             lab.new_run()
             child = lab.start()
             if not child.until(lab.part_done(0.5)):
-                raise Failed("unclear", f"it ended: {child.printed.read_text()[-400:]}")
+                raise Failed("unclear", f"it ended: {child.output[-400:]}")
             moved = lab.out.with_name("moved")
             lab.out.rename(moved)
             if how == "deleted":
@@ -621,7 +625,7 @@ def clock(lab: Lab) -> None:
         for path in lab.out.rglob("*"):
             os.utime(path, (time.time() + 86400,) * 2)
         if lab.start(run_with_clock_set_back).wait():
-            raise Failed("unclear", lab.children[-1].printed.read_text()[-600:])
+            raise Failed("unclear", lab.children[-1].output[-600:])
         lab.compare()
 
 
@@ -662,7 +666,7 @@ def write_data(home: Path) -> None:
         SyntheticPersons(10, 6, 3, size=SIZE, seed=seed).write_market1501(home / name, train_ids=6)
     for times in (1, LONG):
         settings = {**SOURCE, "epochs": SOURCE["epochs"] * times}
-        (home / f"source{times}.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
+        (home / f"source{times}.yaml").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()), encoding="utf-8")
 
 
 def main() -> None:

@@ -198,12 +198,11 @@ def _strip_wrappers(tensors: StateDict) -> StateDict:
     return source
 
 
-def check_tensors(tensors: StateDict) -> StateDict:
-    """Check each tensor before it is computed with, and return all; a file can declare what it does not hold.
+def check_held(tensors: StateDict) -> None:
+    """Check that each tensor is one of a network, and that its values are there; a file can declare what it lacks.
 
     Raises:
-        CheckpointError: If a tensor is sparse, empty of data or larger than its storage, a weight is quantised, or a
-            value is not finite.
+        CheckpointError: If a tensor is sparse, empty of data or larger than its storage, or a weight is quantised.
     """
     for key, value in tensors.items():
         if value.layout != torch.strided or value.is_meta:
@@ -219,6 +218,15 @@ def check_tensors(tensors: StateDict) -> StateDict:
         raise CheckpointError(
             f"{len(wrong)} tensors are not of floating point of 16 bits or more, {types}: are these quantised weights?"
         )
+
+
+def check_tensors(tensors: StateDict) -> StateDict:
+    """Check each tensor before it is computed with, and return all.
+
+    Raises:
+        CheckpointError: As ``check_held`` does, or if a value is not finite.
+    """
+    check_held(tensors)
     if bad := [key for key, value in tensors.items() if value.dtype in _DTYPES and not value.isfinite().all()]:
         raise CheckpointError(f"NaN or infinite values in {len(bad)} tensors, the first: {', '.join(bad[:3])}")
     return tensors

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from passreid_models.checkpoints.convert import check_tensors
+from passreid_models.checkpoints.convert import check_held
 from passreid_models.checkpoints.names import check_run, run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock, read_bytes
@@ -142,7 +142,7 @@ class RunFolder:
         check_run(state, path)
         try:
             for name in NETWORKS & state.keys():
-                check_tensors(state[name])
+                check_held(state[name])
         except CheckpointError as e:
             raise CheckpointError(f"{path}: {e}") from None
         return state
@@ -229,9 +229,9 @@ def _record(line: str) -> dict[str, float]:
         record = json.loads(line, parse_int=float)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not all(v is None or isinstance(v, float) for v in record.values()):
         return {}
-    values = {k: math.nan if v is None else v for k, v in record.items() if v is None or isinstance(v, float)}
+    values = {k: math.nan if v is None else v for k, v in record.items()}
     return values if math.isfinite(values.get("step", math.nan)) else {}
 
 
