@@ -178,7 +178,7 @@ def check_output(path: Path, format: str | None) -> str:
     if FORMATS[format] and path.suffix != FORMATS[format]:
         raise ValueError(f"{path}: a file of {format} ends in {FORMATS[format]}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" and not find_spec(name)]
-    if format == "onnx" and torch.__version__ < (2, 8):
+    if format == "onnx" and torch.__version__ < "2.8":
         missing.append("torch 2.8 or newer")
     if missing:
         raise ValueError(f'ONNX needs {", ".join(missing)}: pip install "passreid-models[export]"')
