@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TIMEOUT = timedelta(hours=2)  # the other processes wait while the first clusters or saves
+
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """Pick the device of this process, and check it.
@@ -65,13 +67,13 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        # others wait while the first clusters or saves
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **_own_store())
+        dist.init_process_group(backend, timeout=TIMEOUT, **_own_store())
         yield device
     except RuntimeError as e:
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e).lower()):
+        if not (isinstance(e, dist.DistError) or "gloo/" in str(e)):
             raise
-        reason = str(e).partition(chr(10))[0].partition(". ")[0]
+        lines = str(e).strip().splitlines()  # NCCL gives the cause in the last one
+        reason = "; ".join(dict.fromkeys([lines[0].partition(". ")[0], lines[-1].partition(". ")[0]]))
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():
@@ -89,5 +91,5 @@ def _own_store() -> dict[str, Any]:
         return {}
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, world_size = next(rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
     return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": world_size}

@@ -398,7 +398,9 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["name", *(f"f{i}" for i in range(descriptors.shape[1]))])
-                rows = map(Tensor.tolist, descriptors)  # one at a time: a Python float takes 8 times as much
+                rows = (
+                    row.tolist() for row in descriptors.numpy()
+                )  # one at a time: a Python float takes 8 times as much
                 writer.writerows([name, *map(repr, row)] for name, row in zip(names, rows, strict=True))
 
 

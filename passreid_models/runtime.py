@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ def lock(path: str | Path) -> FileLock:
 
 def printable(text: str) -> str:
     """Text in one line for a terminal: control characters, as a file's name can hold them, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    is_shown = {c: c.isprintable() or unicodedata.category(c) == "Zs" for c in set(text)}
+    return "".join(c if is_shown[c] else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

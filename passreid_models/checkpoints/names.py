@@ -143,7 +143,8 @@ _RUN: dict[str, Check] = {
     "identities": ("texts", lambda v: isinstance(v, list | tuple) and all(map(_is_text, v))),
     "statistics": ("mean, std and interpolation", are_statistics),
     "before": ("scores", _is_scores),
-    **dict.fromkeys(("origin", "scaler", "optimizer"), OBJECT),
+    "origin": OBJECT,
+    **dict.fromkeys(("scaler", "optimizer"), ("an object", lambda v: v is None or isinstance(v, dict))),
     **dict.fromkeys(("student", "teacher", "model"), ("tensors by name", _are_tensors)),
     **dict.fromkeys(("centers", "labels", "centroids"), ("a tensor", lambda v: isinstance(v, Tensor))),
 }

@@ -39,7 +39,7 @@ EXPECTED = (
 )
 MARKER_3D = "synthetic3d.json"
 """File in a folder of ``passreid_synth3d`` that records how its persons were drawn."""
-MAX_LIST_BYTES = 2**27  # of a table or list: a million lines
+MAX_LIST_BYTES = 2**28  # of a table or list: four million lines
 SPLITS = ("train", "query", "gallery")
 MARKET = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 VERI = {"train": "image_train", "query": "image_query", "gallery": "image_test"}

@@ -45,7 +45,7 @@ def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int =
     for name, figure in figures.items():
         files.append(Path(folder) / f"{name}.png")
         with atomic_buffer(files[-1]) as buffer:
-            figure.savefig(buffer, dpi=110)
+            figure.savefig(buffer, format="png", dpi=110)
     return files
 
 
@@ -84,7 +84,8 @@ def draw_ranking(retrieved: "Retrieved", dataset: "ReIDDataset", queries: np.nda
             is_right = split.pids[i] == retrieved.query.pids[query]
             draw.rectangle(frame, fill=COLOURS["right" if is_right else "wrong"] if column else COLOURS["query"])
             sheet.paste(thumbnail(split.paths[i]), (x, y))
-            pid, camera = dataset.pid_names[int(split.pids[i])], dataset.camera_names[int(split.camids[i])]
+            pid = dataset.pid_names.get(int(split.pids[i]), str(split.pids[i]))
+            camera = dataset.camera_names.get(int(split.camids[i]), "")
             lines = [f"id {pid}" if split.pids[i] else "distractor", f"cam {camera}" if camera else ""]
             draw.text((x, y + HEIGHT + GAP), "\n".join(_shorten(draw, line) for line in lines), fill="black", spacing=2)
     return sheet

@@ -106,7 +106,7 @@ class SupervisedTrainer(ReIDTrainer):
             same = len(set(names) & set(ids))
             reason = f"of the {len(names)} identities of {init} and the {len(ids)} here, {same} are the same"
         elif differing := [k for k in ("neck", "fusion") if run["config"].get(k) != getattr(c, k)]:
-            reason = "; ".join(f"{k} is {getattr(c, k)}, and {run['config'][k]} in {init}" for k in differing)
+            reason = "; ".join(f"{k} is {getattr(c, k)}, and {run['config'].get(k)} in {init}" for k in differing)
         else:
             kept = {k: v for k, v in run["model"].items() if k.startswith(("backbone.fc_norm.", "classifier."))}
             try:

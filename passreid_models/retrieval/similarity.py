@@ -232,7 +232,7 @@ def chunks(
     limit = budget_mb * 2**20
     if device.type == "cpu":
         limit = min(limit, CPU_CHUNK)
-    step = max(1, int(min(limit / workers, 2**40) // row_bytes))
+    step = max(1, int(min(limit / workers, 2**40) // max(1, row_bytes)))
     for start in range(0, total, step):
         yield start, min(start + step, total)
 

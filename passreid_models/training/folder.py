@@ -229,9 +229,9 @@ def _record(line: str) -> dict[str, float]:
         record = json.loads(line, parse_int=float)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict) or not all(v is None or isinstance(v, float) for v in record.values()):
+    if not isinstance(record, dict):
         return {}
-    values = {k: math.nan if v is None else v for k, v in record.items()}
+    values = {k: math.nan if v is None else v for k, v in record.items() if v is None or isinstance(v, float)}
     return values if math.isfinite(values.get("step", math.nan)) else {}
 
 

@@ -79,7 +79,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     Raises:
         ValueError: If they are not those of its parameters.
     """
-    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in groups]:
+        raise ValueError("the optimiser has other groups of parameters")
+    optimizer.load_state_dict({**state, "param_groups": groups})
     for p, moments in optimizer.state.items():
         for name, x in moments.items():
             if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_meta or x.shape not in (p.shape, ())):

@@ -219,6 +219,8 @@ class BaseTrainer:
             self.load_tensors(state)
             if state["scaler"]:  # empty unless the saved run was in float16
                 self.scaler.load_state_dict(state["scaler"])
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:  # torch's loaders
             reason = " ".join(str(e).split())[:300]
             raise CheckpointError(

@@ -151,7 +151,7 @@ def test_a_csv_or_a_list_that_is_no_regular_file_or_huge_is_refused_and_not_read
     for name in ("huge.csv", "huge.txt"):
         with (tmp_path / name).open("wb") as file:
             file.truncate(2**34)
-    with pytest.raises(ValueError, match=r"huge\.csv is larger than 134,217,728 bytes"):
+    with pytest.raises(ValueError, match=r"huge\.csv is larger than 268,435,456 bytes"):
         open_dataset(tmp_path / "huge.csv")
     with pytest.raises(ValueError, match=r"huge\.txt: a line of 65,536 bytes or more; expected one path per line"):
         open_source(tmp_path / "huge.txt")

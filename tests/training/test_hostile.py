@@ -1,7 +1,6 @@
 """Hostile settings and files of a run: one sentence each, and no waiting."""
 
 import errno
-import json
 import math
 import os
 
@@ -66,15 +65,14 @@ def test_metrics_lines_that_are_no_records_are_dropped(tmp_path):
     assert run.metric(1, "loss") == 2
     assert run.metric(2, "loss") is None
     run.forget_after(1)
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 2}
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [lines[0], '{"step": 1, "note": "x"}']
 
 
 def test_foreign_lines_of_metrics_are_not_drawn(tmp_path):
-    lines = ["null", '{"epoch": "x", "step": 1}', '{"step": 2, "epoch": 1, "loss": "x", "lr": [1]}']
-    lines += ['{"step": 2, "epoch": 1, "mAP": null}']
+    lines = ["null", '{"epoch": "x", "step": 1}', '{"step": 2, "epoch": 1, "loss": "x", "lr": [1], "mAP": null}']
     content = "".join(f"{line}\n" for line in [*lines, "[" * 10**5, '{"step": 3, "epoch": 1.5, "loss": 0.5}'])
     (tmp_path / "metrics.jsonl").write_bytes(content.encode() + b'\xff\n{"step": 1' + b"0" * 5000 + b"}\n")
-    second, last = RunFolder(tmp_path).metrics()
+    _, second, last = RunFolder(tmp_path).metrics()
     assert second.keys() == {"step", "epoch", "mAP"}
     assert math.isnan(second["mAP"])
     assert last == {"step": 3, "epoch": 1.5, "loss": 0.5}
