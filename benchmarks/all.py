@@ -5,11 +5,12 @@
     python benchmarks/all.py --page                     the tables alone, from what is recorded
 
 missed          figures that miss their target, of all that are recorded
-failed          scripts that failed, of those that ran
+failed          scripts that printed no figures, of those that ran
 
 ``tables.yaml`` has their rows. Each script runs ``--repeat`` times, those that take long once. ``results.json`` has for
 each command the machine, the date, the number of runs, and ``[median, lowest, highest]`` of every key of the script's
-last line; a later call replaces them. The page is written by hand outside of the tables.
+last line, whatever its exit status; a later call replaces them, or drops them where there are none. The page is written
+by hand outside of the tables.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 import yaml
 
 HERE = Path(__file__).parent
-ONCE = ("clustering.py", "kill.py", "robustness.py", "scale.py")
+ONCE = ("clustering.py", "robustness.py", "scale.py")
 RESULTS, PAGE = HERE / "results.json", HERE.parent / "docs" / "benchmarks.md"
 
 
@@ -97,19 +97,22 @@ def machine() -> str:
 def measure(command: str, repeat: int) -> dict[str, Any]:
     """Run a script several times: machine, date, runs, and median, lowest and highest of each key."""
     script, *options = shlex.split(command)
-    runs = [common.last_json([sys.executable, str(HERE / script), *options]) for _ in range(repeat)]
+    runs = [common.last_json([sys.executable, str(HERE / script), *options], check=False) for _ in range(repeat)]
     values = {key: [run[key] for run in runs if run[key] is not None] for key in runs[0]}
     figures = {key: [statistics.median(v), min(v), max(v)] for key, v in values.items() if v}
     return {"machine": machine(), "date": str(datetime.date.today()), "runs": repeat, "figures": figures}
 
 
 def main() -> None:
+    rows = [row for rows in TABLES.values() for row in rows]
+    scripts = sorted({row.command.split()[0] for row in rows})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="these scripts, such as forward.py")
+    parser.add_argument("--only", nargs="+", choices=scripts, metavar="SCRIPT", help="these, such as forward.py")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each script (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="run nothing")
     args = parser.parse_args()
-    rows = [row for rows in TABLES.values() for row in rows]
+    if args.repeat < 1:
+        parser.error("--repeat must be at least 1")
     results, failed = json.loads(RESULTS.read_text(encoding="utf-8")), []
     for command in [] if args.page else dict.fromkeys(row.command for row in rows):
         if args.only and command.split()[0] not in args.only:
@@ -117,8 +120,9 @@ def main() -> None:
         print(command, flush=True)
         try:
             results[command] = measure(command, 1 if command in ONCE else args.repeat)
-        except (subprocess.CalledProcessError, ValueError, IndexError) as e:  # a script that is not there, or fails
+        except (ValueError, IndexError, KeyError, TypeError) as e:  # no script, no last line, no figures, other keys
             failed.append(command)
+            results.pop(command, None)
             print(f"{command} failed: {e}", file=sys.stderr)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(write_tables(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")

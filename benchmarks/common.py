@@ -66,9 +66,9 @@ def write_images(folder: Path, images: Iterable[Image.Image], suffix: str = ".jp
     return paths
 
 
-def last_json(command: list[str], **options: Any) -> Any:
+def last_json(command: list[str], *, check: bool = True, **options: Any) -> Any:
     """Run a command, with options of ``subprocess.run``, and parse the last line of its output as JSON."""
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+    output = subprocess.run(command, check=check, stdout=subprocess.PIPE, text=True, **options).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -2,12 +2,13 @@
 
 A case is a function of a random generator: it writes its input into an empty folder, and returns the words of a
 ``passreid`` command, or a function. A function ends with an AssertionError where a result is wrong, such as a damaged
-gallery that loads with other descriptors.
+gallery that loads with other descriptors. Cases name nothing outside of their folder that could be written to.
 """
 
 import os
 import shutil
 import socket
+import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,14 @@ def copy(base: Base, name: str, to: Path, changed: dict[str, bytes | None]) -> P
     return to
 
 
+def device(rng: Random, path: Path) -> None:
+    """Copy of /dev/zero, /dev/full or /dev/random; a pipe where only root may make one."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, rng.choice((5, 7, 8))))
+    except PermissionError:
+        os.mkfifo(path)
+
+
 def odd_file(rng: Random, path: Path) -> None:
     """Something other than a regular file that can be read, or an odd one."""
     kind = rng.randrange(9)
@@ -131,7 +140,7 @@ def odd_file(rng: Random, path: Path) -> None:
             s.bind(f"/proc/self/fd/{here}/{path.name}")  # an address is short
             os.close(here)
     elif kind < 4:
-        path.symlink_to(rng.choice(("/dev/zero", "/dev/random", "/dev/full", "/dev/stdin", "/proc/self/mem")))
+        device(rng, path)
     elif kind == 4:
         path.symlink_to(rng.choice((path.name, "missing", ".", "..")))
     elif kind == 5:

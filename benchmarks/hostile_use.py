@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mutations as m
-from hostile import CLUSTER, FINETUNE, PRETRAIN, STOP, Base, Call, odd_file, put
+from hostile import CLUSTER, FINETUNE, PRETRAIN, STOP, Base, Call, device, odd_file, put
 
 from passreid_models.checkpoints import download, drive
 from passreid_models.checkpoints.hub import download_hub
@@ -60,7 +60,7 @@ def settings(rng: Random, base: Base, work: Path) -> Call:
 OPTIONS = (
     "", " ", "0", "-1", "1.5", "nan", "inf", "-inf", "1e3", "9" * 30, "1e400", "0x10", "１２", "4\n", "a\nb", "x,y",
     "64", "[1,2]", "{}", "null", "true", "auto", "64x32", "0x0", "-16x32", "16x16x16", "9999999999x16", "é", "\x1b[31m",
-    "1", "x" * 800, "/dev/zero", "/", "..", "~", "-", "--", "=", "%s", "*", "\udcff", "cuda", "cuda:99", "cpu:7",
+    "1", "x" * 800, "zero", "..", "~", "-", "--", "=", "%s", "*", "\udcff", "cuda", "cuda:99", "cpu:7",
     "meta", "0.5", "mps", "hf-hub:", "local-dir:", "hf-hub:a/b@c@d", "synthetic:", "synthetic:ids=-1",
     "synthetic:ids=" + "9" * 30,
     "synthetic:ids=3,seed=x", "synthetic:size=1x1", "random", "none", "'", '"', "!!python/none", "&a", "*a", "[" * 500,
@@ -74,6 +74,8 @@ def options(rng: Random, base: Base, work: Path) -> Call:
     from passreid_models import cli
 
     out, value = str(work / "out"), rng.choice(OPTIONS)
+    if value == "zero":
+        device(rng, work / value)
     trainings = {
         "train": [str(base.root / "images"), *PRETRAIN],
         "finetune": [base.persons, "--init", "random", *FINETUNE],
@@ -120,14 +122,12 @@ def outputs(rng: Random, base: Base, work: Path) -> Call:
     """Outputs that cannot be written, or a disk that is full: an error that names them, and nothing left."""
     suffixes = ("", ".npz", ".csv", ".safetensors", ".png", ".json", ".html")
     target = work / rng.choice(("a/b/out.npz", *(f"out{suffix}" for suffix in suffixes)))
-    kind = rng.randrange(6)
+    kind = rng.randrange(5)
     if kind == 0:
         odd_file(rng, target)
     elif kind == 1:
         target = put(work / "file", b"x") / "out.npz"
     elif kind == 2:
-        target = Path(rng.choice(("/dev/full", "/dev/null/x.npz", "/proc/x.png", "/proc/self/x.npz", "/sys/x.csv")))
-    elif kind == 3:
         target = work / ("x" * 300 + ".npz")
     out = str(target)
     words = rng.choice(
@@ -143,7 +143,7 @@ def outputs(rng: Random, base: Base, work: Path) -> Call:
             ["finetune", base.persons, "--init", "random", "--out", out, *FINETUNE, "--cache-images=none", *STOP],
         )
     )
-    if kind < 4:
+    if kind < 3:
         return words
     limit = rng.choice((0, 10, 1000, 20_000, 60_000))
 

@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import mutations as m
+import numpy as np
 import safetensors.torch
 import torch
 from hostile import FINETUNE, PRETRAIN, STOP, Base, Call, copy, odd_file, put
@@ -29,10 +30,15 @@ def assert_same(actual: Any, expected: Any) -> None:
     assert all(torch.equal(a[k], v) for k, v in b.items()), "other values than were written"
 
 
-def is_finite(folder: str | Path) -> None:
-    for name, x in safetensors.torch.load_file(Path(folder, "model.safetensors")).items():
-        assert x.is_floating_point(), name
-        assert x.isfinite().all(), name
+def assert_finite(out: Path) -> None:
+    """Weights in a folder, and descriptors in a file of its name with ``.npz``, are finite, where there are any."""
+    if (file := out / "model.safetensors").is_file():
+        for name, x in safetensors.torch.load_file(file).items():
+            assert x.isfinite().all(), f"{name} is not finite"
+    if (file := out.with_suffix(".npz")).is_file():
+        with np.load(file) as arrays:
+            for name, x in arrays.items():
+                assert x.dtype.kind != "f" or np.isfinite(x).all(), f"{name} is not finite"
 
 
 def use_checkpoint(rng: Random, base: Base, file: Path) -> Call:

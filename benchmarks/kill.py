@@ -11,9 +11,10 @@ lost               failures in which weights, rows or checkpoints differ, or fil
 hangs, tracebacks  failures in which a process does not end, or ends with a stack trace
 identical          1 if nothing is lost, else 0
 lost_steps         largest number of steps that had to be repeated after a kill
-skipped            cases that this machine cannot run; full and read-only disks are mounted, which needs root
+skipped            kinds of cases that this machine cannot run: full and read-only disks are mounted
 
-On a CPU, with small models that save ten times a second and a loader process. The exit status is 1 if any case failed.
+On a CPU, with small models that save ten times a second and a loader process. The exit status is 1 if any case
+failed or none ran.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # the tiny runs of the tests
+
 import common
 import safetensors.torch
 import torch
@@ -49,6 +52,7 @@ from passreid_models.reid import supervised, unsupervised  # noqa: F401  (import
 from passreid_models.runtime import num_cores
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
+from tests.tiny_runs import flat
 
 LIMIT = 180  # seconds after which a process hangs, on a machine that does nothing else
 SIZE, LONG = (64, 32), 2  # a run that is killed often has so many times the epochs
@@ -110,6 +114,11 @@ class Child:
                 raise Failed("hangs", f"nothing happens: {self.output[-300:]}")
             time.sleep(0.004)
         return True
+
+    def reach(self, happened: Callable[[], bool]) -> None:
+        """Wait until something has happened, which is before the process ends."""
+        if not self.until(happened):
+            raise Failed("unclear", f"it ended: {self.output[-600:]}")
 
     def signal(self, signum: int, group: bool = True) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -269,8 +278,7 @@ class Lab:
     def begin(self, share: float = 0.5) -> None:
         """Make a run that was killed when a share of it was done."""
         child = self.start()
-        if not child.until(self.part_done(share)):
-            raise Failed("unclear", f"it ended: {child.output[-400:]}")
+        child.reach(self.part_done(share))
         child.signal(signal.SIGKILL)
         child.wait()
 
@@ -347,16 +355,6 @@ def tensors(folder: RunFolder) -> dict[str, Tensor]:
     return dict(flat("", {**{k: v for k, v in newest[1].items() if k != "config"}, **exports}))
 
 
-def flat(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from flat(f"{name}/{key}", inner)
-    elif isinstance(value, list | tuple):
-        yield from flat(name, dict(enumerate(value)))
-    elif isinstance(value, int | float | Tensor):
-        yield name, torch.as_tensor(value)
-
-
 def same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
@@ -389,8 +387,7 @@ def kills(lab: Lab) -> None:
             at_start = lab.rng.random() < 0.2  # before the first step, or while it reads a checkpoint
             share = (done % 13 + lab.rng.random()) / (min(count, 13) + 1)
             ended = not child.until(lambda rows=0 if at_start else share * total: lab.rows() >= rows)
-            with contextlib.suppress(Failed):
-                child.process.join(lab.rng.uniform(0, 1.5 if at_start else 0.3))
+            child.process.join(lab.rng.uniform(0, 1.5 if at_start else 0.3))
             if ended or child.process.exitcode is not None:
                 if child.wait():
                     raise Failed("unclear", child.output[-600:])
@@ -417,8 +414,7 @@ def signals(lab: Lab) -> None:
         with lab.counted():
             child, before = lab.start(), lab.rows()
             due = lab.part_done((i + 0.5 + lab.rng.random() / 2) / (len(SIGNALS) + 1))
-            if not child.until(lambda before=before, due=due: lab.rows() > before + 1 and due()):
-                raise Failed("unclear", f"it ended: {child.output[-400:]}")
+            child.reach(lambda before=before, due=due: lab.rows() > before + 1 and due())
             child.signal(signum)
             sentence = child.sentence(128 + signum)
             newest = lab.newest()
@@ -434,8 +430,7 @@ def worker(lab: Lab) -> None:
     """A process that loads images dies."""
     with lab.counted():
         child = lab.start(workers=2)
-        if not child.until(lambda: lab.part_done(0.4)() and len(child.workers()) == 2):
-            raise Failed("unclear", f"it ended: {child.output[-400:]}")
+        child.reach(lambda: lab.part_done(0.4)() and len(child.workers()) == 2)
         os.kill(child.workers()[0], signal.SIGKILL)
         if "a process that loads images died" not in (sentence := child.sentence(1)):
             raise Failed("unclear", sentence)
@@ -447,8 +442,7 @@ def rank(lab: Lab) -> None:
     """A process of torchrun dies; torchrun starts both again, which resume."""
     with lab.counted():
         child = lab.start(run_elastic)
-        if not child.until(lab.part_done(0.4)):
-            raise Failed("unclear", f"it ended: {child.output[-600:]}")
+        child.reach(lab.part_done(0.4))
         os.kill(lab.rng.choice(child.workers()), signal.SIGKILL)
         code, output = child.wait(), child.output
         if code:
@@ -477,11 +471,23 @@ def together(lab: Lab) -> None:
 def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
     """Mount a file system of so many bytes; yield a function to mount it again with other options."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    subprocess.run(command, check=True, capture_output=True, text=True)
     try:
         yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True) and None
     finally:
         subprocess.run(["umount", "-l", folder], check=False)
+
+
+def why_not_mounted(home: Path) -> str:
+    """Why this process cannot mount a file system; empty if it can."""
+    try:
+        with disk(home / "disk", 4096):
+            return ""
+    except subprocess.CalledProcessError as e:
+        return e.stderr.strip()
+    except OSError as e:  # no such program
+        return str(e)
 
 
 def full_disk(lab: Lab) -> None:
@@ -581,8 +587,7 @@ def changed_data(lab: Lab) -> None:
                 (extra if change == "renamed" else aside / images[0].name).rename(images[0])
     with lab.counted():
         child = lab.start(workers=0, **({} if lab.task == "pretrain" else {"cache_images": "none"}))
-        if not child.until(lab.part_done(0.75)):
-            raise Failed("unclear", f"it ended: {child.output[-400:]}")
+        child.reach(lab.part_done(0.75))
         for image in images:
             image.rename(aside / image.name)
         if str(lab.out) not in (sentence := child.sentence(2)) and str(lab.data) not in sentence:
@@ -598,8 +603,7 @@ def deleted(lab: Lab) -> None:
         with lab.counted():
             lab.new_run()
             child = lab.start()
-            if not child.until(lab.part_done(0.5)):
-                raise Failed("unclear", f"it ended: {child.output[-400:]}")
+            child.reach(lab.part_done(0.5))
             moved = lab.out.with_name("moved")
             lab.out.rename(moved)
             if how == "deleted":
@@ -619,7 +623,7 @@ def clock(lab: Lab) -> None:
     """The clock goes back: while the run goes on, and before it is resumed."""
     with lab.counted():
         child = lab.start(run_with_clock_set_back)
-        child.until(lab.part_done(0.5))
+        child.reach(lab.part_done(0.5))
         child.signal(signal.SIGKILL)
         child.wait()
         for path in lab.out.rglob("*"):
@@ -644,7 +648,7 @@ CASES: dict[str, Callable[[Lab], None]] = {
 }
 QUICK = {"pretrain": list(CASES)[4:], "cluster": ["signals", "a loader process dies", "foreign rows"]}
 KILLS, WHOLE = "kill -9", "uninterrupted"
-NEED_ROOT = ("full disk", "read-only disk")
+MOUNTING = ("full disk", "read-only disk")
 
 
 def work(lab: Lab) -> Lab:
@@ -653,8 +657,8 @@ def work(lab: Lab) -> Lab:
     with lab.counted(0):
         {**CASES, KILLS: kills, WHOLE: whole}[lab.case](lab)
     lab.children = []
-    if not lab.failures and lab.case != WHOLE:
-        shutil.rmtree(lab.folder)
+    if lab.case != WHOLE:
+        shutil.rmtree(lab.folder, ignore_errors=True)
     return lab
 
 
@@ -680,11 +684,13 @@ def main() -> None:
     args = parser.parse_args()
     num_kills = args.kills if args.kills is not None else 4 if args.quick else 50
     cases = QUICK if args.quick else {task: list(CASES) for task in TASKS}
+    for text in args.case or ():
+        if not any(text in f"{task}: {name}" for task, names in cases.items() for name in names):
+            parser.error(f"no case has {text!r}")
     if args.case:
         cases = {
             task: [n for n in names if any(c in f"{task}: {n}" for c in args.case)] for task, names in cases.items()
         }
-    skipped = [] if hasattr(os, "geteuid") and os.geteuid() == 0 else list(NEED_ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -692,6 +698,8 @@ def main() -> None:
         home = Path(folder)
         os.environ["PASSREID_CACHE"] = str(home / "cache")
         write_data(home)
+        reason = why_not_mounted(home)
+        skipped = {n: reason for n in MOUNTING if reason and any(n in names for names in cases.values())}
         shares = {task: len(range(i, num_kills, len(cases))) for i, task in enumerate(cases)}
         labs = [Lab(home, KILLS, task, args.seed, LONG, num_kills=n) for task, n in shares.items() if n]
         labs += [
@@ -715,8 +723,8 @@ def main() -> None:
     sys.exit(report(done, skipped, time.perf_counter() - start))
 
 
-def report(done: list[Lab], skipped: list[str], seconds: float) -> int:
-    """Print the table; return the number of failures."""
+def report(done: list[Lab], skipped: dict[str, str], seconds: float) -> bool:
+    """Print the table; return whether a case failed, or none ran."""
     cases: Counter = sum((lab.counts for lab in done), Counter())
     failures = [failure for lab in done for failure in lab.failures]
     failed, kinds = Counter(case for _, case, _ in failures), Counter(kind for kind, _, _ in failures)
@@ -727,11 +735,11 @@ def report(done: list[Lab], skipped: list[str], seconds: float) -> int:
         "lost_steps": max((lab.lost_steps for lab in done), default=0), "skipped": len(skipped),
     }  # fmt: skip
     rows = [(name, f"{count} cases, {failed[name]} failed") for name, count in cases.items()]
-    rows += [(name, "skipped: mounting needs root") for name in skipped]
+    rows += [(name, f"skipped: {reason}") for name, reason in skipped.items()]
     rows.append(("time", f"{seconds:.0f} s"))
     tasks = ", ".join(dict.fromkeys(lab.task for lab in done))
     common.report(f"faults while training ({tasks}); {common.machine(torch.device('cpu'))}", rows, figures)
-    return bool(failures)
+    return bool(failures) or not cases.total()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ tracebacks     cases that end with another exception than ValueError and OSError
 hangs          cases that take longer than the time limit
 over_2gb       cases that take more than 2 GB
 code_executed  cases in which code from a file was run
+skipped        kinds of faults of training that this machine cannot run
 
 ``hostile_*.py`` make the cases. A case is decided by its class, its number and the seed; it runs in a process of its
-own, with limits of time and memory. The exit status is 1 unless nothing fails.
+own, with limits of time and memory. The exit status is 1 unless all cases ran and none failed.
 """
 
 import argparse
@@ -31,6 +32,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -52,7 +55,7 @@ CASES, QUICK_CASES, KILLS = 300, 3, 50  # cases of each class
 SECONDS, MEMORY = 60, 2 * 2**30
 ADDRESS_SPACE = 4 * 2**30  # on top of what is there: threads reserve more than they use
 MAX_MESSAGE = 4000  # characters
-NO_MEMORY = re.compile(r"MemoryError|allocate memory|std::bad_alloc|not enough memory|Cannot allocate")
+NO_MEMORY = re.compile(r"out of memory: |MemoryError|allocate memory|std::bad_alloc|not enough memory|Cannot allocate")
 
 
 CLASSES: dict[str, Callable[[Random, Base, Path], Call]] = {
@@ -75,6 +78,7 @@ CLASSES: dict[str, Callable[[Random, Base, Path], Call]] = {
     "outputs": use.outputs,
     "network": use.network,
 }
+SIZED = ("settings", "options")  # out of memory is a clear answer to a size that the user asked for
 
 
 class Outcome(NamedTuple):
@@ -87,7 +91,7 @@ class Outcome(NamedTuple):
     megabytes: float
 
 
-def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = MEMORY) -> Outcome:
+def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = MEMORY, sized: bool = False) -> Outcome:
     """Run a case in a process of its own, and judge how it ends.
 
     Args:
@@ -95,6 +99,7 @@ def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = M
         work: Folder of the case; the process works in it.
         seconds: Time limit.
         memory: Limit of the memory that it adds, in bytes.
+        sized: Whether the message that memory is out is a good end.
     """
     log, ending = work.parent / f"{work.name}.log", work.parent / f"{work.name}.json"
     start = time.monotonic()
@@ -124,7 +129,7 @@ def run_case(call: Call, work: Path, seconds: float = SECONDS, memory: float = M
         failure = "code executed"
     elif hangs:
         failure = "hang"
-    elif grown > memory or (NO_MEMORY.search(output + message) and not end.get("said")):
+    elif grown > memory or (NO_MEMORY.search(output + message) and not (sized and end.get("said"))):
         failure = "over 2 GB"
     elif not end or "ended" not in end:
         failure, message = "died", f"status {status}"
@@ -175,6 +180,8 @@ def _judge(call: Call, log: Path, work: Path) -> dict[str, Any]:
             call()
             return {}
         code = cli.main(call)
+        if code == 0 and call[0] in ("convert", "embed"):
+            weights.assert_finite(work / "out")
     except SystemExit as e:  # of argparse
         code = e.code if isinstance(e.code, int) else 1
     except AssertionError as e:
@@ -217,46 +224,35 @@ def _clear(message: str, work: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def run_number(kind: str, number: int, seed: int, base: Base, folder: Path) -> tuple[Outcome, Call]:
-    """Make and run the case of a class, a number and a seed."""
+def run_number(kind: str, number: int, seed: int, base: Base, folder: Path) -> tuple[Outcome, str]:
+    """Make and run the case of a class, a number and a seed; return its call too."""
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as parent:
         work = Path(parent, "case")
         work.mkdir()
         try:
             call = CLASSES[kind](Random(f"{kind}/{number}/{seed}"), base, work)
         except Exception:
-            return Outcome("no case", traceback.format_exc(), "", 0, 0), []
-        return run_case(call, work), call
-
-
-def _share(rank: int, size: int, jobs: list[tuple[str, int]], seed: int, base: Base, folder: Path, queue: Any) -> None:
-    """Run every ``size``-th job."""
-    for kind, number in jobs[rank::size]:
-        outcome, call = run_number(kind, number, seed, base, folder)
-        queue.put((kind, number, outcome, " ".join(call)[:500] if isinstance(call, list) else str(call)))
-    queue.put(None)
+            return Outcome("no case", traceback.format_exc(), "", 0, 0), ""
+        outcome = run_case(call, work, sized=kind in SIZED)
+    return outcome, " ".join(call)[:500] if isinstance(call, list) else str(call)
 
 
 def run_all(jobs: list[tuple[str, int]], seed: int, base: Base, folder: Path) -> Iterator[Any]:
-    """Run jobs on all cores; yield class, number, outcome and call of each."""
-    context = multiprocessing.get_context("fork")
-    queue, size = context.Queue(), len(os.sched_getaffinity(0))
-    workers = [context.Process(target=_share, args=(i, size, jobs, seed, base, folder, queue)) for i in range(size)]
-    for worker in workers:
-        worker.start()
-    running = size
-    try:
-        while running:
-            item = queue.get()
-            running -= item is None
-            if item is not None:
-                yield item
-    except KeyboardInterrupt:
-        print("interrupted: the figures are those of the cases so far")
-    for worker in workers:
-        if running:
-            worker.terminate()
-        worker.join()
+    """Run jobs on all cores; yield class, number, outcome and call of each, until Ctrl-C."""
+    left, size = dict.fromkeys(jobs), len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(size, multiprocessing.get_context("fork")) as pool:
+        try:
+            futures = {pool.submit(run_number, *job, seed, base, folder): job for job in jobs}
+            for future in as_completed(futures):
+                outcome, call = future.result()
+                del left[futures[future]]
+                yield *futures[future], outcome, call
+        except BrokenProcessPool as e:
+            for job in left:
+                yield *job, Outcome("died", f"not run: {e}", "", 0, 0), ""
+        except KeyboardInterrupt:
+            print("interrupted: the figures are those of the cases so far")
+            pool.shutdown(cancel_futures=True)
 
 
 def kill_trainings(kills: int, seed: int, quick: bool) -> dict[str, float]:
@@ -279,9 +275,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help=f"cases of each class (default: {CASES})")
     parser.add_argument("--kills", type=int, help=f"kills of trainings (default: {KILLS})")
     parser.add_argument("--seed", type=int, default=0, help="of the cases and the kills")
-    parser.add_argument("--only", metavar="CLASS", help=f"one class of {', '.join(CLASSES)}")
+    parser.add_argument("--only", choices=CLASSES, metavar="CLASS", help=f"one class of {', '.join(CLASSES)}")
     parser.add_argument("--case", metavar="CLASS:NUMBER", help="one case, with its output")
     args = parser.parse_args()
+    kind, _, number = (args.case or "images:0").rpartition(":")
+    if kind not in CLASSES or not number.isdecimal():
+        parser.error(f"--case {args.case} is not one of --only, a colon and a number")
     cases = args.cases if args.cases is not None else QUICK_CASES if args.quick else CASES
     kills = args.kills if args.kills is not None else 0 if args.quick or args.only else KILLS
 
@@ -291,7 +290,6 @@ def main() -> None:
         folder = Path(name).resolve()
         base = make_base(folder / "base")
         if args.case:
-            kind, _, number = args.case.rpartition(":")
             outcome, call = run_number(kind, int(number), args.seed, base, folder)
             print(f"{outcome.output}\n{call}\n{outcome._replace(output='')}")
             sys.exit(bool(outcome.failure))
@@ -309,7 +307,8 @@ def main() -> None:
                 print(f"    {outcome.message[:300]}", flush=True)
     took = time.monotonic() - start
     shutil.rmtree(folder, ignore_errors=True)
-    killed = kill_trainings(kills, args.seed, args.quick) if kills else {}
+    is_complete = sum(counts["cases"] for counts in tally.values()) == len(jobs)
+    killed = kill_trainings(kills, args.seed, args.quick) if kills and is_complete else {}
 
     total: Counter[str] = sum(tally.values(), Counter())
     failures = {kind: sum(counts.values()) - counts["cases"] for kind, counts in tally.items()}
@@ -317,7 +316,7 @@ def main() -> None:
         (kind, f"{counts['cases']:>6} {failures[kind]:>6} {slowest[kind]:>7.1f} {memory[kind]:>7.0f}")
         for kind, counts in tally.items()
     ]
-    if kills:
+    if killed:
         rows.append(("kills", f"{killed.get('cases', kills):>6} {killed.get('failures', 0):>6} {'':>15}"))
     rows.append(("all", f"{total['cases']:>6} {sum(failures.values()):>6} {took:>7.0f} {'':>7}"))
     names = {"tracebacks": "traceback", "hangs": "hang", "over_2gb": "over 2 GB", "code_executed": "code executed"}
@@ -327,10 +326,11 @@ def main() -> None:
         "kills": killed.get("kills", 0),
         "lost": killed.get("lost", 0),
         **{name: total[failure] + killed.get(name, 0) for name, failure in names.items()},
+        "skipped": killed.get("skipped", 0),
     }
     title = f"classes: cases, failures, seconds of the longest, MB at most; {common.machine()}"
     common.report(title, rows, figures)
-    sys.exit(bool(figures["failures"] or figures["lost"]))
+    sys.exit(bool(figures["failures"] or figures["lost"] or not figures["cases"] or not is_complete))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the others in the gallery; of 64x32 pixels, for ``test_pass_vit``. ``tar`` is ``
 tar files of 10,000. Trainings stop at their first step, which in ``cluster`` follows the descriptors of all images and
 their clusters. ``search`` fills a gallery with 1,000 to 1,000,000 descriptors of width 16, searches for 100, saves and
 loads it; ``rank`` ranks it for 100 queries. Exponents are fitted by least squares to the logarithms of what a size
-takes on top of the smallest one, where that is more than 0.3 s or 8 MiB.
+takes on top of the smallest one, where that is more than 0.3 s or 8 MiB; two sizes, as of ``--quick``, have none.
 """
 
 import argparse
@@ -141,13 +141,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="256 and 512 images; 1,000 and 4,000 descriptors")
     parser.add_argument("--images", type=int, nargs="+", help="numbers of images, ascending, instead of the above")
-    parser.add_argument("--only", nargs="+", help="these commands alone")
+    names = [*commands(Path(), Path()), "search", "rank"]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="COMMAND", help=f"these of {', '.join(names)}")
     parser.add_argument("--folder", help="where to write the images; default: the system's temporary folder")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         peak.report_peak(library(args.measure[0], int(args.measure[1])))
         return
+    if args.images and (len(args.images) < 2 or args.images != sorted(set(args.images))):
+        parser.error("--images takes two numbers or more, ascending")
     sizes = args.images or ([256, 512] if args.quick else [256, 1_000, 10_000, 100_000])
     counts = [1_000, 4_000] if args.quick else [1_000, 10_000, 100_000, 1_000_000]
     measured: dict[str, dict[int, tuple[float, float]]] = {}  # by name and size: seconds and MiB
@@ -167,19 +170,21 @@ def main() -> None:
         for count in counts if not args.only or name in args.only else ():
             result = peak.in_process(__file__, "--measure", name, count)
             measured.setdefault(name, {})[count] = result["seconds"], result["total"] / peak.MIB
-    rows, figures = [], dict[str, float | None]()
+    rows, figures = [], dict[str, float | None]()  # no exponents where a line would have one point
     for name, by_size in measured.items():
         start, *above = [np.array(pair) for pair in by_size.values()]
         above = [pair - start for pair in above]
         for i, (kind, noise) in enumerate(zip(("time", "memory"), NOISE, strict=True)):
-            figures[f"{name}_{kind}"] = exponent(list(by_size)[1:], [float(pair[i]) for pair in above], noise)
+            if len(above) > 1:
+                figures[f"{name}_{kind}"] = exponent(list(by_size)[1:], [float(pair[i]) for pair in above], noise)
             figures[f"{name}_{('s', 'mb')[i]}"] = float(above[-1][i])
         for size, (seconds, mib) in by_size.items():
             rows.append((f"{name}, {size:,}", f"{seconds:.1f} s {mib:.0f} MiB"))
-        rows.append((f"{name}, exponents", f"{figures[f'{name}_time']:.2f}    {figures[f'{name}_memory']:.2f}"))
+        if len(above) > 1:
+            rows.append((f"{name}, exponents", f"{figures[f'{name}_time']:.2f}    {figures[f'{name}_memory']:.2f}"))
     for kind in ("time", "memory"):
-        values = [v or 0.0 for k, v in figures.items() if k.endswith(f"_{kind}") and k != "cluster_time"]
-        figures[f"worst_{kind}"] = max(values, default=0.0)
+        values = [v for k, v in figures.items() if k.endswith(f"_{kind}") and k != "cluster_time" and v is not None]
+        figures[f"worst_{kind}"] = max(values, default=None)
     common.report(f"growth of time and memory; {common.machine()}", rows, figures)
 
 

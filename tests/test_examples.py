@@ -56,6 +56,27 @@ def test_a_table_shows_median_spread_and_missed_targets():
                                                 "benchmarks/a.py` | - |")  # fmt: skip
 
 
+def test_figures_of_a_benchmark_that_fails_are_recorded_and_old_ones_dropped(tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text("print('{\"failures\": 2}')\nraise SystemExit(1)\n")
+    (tmp_path / "dies.py").write_text("print('null')\n")
+    names, file, page = ["fails.py", "dies.py", "absent.py"], tmp_path / "results.json", tmp_path / "page.md"
+    old = {"machine": "a CPU", "date": "2026-11-28", "runs": 1, "figures": {"failures": [0, 0, 0]}}
+    file.write_text(json.dumps(dict.fromkeys(names, old)))
+    page.write_text("<!-- table: t -->\n<!-- end -->\n")
+    rows = {"t": [benchmarks.Row(name, name, "{failures:.0f}", "at most 0") for name in names]}
+    for name, value in {"HERE": tmp_path, "RESULTS": file, "PAGE": page, "TABLES": rows}.items():
+        monkeypatch.setattr(benchmarks, name, value)
+    monkeypatch.setattr(sys, "argv", ["all.py", "--repeat", "1"])
+    with pytest.raises(SystemExit) as e:
+        benchmarks.main()
+    assert e.value.code == 1
+    assert {name: record["figures"] for name, record in json.loads(file.read_text()).items()} == {
+        "fails.py": {"failures": [2, 2, 2]}
+    }
+    assert "| fails.py | 2 | at most 0: missed |" in page.read_text()
+    assert page.read_text().count("not measured") == 2
+
+
 def test_exponents_of_growth_are_fitted_above_the_noise():
     sizes = [1_000, 10_000, 100_000]
     assert scale.exponent(sizes, [0.5, 5.0, 50.0], 0.3) == pytest.approx(1)
