@@ -485,7 +485,7 @@ def why_not_mounted(home: Path) -> str:
         with disk(home / "disk", 4096):
             return ""
     except subprocess.CalledProcessError as e:
-        return e.stderr.strip()
+        return (e.stderr or str(e)).partition("\n")[0]
     except OSError as e:  # no such program
         return str(e)
 
