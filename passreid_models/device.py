@@ -72,8 +72,8 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo/" in str(e)):
             raise
-        lines = str(e).strip().splitlines()  # NCCL gives the cause in the last one
-        reason = "; ".join(dict.fromkeys([lines[0].partition(". ")[0], lines[-1].partition(". ")[0]]))
+        text = str(e).rpartition("Last error:")[2].strip()  # NCCL's cause is there, others' at the beginning
+        reason = text.partition("\n")[0].partition(". ")[0]
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():

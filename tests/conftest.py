@@ -1,10 +1,12 @@
 """Fixtures that several test files share."""
 
+import os
 import socket
 import tempfile
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test process per core: more threads only wait for each other
+
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, configuration, settings
 
 configuration.set_hypothesis_home_dir(tempfile.gettempdir())  # not the checkout
@@ -12,15 +14,6 @@ COMMON = dict(database=None, deadline=None, suppress_health_check=list(HealthChe
 settings.register_profile("short", max_examples=2, derandomize=True, phases=[Phase.generate], **COMMON)
 settings.register_profile("long", max_examples=300, **COMMON)
 settings.load_profile("short")
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Run torch in one thread: for models this small, more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

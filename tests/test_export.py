@@ -22,7 +22,7 @@ from passreid_models.export import FORMATS, Parity
 from tests.checkpoints.test_local_dir import create
 
 pytestmark = [
-    pytest.mark.usefixtures("no_network", "one_thread"),
+    pytest.mark.usefixtures("no_network"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 STATISTICS = dict(mean=(0.5, 0.4, 0.3), std=(0.3, 0.25, 0.2), interpolation="bilinear")

@@ -21,7 +21,7 @@ from passreid_models.runtime import atomic_buffer, check_file
 from tests import ROOT
 
 pytestmark = [
-    pytest.mark.usefixtures("no_network", "one_thread"),
+    pytest.mark.usefixtures("no_network"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 

@@ -23,8 +23,6 @@ from passreid_models.gallery import UNKNOWN, Gallery
 from passreid_models.retrieval import open_set, rank
 from passreid_models.synthetic import SyntheticPersons
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def embed() -> Embedder:

@@ -21,7 +21,7 @@ from tests import ROOT
 from tests.checkpoints.test_local_dir import create
 from tests.test_package import fences_of
 
-pytestmark = pytest.mark.usefixtures("no_network", "one_thread")
+pytestmark = pytest.mark.usefixtures("no_network")
 HEIGHT, WIDTH = 64, 32
 
 

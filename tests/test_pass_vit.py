@@ -48,9 +48,6 @@ FROZEN = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def create(name: str = "pass_vit_small_patch16", lively: bool = True, **kwargs) -> PassVisionTransformer:
     """A two-block model in eval mode; ``lively`` weights make every token and position count."""
     torch.manual_seed(0)

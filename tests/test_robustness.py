@@ -25,7 +25,7 @@ from tests import ROOT
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, one_thread):
+def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
 
 
@@ -53,7 +53,7 @@ def fail(error):
         (lambda: fail(OSError("")), "unclear message"),
         (lambda: fail(KeyError("x")), "traceback"),
         (lambda: fail(MemoryError()), "over 2 GB"),
-        (lambda: b"x" * 2**28, "over 2 GB"),
+        (lambda: b"x" * 2**29, "over 2 GB"),
         (lambda: Path("EXECUTED").touch(), "code executed"),
         (lambda: subprocess.run(["sleep", "60"]), "hang"),
         (lambda: os._exit(0), "died"),

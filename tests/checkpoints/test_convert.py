@@ -44,9 +44,6 @@ VARIANTS = [f"{neck}neck_{fusion}" for neck in ("single", "multi") for fusion in
 WAYS = ["overlay", "local-dir"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def golden(name: str) -> dict[str, Tensor]:
     return {k: v.float() for k, v in safetensors.torch.load_file(GOLDEN / f"{name}.safetensors").items()}
 

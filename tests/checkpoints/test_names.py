@@ -38,8 +38,6 @@ TINY, SMALL, BASE = (f"pass_vit_{size}_patch16" for size in ("tiny", "small", "b
 RUN_KINDS = ("run", "export", "local-dir:export", "local-dir:run", "weights", "checkpoint", "run without export")
 TAG_KINDS = (f"{TINY}.synth", "synth")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
@@ -47,7 +45,7 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pretrained(home, one_thread) -> Path:
+def pretrained(home) -> Path:
     train(tiny(write_images(home / "images", 4), home / "pretrained", epochs=1))
     return home / "pretrained"
 

@@ -20,8 +20,6 @@ from passreid_models.embed import Embedder
 from passreid_models.evaluation import evaluate_dataset
 from tests.reid_data import jpeg, make_model, write, write_csv
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def embed() -> Embedder:

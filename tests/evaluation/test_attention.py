@@ -15,8 +15,6 @@ from passreid_models.evaluation.attention import AttentionMaps, _sheet, attentio
 from passreid_models.synthetic import draw
 from tests.reid_data import make_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def x() -> torch.Tensor:

@@ -27,8 +27,6 @@ from passreid_models.retrieval import evaluate, evaluate_distances, open_set, re
 from tests.reid_data import jpeg, make_model, write, write_csv, write_flat, write_persons
 from tests.tiny_runs import world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch) -> Path:

@@ -21,8 +21,6 @@ from passreid_models.evaluation.gallery_page import write_gallery_page
 from tests.chromium import CHROMIUM, Browser
 from tests.reid_data import jpeg, make_model, write_flat, write_persons
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def embed() -> Embedder:

@@ -17,8 +17,6 @@ from passreid_models.evaluation.pictures import best_hits, draw_evaluation, draw
 from passreid_models.evaluation.report import Retrieved
 from tests.reid_data import make_model, write_flat, write_persons
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory) -> Evaluation:

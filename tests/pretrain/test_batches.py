@@ -21,8 +21,6 @@ COARSE = MultiCrop(size=(16, 8), local_size=(8, 8), locals_per_area=1)
 N, BATCH = 35, 8
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Noise:
     """Source of noise images, image i always the same; ``broken`` ones cannot be read."""

@@ -17,8 +17,6 @@ from passreid_models.training.folder import RunFolder
 from tests import ROOT
 from tests.tiny_runs import TINY, assert_same_bits, files, flags, result, tiny, write_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # A name that changes breaks the command lines, the YAML files and the runs of users.
 
 
@@ -28,7 +26,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory, one_thread) -> Path:
+def run(data, tmp_path_factory) -> Path:
     """A run of an epoch of two steps."""
     return train(tiny(data, tmp_path_factory.mktemp("run") / "run", epochs=1)).parent
 

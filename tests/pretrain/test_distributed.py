@@ -69,7 +69,7 @@ def processes(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module", params=PATHS)
-def joint(request, one_thread) -> tuple[str, dict[str, Tensor]]:
+def joint(request) -> tuple[str, dict[str, Tensor]]:
     """The path, and the results of one process with the whole batch."""
     return request.param, step(request.param, slice(None))
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from passreid_models.pretrain.heads import ProjectionHead
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def make(norm_last_layer: bool = True) -> ProjectionHead:
     torch.manual_seed(0)

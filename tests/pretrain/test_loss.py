@@ -22,8 +22,6 @@ KINDS = ("cls", "pt1", "pt2", "pt3")
 PATHS = ("plain", "chunked")
 SIZES = [(parts, local_views) for parts in range(5) for local_views in (0, 1, 3)]  # P, local views an area
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def compute(path: str, criterion: PASSLoss, student: Projections, teacher: Projections, temp: float = 0.05) -> Tensor:
     if path == "chunked":

@@ -22,8 +22,6 @@ from tests.tiny_runs import metrics, tiny, write_images
 
 K, B, D = 8, 8, 6
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def projections(logits: Tensor, parts: int) -> Projections:
     """Two global views of every kind of token, with these logits ``[B, K]`` or ``[V, B, K]``."""

@@ -27,8 +27,6 @@ CPU = torch.device("cpu")
 OFFICIAL = GOLDEN / "upstream_pretrain_checkpoint.pth"
 KINDS = ("cls", "pt1", "pt2", "pt3")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def start(**options: Any) -> tuple[PASSNetwork, PASSNetwork]:
     return make_networks(config(**options), CPU)
@@ -57,7 +55,7 @@ def export(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, one_thread) -> Path:
+def run(tmp_path_factory) -> Path:
     """A run of an epoch."""
     home = tmp_path_factory.mktemp("run")
     train(tiny(write_images(home / "images", 8), home / "run", epochs=1))
@@ -65,7 +63,7 @@ def run(tmp_path_factory, one_thread) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_from_export(tmp_path_factory, export, one_thread) -> Path:
+def run_from_export(tmp_path_factory, export) -> Path:
     """A run that began with the weights of ``export``, and so with their statistics."""
     home = tmp_path_factory.mktemp("continued")
     train(tiny(write_images(home / "images", 4), home / "run", epochs=1, init=str(export)))

@@ -20,8 +20,6 @@ MODELS = {
 }
 models = pytest.mark.parametrize("model", MODELS)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def network(model: str = "pass", seed: int = 0) -> PASSNetwork:
     torch.manual_seed(seed)

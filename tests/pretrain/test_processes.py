@@ -39,8 +39,6 @@ from tests.tiny_runs import (
     world,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def without_key_biases(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
     """A network's weights without key biases: attention does not depend on them, and Adam moves them by rounding."""
@@ -52,7 +50,7 @@ TWO = {"drop_path": 0.0, "lr": 0.02}  # each process draws its own drop path
 
 
 @pytest.fixture(scope="module")
-def joint(home, data, one_thread) -> Path:
+def joint(home, data) -> Path:
     """A run of one process, which two processes must equal."""
     train(tiny(data, home / "joint", **TWO))
     return home / "joint"

@@ -53,11 +53,9 @@ from tests.tiny_runs import (
     write_images,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
-def whole(home, data, one_thread) -> Path:
+def whole(home, data) -> Path:
     """An uninterrupted run, with all of its checkpoints."""
     train(tiny(data, home / "whole", keep=99))
     return home / "whole"

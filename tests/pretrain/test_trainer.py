@@ -33,8 +33,6 @@ DATA = f"synthetic:ids={IMAGES},images=1,cameras=1,size=64x32"
 CPU = torch.device("cpu")
 LAST, GAINS = "last_layer.parametrizations.weight.original1", "last_layer.parametrizations.weight.original0"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def setting(**options: Any) -> PretrainConfig:
     return tiny(DATA, Path("unused"), **{"epochs": 3, "warmup_epochs": 0, "local_views": 9, **options})

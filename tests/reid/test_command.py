@@ -11,8 +11,6 @@ from tests import ROOT
 from tests.tiny_reid import COMMON, FINETUNE
 from tests.tiny_runs import files
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def broken(data, tmp_path) -> Path:

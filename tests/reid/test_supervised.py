@@ -31,7 +31,6 @@ from passreid_models.training.trainer import NonFiniteLossError
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = SupervisedTrainer.state_keys
 CPU = torch.device("cpu")
 STATISTICS_OF_FINE_TUNING = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")

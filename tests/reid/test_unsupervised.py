@@ -27,7 +27,6 @@ from passreid_models.training.warm_start import find_weights
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KEYS = ClusterTrainer.state_keys
 CPU = torch.device("cpu")
 

@@ -6,8 +6,6 @@ from passreid_models import cli
 from passreid_models.training import log
 from tests.tiny_runs import flags, write_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -20,7 +20,7 @@ SAME_STEPS = 4  # steps to compare; later ones drift apart, since CPUs round dif
 
 
 @pytest.fixture
-def older(tmp_path, monkeypatch, one_thread) -> Path:
+def older(tmp_path, monkeypatch) -> Path:
     with tarfile.open(GOLDEN / "runs_a3d87f0.tar.xz") as tar:
         tar.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
