@@ -3,7 +3,6 @@
 Shapes: Q queries, G gallery images, C descriptor width, R rows of a chunk, K hits.
 """
 
-import threading
 from collections.abc import Iterator
 from copy import copy
 from numbers import Integral
@@ -47,10 +46,13 @@ class Similarities:
         self.copies, self.originals = _copies(self.gallery)
         self._set_query(None if same else query)
 
-    row_bytes = 0  # all chunks of a thread share one buffer
+    row_bytes = 0  # all chunks share one buffer
 
     def with_query(self, query: Tensor) -> "Similarities":
-        """Similarities of other queries ``[Q, C]`` to the same gallery, which is not prepared again."""
+        """Similarities of other queries ``[Q, C]`` to the same gallery, which is not prepared again.
+
+        The buffer of ``rows`` is another one: threads can share a gallery in this way.
+        """
         pairs = copy(self)
         pairs._set_query(query)
         return pairs
@@ -69,7 +71,7 @@ class Similarities:
         self.finite = query_finite.cpu().numpy(), self.gallery_finite.cpu().numpy()
         require_finite(self.finite)
         self.scaled = scaled, self.gallery_scaled
-        self.buffers = threading.local()
+        self.buffer = self.gallery.new_empty(0)
         self.shape = torch.Size((len(self.query), len(self.gallery)))
 
     def _lengths(self, x: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -90,7 +92,7 @@ class Similarities:
         return norms.clamp_min_(TINY)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Similarities ``[R, G]`` of queries ``start`` to ``stop``, in a buffer that the thread's next call reuses."""
+        """Similarities ``[R, G]`` of queries ``start`` to ``stop``, in a buffer that the next call overwrites."""
         query, norms = self.query[start:stop], self.query_norms[start:stop, None]
         if self.metric == "euclidean":
             similarities = self._product(2 * query).sub_(norms).sub_(self.gallery_norms)
@@ -128,12 +130,9 @@ class Similarities:
 
     def _product(self, query: Tensor) -> Tensor:
         size = len(query) * len(self.gallery)
-        buffer = getattr(self.buffers, "of_thread", None)
-        if buffer is None or len(buffer) < size:  # new memory for every chunk would cost more than the scaling
-            on_cpu = self.device.type == "cpu"  # numpy asks for large pages: a quarter of the time
-            buffer = torch.from_numpy(np.empty(size, np.float32)) if on_cpu else self.gallery.new_empty(size)
-            self.buffers.of_thread = buffer
-        product = buffer[:size].view(len(query), len(self.gallery))
+        if len(self.buffer) < size:  # new memory for every chunk would cost more than the scaling
+            self.buffer = self.gallery.new_empty(size)
+        product = self.buffer[:size].view(len(query), len(self.gallery))
         if self.device.type == "cpu":  # on AMD processors 1.5 times as fast as torch's library
             with np.errstate(over="ignore", invalid="ignore"):  # of descriptors that are not finite
                 np.matmul(query.numpy(), self.gallery.numpy().T, out=product.numpy())
@@ -219,10 +218,8 @@ def _copies(x: Tensor) -> tuple[Tensor, Tensor]:
     return rows[rows > first], first[rows > first]
 
 
-def chunks(
-    total: int, row_bytes: int, budget_mb: float, device: torch.device, workers: int = 1
-) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of chunks of rows of which ``workers`` fit in the budget, each of one row at least.
+def chunks(total: int, row_bytes: int, budget_mb: float, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of chunks of rows within the budget, each of one row at least.
 
     Raises:
         ValueError: If the budget is not a positive number.
@@ -232,7 +229,7 @@ def chunks(
     limit = budget_mb * 2**20
     if device.type == "cpu":
         limit = min(limit, CPU_CHUNK)
-    step = max(1, int(min(limit / workers, 2**40) // max(1, row_bytes)))
+    step = max(1, int(min(limit, 2**40) // max(1, row_bytes)))
     for start in range(0, total, step):
         yield start, min(start + step, total)
 

@@ -186,19 +186,6 @@ def test_scores_do_not_depend_on_the_budget(golden, budget_mb):
     assert result.num_queries == evaluate_golden(golden).num_queries
 
 
-def test_scores_do_not_depend_on_the_number_of_threads(golden):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 9):
-            torch.set_num_threads(count)
-            results.append(evaluate_golden(golden, budget_mb=0.02))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results:
-        assert (result.mAP, result.mINP) == (results[0].mAP, results[0].mINP)
-        assert torch.equal(result.first_match, results[0].first_match)
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_distractors_never_raise_map_or_cmc(golden, seed):
     noise = torch.randn(100, 16, generator=torch.Generator().manual_seed(seed))
