@@ -1,6 +1,5 @@
 """The example scripts and four benchmarks, run end to end, and the settings of the bundled weights."""
 
-import importlib
 import io
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_all
 import scale
 import timm
 import torch
@@ -33,26 +33,25 @@ from tests import ROOT
 from tests.tiny_runs import write_images
 
 EXAMPLES = ROOT / "examples"
-benchmarks = importlib.import_module("all")
 BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_the_tables_of_the_benchmarks_are_those_of_the_recorded_results():
-    page, results = (ROOT / "docs" / "benchmarks.md").read_text(), json.loads(benchmarks.RESULTS.read_text())
-    assert benchmarks.write_tables(page, results) == page
-    assert page.count("<!-- table: ") == page.count("<!-- end -->") == len(benchmarks.TABLES)
-    assert results.keys() <= {row.command for rows in benchmarks.TABLES.values() for row in rows}
+    page, results = (ROOT / "docs" / "benchmarks.md").read_text(), json.loads(run_all.RESULTS.read_text())
+    assert run_all.write_tables(page, results) == page
+    assert page.count("<!-- table: ") == page.count("<!-- end -->") == len(run_all.TABLES)
+    assert results.keys() <= {row.command for rows in run_all.TABLES.values() for row in rows}
 
 
 def test_a_table_shows_median_spread_and_missed_targets():
-    row = benchmarks.Row("a.py", "both", "{s:.1f} s; {mb:,.0f} MB", "at most 2 s; at most 900 MB")
+    row = run_all.Row("a.py", "both", "{s:.1f} s; {mb:,.0f} MB", "at most 2 s; at most 900 MB")
     figures = {"s": [2.04, 2.0, 2.5], "mb": [1024, 800, 1024]}
     record = {"machine": "a CPU", "date": "2026-11-28", "runs": 3, "figures": figures}
-    assert benchmarks.table([row], {"a.py": record}).splitlines()[2] == (
+    assert run_all.table([row], {"a.py": record}).splitlines()[2] == (
         "| both | 2.0 s; 1,024 MB (2.0 s; 800 MB to 2.5 s; 1,024 MB in 3 runs) | at most 2 s: missed; "
         "at most 900 MB: missed | `python benchmarks/a.py` | 2026-11-28, a CPU |"
     )
-    assert benchmarks.table([row], {}).endswith("| both | not measured | at most 2 s; at most 900 MB | `python "
+    assert run_all.table([row], {}).endswith("| both | not measured | at most 2 s; at most 900 MB | `python "
                                                 "benchmarks/a.py` | - |")  # fmt: skip
 
 
@@ -63,12 +62,12 @@ def test_figures_of_a_benchmark_that_fails_are_recorded_and_old_ones_dropped(tmp
     old = {"machine": "a CPU", "date": "2026-11-28", "runs": 1, "figures": {"failures": [0, 0, 0]}}
     file.write_text(json.dumps(dict.fromkeys(names, old)))
     page.write_text("<!-- table: t -->\n<!-- end -->\n")
-    rows = {"t": [benchmarks.Row(name, name, "{failures:.0f}", "at most 0") for name in names]}
+    rows = {"t": [run_all.Row(name, name, "{failures:.0f}", "at most 0") for name in names]}
     for name, value in {"HERE": tmp_path, "RESULTS": file, "PAGE": page, "TABLES": rows}.items():
-        monkeypatch.setattr(benchmarks, name, value)
-    monkeypatch.setattr(sys, "argv", ["all.py", "--repeat", "1"])
+        monkeypatch.setattr(run_all, name, value)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--repeat", "1"])
     with pytest.raises(SystemExit) as e:
-        benchmarks.main()
+        run_all.main()
     assert e.value.code == 1
     assert {name: record["figures"] for name, record in json.loads(file.read_text()).items()} == {
         "fails.py": {"failures": [2, 2, 2]}

@@ -105,7 +105,7 @@ def test_a_worker_that_dies_is_a_failure_of_its_cases(tmp_path, monkeypatch):
         ["robustness.py", "--only", "typo"],
         ["robustness.py", "--case", "typo:1"],
         ["kill.py", "--case", "typo", "--kills", "0"],
-        ["all.py", "--only", "typo.py"],
+        ["run_all.py", "--only", "typo.py"],
         ["scale.py", "--images", "256"],
     ],
 )

@@ -1,8 +1,8 @@
 """Run the benchmarks, keep their figures in ``results.json`` and write the tables of ``docs/benchmarks.md``.
 
-    python benchmarks/all.py                            all of them: hours
-    python benchmarks/all.py --only forward.py step.py  these alone
-    python benchmarks/all.py --page                     the tables alone, from what is recorded
+    python benchmarks/run_all.py                            all of them: hours
+    python benchmarks/run_all.py --only forward.py step.py  these alone
+    python benchmarks/run_all.py --page                     the tables alone, from what is recorded
 
 missed          figures that miss their target, of all that are recorded
 failed          scripts that printed no figures, of those that ran
