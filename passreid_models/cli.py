@@ -508,10 +508,11 @@ def _image_names(images: Sequence[str]) -> list[str]:
 
 
 def _embed(args: argparse.Namespace) -> int:
-    from passreid_models.embed import Embedder, check_format, finite_advice, is_not_finite, save_features
+    from passreid_models.embed import Embedder, check_format, check_names, finite_advice, is_not_finite, save_features
 
+    check_format(args.output, args.parts)
     names = _image_names(args.images)
-    check_format(args.output, args.parts, names)
+    check_names(args.output, names)
     embed = Embedder(args.model, args.device, _dtype(args), args.batch_size, fusion=args.fusion, flip=args.flip)
     errors: dict[int, str] | None = None if args.strict else {}
     result = embed(names, parts=args.parts, errors=errors, progress=not args.quiet)

@@ -381,7 +381,8 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
             metadata of a safetensors file, or there is not one name per row.
     """
     path = Path(path)
-    check_format(path, parts is not None, names)
+    check_format(path, parts is not None)
+    check_names(path, names)
     tensors = {"descriptors": descriptors.contiguous()} | ({} if parts is None else {"parts": parts.contiguous()})
     for key, tensor in tensors.items():
         if len(tensor) != len(names):
@@ -398,20 +399,23 @@ def save_features(path: str | Path, names: Sequence[str], descriptors: Tensor, p
             with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 writer = csv.writer(file)
                 writer.writerow(["name", *(f"f{i}" for i in range(descriptors.shape[1]))])
-                rows = (
-                    row.tolist() for row in descriptors.numpy()
-                )  # one at a time: a Python float takes 8 times as much
+                # row by row, since a Python float takes 8 times as much
+                rows = (row.tolist() for row in descriptors.numpy())
                 writer.writerows([name, *map(repr, row)] for name, row in zip(names, rows, strict=True))
 
 
-def check_format(path: Path, parts: bool, names: Sequence[str]) -> None:
+def check_format(path: Path, parts: bool) -> None:
     """Raise ValueError or OSError if ``save_features`` cannot write this file; called before the work begins."""
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: features are written as one of {', '.join(FORMATS)}")
     if parts and path.suffix == ".csv":
         raise ValueError(f"{path}: parts do not fit into a CSV file, use .safetensors or .npz")
+    check_file(path)
+
+
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise ValueError if the metadata of this file cannot hold the names; called before the work begins."""
     if path.suffix == ".safetensors" and len(json.dumps(json.dumps(list(names)))) > MAX_NAMES:
         raise ValueError(
             f"{path}: a safetensors file has 100 MB for names, and those of {len(names):,} images take more; use .npz"
         )
-    check_file(path)

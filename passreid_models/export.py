@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.zoo import list_weights
 from passreid_models.embed import WHOLE, Embedder
-from passreid_models.runtime import atomic_file, atomic_folder, check_file, sha256, write_json
+from passreid_models.runtime import atomic_file, atomic_folder, buffered, check_file, sha256, write_json
 from passreid_models.synthetic import SyntheticPersons
 
 __all__ = ["FORMATS", "INPUTS", "Parity", "export_model"]
@@ -287,9 +286,8 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_pt2(network: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:
     program = torch.export.export(network, (example,), dynamic_shapes=SHAPES)
-    buffer = BytesIO()  # a full disk is no OSError in torch's own writer of files
-    torch.export.save(program, buffer, extra_files={"passreid.json": json.dumps(metadata)})
-    path.write_bytes(buffer.getbuffer())
+    with buffered(path) as buffer:
+        torch.export.save(program, buffer, extra_files={"passreid.json": json.dumps(metadata)})
 
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
@@ -298,9 +296,8 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_torchscript(network: nn.Module, example: Tensor, path: Path, metadata: dict[str, Any]) -> None:
     traced = torch.jit.trace(network, example, check_trace=False)
-    buffer = BytesIO()  # torch's own writer of files aborts on a full disk
-    torch.jit.save(traced, buffer, _extra_files={"passreid.json": json.dumps(metadata)})
-    path.write_bytes(buffer.getbuffer())
+    with buffered(path) as buffer:
+        torch.jit.save(traced, buffer, _extra_files={"passreid.json": json.dumps(metadata)})
 
 
 def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:

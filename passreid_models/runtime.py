@@ -77,20 +77,29 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_buffer(path: str | Path) -> Iterator[BytesIO]:
-    """Yield a buffer that is written to ``path`` at the end, whole or not at all.
+def buffered(path: Path) -> Iterator[BytesIO]:
+    """Yield a buffer that is written to ``path`` at the end.
 
     For writers that do not report a full disk: Pillow takes a short write for a whole one, and TorchScript aborts.
 
     Raises:
         OSError: If it cannot be written.
     """
-    check_file(path)
     buffer = BytesIO()
     buffer.name = str(path)  # by which Pillow chooses the format
     yield buffer
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getbuffer())
+
+
+@contextmanager
+def atomic_buffer(path: str | Path) -> Iterator[BytesIO]:
+    """Yield a buffer that is written to ``path`` at the end, as ``buffered`` does, whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with atomic_file(path) as temporary, buffered(temporary) as buffer:
+        yield buffer
 
 
 def write_json(path: str | Path, content: Any, allow_nan: bool = True) -> None:

@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from passreid_models.runtime import check_workers
+from passreid_models.runtime import buffered, check_workers
 from passreid_models.synthetic.scene import PLACES, draw
 
 MARKER = "synthetic_persons.json"
@@ -165,9 +164,8 @@ def _save(
     seed: int, size: tuple[int, int], place: str, root: Path, quality: int, job: tuple[int, int, int, str]
 ) -> None:
     pid, camid, k, file = job
-    buffer = BytesIO()  # Pillow takes a short write, on a full disk, for a whole one
-    draw(seed, pid, camid, k, size, place).save(buffer, "JPEG", quality=quality)
-    (root / file).write_bytes(buffer.getbuffer())
+    with buffered(root / file) as buffer:
+        draw(seed, pid, camid, k, size, place).save(buffer, quality=quality)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
