@@ -64,7 +64,6 @@ def run(program: str, work: Callable[[], int]) -> int:
         finally:  # also after --help, which ends by SystemExit
             _flush_output()
     except BrokenPipeError:  # such as of `passreid weights list | head`
-        _discard(sys.stdout)
         return 1
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
@@ -81,13 +80,16 @@ def run(program: str, work: Callable[[], int]) -> int:
 
 
 def _flush_output() -> None:
-    """Flush standard output: here a reader that has gone is noticed, and a full disk."""
+    """Flush standard output: here a reader that has gone is noticed, and a full disk. An error of the command stays."""
+    own = sys.exception()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as e:
         _discard(sys.stdout)
+        if isinstance(own, Exception) and getattr(own, "errno", None) != e.errno:
+            return
+        if isinstance(e, BrokenPipeError):
+            raise
         raise OSError(f"standard output could not be written: {e.strerror}") from None
 
 

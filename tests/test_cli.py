@@ -237,13 +237,13 @@ def test_embed_of_nothing_but_unreadable_images_writes_no_file_and_exits_with_1(
 def test_embed_refuses_an_output_that_it_cannot_write_before_any_work(
     output, options, reason, images, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("passreid_models.embed.Embedder", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("passreid_models.embed.Embedder.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
     sentence = refused(capsys, "embed", images, "-o", tmp_path / output, *options)
     assert sentence == f"passreid: {tmp_path / output}: {reason}"
 
 
 def test_embed_refuses_more_names_than_a_safetensors_file_holds_before_any_work(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("passreid_models.embed.Embedder", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("passreid_models.embed.Embedder.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
     monkeypatch.setattr("passreid_models.embed.MAX_NAMES", 100)
     sentence = refused(capsys, "embed", images, "-o", tmp_path / "f.safetensors")
     assert sentence.endswith("a safetensors file has 100 MB for names, and those of 3 images take more; use .npz")

@@ -133,6 +133,18 @@ def test_a_list_that_standard_output_does_not_take_is_an_error(tmp_path, monkeyp
     assert capsys.readouterr().err == "passreid: standard output could not be written: File too large\n"
 
 
+def test_an_error_of_the_command_is_told_where_standard_output_does_not_take_it(tmp_path, monkeypatch, capsys):
+    def work() -> int:
+        print("2,000 letters: " + 2000 * "a")
+        raise ValueError("wrong")
+
+    with (tmp_path / "list.txt").open("w") as output, file_size(1000):
+        monkeypatch.setattr("sys.stdout", output)
+        assert cli.run("passreid", work) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "passreid: wrong\n"
+
+
 def test_a_device_is_not_replaced_by_a_file(tmp_path):
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     with pytest.raises(OSError, match=f"{os.devnull} is no regular file: name another"):
