@@ -291,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="folder: new, empty, or begun by this command"
     )
     synth.add_argument("--cameras", type=int, default=8, help="cameras per person, 2 to 9 (default: %(default)s)")
-    synth.add_argument("--sites", type=int, default=1, help="groups of that many cameras (default: %(default)s)")
+    synth.add_argument("--sites", type=int, default=1, help="sites, each with that many cameras (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
     synth.add_argument("--train-ids", type=int, metavar="N", help="persons for training, of all (default: half)")
     synth.add_argument("--size", type=_size, default=(256, 128), metavar="HxW", help="image size (default: 256x128)")

@@ -187,8 +187,8 @@ def make_data(root: str | PathLike[str], num_ids: int, images_per_id: int, **opt
     speed = f"{new / max(time.monotonic() - start, 1e-9):.1f} images/s" if new else "all were there"
     present = f", {before:,} were there" if new and before else ""
     marker = _marker(Path(root))
-    cameras = marker["cameras"] * marker["sites"]
-    return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} cameras -> {root} ({speed}{present})"
+    cameras = f"{marker['cameras']} cameras" + (f" at each of {marker['sites']} sites" if marker["sites"] > 1 else "")
+    return f"{count:,} images of {num_ids:,} 3-D persons under {cameras} -> {root} ({speed}{present})"
 
 
 def _draw_person(draw: Draw, recipe: _Recipe, root: Path, pid: int) -> int:

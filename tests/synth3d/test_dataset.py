@@ -416,6 +416,13 @@ def test_synth_reports_the_speed_and_how_many_images_were_there(whole, tmp_path)
     assert report.endswith(" images/s, 19 were there)")
 
 
+def test_a_camera_of_several_sites_counts_once_in_the_report_as_in_the_names(tmp_path):
+    root = tmp_path / "market"
+    report = dataset.make_data(root, 5, 6, cameras=3, sites=2, size=SMALL, workers=0, draw=cheap)
+    assert report.startswith("30 images of 5 3-D persons under 3 cameras at each of 2 sites -> ")
+    assert len(open_dataset(root).camera_names) == 3
+
+
 @pytest.mark.parametrize(
     ("word", "message"), [("--cameras=1", "2 to 9 cameras"), ("--workers=-1", "workers must be"), ("--seed=-1", "seed")]
 )
