@@ -165,7 +165,10 @@ def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """
     for name in PUBLISHED[:2]:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: publish takes a folder written by `passreid convert`")
+            raise FileNotFoundError(
+                f"{folder} has no {name}: publish takes a folder written by `passreid convert`, or a run's export/ or"
+                " best/"
+            )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
     config = read_config(folder)

@@ -258,7 +258,7 @@ def test_a_repository_is_named_with_its_owner(tmp_path, no_network, repo_id):
 def test_a_folder_without_its_files_is_refused(tmp_path, no_network, lost):
     folder = written(tmp_path / "model")
     (folder / lost).unlink()
-    with pytest.raises(FileNotFoundError, match=f"model has no {lost}: publish takes a folder written by"):
+    with pytest.raises(FileNotFoundError, match=f"model has no {lost}: .* `passreid convert`, or a run's export/"):
         publish(folder, "org/name")
 
 
