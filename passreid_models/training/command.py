@@ -94,8 +94,8 @@ def _one_line(message: str, types: Mapping[str, str]) -> str:
     if value is None or value[1] not in types:
         return message
     expected = types[value[1]]
-    if expected == "tuple":
-        expected = "two numbers such as 256x128"
+    if expected.startswith("tuple"):
+        expected = "two numbers" + " such as 256x128" * value[1].endswith("size")
     return f"{value[1]}: expected {expected}, got {value[2]}"
 
 

@@ -198,7 +198,7 @@ def test_help_names_every_option_with_its_meaning(capsys, program):
     assert call(["--help"], program) == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: passreid-train DATA")
-    assert all(f"--{f.name} " in out for f in fields(PretrainConfig))
+    assert [f.name for f in fields(PretrainConfig) if not re.search(rf"--{f.name}\b", out)] == []
     assert "Passes over the data." in out
     assert all(preset in re.sub(r"-\n\s+", "-", out) for preset in PRESETS)
 
@@ -229,6 +229,9 @@ def test_a_finished_run_and_one_out_of_time_end_with_0(data, tmp_path, capsys, p
         (["--clip-by=value"], "passreid-train: clip_by: expected one of parameter, norm, got 'value'\n"),
         (["--model=resnet50"], "passreid-train: model: expected one of pass_vit_tiny_patch16, "),
         (["--size=60x32"], "passreid-train: size: expected (height, width) in multiples of 16, got (60, 32)\n"),
+        (["--size=64"], "passreid-train: size: expected two numbers such as 256x128, got 64"),
+        (["--local-size=64"], "passreid-train: local_size: expected two numbers such as 256x128, got 64"),
+        (["--local-scale=0.5"], "passreid-train: local_scale: expected two numbers, got 0.5"),
         (["--epochs=many"], "passreid-train: epochs: expected int, got many"),
         (["--compile=perhaps"], "passreid-train: compile: expected bool, got perhaps"),
         (["--epochs"], "argument --epochs: expected one argument"),
