@@ -88,7 +88,7 @@ def buffered(path: Path) -> Iterator[BytesIO]:
     buffer = BytesIO()
     buffer.name = str(path)  # by which Pillow chooses the format
     yield buffer
-    path.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getvalue())  # no copy; a view in a traceback crashes Python 3.12.1
 
 
 @contextmanager
