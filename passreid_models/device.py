@@ -1,6 +1,7 @@
 """Device, dtype and process group of a process."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -77,6 +78,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():
+            time.sleep(0.1)  # gloo's thread ends its last work with the GIL; its destructor waits for it, with the GIL
             dist.destroy_process_group()
 
 

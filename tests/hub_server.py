@@ -350,7 +350,7 @@ class _Handler(BaseHTTPRequestHandler):
             if repo_id in self.hub.repos:
                 return self._reply({**created, "error": "You already created this model repo"}, 409)
             first = {".gitattributes": DEFAULT_GITATTRIBUTES}
-            self.hub.add_repo(repo_id, first, private=request.get("visibility") == "private")
+            self.hub.add_repo(repo_id, first, private=request.get("private") or request.get("visibility") == "private")
         self._reply(created)
 
     def preupload(self, repo_id: str, revision: str) -> None:

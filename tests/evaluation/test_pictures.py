@@ -92,9 +92,13 @@ def test_hits_have_the_colour_of_right_and_wrong_and_their_images_inside(tmp_pat
 def test_identities_and_cameras_have_the_names_of_the_data(tmp_path, monkeypatch):
     written: list[str] = []
     draw_text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda self, xy, text, **k: written.append(text) or draw_text(self, xy, text, **k)
-    )
+
+    def text(self, xy, text, *args, **options):
+        if not args:  # Pillow 10 draws the lines of a text by itself
+            written.append(text)
+        draw_text(self, xy, text, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
     ranking(plain(tmp_path, True), topk=4)
     expected = ["id anna\ncam lobby", "id anna\ncam gate", "id ben\ncam gate", "id anna\ncam stairs"]
     assert written == [*expected, "distractor\ncam lobby"]
