@@ -1,6 +1,6 @@
 """mAP and Rank-1 of each kind of training on generated persons, against the bundled weights without training.
 
-    python benchmarks/reid.py --out RUNS        40 minutes on one core with bfloat16; a second call continues
+    python benchmarks/reid.py --out RUNS        40 to 60 minutes on one core with bfloat16; a second call continues
 
 The keys of the JSON on the last line are NAME_mAP and NAME_rank1, in percent, of the last model of a run:
 

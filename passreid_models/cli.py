@@ -56,47 +56,54 @@ def run(program: str, work: Callable[[], int]) -> int:
         interrupted; 128 + the signal, when one stopped a training run (its state is saved).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no error
+    code, message = 0, ""
+    error: BaseException | None = None
     try:
-        try:
-            return work()
-        finally:  # also after --help, which ends by SystemExit
-            _flush_output()
-    except BrokenPipeError:  # such as of `passreid weights list | head`
-        return 1
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+        code = work()
+    except (SystemExit, BrokenPipeError) as e:  # --help; `passreid weights list | head`
+        code, error = 1, e
+    except KeyboardInterrupt as e:
+        code, message, error = 130, "interrupted", e
     except Exception as e:
-        code, message = _explain(e, program)
-    try:
-        if message:
-            from passreid_models.runtime import printable
+        (code, message), error = _explain(e, program), e
+    if (lost := _lost_output()) and (isinstance(error, SystemExit | None) or _is_same(error, lost)):
+        written = f"standard output could not be written: {lost.strerror}"
+        code, message = (1, "") if isinstance(lost, BrokenPipeError) else (2, written)
+    elif isinstance(error, SystemExit):
+        raise error
+    if message and sys.stderr is not None:
+        from passreid_models.runtime import printable
 
+        try:
             print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        _discard(sys.stderr)
+        except OSError:
+            _discard(sys.stderr)
     return code
 
 
-def _flush_output() -> None:
-    """Flush standard output: here a reader that has gone is noticed, and a full disk. An error of the command stays."""
-    own = sys.exception()
+def _lost_output() -> OSError | None:
+    """Flush standard output; return the error if its reader has gone, or its disk is full."""
+    if sys.stdout is None or sys.stdout.closed:
+        return None
     try:
         sys.stdout.flush()
     except OSError as e:
         _discard(sys.stdout)
-        if isinstance(own, Exception) and getattr(own, "errno", None) != e.errno:
-            return
-        if isinstance(e, BrokenPipeError):
-            raise
-        raise OSError(f"standard output could not be written: {e.strerror}") from None
+        return e
+    return None
+
+
+def _is_same(error: BaseException, lost: OSError) -> bool:
+    """Whether a command's error is that of standard output, to which it printed."""
+    return isinstance(error, OSError) and error.filename is None and error.errno == lost.errno
 
 
 def _discard(stream: TextIO) -> None:
     """Write to nowhere: Python otherwise reports the closed pipe again when it ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as null:
+        os.dup2(null.fileno(), stream.fileno())
 
 
 def _explain(error: Exception, program: str) -> tuple[int, str]:
@@ -291,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="folder: new, empty, or begun by this command"
     )
     synth.add_argument("--cameras", type=int, default=8, help="cameras per person, 2 to 9 (default: %(default)s)")
-    synth.add_argument("--sites", type=int, default=1, help="sites, each with that many cameras (default: %(default)s)")
+    synth.add_argument("--sites", type=int, default=1, help="sites, each with --cameras cameras (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: %(default)s)")
     synth.add_argument("--train-ids", type=int, metavar="N", help="persons for training, of all (default: half)")
     synth.add_argument("--size", type=_size, default=(256, 128), metavar="HxW", help="image size (default: 256x128)")

@@ -78,7 +78,9 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
         if dist.is_initialized():
-            time.sleep(0.1)  # gloo's thread ends its last work with the GIL; its destructor waits for it, with the GIL
+            if backend == "gloo":
+                # torch 2.8 waits for gloo's thread with the GIL held, which the thread needs to end its last work
+                time.sleep(0.1)
             dist.destroy_process_group()
 
 

@@ -430,9 +430,8 @@ def _read_weights(
 ) -> tuple[Any, Converted | None]:
     """The cfg with the weights in its ``state_dict``, and the weights as ``Converted``; None if timm is to read them.
 
-    timm's own reader refuses the numpy scalars of the published files and does not compare hashes; that of 1.0.28
-    fails on a folder with two safetensors files, such as the extras beside the model. The ``state_dict`` of an overlay
-    may already be a ``Converted``.
+    timm's own reader refuses the numpy scalars of the published files and does not compare hashes. The ``state_dict``
+    of an overlay may already be a ``Converted``.
     """
     if cfg.state_dict:
         converted = cfg.state_dict

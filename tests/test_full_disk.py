@@ -3,6 +3,7 @@
 A limit of the size of a file stands for the full disk: it needs no root, and cuts a write short as a full disk does.
 """
 
+import errno
 import json
 import os
 import resource
@@ -133,16 +134,42 @@ def test_a_list_that_standard_output_does_not_take_is_an_error(tmp_path, monkeyp
     assert capsys.readouterr().err == "passreid: standard output could not be written: File too large\n"
 
 
-def test_an_error_of_the_command_is_told_where_standard_output_does_not_take_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("wrong"), 2, "wrong"),
+        (OSError(errno.EFBIG, "File too large", "a.npz"), 2, "[Errno 27] File too large: 'a.npz'"),
+        (OSError("a.npz could not be written: No space"), 2, "a.npz could not be written: No space"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(0), 2, "standard output could not be written: File too large"),
+    ],
+)
+def test_an_error_of_the_command_is_told_where_standard_output_does_not_take_it(
+    error, code, message, tmp_path, monkeypatch, capsys
+):
     def work() -> int:
         print("2,000 letters: " + 2000 * "a")
-        raise ValueError("wrong")
+        raise error
 
     with (tmp_path / "list.txt").open("w") as output, file_size(1000):
         monkeypatch.setattr("sys.stdout", output)
-        assert cli.run("passreid", work) == 2
+        try:
+            raise LookupError("handled by the caller")
+        except LookupError:
+            assert cli.run("passreid", work) == code
         monkeypatch.undo()
-    assert capsys.readouterr().err == "passreid: wrong\n"
+    assert capsys.readouterr().err == f"passreid: {message}\n"
+
+
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_a_command_runs_without_standard_output(stream, tmp_path, monkeypatch, capsys):
+    output = (tmp_path / "closed.txt").open("w")
+    output.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", output if stream == "closed" else None)
+        assert cli.run("passreid", lambda: 0) == 0
+        assert cli.main(["eval", str(tmp_path / "none")]) == 2
+    assert "none: no such file or folder" in capsys.readouterr().err
 
 
 def test_a_device_is_not_replaced_by_a_file(tmp_path):

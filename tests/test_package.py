@@ -90,7 +90,7 @@ def fresh_import(tmp_path_factory) -> dict[str, Any]:
     return {"code": process.returncode, "out": process.stdout, "err": process.stderr, **modules}
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 itself leaves a temporary folder")
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 itself warns of a temporary folder")
 def test_importing_says_nothing_and_warns_of_nothing(fresh_import):
     assert (fresh_import["out"], fresh_import["err"], fresh_import["code"]) == ("", "", 0)
 

@@ -95,7 +95,7 @@ def _one_line(message: str, types: Mapping[str, str]) -> str:
         return message
     expected = types[value[1]]
     if expected.startswith("tuple"):
-        expected = "two numbers" + " such as 256x128" * value[1].endswith("size")
+        expected = "two numbers such as 256x128" if value[1].endswith("size") else "two numbers"
     return f"{value[1]}: expected {expected}, got {value[2]}"
 
 

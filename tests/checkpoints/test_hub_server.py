@@ -34,7 +34,7 @@ def error(call, *args, **options):
 
 
 resumes = pytest.mark.skipif(
-    int(huggingface_hub.__version__.split(".")[0]) < 2, reason="this huggingface_hub does not resume a broken download"
+    int(huggingface_hub.__version__.split(".")[0]) < 2, reason="older versions resume in the next call, not within one"
 )
 
 

@@ -18,7 +18,7 @@ from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
 from tests import GOLDEN
 
 as_written = pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="torch 2.6 draws other random numbers and describes a model otherwise"
+    torch.__version__.startswith("2.6."), reason="torch 2.6 draws other random numbers, and prints modules otherwise"
 )
 SAME_STEPS = 4  # steps to compare; later ones drift apart, since CPUs round differently
 
