@@ -217,7 +217,10 @@ class _Parser(argparse.ArgumentParser):
         elif word := re.search(r"invalid choice: '([^']*)' \(choose", message):
             choices = [str(choice) for action in self._actions for choice in action.choices or ()]
             message += did_you_mean(word[1], choices)
-        super().error(printable(message))
+        if self.prog == "passreid":
+            super().error(printable(message))
+        advice = "" if message.endswith("?") else f"; {self.prog} --help lists the options"
+        self.exit(2, f"{self.prog}: {printable(message)}{advice}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -510,9 +513,12 @@ def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
 
 
 def _image_names(images: Sequence[str]) -> list[str]:
-    """Files among the arguments, and the images of the folders among them."""
+    """Files among the arguments, and the images of the folders among them; one at least has to be there."""
     from passreid_models.data.images import find_images
+    from passreid_models.runtime import near_path
 
+    if not any(map(os.path.lexists, images)):
+        raise FileNotFoundError(f"{images[0]}: no such file or folder{near_path(Path(images[0]))}")
     return [str(p) for image in images for p in (find_images(image) if Path(image).is_dir() else [image])]
 
 

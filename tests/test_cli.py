@@ -218,12 +218,38 @@ def test_embed_strict_stops_at_an_unreadable_image_and_writes_nothing(images, mo
 
 def test_embed_of_nothing_but_unreadable_images_writes_no_file_and_exits_with_1(model_name, tmp_path, capsys):
     out = tmp_path / "f.npz"
+    (tmp_path / "a.jpg").write_text("no image")
     assert run("embed", tmp_path / "a.jpg", tmp_path / "b.jpg", "-o", out, "--model", model_name) == 1
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "passreid: 2 of 2 images could not be read",
         f"passreid: no descriptors, so {out} was not written",
     ]
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["embed", "parts"])
+def test_images_of_which_none_is_there_are_refused_before_any_work(command, images, capsys, monkeypatch):
+    monkeypatch.setattr("passreid_models.embed.Embedder.__init__", lambda *a, **k: pytest.fail("the model was loaded"))
+    missing = images.with_name(images.name + "x")
+    sentence = refused(
+        capsys, command, missing, missing / "a.jpg", "-o", images.parent / {"embed": "f.npz", "parts": "f.png"}[command]
+    )
+    assert sentence == f"passreid: {missing}: no such file or folder; did you mean {images.name}?"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["eval", "data", "--size", "ax"], "passreid eval: argument --size: "),
+        (["embed"], "passreid embed: the following arguments are required: images, -o/--output"),
+        (["weights"], "passreid weights: the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(words, sentence, capsys):
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(sentence)
+    assert line.endswith(f"; passreid {words[0]} --help lists the options")
 
 
 @pytest.mark.parametrize(
@@ -548,7 +574,7 @@ def test_version_is_that_of_the_package(capsys):
 
 
 def test_no_command_and_an_unknown_one_are_refused_with_the_usage(capsys):
-    for args in ([], ["train-everything"], ["weights"]):
+    for args in ([], ["train-everything"]):
         assert run(*args) == 2
         assert capsys.readouterr().err.startswith("usage: passreid")
 

@@ -60,9 +60,10 @@ def read_checkpoint(path: str | Path) -> Any:
     except Exception as e:  # the unpickler raises anything on a file that is not a pickle
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
-        what, again = ("is cut short or damaged", AGAIN) if is_zip else ("is not a PyTorch checkpoint", "")
+        if not is_zip:
+            raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
         cause = f"{type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}"
-        raise CheckpointError(f"{path} {what} ({cause}){again}") from None
+        raise CheckpointError(f"{path} is cut short or damaged ({cause}){AGAIN}") from None
 
 
 def _check_zip(path: Path) -> None:

@@ -220,7 +220,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         return _open_synthetic(str(data))
     path = Path(os.path.abspath(data))
     if not str(data) or not path.exists():
-        raise FileNotFoundError(f"{data or 'data'}: no such file or folder; expected {EXPECTED}{near_path(path)}")
+        advice = near_path(path) or f"; expected {EXPECTED}"
+        raise FileNotFoundError(f"{data or 'data'}: no such file or folder{advice}")
     if not path.is_dir():
         if path.suffix.lower() != ".csv":
             is_list = path.suffix.lower() in (".tsv", ".tab", ".txt")
@@ -240,7 +241,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         layout = Layout("unlabelled folder", path)
         layout.rows["train"] = [Row(os.path.join(path, name), "-1") for name in image_names(str(path))]
     if layout is None or not any(layout.rows.values()):
-        raise ValueError(f"{data} holds {_contents(path)}, which is no known layout; expected {EXPECTED}")
+        table = next((f"; if {p} lists it, name that file" for p in sorted(path.glob("*.csv"))), "")
+        raise ValueError(f"{data} holds {_contents(path)}, which is no known layout{table}; expected {EXPECTED}")
     return _dataset(layout)
 
 

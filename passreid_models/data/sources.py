@@ -66,7 +66,7 @@ def open_source(data: str | Path, cache: Path | None = None) -> Source:
         return SyntheticSource(str(data))
     path = Path(os.path.abspath(data))
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{data}: no such file or folder; expected {EXPECTED}{near_path(path)}")
+        raise FileNotFoundError(f"{data}: no such file or folder{near_path(path) or f'; expected {EXPECTED}'}")
     if path.suffix.lower() in LISTS and path.is_file():
         return ListSource(path)
     if not path.is_dir() and path.suffix.lower() != ".tar":

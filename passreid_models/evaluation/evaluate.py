@@ -20,7 +20,7 @@ from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder, finite_advice, is_not_finite
 from passreid_models.evaluation.extract import extract
-from passreid_models.evaluation.feature_cache import FeatureCache, weights_key
+from passreid_models.evaluation.feature_cache import FeatureCache
 from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation, Retrieved, percent
 from passreid_models.figure import require_matplotlib
@@ -163,7 +163,7 @@ def evaluate_dataset(
         "flip": embed.flip,
         "dtype": str(embed.dtype).removeprefix("torch."),
         "width": embed.dim,
-        "weights": store.key if store else weights_key(embed),
+        "weights_sha256": embed.fingerprint["weights"],
     }
     metrics, curve = retrieved.metrics(), retrieved.roc()  # first: their errors name the reason
     identification, reranked = retrieved.open_set() if open_set else None, retrieved.reranked() if rerank else None

@@ -143,9 +143,7 @@ class SyntheticPersons:
             raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
         names = {path.name for path in root.iterdir()} if root.exists() else set()
         if names and (MARKER not in names or names - {*FOLDERS, MARKER}):
-            raise FileExistsError(
-                f"{root} holds files that write_market1501 did not write; give a new or an empty folder"
-            )
+            raise FileExistsError(f"{root} holds other files than a drawn dataset's; give a new or an empty folder")
 
     def _jobs(self, train_ids: int, distractors: int) -> Iterator[tuple[int, int, int, str]]:
         """(pid, camid, k, file) of every image to write."""

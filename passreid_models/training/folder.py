@@ -185,7 +185,9 @@ class RunFolder:
                 raise ValueError(f"{self.path} holds another run than {file}: name another --out")
             return self.load(file)
         if last:
-            raise ValueError(f"{self.path} holds a run ({last.name}): --resume auto continues it, --out begins anew")
+            raise ValueError(
+                f"{self.path} holds a run ({last.name}): --resume auto continues it, another --out begins anew"
+            )
         return None
 
     def forget_after(self, step: int) -> None:

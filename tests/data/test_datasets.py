@@ -621,3 +621,14 @@ def test_drawn_persons_are_named_by_generator_and_seed(tmp_path, marker, name):
     dataset = open_dataset(tmp_path)
     assert dataset.name == name
     assert dataset.description.startswith(f"{name}, {tmp_path.name}/: ")
+
+
+def test_a_table_in_a_folder_of_no_layout_and_a_near_name_are_pointed_at(tmp_path):
+    (tmp_path / "shop").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "shop" / name).write_bytes(jpeg(1))
+    (tmp_path / "shop" / "labels.csv").write_text("path,pid\na.jpg,1\n")
+    with pytest.raises(ValueError, match=r"no known layout; if .*shop/labels\.csv lists it, name that file; expected"):
+        open_dataset(tmp_path / "shop")
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder; did you mean shop\?$"):
+        open_dataset(tmp_path / "shopp")

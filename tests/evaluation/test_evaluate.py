@@ -253,8 +253,7 @@ def test_images_that_cannot_be_read_make_nobody_unknown_and_change_no_drawn_pers
 def test_json_holds_the_settings_and_no_number_that_json_lacks(market, embed):
     record = json.loads(json.dumps(run(market, embed, name="a name", per_camera=True).to_dict(), allow_nan=False))
     assert record["dataset"]["fingerprint"] == market.fingerprint
-    key = record["model"].pop("weights")
-    assert key == weights_key(embed)
+    assert record["model"].pop("weights_sha256") == embed.fingerprint["weights"]
     assert record["model"] == {
         "name": "a name", "size": "64x32", "fusion": "cat", "neck": "", "flip": False, "dtype": "float32", "width": 128,
     }  # fmt: skip
@@ -602,9 +601,9 @@ def test_evaluate_model_takes_names_and_writes_json_and_pictures(market, saved, 
     evaluation = evaluate_model(market.root, str(saved), device="cpu", **where, **options)
     assert evaluation is not None
     assert json.loads(where["json_file"].read_text()) == json.loads(json.dumps(evaluation.to_dict()))
-    assert evaluation.model | {"weights": ""} == {
+    assert evaluation.model | {"weights_sha256": ""} == {
         "name": str(saved), "size": "96x32", "fusion": "mean", "neck": "", "flip": False, "dtype": "float64",
-        "width": 64, "weights": "",
+        "width": 64, "weights_sha256": "",
     }  # fmt: skip
     assert folders == [tmp_path / "pictures"]
 

@@ -251,13 +251,13 @@ def test_worker_processes_write_the_same_files_and_replace_an_older_set(tmp_path
 def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     data = SyntheticPersons(2, 4, 2, size=SMALL)
-    with pytest.raises(FileExistsError, match="did not write; give a new or an empty folder"):
+    with pytest.raises(FileExistsError, match="holds other files than a drawn dataset"):
         data.write_market1501(tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         data.write_market1501(tmp_path / "thesis.txt")
     own = data.write_market1501(tmp_path / "own")
     (own / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="own holds files"):
+    with pytest.raises(FileExistsError, match="own holds other files"):
         data.write_market1501(own)
     assert (tmp_path / "thesis.txt").read_text() == (own / "notes.txt").read_text() == "mine"
 
