@@ -125,6 +125,7 @@ def test_every_architecture_can_be_exported(tmp_path, persons, name):
     assert_host_gets_the_descriptors(tmp_path / "model.pt", Embedder(model, "cpu"), persons, 1e-5)
 
 
+@needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [*((name, (256, 128)) for name in ARCHITECTURES), ("pass_vit_small_patch16", (384, 128))]
@@ -137,7 +138,7 @@ def test_onnx_of_every_architecture_holds_the_limit(tmp_path, name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=needs_onnx), "pt2"])
 @pytest.mark.parametrize("neck", ["", "single", "multi"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_onnx_and_pt2_of_every_pool_and_neck_hold_the_limit(tmp_path, persons, pool, neck, format):

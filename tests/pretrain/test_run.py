@@ -450,7 +450,8 @@ def test_checkpoints_are_saved_and_kept_as_configured(data, tmp_path, options, s
 
 def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(copy, data):
     before = {f: (copy / f).read_bytes() for f in files(copy) if (copy / f).is_file()}
-    with pytest.raises(ValueError, match=r"holds a run \(step_000000012.pt\): --resume auto .*, another --out"):
+    advice = "--resume auto continues it, another --out begins anew"
+    with pytest.raises(ValueError, match=rf"holds a run \(step_000000012.pt\): {advice}"):
         train(tiny(data, copy))
     assert {f: (copy / f).read_bytes() for f in files(copy) if (copy / f).is_file()} == before
 

@@ -251,7 +251,8 @@ def test_worker_processes_write_the_same_files_and_replace_an_older_set(tmp_path
 def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     data = SyntheticPersons(2, 4, 2, size=SMALL)
-    with pytest.raises(FileExistsError, match="holds other files than a drawn dataset"):
+    reason = "holds other files than a drawn dataset's; give a new or an empty folder"
+    with pytest.raises(FileExistsError, match=reason):
         data.write_market1501(tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         data.write_market1501(tmp_path / "thesis.txt")
