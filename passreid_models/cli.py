@@ -142,7 +142,9 @@ def _command(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     from passreid_models.pretrain.run import train
+    from passreid_models.runtime import keep_freed_memory
 
+    keep_freed_memory()  # a tenth of a step on a CPU were new pages
     return _print_export(train(_train_config(argv)))
 
 

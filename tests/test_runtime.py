@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -327,3 +328,29 @@ def test_threads_give_results_in_order_and_do_not_run_far_ahead_of_them():
     assert len(begun) <= 4096
     assert list(results) == list(range(2, 20_000, 2))
     assert sorted(begun) == list(range(10_000))
+
+
+FREED_MEMORY = """
+import resource, sys
+import numpy as np
+from passreid_models import cli
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = np.ones(2**26, np.uint8)  # 64 MiB, written to
+    del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned = [new_pages() for _ in range(3)][-1]
+code = cli.train(["no/such/folder"])
+kept = [new_pages() for _ in range(3)][-1]
+print(code, returned, kept)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_a_training_command_keeps_freed_memory_for_the_next_step():
+    result = subprocess.run([sys.executable, "-c", FREED_MEMORY], capture_output=True, text=True, check=True)
+    code, returned, kept = map(int, result.stdout.split())
+    assert code == 2
+    assert kept < 16 < returned  # in pages of 2 MiB at most

@@ -128,7 +128,7 @@ def mean_logits(outputs: Sequence[Tensor] | Projections) -> Tensor:
             )
         pairs = zip(outputs.features, outputs.scaled(), strict=True)
         with torch.autocast(outputs.features[0].device.type, enabled=False):
-            return torch.stack([w.float() @ x.float().mean((0, 1)) * s for x, (w, s) in pairs])
+            return torch.stack([(w.float() @ x.float().mean(1).T).mean(1) * s for x, (w, s) in pairs])
     return torch.stack([z.float().mean((0, 1)) for z in outputs])
 
 
