@@ -14,7 +14,7 @@ from torch import Tensor
 
 LEAST = torch.finfo(torch.float32).min  # similarity where a descriptor is not finite; left-out pairs are at -inf
 METRICS = ("cosine", "euclidean")
-CPU_CHUNK = 64 * 2**20  # bytes; larger chunks are no faster
+CPU_CHUNK = 128 * 2**20  # bytes; larger chunks are no faster
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -131,7 +131,8 @@ class Similarities:
     def _product(self, query: Tensor) -> Tensor:
         size = len(query) * len(self.gallery)
         if len(self.buffer) < size:  # new memory for every chunk would cost more than the scaling
-            self.buffer = self.gallery.new_empty(size)
+            on_cpu = self.device.type == "cpu"  # where numpy, unlike torch, asks for large pages
+            self.buffer = torch.from_numpy(np.empty(size, np.float32)) if on_cpu else self.gallery.new_empty(size)
         product = self.buffer[:size].view(len(query), len(self.gallery))
         if self.device.type == "cpu":  # on AMD processors 1.5 times as fast as torch's library
             with np.errstate(over="ignore", invalid="ignore"):  # of descriptors that are not finite
