@@ -5,15 +5,11 @@
 speedup_fp32    seconds of the plain step in float32 over ours in float32, the median of the rounds
 speedup_bf16    seconds of the plain step in float32 over ours in bfloat16; null if the CPU does not compute in it
 
-K = 65,536. The step is forward, loss, backward, clipping, optimiser, teacher and centres, on prepared views. Each has a
-process of its own; that of ours keeps freed memory, as ``passreid-train`` does.
+K = 65,536. The step is forward, loss, backward, clipping, optimiser, teacher and centres, on prepared views.
 """
 
 import argparse
-import multiprocessing
 import statistics
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 import common
@@ -24,7 +20,6 @@ from torch import Tensor
 from passreid_models.pretrain.batches import ViewBatch
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.trainer import PretrainTrainer
-from passreid_models.runtime import keep_freed_memory
 
 BATCH, SIZE, LOCAL_SIZE, PER_AREA = 4, (256, 128), (128, 64), 3
 
@@ -62,37 +57,6 @@ def random_views(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(views, batch, 3, h, w, device=device) for views, h, w in sizes)
 
 
-class InProcess:
-    """One implementation in a process of its own, which takes a step per call; ``loss`` is that of the first."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, end = context.Pipe()
-        self.loss = float("nan")
-        context.Process(target=serve, args=(end, name, threads), daemon=True).start()
-
-    def __call__(self) -> None:
-        self.pipe.send(None)
-        self.loss = self.pipe.recv()
-
-
-def serve(pipe: Connection, name: str, threads: int) -> None:
-    """Take a step for each message, and send the loss of the first."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    views = random_views(BATCH, torch.device("cpu"))
-    if name == "plain":
-        run: Plain | Ours = Plain(None, *views)
-    else:
-        keep_freed_memory()
-        run = Ours(name, *views)
-    with suppress(EOFError):  # at the end of the main process
-        while True:
-            pipe.recv()
-            run()
-            pipe.send(run.losses[0])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1 round instead of 5")
@@ -101,13 +65,16 @@ def main() -> None:
     rounds, device = 1 if args.quick else 5, torch.device("cpu")
     torch.set_num_threads(args.threads)
 
-    names = {"plain, float32": "plain", "ours, float32": "float32"}
+    views = random_views(BATCH, device)
+    runs = {
+        "plain, float32": Plain(None, *views),
+        "ours, float32": Ours("float32", *views),
+    }
     if common.has_bfloat16(device):
-        names["ours, bfloat16"] = "bfloat16"
-    runs = {title: InProcess(name, args.threads) for title, name in names.items()}
+        runs["ours, bfloat16"] = Ours("bfloat16", *views)
     seconds = common.in_turn(runs, rounds)
     rows = [(f"{name}, step", f"{statistics.median(times):.2f} s") for name, times in seconds.items()]
-    rows += [(f"{name}, first loss", f"{run.loss:.3f}") for name, run in runs.items()]
+    rows += [(f"{name}, first loss", f"{run.losses[0]:.3f}") for name, run in runs.items()]
     baseline, fp32, *bf16 = seconds.values()
     figures = {
         "speedup_fp32": common.median_ratio(baseline, fp32),

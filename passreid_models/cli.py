@@ -141,11 +141,14 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
+    from passreid_models.device import pick_device
     from passreid_models.pretrain.run import train
     from passreid_models.runtime import keep_freed_memory
 
-    keep_freed_memory()  # a tenth of a step on a CPU were new pages
-    return _print_export(train(_train_config(argv)))
+    config = _train_config(argv)
+    if pick_device(config.device).type == "cpu":
+        keep_freed_memory()  # a tenth of a step were new pages
+    return _print_export(train(config))
 
 
 def _train_config(argv: Sequence[str]) -> "PretrainConfig":

@@ -287,8 +287,11 @@ def num_cores() -> int:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step, rather than give pages back and ask for new ones.
 
-    For commands: the memory of the whole process no longer shrinks. Does nothing with another C library.
+    For commands: the memory of the whole process no longer shrinks. Does nothing with another C library, or where the
+    environment has settings of glibc's own.
     """
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
+        return
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink

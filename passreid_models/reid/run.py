@@ -100,8 +100,10 @@ class ReIDRun(Run):
         gib = cache_bytes(len(self.train_split), c.size) / 2**30
         if self.images.is_cached:
             lines.append(f"images: decoded once and kept in memory, {gib:.2f} GiB")
-        elif c.cache_images == "auto" and c.crop_scale[0] == 1:
-            lines.append(f"images: read in each epoch, since {gib:.1f} GiB are more than a quarter of the free memory")
+        elif c.cache_images == "auto":
+            too_many = f"{gib:.1f} GiB are more than a quarter of the free memory"
+            why = "random crops differ each time" if c.crop_scale[0] < 1 else too_many
+            lines.append(f"images: read in each epoch, since {why}")
         if junk := len(self.dataset.train) - len(self.train_split):
             lines.append(f"junk: {junk} training images with identity -1 are left out")
         if self.eval_dataset is None and c.eval_epochs:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 LEAST = torch.finfo(torch.float32).min  # similarity where a descriptor is not finite; left-out pairs are at -inf
 METRICS = ("cosine", "euclidean")
-CPU_CHUNK = 128 * 2**20  # bytes; larger chunks are no faster
+CPU_CHUNK = 64 * 2**20  # bytes; larger chunks are hardly faster
 TINY = torch.finfo(torch.float32).tiny
 
 
