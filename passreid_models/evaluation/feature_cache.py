@@ -80,7 +80,7 @@ class FeatureCache:
         try:
             with atomic_file(self.file) as temporary:
                 save_file({"hashes": hash_bytes, "descriptors": unique}, temporary, metadata)
-        except (OSError, SafetensorError) as e:  # a full disk, or a folder of another user
+        except OSError as e:  # a full disk, or a folder of another user
             _logger.warning(f"{self.file} cannot be written ({e}): the descriptors are not cached")
 
 

@@ -126,7 +126,7 @@ class Evaluation:
 
     dataset: ReIDDataset
     model: dict[str, Any]
-    """Name, size, fusion, neck, flip, dtype, width of the descriptor, and the hash of weights and settings."""
+    """Name, size, fusion, neck, flip, dtype, width of the descriptor, and the SHA-256 of the weights."""
     retrieved: Retrieved
     metrics: RetrievalMetrics
     roc: ROC

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -304,7 +303,7 @@ class Run:
         info = {"provenance": {**self._provenance(), **more}}
         try:
             save_pretrained(model, folder, extras, info, overwrite=True)
-        except (OSError, SafetensorError) as e:
+        except OSError as e:
             raise OSError(f"{folder} could not be written ({e}); the last checkpoint: {self.folder.latest()}") from None
 
     def _provenance(self) -> dict[str, Any]:
