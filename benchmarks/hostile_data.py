@@ -247,11 +247,9 @@ def galleries(rng: Random, base: Base, work: Path) -> Call:
         x = torch.eye(2, 4)
         changed = m.mutate_json(Random(seed), values)
         x = m.mutate_tensor(Random(seed + 1), x) if seed % 2 else x
-        if not (isinstance(x, torch.Tensor)
-            and not x.requires_grad
-            and x.layout == torch.strided
-            and x.dtype == torch.float32 and x.ndim == 2 and x.is_contiguous()
-                and x.device.type == "cpu" and x.layout == torch.strided and x.numel() < 10**6):  # fmt: skip
+        if not (isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.requires_grad
+                and x.dtype == torch.float32 and x.ndim == 2 and x.is_contiguous()
+                and x.device.type == "cpu" and x.numel() < 10**6):  # fmt: skip
             x = torch.eye(2, 4)
         data = torch.tensor(list(changed), dtype=torch.uint8)
         metadata = {"format": FORMAT, "sha256": _checksum(changed, x)}

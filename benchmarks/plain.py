@@ -249,11 +249,10 @@ class PlainStep:
 
 
 class PlainViews:
-    """Make the 2 global and ``3 * per_area`` local views of a PIL image, as normalised tensors."""
+    """Make the 2 global views and the 3 local ones of each area of a PIL image, as normalised tensors."""
 
-    def __init__(self, size: tuple[int, int] = (256, 128), per_area: int = 3) -> None:
+    def __init__(self, size: tuple[int, int] = (256, 128)) -> None:
         half = (size[0] // 2, size[1] // 2)
-        self.per_area = per_area
         self.global_transforms = [
             self.transform(size, (0.4, 1.0), blur=1.0),
             self.transform(size, (0.4, 1.0), blur=0.1, solarize=0.2),
@@ -278,7 +277,7 @@ class PlainViews:
         areas = [image.crop((0, round(top * height), width, round(bottom * height))) for top, bottom in AREAS]
         return (
             [transform(image) for transform in self.global_transforms],
-            [self.local_transform(area) for area in areas for _ in range(self.per_area)],
+            [self.local_transform(area) for area in areas for _ in range(3)],
         )
 
 

@@ -164,14 +164,14 @@ def photograph(image: Image.Image, camera: Foreign, rng: np.random.Generator) ->
     return file.getvalue()
 
 
-def write_foreign(data: ReIDDataset, root: Path, seed: int = SEED) -> ReIDDataset:
+def write_foreign(data: ReIDDataset, root: Path) -> ReIDDataset:
     """Write queries and gallery through the foreign cameras, under the same names."""
     splits, index = [], 0
     for split in (data.query, data.gallery):
         paths = [root / data.relative(path) for path in split.paths]
         for source, target, camid in zip(split.paths, paths, split.camids.tolist(), strict=True):
             with Image.open(source) as image:
-                content = photograph(image.convert("RGB"), foreign_camera(camid, seed), stream(seed, IMAGE, index))
+                content = photograph(image.convert("RGB"), foreign_camera(camid), stream(SEED, IMAGE, index))
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
             index += 1

@@ -1,6 +1,5 @@
 """A headless Chromium, driven through the pipe of its DevTools protocol."""
 
-import base64
 import json
 import os
 import shutil
@@ -104,9 +103,6 @@ class Browser:
         options = {"key": name, "windowsVirtualKeyCode": code, **({"text": text} if text else {})}
         for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, **options)
-
-    def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     @property
     def faults(self) -> list[Any]:

@@ -142,10 +142,6 @@ class HubServer:
         tree = self.repos[repo_id].commits[branches.get(branch, branches["main"])]
         return self._record(repo_id, branch, {**tree, **files})
 
-    def tag(self, repo_id: str, name: str, revision: str = "main") -> str:
-        self.repos[repo_id].tags[name] = sha = self.resolve(repo_id, revision)
-        return sha
-
     def resolve(self, repo_id: str, revision: str = "main") -> str:
         """The commit sha a branch, a tag or a (full) sha names."""
         repo = self.repos[repo_id]

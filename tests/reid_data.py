@@ -70,9 +70,9 @@ def write_csv(file: Path, lines: Iterable[str]) -> Path:
     return file
 
 
-def write_persons(root: Path, ids: int = 8) -> Path:
+def write_persons(root: Path) -> Path:
     """Generated persons of 64x32 pixels under 4 cameras in the Market-1501 layout, half of them for training."""
-    persons = SyntheticPersons(ids, images_per_id=8, cameras=4, size=(64, 32))
+    persons = SyntheticPersons(8, images_per_id=8, cameras=4, size=(64, 32))
     return persons.write_market1501(root, distractors=3)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from passreid_models import cli
 from passreid_models.pretrain.config import PretrainConfig
-from passreid_models.pretrain.run import train
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training.folder import RunFolder
 
@@ -198,11 +197,6 @@ def _begin(function: Callable[..., Any], args: tuple, printed: Path, options: di
 def run_cli(words: list[str]) -> int:
     """passreid-train; ``{rank}`` in a word is that of the process."""
     return cli.train([word.replace("{rank}", os.environ.get("RANK", "0")) for word in words])
-
-
-def run_train(config: PretrainConfig) -> int:
-    train(config)
-    return 0
 
 
 def world(function: Callable[..., Any], *args: Any, folder: Path, size: int = 2) -> list[Child]:
