@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from passreid_models.embed import Embedder
+from passreid_models.evaluation.pictures import HEIGHT, WIDTH, Cell, ranking_sheet
 from passreid_models.figure import check_picture
 from passreid_models.retrieval import evaluate, rank
 from passreid_models.runtime import atomic_buffer
@@ -47,10 +47,13 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
     for (name, metrics), x in zip(data.scores().items(), data.descriptors.values(), strict=True):
         lines.append(f"{names.get(name, name):<36}{x.shape[1]:>6}{metrics['mAP']:>8.1f}{metrics['rank1']:>8.1f}")
     descriptors = data.descriptors["model"]
-    best = rank(descriptors[queries][:SHOWN], descriptors[gallery], TOPK).indices.numpy()
+    shown = queries[:SHOWN]
+    hits = gallery[rank(descriptors[shown], descriptors[gallery], TOPK).indices.numpy()]
+    count, topk = hits.shape
+    rows = ([data.cell(i, query) for i in (query, *best)] for query, *best in np.c_[shown, hits].tolist())
     with atomic_buffer(picture) as buffer:
-        _draw(data.images, queries[:SHOWN], gallery[best], data.pids).save(buffer)
-    return "\n".join([*lines, "", f"the first {len(best)} queries and their best {best.shape[1]} hits: {picture}"])
+        ranking_sheet(rows, count, topk, label=0).save(buffer)
+    return "\n".join([*lines, "", f"the first {count} queries and their best {topk} hits: {picture}"])
 
 
 class _DemoData:
@@ -75,18 +78,6 @@ class _DemoData:
             scores[name] = {"mAP": 100 * metrics.mAP, "rank1": 100 * metrics.rank1}
         return scores
 
-
-def _draw(images: list[Image.Image], queries: np.ndarray, hits: np.ndarray, pids: np.ndarray) -> Image.Image:
-    """Draw a row for each query: the query framed black, hits green if the identity is right, red if it is wrong."""
-    width, height, gap = 64, 128, 4
-    columns, rows = 1 + hits.shape[1], len(queries)
-    sheet = Image.new("RGB", (columns * (width + 2 * gap) + 2 * gap, rows * (height + 2 * gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, query in enumerate(queries):
-        for column, index in enumerate([query, *hits[row]]):
-            x = column * (width + 2 * gap) + gap + (2 * gap if column else 0)
-            y = row * (height + 2 * gap) + gap
-            colour = "black" if not column else "green" if pids[index] == pids[query] else "red"
-            draw.rectangle((x - gap + 1, y - gap + 1, x + width + gap - 2, y + height + gap - 2), fill=colour)
-            sheet.paste(images[index].resize((width, height)), (x, y))
-    return sheet
+    def cell(self, image: int, query: int) -> Cell:
+        """Image of a query's row in the picture, without text."""
+        return self.images[image].resize((WIDTH, HEIGHT)), self.pids[image] == self.pids[query], ()

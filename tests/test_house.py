@@ -31,7 +31,7 @@ ROOMS = {
     "training": GROUND | {"device", "checkpoints", "pass_vit", "data"},
     "pretrain": GROUND | {"device", "checkpoints", "pass_vit", "data", "evaluation", "training"},
     "reid": GROUND | {"device", "retrieval", "checkpoints", "pass_vit", "data", "embed", "evaluation", "training"},
-    "demo": {"runtime", "figure", "retrieval", "embed", "synthetic"},
+    "demo": {"runtime", "figure", "retrieval", "embed", "evaluation", "synthetic"},
     # passreid_models/__init__.py
     "": {"pass_vit", "checkpoints", "embed", "evaluation", "export", "gallery", "retrieval", "synthetic"},
     "cli": {"", "runtime", "architectures", "device", "demo", "checkpoints", "data", "embed", "evaluation", "export",

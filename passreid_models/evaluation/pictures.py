@@ -1,5 +1,6 @@
 """Pictures of an evaluation: ranked galleries, CMC, ROC, and the similarities of right and wrong pairs."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from passreid_models.evaluation.report import Evaluation, Retrieved
 
 WIDTH, HEIGHT, GAP, LABEL = 64, 128, 4, 26  # of a ranked image, in pixels; two lines of text
-COLOURS = {"query": "black", "right": "green", "wrong": "red"}
+Cell = tuple[Image.Image, bool, Sequence[str]]  # of a ranking: thumbnail, whether it is right, lines of text
 
 
 def draw_evaluation(evaluation: "Evaluation", folder: str | Path, queries: int = 10, topk: int = 10) -> list[Path]:
@@ -66,28 +67,42 @@ def best_hits(retrieved: "Retrieved", query: int, topk: int) -> np.ndarray:
 
 
 def draw_ranking(retrieved: "Retrieved", dataset: "ReIDDataset", queries: np.ndarray, topk: int) -> Image.Image:
-    """Draw a row for each query: the query framed black, hits green if the identity is right, red if it is wrong.
+    """Draw a row for each query, with identity and camera below each image as the data name them."""
 
-    Identity and camera are written below each image as the data name them, shortened to its width.
+    def cells(query: int) -> Iterator[Cell]:
+        hits = best_hits(retrieved, query, topk).tolist()
+        for split, i in [(retrieved.query, query), *((retrieved.gallery, i) for i in hits)]:
+            pid = dataset.pid_names.get(int(split.pids[i]), str(split.pids[i]))
+            camera = dataset.camera_names.get(int(split.camids[i]), "")
+            lines = (f"id {pid}" if split.pids[i] else "distractor", f"cam {camera}" if camera else "")
+            yield thumbnail(split.paths[i]), split.pids[i] == retrieved.query.pids[query], lines
+
+    return ranking_sheet(map(cells, queries.tolist()), len(queries), topk)
+
+
+def ranking_sheet(rows: Iterable[Iterable[Cell]], count: int, topk: int, label: int = LABEL) -> Image.Image:
+    """Draw rows of a query and its hits: the query framed black, hits green if they are right, red if they are wrong.
+
+    Args:
+        rows: For each query itself and its hits, best first: the thumbnail, whether its identity is the query's, and
+            lines of text, which are shortened to its width.
+        count: Number of rows.
+        topk: Hits for which a row has room.
+        label: Height of the text, in pixels.
     """
-    cell_width, cell_height = WIDTH + 2 * GAP, HEIGHT + 2 * GAP + LABEL
-    sheet = Image.new("RGB", ((1 + topk) * cell_width + 2 * GAP, len(queries) * cell_height), "white")
+    cell_width, cell_height = WIDTH + 2 * GAP, HEIGHT + 2 * GAP + label
+    sheet = Image.new("RGB", ((1 + topk) * cell_width + 2 * GAP, count * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, query in enumerate(queries.tolist()):
-        cells = [(retrieved.query, query)] + [
-            (retrieved.gallery, i) for i in best_hits(retrieved, query, topk).tolist()
-        ]
-        for column, (split, i) in enumerate(cells):
+    for row, cells in enumerate(rows):
+        for column, (image, is_right, lines) in enumerate(cells):
             x = column * cell_width + GAP + (2 * GAP if column else 0)
             y = row * cell_height + GAP
             frame = (x - GAP + 1, y - GAP + 1, x + WIDTH + GAP - 2, y + HEIGHT + GAP - 2)
-            is_right = split.pids[i] == retrieved.query.pids[query]
-            draw.rectangle(frame, fill=COLOURS["right" if is_right else "wrong"] if column else COLOURS["query"])
-            sheet.paste(thumbnail(split.paths[i]), (x, y))
-            pid = dataset.pid_names.get(int(split.pids[i]), str(split.pids[i]))
-            camera = dataset.camera_names.get(int(split.camids[i]), "")
-            lines = [f"id {pid}" if split.pids[i] else "distractor", f"cam {camera}" if camera else ""]
-            draw.text((x, y + HEIGHT + GAP), "\n".join(_shorten(draw, line) for line in lines), fill="black", spacing=2)
+            draw.rectangle(frame, fill="black" if not column else "green" if is_right else "red")
+            sheet.paste(image, (x, y))
+            if lines:
+                text = "\n".join(_shorten(draw, line) for line in lines)
+                draw.text((x, y + HEIGHT + GAP), text, fill="black", spacing=2)
     return sheet
 
 
