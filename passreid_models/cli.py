@@ -520,10 +520,10 @@ def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
 def _image_names(images: Sequence[str]) -> list[str]:
     """Files among the arguments, and the images of the folders among them; one at least has to be there."""
     from passreid_models.data.images import find_images
-    from passreid_models.runtime import near_path
+    from passreid_models.runtime import not_found
 
     if not any(map(os.path.lexists, images)):
-        raise FileNotFoundError(f"{images[0]}: no such file or folder{near_path(Path(images[0]))}")
+        raise not_found(images[0])
     return [str(p) for image in images for p in (find_images(image) if Path(image).is_dir() else [image])]
 
 

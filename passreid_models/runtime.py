@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -180,12 +180,19 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def near_path(path: Path) -> str:
-    """End of an error message about a path that does not exist: a name beside it that is near, or nothing."""
-    try:
-        return did_you_mean(path.name, os.listdir(path.parent))
-    except OSError:
-        return ""
+def not_found(path: str | Path, expected: str = "", name: str = "") -> FileNotFoundError:
+    """Error of a path that does not exist, with a name beside it that is near, or else what is expected.
+
+    Args:
+        path: The path.
+        expected: What it should have been.
+        name: Name of the path in the message, where it is not the path itself.
+    """
+    folder, word = os.path.split(os.path.abspath(path))
+    near = ""
+    with suppress(OSError):
+        near = did_you_mean(word, os.listdir(folder))
+    return FileNotFoundError(f"{name or path}: no such file or folder{near or (expected and f'; expected {expected}')}")
 
 
 def sha256(path: str | Path) -> str:

@@ -19,7 +19,7 @@ from passreid_models.runtime import (
     did_you_mean,
     lock,
     map_threads,
-    near_path,
+    not_found,
     sha256,
 )
 from tests import ROOT
@@ -317,8 +317,11 @@ def test_a_misspelt_word_or_path_names_the_nearest_and_others_none(tmp_path):
     assert did_you_mean("evl", ["embed", "eval", "eva"]) == "; did you mean eval?"
     assert did_you_mean("zzz", ["embed", "eval"]) == ""
     (tmp_path / "persons").mkdir()
-    assert near_path(tmp_path / "persns") == "; did you mean persons?"
-    assert near_path(tmp_path / "zzz") == near_path(tmp_path / "nowhere" / "persons") == ""
+    missing = tmp_path / "persns"
+    assert str(not_found(missing, "a folder")) == f"{missing}: no such file or folder; did you mean persons?"
+    for missing in (tmp_path / "zzz", tmp_path / "nowhere" / "persons"):
+        assert str(not_found(missing)) == f"{missing}: no such file or folder"
+        assert str(not_found(missing, "a folder", "data")) == "data: no such file or folder; expected a folder"
 
 
 def test_threads_give_results_in_order_and_do_not_run_far_ahead_of_them():

@@ -27,7 +27,7 @@ from passreid_models.data.images import count, image_names, list_folder
 from passreid_models.data.labels import number_cameras, number_ids, settle
 from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, Row, read_flat, read_folder, read_tree
 from passreid_models.data.tables import read_csv
-from passreid_models.runtime import cache_dir, lock, near_path, num_cores
+from passreid_models.runtime import cache_dir, lock, not_found, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
 __all__ = ["ReIDDataset", "Split", "open_dataset"]
@@ -220,8 +220,7 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         return _open_synthetic(str(data))
     path = Path(os.path.abspath(data))
     if not str(data) or not path.exists():
-        advice = near_path(path) or f"; expected {EXPECTED}"
-        raise FileNotFoundError(f"{data or 'data'}: no such file or folder{advice}")
+        raise not_found(data, EXPECTED, str(data) or "data")
     if not path.is_dir():
         if path.suffix.lower() != ".csv":
             is_list = path.suffix.lower() in (".tsv", ".tab", ".txt")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from passreid_models.data.images import ImageError, check_bytes, count, open_image, reason
 from passreid_models.data.listing import Listing, Names, list_images
-from passreid_models.runtime import cache_dir, near_path
+from passreid_models.runtime import cache_dir, not_found
 
 __all__ = ["FileSource", "ListSource", "Source", "SyntheticSource", "TarSource", "open_source"]
 
@@ -66,7 +66,7 @@ def open_source(data: str | Path, cache: Path | None = None) -> Source:
         return SyntheticSource(str(data))
     path = Path(os.path.abspath(data))
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{data}: no such file or folder{near_path(path) or f'; expected {EXPECTED}'}")
+        raise not_found(data, EXPECTED)
     if path.suffix.lower() in LISTS and path.is_file():
         return ListSource(path)
     if not path.is_dir() and path.suffix.lower() != ".tar":
