@@ -21,7 +21,7 @@ from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architectur
 from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.load import LoadReport, load_report
 from passreid_models.checkpoints.read import has_checksum
-from passreid_models.runtime import atomic_folder, did_you_mean, sha256, unwrap
+from passreid_models.runtime import atomic_folder, did_you_mean, read_bytes, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
@@ -264,10 +264,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes")
+    content = read_bytes(file, MAX_CONFIG_BYTES)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(content.decode())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     check_config(config, file)

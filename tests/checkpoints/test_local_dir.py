@@ -1,6 +1,7 @@
 """A saved model comes back bit for bit through timm's ``local-dir:``, with all that belongs to it."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -333,7 +334,11 @@ def test_a_folder_without_weights_and_damaged_extras_are_named(exported):
         Embedder(f"local-dir:{exported}")
 
 
-def test_a_config_that_is_nested_without_end_is_refused(exported):
-    (exported / "config.json").write_text("[" * 10**5)
-    with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
+def test_a_config_that_is_nested_without_end_no_text_or_too_large_is_refused(exported):
+    for content in (b"[" * 10**5, b"\xff\xfe"):
+        (exported / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
+            Embedder(f"local-dir:{exported}")
+    os.truncate(exported / "config.json", 2**24 + 1)
+    with pytest.raises(ValueError, match=r"config\.json is larger than 16,777,216 bytes$"):
         Embedder(f"local-dir:{exported}")
