@@ -29,13 +29,14 @@ from passreid_models.embed import Embedder, has_direction
 from passreid_models.retrieval.protocol import JUNK
 from passreid_models.retrieval.ranking import rank_pairs
 from passreid_models.retrieval.similarity import METRICS, Similarities, as_tensor, chunks, require_count
-from passreid_models.runtime import atomic_file
+from passreid_models.runtime import atomic_file, few
 
 __all__ = ["UNKNOWN", "Gallery", "Hits"]
 
 UNKNOWN = "unknown"
 FORMAT = "passreid gallery 1"
 MAX_PID = 2**63 - 1
+SHOWN = 5  # labels in an error
 BUDGET_MB = 256.0  # of a search, on top of the gallery
 NO_DIRECTION = "the descriptor is zero or not finite"
 
@@ -214,7 +215,7 @@ class Gallery:
         removed = {names} if isinstance(names, str) else set(names)
         with self._lock:
             if missing := removed - self._pid_of.keys():
-                raise ValueError(f"not in the gallery: {_few(sorted(map(str, missing)))}")
+                raise ValueError(f"not in the gallery: {few(sorted(map(str, missing)), SHOWN)}")
             kept = [i for i, name in enumerate(self._names) if name not in removed]
             self._blocks = [self._joined()[kept]]
             self._names, self._pids = [self._names[i] for i in kept], [self._pids[i] for i in kept]
@@ -293,7 +294,7 @@ class Gallery:
         if not good.all():
             bad = [(i, f"row {i}" if names is None else names[i]) for i in (~good).nonzero()[:, 0].tolist()]
             if errors is None:
-                raise ValueError(f"{NO_DIRECTION}: {_few([label for _, label in bad])}")
+                raise ValueError(f"{NO_DIRECTION}: {few([label for _, label in bad], SHOWN)}")
             for i, label in bad:
                 errors.setdefault(i, f"{label}: {NO_DIRECTION}")
         return x, good
@@ -424,10 +425,6 @@ def _check_name(name: Any) -> None:
         raise ValueError(f"{UNKNOWN!r} stands for hits that are not accepted: choose another name")
 
 
-def _few(labels: list[str]) -> str:
-    return ", ".join(labels[:5]) + (f" and {len(labels) - 5} more" if len(labels) > 5 else "")
-
-
 def _checksum(content: bytes, descriptors: Tensor) -> str:
     digest = hashlib.sha256(content)
     digest.update(descriptors.numpy().data)
@@ -446,7 +443,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor]:
             if metadata["format"] != FORMAT:
                 raise ValueError(f"it is of the format {metadata['format']!r}, and this version reads {FORMAT!r}")
             if keys != {"descriptors", "json"}:
-                raise ValueError(f"it holds {_few(sorted(keys))}")
+                raise ValueError(f"it holds {few(sorted(keys), SHOWN)}")
             content = file.get_tensor("json").numpy().tobytes()
             descriptors = file.get_tensor("descriptors").clone()  # else it follows what becomes of the file
         if descriptors.dtype != torch.float32 or descriptors.ndim != 2:

@@ -174,6 +174,11 @@ def printable(text: str) -> str:
     return "".join(c if is_shown[c] else c.encode("unicode_escape").decode() for c in text)
 
 
+def few(labels: Sequence[str], most: int) -> str:
+    """The first ``most`` labels with commas between, and the number of those left out."""
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most:,} more" if len(labels) > most else "")
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """End of an error message: the nearest of ``choices``, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(choices), 1)

@@ -17,6 +17,7 @@ from passreid_models.runtime import (
     atomic_folder,
     check_file,
     did_you_mean,
+    few,
     lock,
     map_threads,
     not_found,
@@ -322,6 +323,11 @@ def test_a_misspelt_word_or_path_names_the_nearest_and_others_none(tmp_path):
     for missing in (tmp_path / "zzz", tmp_path / "nowhere" / "persons"):
         assert str(not_found(missing)) == f"{missing}: no such file or folder"
         assert str(not_found(missing, "a folder", "data")) == "data: no such file or folder; expected a folder"
+
+
+def test_of_many_labels_the_first_are_named_and_the_others_counted():
+    assert (few([], 2), few(["a", "b"], 2), few(["a", "b", "c"], 2)) == ("", "a, b", "a, b and 1 more")
+    assert few(["a"] * 1500, 1) == "a and 1,499 more"
 
 
 def test_threads_give_results_in_order_and_do_not_run_far_ahead_of_them():

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from passreid_models.architectures import HALF, IMAGENET, architecture_name
 from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid
 from passreid_models.checkpoints.read import CheckpointError, StateDict
-from passreid_models.runtime import unwrap
+from passreid_models.runtime import few, unwrap
 
 _logger = logging.getLogger(__name__)
 RESIZE_METHODS = ("auto", "bicubic", "bilinear")
+SHOWN = 4  # keys of a kind in an error
 
 
 @dataclass
@@ -171,16 +172,13 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _explain(report: LoadReport, unexpected: list[str], converted: Converted, expected: Mapping[str, Tensor]) -> str:
-    def shorten(keys: list[str]) -> str:
-        return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-
     problems = []
     if report.missing:
-        problems.append(f"missing {shorten(report.missing)}")
+        problems.append(f"missing {few(report.missing, SHOWN)}")
     if report.mismatched:
-        problems.append("mismatched " + shorten([f"{k} ({v})" for k, v in report.mismatched.items()]))
+        problems.append("mismatched " + few([f"{k} ({v})" for k, v in report.mismatched.items()], SHOWN))
     if unexpected:
-        problems.append(f"without a place in the model: {shorten(unexpected)}")
+        problems.append(f"without a place in the model: {few(unexpected, SHOWN)}")
     arch = converted.architecture
     width, parts = expected["cls_token"].shape[-1], expected["reg_token"].shape[1] if "reg_token" in expected else 0
     depth = sum(k.endswith(".attn.qkv.weight") for k in expected)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from passreid_models.data.datasets import ReIDDataset, Split
 from passreid_models.data.images import count, open_image, read_file, reason
 from passreid_models.data.layouts import VIDEOS
-from passreid_models.runtime import map_threads, printable
+from passreid_models.runtime import few, map_threads, printable
 
 __all__ = ["PUBLISHED", "PUBLISHED_JUNK", "Finding", "file_findings", "label_findings"]
 
@@ -38,9 +38,8 @@ class Finding:
     """All files that it is about, relative to the dataset's folder."""
 
     def __str__(self) -> str:
-        names = ", ".join(self.files[:SHOWN])
-        more = f" and {len(self.files) - SHOWN:,} more" if len(self.files) > SHOWN else ""
-        return printable(f"{self.level}: {self.message}{f': {names}{more}' if names else ''}")
+        names = few(self.files, SHOWN)
+        return printable(f"{self.level}: {self.message}{f': {names}' if names else ''}")
 
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
