@@ -210,7 +210,7 @@ def check_held(tensors: StateDict) -> None:
             raise CheckpointError(f"{key} is {kind}; expected a dense tensor")
         held = value.untyped_storage().nbytes()
         if value.numel() * value.element_size() > held:
-            raise CheckpointError(f"{key} is declared as {_shape(value)}, and the file holds {held:,} bytes of it")
+            raise CheckpointError(f"{key} is declared as {shape_text(value)}, and the file holds {held:,} bytes of it")
     names = {key: _WRAPPERS.sub("", key) for key in tensors}
     weights = [k for k, name in names.items() if _WEIGHTS.match(name) and not name.endswith("num_batches_tracked")]
     if wrong := [key for key in weights if tensors[key].dtype not in _DTYPES]:
@@ -242,7 +242,7 @@ def _check_shapes(source: StateDict) -> None:
     """
     width = source[_ANCHOR].shape[-1] if source[_ANCHOR].ndim else 0
     if width == 0 or source[_ANCHOR].shape != (3 * width, width):
-        raise CheckpointError(f"{_ANCHOR} is {_shape(source[_ANCHOR])}; expected 3DxD, D being the width")
+        raise CheckpointError(f"{_ANCHOR} is {shape_text(source[_ANCHOR])}; expected 3DxD, D being the width")
     blocks = {int(k.split(".")[1]) for k in source if re.match(r"blocks\.\d+\.", k)}
     if stray := sorted(blocks - set(range(len(blocks)))):
         gap = min(set(range(len(blocks))) - blocks)
@@ -252,18 +252,19 @@ def _check_shapes(source: StateDict) -> None:
     for key, value in source.items():
         first = source.get(re.sub(r"^blocks\.\d+\.", "blocks.0.", key), value)
         if value.shape != first.shape:
-            raise CheckpointError(f"{key} is {_shape(value)}, and that of blocks.0 {_shape(first)}")
+            raise CheckpointError(f"{key} is {shape_text(value)}, and that of blocks.0 {shape_text(first)}")
         if _TOKEN.fullmatch(key):
             several = key in ("pos_embed", "reg_token")
             count = value.shape[1] if several and value.ndim == 3 else 1
             if value.shape != (1, count, width) or count == 0:
-                raise CheckpointError(f"{key} is {_shape(value)}; expected 1x{'N' if several else 1}x{width}")
+                raise CheckpointError(f"{key} is {shape_text(value)}; expected 1x{'N' if several else 1}x{width}")
         ranks = next((ranks for pattern, ranks in _RANKS.items() if re.fullmatch(pattern, key)), None)
         if ranks is not None and value.ndim != ranks:
-            raise CheckpointError(f"{key} is {_shape(value)}; expected {ranks} dimension{'s'[: ranks > 1]}")
+            raise CheckpointError(f"{key} is {shape_text(value)}; expected {ranks} dimension{'s'[: ranks > 1]}")
 
 
-def _shape(tensor: torch.Tensor) -> str:
+def shape_text(tensor: torch.Tensor) -> str:
+    """Shape of a tensor for a message, such as ``3x128``."""
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from passreid_models.architectures import HALF, IMAGENET, architecture_name
-from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid
+from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid, shape_text
 from passreid_models.checkpoints.read import CheckpointError, StateDict
 from passreid_models.runtime import few, unwrap
 
@@ -154,7 +154,7 @@ def fit_to_model(
             if not key.startswith(free):
                 report.missing.append(key)
         elif tensors[key].shape != tensor.shape and not key.startswith(free):
-            report.mismatched[key] = f"{_shape(tensors[key])} in the file, {_shape(tensor)} in the model"
+            report.mismatched[key] = f"{shape_text(tensors[key])} in the file, {shape_text(tensor)} in the model"
         else:
             state[key] = tensors[key]
     unexpected = [k for k in tensors if k not in expected]
@@ -165,10 +165,6 @@ def fit_to_model(
     if report.missing or report.mismatched or unexpected:
         raise CheckpointError(_explain(report, unexpected, converted, expected))
     return state, report
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _explain(report: LoadReport, unexpected: list[str], converted: Converted, expected: Mapping[str, Tensor]) -> str:
