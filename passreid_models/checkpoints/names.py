@@ -103,7 +103,8 @@ class NamedModel:
         if self.run:
             return _model_of_run(self.run["config"], self.converted, self.file)
         assert self.file is not None
-        return _model_of_tensors(self.converted, self.file)
+        name, args = model_of(self.converted.architecture, None, None, self.file)
+        return name, {"img_size": self.converted.architecture.img_size, **args}
 
 
 def check_run(checkpoint: Mapping[str, Any], file: str | Path) -> None:
@@ -165,11 +166,6 @@ def _model_of_run(config: Any, converted: Converted, file: Path | None) -> tuple
     if "fc_norm.bn.weight" in converted.backbone and not converted.classifier:  # the descriptor is taken after it
         args["neck"] = config.get("neck", "")
     return config["model"], args
-
-
-def _model_of_tensors(converted: Converted, file: Path) -> tuple[str, dict[str, Any]]:
-    name, args = model_of(converted.architecture, None, None, file)
-    return name, {"img_size": converted.architecture.img_size, **args}
 
 
 def find_model(name: str, architecture: str = "") -> NamedModel:
