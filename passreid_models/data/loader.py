@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -75,11 +76,17 @@ def stopping(loader: DataLoader) -> Iterator[None]:
 
     Raises:
         ImageError: If the dataset raises it.
+        RuntimeError: If a worker died.
     """
     try:
         yield
     except ImageError as e:  # the message of a worker includes its stack trace
         raise ImageError(str(e).rpartition("ImageError: ")[2].rstrip()) from None
+    except (ConnectionError, EOFError) as e:  # its files close before it counts as dead, for which alone torch looks
+        workers = getattr(loader._iterator, "_workers", [])
+        if not workers or not wait([worker.sentinel for worker in workers], timeout=5):
+            raise
+        raise RuntimeError(f"DataLoader worker died while it sent a batch: {e or type(e).__name__}") from None
     finally:
         if loader._iterator is not None:
             _dismiss(loader._iterator)

@@ -143,6 +143,24 @@ def test_workers_live_through_the_passes_and_labels_may_change_between_them(path
     assert not any(worker.is_alive() for worker in started)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError("")])
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_named_as_dead(paths, error, dies):
+    sampler = KeySampler({0: [np.array([[0, 1], [2, 3]])] * 9}.__getitem__, [0])
+    sampler.steps = range(9)
+    loader = make_loader(TrainImages(paths, USUAL, 0), sampler, 1, False)
+
+    def train() -> None:
+        with stopping(loader):
+            next(iter(loader))
+            if dies:
+                loader._iterator._workers[0].kill()
+            raise error  # as the connection to it does, which closes first
+
+    with pytest.raises(RuntimeError if dies else type(error), match="^DataLoader worker" if dies else ""):
+        train()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_with_images_kept_in_memory(paths, workers):
     sampler = KeySampler({0: [np.array([[0, 1], [2, 3]]), np.array([[3, 2], [1, 4]])]}.__getitem__, [0])
