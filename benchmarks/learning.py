@@ -1,6 +1,7 @@
 """mAP and Rank-1 of PASS against DINO and random weights after the same number of images, without and with fine-tuning.
 
     python benchmarks/learning.py --out RUNS --jobs 2       one run per core; a second call continues
+    python benchmarks/learning.py --out RUNS --seeds 0      one seed of the three, to its tables
 
 Prints the tables of docs/experiments.md. The keys of the JSON on the last line are METHOD_mAP and METHOD_rank1, the
 means over the seeds in percent, and METHOD_mAP_std, their standard deviation; studio_METHOD_... are the same in
@@ -85,28 +86,31 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=700, help="persons for training, 10 images each")
     parser.add_argument("--epochs", type=int, default=2, help="of pre-training")
     parser.add_argument("--reid-epochs", type=int, default=4, help="of fine-tuning")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs of each method, one after another"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, with one thread each if there are several")
     parser.add_argument(
         "--out", type=Path, help="folder for data and runs, which a second call continues; default: a temporary one"
     )
     args = parser.parse_args()
     if args.quick:
-        args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, 1
+        args.ids, args.epochs, args.reid_epochs, args.seeds = 12, 1, 1, [0]
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        seeds, methods = range(args.seeds), list(dict.fromkeys(args.methods))
+        seeds, methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
         starts = [start for start in dict.fromkeys(args.starts) if STARTS[start] in ("", *methods)]
         try:
             draw_persons(out, args.ids, 10 if args.quick else 200)
         except (ValueError, OSError) as e:  # such as a folder begun with another --ids
             raise SystemExit(str(e)) from None
-        run_all([pretraining(out, m, s, args.epochs) for s in seeds for m in methods], args.jobs)
-        if "dino_parts" in starts:
-            for seed in seeds:
+        for seed in seeds:
+            run_all([pretraining(out, method, seed, args.epochs) for method in methods], args.jobs)
+            if "dino_parts" in starts:
                 add_parts(out, seed)
-        run_all([finetuning(out, m, s, args.reid_epochs) for s in seeds for m in starts], args.jobs)
-        title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP ± standard deviation over {args.seeds} seeds"
+            run_all([finetuning(out, start, seed, args.reid_epochs) for start in starts], args.jobs)
+        over = f"± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else f"of seed {seeds[0]}"
+        title = f"{MODEL} at {SIZE[0]}x{SIZE[1]}, mAP {over} / Rank-1"
         print(f"\n{title}; {common.machine(pick_device(None))}")
         figures: dict[str, float] = {}
         for place in PLACES:
@@ -169,7 +173,7 @@ def run_all(commands: list[list[str]], jobs: int) -> None:
         list(pool.map(run, commands))
 
 
-def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: range) -> Scores:
+def measure(out: Path, data: ReIDDataset, trained: list[str], seeds: list[int]) -> Scores:
     """Evaluate the methods, each seed and each descriptor."""
     scores: Scores = {}
     images = read_images(data)
@@ -214,7 +218,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def curve(out: Path, methods: list[str], seeds: range, images: int) -> None:
+def curve(out: Path, methods: list[str], seeds: list[int], images: int) -> None:
     """Print mAP in studios, with every image as a query, after each epoch of pre-training."""
     print(f"\n| images seen | {' | '.join(methods)} |\n| --- |{' --- |' * len(methods)}")
     rows: dict[int, dict[str, list[float]]] = {}
