@@ -7,7 +7,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md"} | {name: name for name in ("MODEL_CARD.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+LINKED = ("MODEL_CARD.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = {"README.md": "index.md"} | {name: name for name in LINKED}
 OTHERS = ("LICENSE", "NOTICE", "CITATION.cff", "examples/passreid.ipynb")
 
 

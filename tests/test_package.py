@@ -8,7 +8,8 @@ Python in README.md and in each page of docs/ runs here, fence by fence in one n
     run/export/                                             what `passreid-train my_crops/` wrote, of a small model
 
 A fence that cannot run (network, other files) has `<!-- not run: REASON -->` on the line before it. Of shell fences the
-command lines of this package are parsed, not run; links, images and scripts that the documents name must be there.
+command lines of this package are parsed and their settings checked, not run; links, images and scripts that the
+documents name must be there.
 """
 
 import ast
@@ -40,14 +41,21 @@ import passreid_models
 from passreid_models import cli
 from passreid_models.checkpoints.publish import CITATION
 from passreid_models.pretrain import PretrainConfig, train
+from passreid_models.pretrain.config import PRESETS
 from passreid_models.reid import ClusterConfig, FinetuneConfig
+from passreid_models.reid.config import PRESETS as REID_PRESETS
 from passreid_models.synthetic import SyntheticPersons
 from passreid_models.training import RunConfig
+from passreid_models.training.command import read_config
 from tests import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*PAGES, ROOT / "MODEL_CARD.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-CONFIGS = {"train": PretrainConfig, "finetune": FinetuneConfig, "cluster": ClusterConfig}
+CONFIGS: dict[str, tuple[Any, Any]] = {
+    "train": (PretrainConfig, PRESETS),
+    "finetune": (FinetuneConfig, REID_PRESETS["finetune"]),
+    "cluster": (ClusterConfig, REID_PRESETS["cluster"]),
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HEAVY = {
     "sklearn",
@@ -384,17 +392,15 @@ def own_words(words: list[str]) -> list[str] | None:
     return None
 
 
-def unknown_options(words: list[str]) -> list[str]:
-    """Options of a training command that its configuration has no field for."""
-    known = {"config", "preset", "help", "version"} | {field.name for field in fields(CONFIGS[words[0]])}
-    given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    return sorted(set(given) - known)
-
-
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What the parser says against a command of this package; empty where it takes it."""
     if words[0] in CONFIGS:
-        return ", ".join(unknown_options(words))
+        name, config, presets = words[0], *CONFIGS[words[0]]
+        try:
+            read_config(words[1:], config, presets, f"passreid {name}", "", "data")
+        except ValueError as e:
+            return str(e)
+        return ""
     try:
         cli._parser().parse_args(words)
     except SystemExit as e:
@@ -403,7 +409,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_every_command_line_of_this_package_has_options_that_exist(document, capsys):
+def test_every_command_line_of_this_package_is_taken_with_its_settings(document, capsys):
     commands = [words for line in command_lines(document.read_text()) if (words := own_words(line))]
     assert {shlex.join(words): error for words in commands if (error := refused(words, capsys))} == {}
 
@@ -431,14 +437,17 @@ ls && passreid eval a --modell b
 ```"""
     own = [words for line in command_lines(text) if (words := own_words(line))]
     assert [words[0] for words in own] == ["demo", "finetune", "train", "eval"]
-    assert [refused(words, capsys) for words in own[:3]] == ["", "initial", "gray_probability"]
+    errors = [refused(words, capsys) for words in own[:3]]
+    assert errors[0] == ""
+    assert "unrecognized arguments: --initial" in errors[1]
+    assert "unrecognized arguments: --gray_probability" in errors[2]
     assert "--modell" in refused(own[3], capsys)
 
 
 def all_options() -> set[str]:
     """Options of all commands and scripts, with dashes."""
     names = {"--config", "--preset", "--help", "--version"}
-    names |= {f"--{field.name.replace('_', '-')}" for config in CONFIGS.values() for field in fields(config)}
+    names |= {f"--{field.name.replace('_', '-')}" for config, _ in CONFIGS.values() for field in fields(config)}
     parsers = [cli._parser()]
     while parsers:
         for action in parsers.pop()._actions:

@@ -23,8 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "pass_vit_tiny_patch16",
         "batch_size": 32,
         "epochs": 50,
-        "coarse_epochs": 40,
-        "warmup_epochs": 2,
+        "coarse_share": 0.8,
         "num_prototypes": 1024,
         "hidden_dim": 1024,
         "bottleneck_dim": 64,
@@ -39,7 +38,7 @@ CLIPS, RESAMPLINGS = ("parameter", "norm"), ("antialiased", "official")
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Settings of ``passreid-train``; the defaults are the published ones but for the batch size.
+    """Settings of ``passreid-train``; the defaults are the published ones but for batch size and positions.
 
     Args:
         data: Folder of person crops, text list, tar file, or ``synthetic:ids=1000,seed=1``.
@@ -67,7 +66,7 @@ class PretrainConfig(RunConfig):
         gray_prob: Probability of grayscale.
         solarize_prob: Probability of solarisation, of the second global view only.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
-        coarse_epochs: Number of first epochs at half the resolution; not in the paper.
+        coarse_share: Share of the epochs, the first ones, at half the resolution; not in the paper.
         batch_size: Images per step, over all processes and micro-batches.
         accumulate: Micro-batches per process and step, for gradient accumulation. A step is that of the joint batch,
             except for the BatchNorms of a conv stem: the loss is averaged, and the centres move once.
@@ -96,7 +95,7 @@ class PretrainConfig(RunConfig):
     FREE = (*RunConfig.FREE, "probe", "probe_epochs")
     NUMERICS = (*RunConfig.NUMERICS, "accumulate", "loss_chunk", "compile")
     TOPICS: ClassVar[dict[str, str]] = {
-        "parts": "model", "local_size": "views", "coarse_epochs": "training", "momentum": "distillation",
+        "parts": "model", "local_size": "views", "coarse_share": "training", "momentum": "distillation",
         "loss_chunk": "machine", "probe": "evaluation",
     }  # fmt: skip
 
@@ -119,7 +118,7 @@ class PretrainConfig(RunConfig):
     gray_prob: float = 0.2
     solarize_prob: float = 0.2
     blur_radius: tuple[float, float] = (0.1, 2.0)
-    coarse_epochs: int = 0
+    coarse_share: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     min_lr: float = 1e-6
@@ -157,9 +156,9 @@ class PretrainConfig(RunConfig):
         self.check_ranges(
             (
                 ("batch_size accumulate num_prototypes hidden_dim bottleneck_dim probe_epochs", 1, math.inf),
-                ("parts local_views coarse_epochs freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
+                ("parts local_views freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
                 ("min_lr warmup_epochs weight_decay_end clip loss_chunk", 0, math.inf),
-                ("momentum center_momentum gray_prob solarize_prob", 0, 1),
+                ("coarse_share momentum center_momentum gray_prob solarize_prob", 0, 1),
                 ("brightness contrast saturation", 0, math.inf),
                 ("hue", 0, 0.5),
             )
@@ -183,8 +182,6 @@ class PretrainConfig(RunConfig):
                 raise wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
-        if self.coarse_epochs > self.epochs:
-            raise wrong("coarse_epochs", self.coarse_epochs, f"at most epochs = {self.epochs}")
 
     @property
     def num_parts(self) -> int:
@@ -208,6 +205,11 @@ class PretrainConfig(RunConfig):
             return tuple((float(top), float(bottom)) for top, bottom in self.areas)
         count = self.num_areas
         return tuple((k / (count + 1), (k + 2) / (count + 1)) for k in range(count))
+
+    @property
+    def coarse_epochs(self) -> int:
+        """Number of first epochs at half the resolution."""
+        return round(self.coarse_share * self.epochs)
 
     @property
     def peak_lr(self) -> float:
