@@ -25,12 +25,12 @@ from timm.models import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from passreid_models.architectures import ARCHITECTURES, IMAGENET, STATISTICS
+from passreid_models.architectures import ARCHITECTURES, IMAGENET
 from passreid_models.checkpoints import zoo
 from passreid_models.checkpoints.convert import Converted, convert_file, convert_state_dict, published_descriptor
+from passreid_models.checkpoints.fields import check_config
 from passreid_models.checkpoints.hub import check_cached, download_hub
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
-from passreid_models.checkpoints.local_dir import check_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
     ConvStem,
@@ -287,14 +287,11 @@ def _cfg(architecture: str, entry: zoo.Weight | None = None) -> dict[str, Any]:
         paper_name="PASS: Part-Aware Self-Supervised Pre-Training for Person Re-Identification",
     )
     if entry is not None:
-        mean, std = STATISTICS[entry.mean_std]
         cfg.update(
             url=entry.url,
             file=str(entry.bundled_file) if entry.bundled_file else None,
             input_size=(3, *entry.input_size),
-            interpolation=entry.interpolation,
-            mean=mean,
-            std=std,
+            **entry.statistics,
             license=entry.license,
             description=f"{entry.task}, {entry.data}",
         )
@@ -451,7 +448,7 @@ def _read_weights(
         file = zoo.resolve(variant, cfg.tag or "")
         if pretrained_cfg is None:
             _announce_default(f"{variant}.{cfg.tag}")
-    converted = convert_file(file)
+    converted = convert_file(file, size=tuple(cfg.input_size[1:]) if cfg.source in FOLDERS else None)
     return replace(cfg, source="", file=str(file), state_dict=converted.backbone), converted
 
 

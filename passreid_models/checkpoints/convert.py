@@ -8,13 +8,15 @@ are pure: they return new dictionaries and leave their arguments unchanged.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from passreid_models.architectures import Architecture
+from passreid_models.checkpoints.fields import run_of
 from passreid_models.checkpoints.read import AVERAGE, CheckpointError, StateDict, read_checkpoint, unwrap_checkpoint
 
 Grid = tuple[int, int]
@@ -34,6 +36,7 @@ class Converted:
     fusion: str  # "" if the tensors do not show it
     folded: dict[str, list[str]]
     ignored: dict[str, str]
+    run: Mapping[str, Any]  # model, fusion, neck and statistics that a run of this package states; else empty
 
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
@@ -55,17 +58,19 @@ _IGNORED = {
 }
 
 
-def convert_file(path: str | Path, network: str = "teacher") -> Converted:
-    """Read a checkpoint file and convert it; errors name the file.
+def convert_file(path: str | Path, network: str = "teacher", size: tuple[int, int] | None = None) -> Converted:
+    """Read a checkpoint file and convert it as ``convert_state_dict`` does; errors name the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be read or is not a checkpoint of this family.
     """
-    return convert_state_dict(read_checkpoint(path), network, path)
+    return convert_state_dict(read_checkpoint(path), network, path, size)
 
 
-def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Path = "") -> Converted:
+def convert_state_dict(
+    checkpoint: Any, network: str = "teacher", file: str | Path = "", size: tuple[int, int] | None = None
+) -> Converted:
     """Convert a checkpoint of any published layout to timm's keys.
 
     The positions of CLS and parts are added to their tokens (exact for features); patch positions keep the file's grid.
@@ -74,19 +79,26 @@ def convert_state_dict(checkpoint: Any, network: str = "teacher", file: str | Pa
         checkpoint: A checkpoint object or a flat state dict.
         network: ``teacher`` or ``student``, if the file holds both.
         file: File of the checkpoint, with which errors begin.
+        size: Height and width in pixels that its config states; by default those of the run, or else a guess.
 
     Raises:
         CheckpointError: If it is not a checkpoint of this family, the student is asked for and nothing in the file is
             called so, its tensors are not dense, finite and of floating point, or their shapes are not those of one
             network.
     """
+    run = run_of(checkpoint, file)
     try:
-        return _convert(checkpoint, network)
+        converted = _convert(checkpoint, network, tuple(run["config"]["size"]) if run else size)
     except CheckpointError as e:
         raise CheckpointError(f"{file}: {e}" if file else str(e)) from None
+    if not run:
+        return converted
+    stated = {k: run["config"][k] for k in ("model", "fusion", "neck") if k in run["config"]}
+    stated |= {k: run[k] for k in ("statistics",) if k in run}
+    return replace(converted, run=stated, fusion=stated.get("fusion") or converted.fusion)
 
 
-def _convert(checkpoint: Any, network: str) -> Converted:
+def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Converted:
     tensors, wrapping = unwrap_checkpoint(checkpoint, network)
     tensors, prefix, ignored = _one_network(tensors, network)
     if network == "student" and not re.search("student", wrapping + prefix, re.IGNORECASE):
@@ -129,12 +141,13 @@ def _convert(checkpoint: Any, network: str) -> Converted:
         backbone["reg_token"] = torch.cat([source[token].float() + source[pos].float() for token, pos in pairs], dim=1)
         folded["reg_token"] = names
 
-    architecture = _read_architecture(backbone)
+    architecture = _read_architecture(backbone, size)
     neck, neck_kind = _convert_necks(bottlenecks, architecture.num_parts, ignored)
     pos_embed = backbone.get("pos_embed")
     if "cls_pos" not in source and "reg_token" not in source and pos_embed is not None:
-        count = pos_embed.shape[1]
-        if guess_grid(count) is None and guess_grid(count - 1) is not None:  # TransReID-SSL: CLS has position 0
+        count, expected = pos_embed.shape[1], (size[0] // 16) * (size[1] // 16) if size else 0
+        guesses = guess_grid(count), guess_grid(count - 1)
+        if count != expected and guesses[0] is None and guesses[1] is not None:  # TransReID-SSL: CLS has position 0
             backbone["cls_token"] = backbone["cls_token"].float() + pos_embed[:, :1].float()
             backbone["pos_embed"] = pos_embed[:, 1:]
             folded["cls_token"] = ["cls_token", "pos_embed[:, :1]"]
@@ -154,7 +167,7 @@ def _convert(checkpoint: Any, network: str) -> Converted:
         kind = ", ".join(filter(None, (kind, wrapping)))
     layout = kind or wrapping or ("pre-training checkpoint" if task == "pretrain" else own or "backbone")
     layout += f", keys of {prefix!r}" if prefix else ""
-    return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
+    return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored, {})
 
 
 def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict[str, str]]:
@@ -288,7 +301,7 @@ def _rename_stem(key: str) -> str:
     )
 
 
-def _read_architecture(backbone: StateDict) -> Architecture:
+def _read_architecture(backbone: StateDict, size: tuple[int, int] | None) -> Architecture:
     """Read the dimensions off the tensors, and rename the projection of a conv stem in ``backbone``."""
     conv_stem = "patch_embed.proj.conv.0.weight" in backbone
     if conv_stem and "patch_embed.proj.weight" in backbone:
@@ -297,9 +310,9 @@ def _read_architecture(backbone: StateDict) -> Architecture:
     embed_dim = backbone["cls_token"].shape[-1]
     depth = 1 + max(int(k.split(".")[1]) for k in backbone if k.startswith("blocks."))
     num_parts = backbone["reg_token"].shape[1] if "reg_token" in backbone else 0
-    size = guess_grid(backbone["pos_embed"].shape[1]) if "pos_embed" in backbone else None
-    img_size = (16 * size[0], 16 * size[1]) if size else (256, 128)
-    return Architecture(embed_dim, depth, max(1, embed_dim // 64), num_parts, conv_stem, img_size)
+    grid = guess_grid(backbone["pos_embed"].shape[1]) if "pos_embed" in backbone else None
+    size = size or ((16 * grid[0], 16 * grid[1]) if grid else (256, 128))
+    return Architecture(embed_dim, depth, max(1, embed_dim // 64), num_parts, conv_stem, size)
 
 
 def _convert_necks(bottlenecks: StateDict, num_parts: int, ignored: dict[str, str]) -> tuple[StateDict, str]:
@@ -326,6 +339,8 @@ def published_descriptor(converted: Converted) -> dict[str, str]:
     Unsupervised features are taken after the neck, supervised ones before it.
     """
     settings = {"neck": converted.neck_kind if converted.task == "unsupervised" else ""}
+    if "fc_norm.bn.weight" in converted.backbone and not converted.classifier:  # of our own unsupervised runs
+        settings["neck"] = converted.run.get("neck", "")
     if converted.fusion:
         settings["global_pool"] = converted.fusion
     return settings

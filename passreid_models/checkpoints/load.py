@@ -217,7 +217,8 @@ def pretrained_filter_fn(
     network: Any = model
     cfg: dict[str, Any] = network.pretrained_cfg
     stem = network.patch_embed
-    declared = tuple(s // p for s, p in zip(cfg["input_size"][1:], stem.patch_size, strict=True))
+    size = converted.architecture.img_size if converted.run else cfg["input_size"][1:]
+    declared = tuple(s // p for s, p in zip(size, stem.patch_size, strict=True))
     free: tuple[str, ...] = ()
     if network.num_classes != cfg["num_classes"]:
         free += ("head.",)
@@ -226,7 +227,9 @@ def pretrained_filter_fn(
     state, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
     if "head.weight" in model.state_dict() and "head.weight" not in state:
         report.notes.append("head: a new classifier, initialised at random")
-    if converted.task:  # a raw official file: its layout shows how it was trained
+    if statistics := converted.run.get("statistics"):
+        cfg.update({k: v for k, v in statistics.items() if k not in keep})
+    elif converted.task:  # a raw official file: its layout shows how it was trained
         mean, std = IMAGENET if converted.task == "pretrain" else HALF
         interpolation = "bilinear" if converted.task == "supervised" else "bicubic"
         preprocessing = {"mean": mean, "std": std, "interpolation": interpolation}

@@ -6,7 +6,7 @@ FOLDER/extras.safetensors   tensors that belong to the checkpoint, not to the mo
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architecture, architecture_name
 from passreid_models.checkpoints.convert import Converted, convert_file
+from passreid_models.checkpoints.fields import check_config
 from passreid_models.checkpoints.load import LoadReport, load_report
 from passreid_models.checkpoints.read import has_checksum
 from passreid_models.runtime import atomic_folder, did_you_mean, read_bytes, sha256, unwrap
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
+MAX_CONFIG_BYTES = 2**24
 CLAIMS = ("tag", "description", "origin_url")  # of a pretrained cfg: whose weights they are
 
 
@@ -104,10 +106,11 @@ def convert_checkpoint(
 ) -> LoadReport:
     """Convert an official checkpoint to a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
 
-    An argument that is None is read off the tensors, or follows the convention of the layout.
+    An argument that is None is read off the tensors, or follows the convention of the layout; a checkpoint of a run
+    states it.
 
     Args:
-        source: A checkpoint in any published layout.
+        source: A checkpoint in any published layout, or of a run of this package.
         folder: Output; must not exist or be empty.
         name: Registered model, with or without a tag.
         network: ``teacher`` or ``student``, if the file holds both.
@@ -133,12 +136,21 @@ def convert_checkpoint(
     if mean_std is not None and mean_std not in STATISTICS:
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
     converted = convert_file(source, network)
-    name, model_args = model_of(converted.architecture, name, num_heads, source)
-    notes = []
-    if mean_std is None:
+    run, notes = converted.run, []
+    name, model_args = model_of(converted.architecture, name or run.get("model"), num_heads, source)
+    statistics: dict[str, Any] = {"interpolation": "bilinear" if converted.task == "supervised" else "bicubic"}
+    if run:
+        model_args["num_parts"] = converted.architecture.num_parts
+    if "statistics" in run:
+        statistics |= run["statistics"]
+    elif mean_std is None:
         mean_std = "0.5" if converted.task in ("supervised", "unsupervised") else "imagenet"
         if not converted.task:
             notes.append("mean/std: the tensors do not show them, ImageNet's assumed")
+    if mean_std is not None:
+        statistics |= dict(zip(("mean", "std"), STATISTICS[mean_std], strict=True))
+    if interpolation is not None:
+        statistics["interpolation"] = interpolation
     return write_converted(
         converted,
         folder,
@@ -148,8 +160,7 @@ def convert_checkpoint(
         network=network,
         fusion=fusion,
         neck=neck,
-        mean_std=mean_std,
-        interpolation=interpolation or ("bilinear" if converted.task == "supervised" else "bicubic"),
+        statistics=statistics,
         notes=notes,
         **{"img_size": img_size, "pos_embed_resize": pos_embed_resize, **model_args},
     )
@@ -164,8 +175,7 @@ def write_converted(
     source_sha256: str,
     fusion: str | None,
     neck: str | None,
-    mean_std: str,
-    interpolation: str,
+    statistics: Mapping[str, Any],
     network: str = "teacher",
     notes: Sequence[str] = (),
     **model_args: Any,
@@ -180,8 +190,7 @@ def write_converted(
         source_sha256: SHA-256 of that file.
         fusion: Fusion of the descriptor (``global_pool``); None for that of the tag or the layout.
         neck: Neck of the model; ``''`` for none, None for that of the tag or the layout.
-        mean_std: ``imagenet`` or ``0.5``.
-        interpolation: PIL resampling of test images.
+        statistics: ``mean``, ``std`` and ``interpolation`` of its images.
         network: Network of the file that was converted, ``teacher`` or ``student``.
         notes: Notes to add to the report.
         **model_args: Further arguments of ``timm.create_model``.
@@ -192,11 +201,10 @@ def write_converted(
     Raises:
         CheckpointError: If the tensors do not fit the model.
     """
-    mean, std = STATISTICS[mean_std]
     size = converted.architecture.img_size
     is_tag = "." in name  # the caller has checked that the file is the tag's
     cfg: dict[str, Any] = {} if is_tag else {"tag": None, "url": None, "license": "other", "description": None}
-    cfg |= {"mean": mean, "std": std, "interpolation": interpolation, "input_size": (3, *size), "file": str(source)}
+    cfg |= {**statistics, "input_size": (3, *size), "file": str(source)}
     model_args = {**model_args, "img_size": model_args.get("img_size") or size, "global_pool": fusion, "neck": neck}
     model = timm.create_model(
         name,
@@ -271,91 +279,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     check_config(config, file)
     return cast(dict[str, Any], config)
-
-
-def check_config(config: Any, file: str | Path) -> None:
-    """Check the fields of a ``config.json`` that make a model: known architecture, types and ranges.
-
-    Raises:
-        ValueError: The message begins with ``file`` and the field.
-    """
-    is_config = isinstance(config, dict) and isinstance(config.get("pretrained_cfg"), dict)
-    if not is_config or config.get("architecture") not in list(ARCHITECTURES):
-        raise ValueError(f"{file} is not the config of a model of this package")
-    check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": OBJECT, "provenance": OBJECT}, file)
-    check_fields(config["pretrained_cfg"], _PRETRAINED_CFG, f"{file}: pretrained_cfg")
-    if "num_classes" in config:
-        check_fields(config, {"num_classes": _CLASSES}, file)
-    args = config.get("model_args", {})
-    check_fields(args, {k: check for k, check in _MODEL_ARGS.items() if k in args}, f"{file}: model_args")
-
-
-Check = tuple[str, Callable[[Any], bool]]
-
-
-def check_fields(values: Mapping[str, Any], checks: Mapping[str, Check], where: str | Path) -> None:
-    """Check values by name against the text of what is expected and a predicate.
-
-    Raises:
-        ValueError: The message begins with ``where`` and the name.
-    """
-    for name, (expected, is_valid) in checks.items():
-        if name not in values:
-            raise ValueError(f"{where} has no {name}")
-        if not is_valid(values[name]):
-            shown = repr(values[name])
-            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-            raise ValueError(f"{where}: {name}: expected {expected}, got {shown}")
-
-
-def whole(low: int, high: int) -> Check:
-    return f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high
-
-
-def several(count: int, check: Check) -> Check:
-    def are_valid(values: Any) -> bool:
-        return isinstance(values, list | tuple) and len(values) == count and all(map(check[1], values))
-
-    return f"{count} values, each {check[0]}", are_valid
-
-
-def _either(one: Check, other: Check) -> Check:
-    return f"{one[0]}, or {other[0]}", lambda v: one[1](v) or other[1](v)
-
-
-def _number(low: float, high: float) -> Check:
-    return f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
-
-
-MAX_CONFIG_BYTES = 2**24
-OBJECT: Check = ("an object", lambda v: isinstance(v, dict))
-_CHANNELS, _CLASSES, PIXELS = whole(1, 64), whole(0, 100_000), whole(16, 4096)
-_INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "hamming", "box")
-_PRETRAINED_CFG: dict[str, Check] = {
-    "input_size": (
-        f"channels, height and width, the latter {PIXELS[0]}",
-        lambda v: isinstance(v, list | tuple) and len(v) == 3 and _CHANNELS[1](v[0]) and several(2, PIXELS)[1](v[1:]),
-    ),
-    "mean": _either(several(3, _number(-100, 100)), several(1, _number(-100, 100))),
-    "std": _either(several(3, _number(1e-6, 100)), several(1, _number(1e-6, 100))),
-    "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
-}
-
-
-def are_statistics(values: Any) -> bool:
-    """Whether a dictionary has mean, std or interpolation that a pretrained cfg can have, and nothing else."""
-    known = ("mean", "std", "interpolation")
-    return isinstance(values, dict) and all(k in known and _PRETRAINED_CFG[k][1](v) for k, v in values.items())
-
-
-_MODEL_ARGS: dict[str, Check] = {
-    "embed_dim": whole(1, 16_384),
-    "depth": whole(1, 1_000),
-    "num_heads": whole(1, 1_024),
-    "num_parts": whole(0, 1_000),
-    "in_chans": _CHANNELS,
-    "num_classes": _CLASSES,
-    "img_size": _either(several(2, PIXELS), PIXELS),
-    "patch_size": _either(several(2, whole(4, 64)), whole(4, 64)),
-    "mlp_ratio": _number(0.01, 32),
-}

@@ -18,25 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints import zoo
-from passreid_models.checkpoints.convert import Converted, convert_state_dict
+from passreid_models.checkpoints.convert import Converted, convert_state_dict, published_descriptor
+from passreid_models.checkpoints.fields import run_of
 from passreid_models.checkpoints.hub import download_hub
-from passreid_models.checkpoints.local_dir import (
-    OBJECT,
-    PIXELS,
-    Check,
-    are_statistics,
-    check_fields,
-    exported_folder,
-    model_of,
-    read_config,
-    several,
-    whole,
-)
-from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
+from passreid_models.checkpoints.local_dir import exported_folder, model_of, read_config
+from passreid_models.checkpoints.read import read_checkpoint
 from passreid_models.runtime import did_you_mean
 
 __all__ = ["NamedModel", "find_model", "run_checkpoints"]
@@ -76,7 +66,7 @@ class NamedModel:
         if not architecture:
             architecture, own_args = self.own_model
             model_args = {**own_args, **{k: v for k, v in model_args.items() if v is not None}}
-        cfg = {**self.run.get("statistics", {}), "state_dict": self.converted, "file": str(self.file)}
+        cfg = {"state_dict": self.converted, "file": str(self.file)}
         return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=cfg, **model_args)
 
     @cached_property
@@ -92,80 +82,17 @@ class NamedModel:
     @property
     def run(self) -> dict[str, Any]:
         """The checkpoint, if it is one of a run of this package; else an empty dictionary."""
-        if not isinstance(self.checkpoint, dict) or not {"config", "step"} <= self.checkpoint.keys():
-            return {}
-        check_run(self.checkpoint, self.file or "")
-        return self.checkpoint
+        return run_of(self.checkpoint, self.file or "")
 
     @property
     def own_model(self) -> tuple[str, dict[str, Any]]:
         """Architecture and arguments of the model in a checkpoint file, by its run or else by its tensors."""
-        if self.run:
-            return _model_of_run(self.run["config"], self.converted, self.file)
         assert self.file is not None
-        name, args = model_of(self.converted.architecture, None, None, self.file)
-        return name, {"img_size": self.converted.architecture.img_size, **args}
-
-
-def check_run(checkpoint: Mapping[str, Any], file: str | Path) -> None:
-    """Check the entries of a run's checkpoint: their types, and the settings that make its model.
-
-    Raises:
-        CheckpointError: The message begins with ``file`` and the entry.
-    """
-    try:
-        check_fields(checkpoint, {name: check for name, check in _RUN.items() if name in checkpoint}, file)
-        config = checkpoint["config"]
-        check_fields(config, {k: check for k, check in _RUN_CONFIG.items() if k in config}, f"{file}: config")
-    except ValueError as e:
-        raise CheckpointError(str(e)) from None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_scores(value: Any) -> bool:
-    return isinstance(value, dict) and (not value or type(value.get("mAP")) in (int, float))
-
-
-def _are_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-
-
-_RUN: dict[str, Check] = {
-    "config": OBJECT,
-    "step": whole(0, 2**53),
-    "skipped": whole(0, 2**53),
-    "num_images": whole(1, 2**53),
-    "world_size": whole(1, 10**6),
-    "fingerprint": ("a text", _is_text),
-    "dtype": ("a text", _is_text),
-    "identities": ("texts", lambda v: isinstance(v, list | tuple) and all(map(_is_text, v))),
-    "statistics": ("mean, std and interpolation", are_statistics),
-    "before": ("scores", _is_scores),
-    "origin": OBJECT,
-    **dict.fromkeys(("scaler", "optimizer"), ("an object", lambda v: v is None or isinstance(v, dict))),
-    **dict.fromkeys(("student", "teacher", "model"), ("tensors by name", _are_tensors)),
-    **dict.fromkeys(("centers", "labels", "centroids"), ("a tensor", lambda v: isinstance(v, Tensor))),
-}
-_RUN_CONFIG: dict[str, Check] = {
-    "model": (f"one of {', '.join(ARCHITECTURES)}", lambda v: v in list(ARCHITECTURES)),
-    "size": several(2, PIXELS),
-    "init": ("a text", _is_text),
-}
-
-
-def _model_of_run(config: Any, converted: Converted, file: Path | None) -> tuple[str, dict[str, Any]]:
-    """Architecture and arguments of the model that a run exports."""
-    if missing := [name for name in ("model", "size") if name not in config]:
-        raise CheckpointError(f"{file}: config has no {missing[0]}")
-    args: dict[str, Any] = {"img_size": tuple(config["size"]), "num_parts": converted.architecture.num_parts}
-    if fusion := config.get("fusion"):
-        args["global_pool"] = fusion
-    if "fc_norm.bn.weight" in converted.backbone and not converted.classifier:  # the descriptor is taken after it
-        args["neck"] = config.get("neck", "")
-    return config["model"], args
+        converted, run = self.converted, self.converted.run
+        name, args = model_of(converted.architecture, run.get("model"), None, self.file)
+        if run:
+            args = {"num_parts": converted.architecture.num_parts, **published_descriptor(converted)}
+        return name, {"img_size": converted.architecture.img_size, **args}
 
 
 def find_model(name: str, architecture: str = "") -> NamedModel:

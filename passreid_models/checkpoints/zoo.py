@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from passreid_models.architectures import STATISTICS
 from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.download import WeightsUnavailableError
 from passreid_models.checkpoints.drive import download_drive
@@ -62,6 +63,12 @@ class Weight:
     @property
     def tag(self) -> str:
         return self.name.split(".")[1]
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """``mean``, ``std`` and ``interpolation`` of its images."""
+        mean, std = STATISTICS[self.mean_std]
+        return {"mean": mean, "std": std, "interpolation": self.interpolation}
 
     @property
     def model_neck(self) -> str:
@@ -270,8 +277,7 @@ def _convert_into_cache(weight: Weight, file: Path, old: Path | None) -> Path:
         source_sha256=digest,
         fusion=weight.fusion,
         neck=weight.model_neck,
-        mean_std=weight.mean_std,
-        interpolation=weight.interpolation,
+        statistics=weight.statistics,
     )
     record = {
         "name": weight.name,

@@ -20,7 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from passreid_models.checkpoints.convert import check_held
-from passreid_models.checkpoints.names import check_run, run_checkpoints
+from passreid_models.checkpoints.fields import check_run
+from passreid_models.checkpoints.names import run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock, read_bytes
 

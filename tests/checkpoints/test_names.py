@@ -141,20 +141,49 @@ def test_embed_eval_and_demo_take_every_kind_of_name(names, persons, tmp_path, c
 # ---- The descriptor of a checkpoint
 
 
-@pytest.mark.parametrize("task", ["pretrained", "finetuned", "clustered"])
-def test_the_checkpoint_of_a_run_gives_the_descriptor_of_its_export(task, pretrained, persons, home):
-    """Size, parts, fusion, neck, mean and std are the run's."""
-    run = home / task
-    if task == "finetuned":
-        finetune(finetune_config(persons, run, epochs=1, eval_epochs=0, size=(96, 32), fusion="mean", neck="multi"))
-    elif task == "clustered":
-        cluster(cluster_config(persons, run, epochs=1, eval_epochs=0, neck="single"))
+OF_RUNS: dict[str, dict[str, Any]] = {
+    "pretrained": {},
+    "pretrained landscape": {"size": (32, 64), "local_size": (16, 32)},
+    "pretrained square": {"size": (64, 64)},
+    "pretrained square without parts": {
+        "size": (48, 48),
+        "local_size": (16, 16),
+        "parts": 0,
+    },  # 9 patches: not CLS and 8
+    "finetuned": {"size": (96, 32), "fusion": "mean", "neck": "multi"},
+    "finetuned landscape": {"size": (32, 96), "fusion": "token"},
+    "clustered": {"neck": "single", "fusion": "mean"},
+}
+
+
+@pytest.mark.parametrize("kind", OF_RUNS)
+def test_the_checkpoint_of_a_run_gives_the_descriptor_of_its_export(kind, persons, tmp_path):
+    """Size, parts, fusion, neck, mean and std are the run's, also in the folder that ``convert`` writes."""
+    run, options = tmp_path / "run", {"epochs": 1, **OF_RUNS[kind]}
+    if kind.startswith("pretrained"):
+        train(tiny(write_images(tmp_path / "images", 4), run, **options))
+    elif kind.startswith("finetuned"):
+        finetune(finetune_config(persons, run, eval_epochs=0, **options))
+    else:
+        cluster(cluster_config(persons, run, eval_epochs=0, **options))
+    file = steps(run)[-1]
+    of_export = Embedder(run, "cpu")
+    convert_checkpoint(file, tmp_path / "converted")
+    args = {"img_size": of_export.input_size[1:], "num_parts": of_export.model.num_parts}
+    overlaid = timm.create_model("test_pass_vit", pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **args)
     images = SyntheticPersons(2, images_per_id=1, size=(64, 32))
     crops = [images[i][0] for i in range(2)]
-    of_export, of_checkpoint = Embedder(run, "cpu"), Embedder(steps(run)[-1], "cpu")
-    assert repr(of_checkpoint) == repr(of_export)
-    assert of_checkpoint.model.neck == of_export.model.neck
-    torch.testing.assert_close(of_checkpoint(crops), of_export(crops))
+    for model in (file, tmp_path / "converted", overlaid):
+        embedder = Embedder(model, "cpu")
+        assert embedder.model.neck == of_export.model.neck
+        assert repr(embedder).partition("fusion")[2] == repr(of_export).partition("fusion")[2]
+        torch.testing.assert_close(embedder(crops), of_export(crops))
+
+
+def test_another_trainer_s_file_that_has_a_config_and_a_step_is_converted_by_its_tensors(tmp_path):
+    state = timm.create_model("test_pass_vit").state_dict()
+    torch.save({"config": {"model": "vit"}, "step": 3, "state_dict": state}, tmp_path / "theirs.pt")
+    assert_equal(find_model(f"{tmp_path}/theirs.pt").create().state_dict(), state)
 
 
 @pytest.mark.parametrize("file", ["supervised_multineck_mean.pth", "unsupervised_multineck_cat.pth.tar"])
