@@ -83,6 +83,8 @@ class Embedder:
             network = find_model(os.fspath(model)).create(num_classes=0, global_pool=fusion)
         if not hasattr(network, "forward_parts"):
             raise ValueError(f"{type(network).__name__} is no PASS model: it has no part tokens to embed with")
+        if fusion is not None and not network.global_pool and network.neck:
+            raise ValueError("the model is unpooled and holds no neck, which a fusion would need: create it with one")
         if fusion is not None:
             network.reset_classifier(0, fusion)
         if not network.global_pool:

@@ -150,8 +150,9 @@ def normalize(x: Tensor) -> Tensor:
 class SingleNeck(nn.Module):
     """BatchNorm and L2 normalisation of the fused vector ``[B, C]``: the feature of the published USL models."""
 
-    def __init__(self, width: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, width: int, fusion: str, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        self.fusion = fusion  # of the vectors that its statistics are of
         self.bn = nn.BatchNorm1d(width, device=device, dtype=dtype)
         self.bn.bias.requires_grad_(False)
 

@@ -31,6 +31,7 @@ from passreid_models.checkpoints.convert import Converted, convert_file, convert
 from passreid_models.checkpoints.fields import check_config
 from passreid_models.checkpoints.hub import check_cached, download_hub
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
+from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
     ConvStem,
@@ -122,7 +123,7 @@ class PassVisionTransformer(VisionTransformer):
         if self.neck == "" or global_pool == "":
             return nn.Identity()
         if self.neck == "single":
-            return SingleNeck(fused_width(global_pool, self.embed_dim, self.num_parts), **self._dd())
+            return SingleNeck(fused_width(global_pool, self.embed_dim, self.num_parts), global_pool, **self._dd())
         return MultiNeck(self.num_prefix_tokens, self.embed_dim, global_pool, **self._dd())
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -136,17 +137,12 @@ class PassVisionTransformer(VisionTransformer):
         """Replace the classifier and, optionally, the fusion.
 
         Raises:
-            ValueError: If the new fusion has another width than a single neck.
+            ValueError: If the new fusion is not that of a single neck.
         """
         if global_pool is not None:
             _check_pool(global_pool, self.num_parts)
-            if isinstance(self.fc_norm, SingleNeck) and global_pool:
-                width = fused_width(global_pool, self.embed_dim, self.num_parts)
-                if width != self.fc_norm.bn.num_features:
-                    raise ValueError(
-                        f"the single neck normalises vectors of width {self.fc_norm.bn.num_features}; "
-                        f"global_pool={global_pool!r} gives {width}"
-                    )
+            if isinstance(self.fc_norm, SingleNeck) and global_pool not in ("", self.fc_norm.fusion):
+                raise ValueError(_of_other_fusion(self.fc_norm.fusion, global_pool))
             if isinstance(self.fc_norm, MultiNeck):
                 self.fc_norm.fusion = global_pool
             if global_pool == "":
@@ -224,13 +220,16 @@ class PassVisionTransformer(VisionTransformer):
             ``[B, 1 + P, D]`` for global views, ``[B, 2, D]`` (CLS, PART) for local ones.
 
         Raises:
-            ValueError: If the views are not divisible by the patch size, or ``part_index`` does not fit batch or model.
+            ValueError: If the views are not divisible by the patch size, ``part_index`` does not fit batch or model, or
+                there is one and the model drops patches.
         """
         patch_h, patch_w = self.patch_embed.patch_size
         if x.shape[-2] % patch_h or x.shape[-1] % patch_w:
             raise ValueError(
                 f"views of {x.shape[-2]}x{x.shape[-1]} pixels are not divisible by {patch_h}x{patch_w} patches"
             )
+        if part_index is not None and not isinstance(self.patch_drop, nn.Identity):
+            raise ValueError("patch_drop_rate drops patches beside CLS and all parts, which local views do not have")
         if part_index is not None and (self.reg_token is None or part_index.shape != (len(x),)):
             raise ValueError(
                 f"part_index must hold one part per view: got shape {tuple(part_index.shape)} for {len(x)} views of a "
@@ -259,6 +258,10 @@ class PassVisionTransformer(VisionTransformer):
             for step in steps:
                 tokens = step(tokens)
         return self.norm(tokens)[:, :num_prefix]
+
+
+def _of_other_fusion(own: str, given: str) -> str:
+    return f"the single neck normalises what global_pool={own!r} gives, and not {given!r}: neck='' leaves it out"
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:
@@ -382,6 +385,11 @@ def _build(
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
     if converted and is_untagged and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
+    pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
+    if converted and pool in POOLS[:-1] and neck == "single":
+        own = _saved_fusion(pretrained_cfg) if source in FOLDERS else model_args.get("global_pool")
+        if own and own != pool:  # of the same width, perhaps: the tensors would fit
+            raise ValueError(_of_other_fusion(own, pool))
     try:
         model = build_model_with_cfg(
             PassVisionTransformer,
@@ -413,6 +421,13 @@ def _build(
         has_own_cfg=pretrained and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url")),
     )
     return model
+
+
+def _saved_fusion(pretrained_cfg: Mapping[str, Any]) -> str:
+    """Fusion of the model in a folder or a Hub repository, before it is overridden."""
+    repository = pretrained_cfg.get("hf_hub_id")
+    folder = download_hub(repository, "config.json").parent if repository else Path(pretrained_cfg["file"])
+    return str(read_config(folder).get("fusion", ""))
 
 
 def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:

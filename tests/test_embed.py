@@ -776,6 +776,8 @@ def test_another_kind_of_module_is_refused_by_its_class():
 def test_an_unpooled_model_is_refused_unless_a_fusion_is_given(embed, persons):
     with pytest.raises(ValueError, match="unpooled"):
         Embedder(make_model(global_pool=""), device="cpu")
+    with pytest.raises(ValueError, match="unpooled and holds no neck"):  # it would be a new one
+        Embedder(make_model(global_pool="", neck="single"), device="cpu", fusion="cat")
     pooled = Embedder(make_model(global_pool=""), device="cpu", fusion="cat")
     assert torch.allclose(pooled(persons), embed(persons), atol=1e-6)
 

@@ -6,6 +6,7 @@ Models are two blocks deep and 64 wide here, with weights large enough that ever
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import timm
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from passreid_models import pass_vit
 from passreid_models.architectures import ARCHITECTURES, STATISTICS
+from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights
 from passreid_models.embed import Embedder
 from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens, prefix_block, resample_positions
@@ -286,11 +288,19 @@ def test_a_model_pooled_again_has_its_neck_again(neck):
     assert_close(model(x), expected)
 
 
-def test_reset_classifier_refuses_a_fusion_of_another_width_than_the_single_neck():
-    model = create(neck="single")
-    with pytest.raises(ValueError, match="width 128; global_pool='mean' gives 64"):
-        model.reset_classifier(0, global_pool="mean")
-    assert (model.global_pool, model(images()).shape) == ("cat", (2, 128))
+@pytest.mark.parametrize(("own", "other"), [("cat", "mean"), ("mean", "token")])  # also one of the same width
+def test_a_single_neck_is_of_its_fusion(own, other, tmp_path):
+    model = create(neck="single", global_pool=own)
+    message = f"single neck normalises what global_pool='{own}' gives, and not '{other}'"
+    with pytest.raises(ValueError, match=message):
+        model.reset_classifier(0, global_pool=other)
+    assert (model.global_pool, model(images()).shape) == (own, (2, WIDTH[own]))
+    save_pretrained(model, tmp_path / "model")
+    saved = partial(timm.create_model, f"local-dir:{tmp_path}/model", pretrained=True)
+    assert torch.equal(saved(global_pool=own).eval()(images()), model(images()))
+    with pytest.raises(ValueError, match=message):
+        saved(global_pool=other)
+    assert saved(global_pool=other, neck="").global_pool == other
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -507,6 +517,13 @@ def test_positions_are_resampled_as_in_the_official_pretraining_on_request(name,
     ours = resample_positions(golden["pos_embed"], (16, 8), grid, "antialiased")
     assert (ours - golden[name]).abs().max() > 1e-3
     assert (grid == (16, 8)) == torch.equal(ours, golden["pos_embed"])
+
+
+def test_local_views_of_a_model_that_drops_patches_are_refused():
+    model = create(patch_drop_rate=0.5).train()
+    with pytest.raises(ValueError, match="patch_drop_rate drops patches beside CLS and all parts"):
+        model.forward_views(images(), torch.tensor([0, 1]))
+    assert model.forward_views(images()).shape == (2, 4, 64)
 
 
 def test_views_take_the_rule_that_is_asked_for():
@@ -733,7 +750,7 @@ def test_a_hook_on_all_modules_sees_the_last_block():
     assert [m for m in seen if isinstance(m, Block)] == list(model.blocks)
 
 
-@pytest.mark.parametrize("neck", [SingleNeck(4 * 768), MultiNeck(4, 768, "parts")], ids=NECKS[1:])
+@pytest.mark.parametrize("neck", [SingleNeck(4 * 768, "parts"), MultiNeck(4, 768, "parts")], ids=NECKS[1:])
 def test_a_neck_normalises_in_float32_and_an_overflow_there_is_no_zero(neck):
     neck, x = copy.deepcopy(neck).eval(), 1e4 * torch.randn(2, 4, 768, generator=torch.Generator().manual_seed(0))
     x = x if isinstance(neck, MultiNeck) else x.flatten(1)

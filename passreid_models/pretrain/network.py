@@ -24,7 +24,7 @@ from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.pretrain.chunked import weight_norm_scales
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.heads import ProjectionHead
-from passreid_models.training.warm_start import find_weights, prepare_to_train
+from passreid_models.training.warm_start import find_weights, load_start, prepare_to_train
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def make_networks(config: PretrainConfig, device: torch.device) -> tuple[PASSNet
     if config.init:
         weights = find_weights(config.init, config.model, heads=True)
         pretrained: Any = weights.create(config.model, **_model_options(config))
-        student.backbone.load_state_dict(pretrained.state_dict())
+        load_start(student.backbone, pretrained, config.init)
         statistics = {k: pretrained.pretrained_cfg[k] for k in ("mean", "std")}  # for views, probe and export
         for backbone in (student.backbone, teacher.backbone):
             backbone.pretrained_cfg = {**backbone.pretrained_cfg, **statistics}

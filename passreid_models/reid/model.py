@@ -17,7 +17,7 @@ from passreid_models.checkpoints.names import NamedModel
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
 from passreid_models.pass_vit import PassVisionTransformer
-from passreid_models.training.warm_start import find_weights
+from passreid_models.training.warm_start import find_weights, load_start
 
 __all__ = ["ReIDOutput", "ReIDModel"]
 
@@ -163,8 +163,7 @@ def make_backbone(
         config.model, global_pool=config.fusion, neck=config.neck, drop_path_rate=config.drop_path, **size
     )
     if start is not None:
-        new_neck = {k: v for k, v in backbone.state_dict().items() if k.startswith("fc_norm.")}
-        backbone.load_state_dict({**new_neck, **start.state_dict()})
+        load_start(backbone, start, config.init)
     mean, std = HALF  # of every fine-tuned model
     backbone.pretrained_cfg = {**backbone.pretrained_cfg, "mean": mean, "std": std, "interpolation": interpolation}
     return backbone

@@ -164,11 +164,15 @@ def has_classifier(run: Mapping[str, Any]) -> bool:
 
 
 def freeze(backbone: PassVisionTransformer, num_blocks: int) -> None:
-    """Freeze patch embedding, tokens, positions and the first ``num_blocks`` blocks."""
-    prefixes = ("patch_embed.", "cls_token", "reg_token", "pos_embed", *(f"blocks.{i}." for i in range(num_blocks)))
-    for name, p in backbone.named_parameters():
-        if name.startswith(prefixes):
-            p.requires_grad_(False)
+    """Freeze patch embedding, tokens, positions and the first ``num_blocks`` blocks.
+
+    Their BatchNorms (of a conv stem) keep their statistics, too, and they drop no path.
+    """
+    for module in (backbone.patch_embed, backbone.blocks[:num_blocks]):
+        module.requires_grad_(False).eval()
+    for name in ("cls_token", "reg_token", "pos_embed"):
+        if (token := getattr(backbone, name)) is not None:
+            token.requires_grad_(False)
 
 
 class SupervisedRun(ReIDRun):

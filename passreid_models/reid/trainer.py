@@ -26,10 +26,10 @@ class ReIDTrainer(BaseTrainer):
     optimizer: torch.optim.Optimizer
 
     def prepare(self, network: nn.Module, backbone: PassVisionTransformer, **factors: float) -> None:
-        """Move the network to the device and make its optimiser."""
+        """Move the network, which is in training mode but for what is frozen, to the device and make its optimiser."""
         config = self.config
         prepare_to_train(backbone, self.device, config.grad_checkpointing)
-        self.network, self.backbone = self.synchronized(network).to(self.device).train(), backbone
+        self.network, self.backbone = self.synchronized(network).to(self.device), backbone
         self.optimizer = make_grouped_optimizer(
             self.network, backbone, config.optimizer, config.momentum, config.weight_decay, **factors
         )

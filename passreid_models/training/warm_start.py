@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import exported_folder
 from passreid_models.checkpoints.names import NamedModel, find_model
 from passreid_models.checkpoints.read import AGAIN, CheckpointError
@@ -14,6 +15,8 @@ from passreid_models.training.folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 
+ANY = ("img_size", "global_pool", "neck", "num_parts", "pos_embed_resize", "weight_init")
+"""Arguments of a model that its training has of its own, besides rates of dropping."""
 KEPT = ("method", "data", "init", "images_seen", "config", "init_provenance")
 """Entries of the provenance that runs keep of the weights they begin with."""
 
@@ -45,6 +48,28 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
     if architecture not in ("", model):
         raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
     return weights
+
+
+def load_start(backbone: PassVisionTransformer, start: PassVisionTransformer, init: str) -> None:
+    """Load the weights that a run begins with; a neck that they do not have stays new.
+
+    Args:
+        backbone: Backbone to be trained, as it is registered.
+        start: Model of the weights.
+        init: Their name, for errors.
+
+    Raises:
+        ValueError: If they are of a model that was made otherwise, such as with another number of heads, which no
+            tensor shows.
+    """
+    model = start.pretrained_cfg["architecture"]
+    given = {k: v for k, v in start.origin.model_args.items() if k not in ANY and "drop" not in k}
+    registered = {"in_chans": 3, **vars(ARCHITECTURES[model])}
+    if other := {k: v for k, v in given.items() if v != registered.get(k)}:
+        made = ", ".join(f"{k}={v}" for k, v in other.items())
+        raise ValueError(f"init: {init} is a {model} with {made}, and training makes it without")
+    new_neck = {k: v for k, v in backbone.state_dict().items() if k.startswith("fc_norm.")}
+    backbone.load_state_dict({**new_neck, **start.state_dict()})
 
 
 def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad_checkpointing: bool) -> None:

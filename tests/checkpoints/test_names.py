@@ -15,7 +15,7 @@ from torch import Tensor
 from passreid_models import Embedder, cli, convert_checkpoint
 from passreid_models.architectures import ARCHITECTURES, Architecture
 from passreid_models.checkpoints import zoo
-from passreid_models.checkpoints.local_dir import read_config
+from passreid_models.checkpoints.local_dir import read_config, save_pretrained
 from passreid_models.checkpoints.names import find_model
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.demo import run as run_demo
@@ -178,6 +178,14 @@ def test_the_checkpoint_of_a_run_gives_the_descriptor_of_its_export(kind, person
         assert embedder.model.neck == of_export.model.neck
         assert repr(embedder).partition("fusion")[2] == repr(of_export).partition("fusion")[2]
         torch.testing.assert_close(embedder(crops), of_export(crops))
+
+
+@pytest.mark.parametrize("place", ["passreid-train --init", "finetune --init", "cluster --init"])
+def test_weights_of_a_model_that_was_made_otherwise_are_refused_where_training_begins(place, tmp_path):
+    """No tensor shows the number of heads."""
+    save_pretrained(timm.create_model("test_pass_vit", num_heads=4), tmp_path / "heads")
+    with pytest.raises(ValueError, match=r"^init: .*heads is a test_pass_vit with num_heads=4, and training makes it"):
+        PLACES[place](f"{tmp_path}/heads", "test_pass_vit")
 
 
 def test_another_trainer_s_file_that_has_a_config_and_a_step_is_converted_by_its_tensors(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from passreid_models import load_report
 from passreid_models.data.datasets import Split, open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
+from passreid_models.layers import ConvStem
 from passreid_models.reid import run as reid_run
 from passreid_models.reid.batches import ImageBatch, KeySampler, TrainImages, load, make_loader, train_transform
 from passreid_models.reid.config import PRESETS, FinetuneConfig
 from passreid_models.reid.model import ReIDModel
 from passreid_models.reid.run import complete
 from passreid_models.reid.samplers import identity_batches
-from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune
+from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune, freeze
 from passreid_models.reid.unsupervised import cluster
 from passreid_models.runtime import gather_rows
 from passreid_models.training.trainer import NonFiniteLossError
@@ -418,6 +420,21 @@ def test_frozen_blocks_do_not_move_and_the_others_do(data, tmp_path):
     frozen = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "blocks.0.", "blocks.1.")
     expected = {k for k in first if k.startswith(tuple(f"backbone.{f}" for f in frozen))}
     assert stay - {"backbone.fc_norm.bn.bias"} == expected
+
+
+def test_a_frozen_stem_keeps_its_statistics_and_frozen_blocks_drop_no_path(data, tmp_path):
+    backbone: Any = timm.create_model("test_pass_vit", embed_layer=ConvStem, drop_path_rate=0.9)
+    freeze(backbone, 2)
+    images = torch.randn(4, 3, 64, 32)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    stem = backbone.patch_embed(images)
+    assert torch.equal(backbone.patch_embed(images[:1]), stem[:1])  # whatever else is in the batch
+    torch.testing.assert_close(backbone.blocks[1](stem), backbone.blocks[1](stem), rtol=0, atol=0)
+    backbone(images)
+    assert [k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])] == []
+    trainer = make_trainer(finetune_config(data, tmp_path, freeze_blocks=2))
+    assert [block.training for block in trainer.backbone.blocks] == [False, False, True]
+    assert not trainer.backbone.patch_embed.training
 
 
 def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_path):
