@@ -24,16 +24,29 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Converted:
-    """A checkpoint under timm's keys, not yet fitted to a model."""
+    """A checkpoint under timm's keys, not yet fitted to a model.
+
+    Attributes:
+        backbone: Tensors of the backbone.
+        neck: BatchNorm over the fused vector (single) or over all tokens, T * D wide (multi); may be empty.
+        classifier: Weights of the classifier; may be empty.
+        architecture: Dimensions; ``num_heads`` and ``img_size`` by convention, since tensors do not show them.
+        layout: Layout of the file, in words.
+        task: ``pretrain``, ``supervised`` or ``unsupervised``; empty if the tensors do not show it.
+        neck_kind: ``single`` or ``multi``; empty without a neck.
+        fusion: Fusion of the descriptor; empty if the tensors do not show it.
+        folded: Keys of the file that were added up, by the key that holds their sum.
+        ignored: Keys of the file that have no place in a model, with the reason.
+    """
 
     backbone: StateDict
-    neck: StateDict  # BatchNorm over the fused vector (single) or over all tokens, T * D wide (multi)
+    neck: StateDict
     classifier: StateDict
-    architecture: Architecture  # num_heads and img_size by convention: tensors do not show them
+    architecture: Architecture
     layout: str
-    task: str  # "" | pretrain | supervised | unsupervised
-    neck_kind: str  # "" | single | multi
-    fusion: str  # "" if the tensors do not show it
+    task: str
+    neck_kind: str
+    fusion: str
     folded: dict[str, list[str]]
     ignored: dict[str, str]
     run: Mapping[str, Any]  # model, fusion, neck and statistics that a run of this package states; else empty

@@ -1,13 +1,4 @@
-"""Names of models with weights, resolved in one place for ``--model`` and ``--init``.
-
-pass_vit_tiny_patch16               an architecture, with its bundled weights
-pass_vit_small_patch16.lup          an architecture and a tag
-synth                               a tag that one architecture has
-hf-hub:org/name, local-dir:FOLDER   a Hub repository, an exported folder
-runs/mine, runs/mine/export         a run (its export, else its newest checkpoint), an exported folder
-runs/mine/checkpoints/step_...pt    a checkpoint of a run
-transformer_120.pth                 a checkpoint in any published layout
-"""
+"""Names of models with weights, resolved in one place for ``--model`` and ``--init``."""
 
 import difflib
 import re
@@ -98,8 +89,16 @@ class NamedModel:
 def find_model(name: str, architecture: str = "") -> NamedModel:
     """Find the model of a name: first as a registered name, then as a file or folder, then as a bare tag.
 
+        pass_vit_tiny_patch16               an architecture, with its bundled weights
+        pass_vit_small_patch16.lup          an architecture and a tag
+        synth                               a tag that one architecture has
+        hf-hub:org/name, local-dir:FOLDER   a Hub repository, an exported folder
+        runs/mine, runs/mine/export         a run (its export, else its newest checkpoint), an exported folder
+        runs/mine/checkpoints/step_...pt    a checkpoint of a run
+        transformer_120.pth                 a checkpoint in any published layout
+
     Args:
-        name: Name in one of the forms at the top of this file.
+        name: Name in one of these forms.
         architecture: Architecture of a bare tag, needed if several have it.
 
     Raises:

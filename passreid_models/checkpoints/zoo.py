@@ -58,10 +58,12 @@ class Weight:
 
     @property
     def architecture(self) -> str:
+        """Name before the dot, such as ``pass_vit_small_patch16``."""
         return self.name.split(".")[0]
 
     @property
     def tag(self) -> str:
+        """Name behind the dot, such as ``lup``."""
         return self.name.split(".")[1]
 
     @property

@@ -1,17 +1,4 @@
-"""Datasets of labelled person images: published layouts, own folders and lists, and generated persons.
-
-    open_dataset("Market-1501-v15.09.15")             Market-1501, DukeMTMC-reID
-    open_dataset("MSMT17_V1")                         MSMT17, V1 or V2
-    open_dataset("VeRi-776"), open_dataset("LTCC")    VeRi-776, LTCC, RandPerson
-    open_dataset("MARS")                              MARS and DukeMTMC-VideoReID, frame by frame
-    open_dataset("crops/")                            a folder per identity, or names such as 0002_c1s1_000451_03.jpg
-    open_dataset("crops.csv")                         columns path,pid,camid,split
-    open_dataset("synthetic:ids=200,train_ids=100")   drawn once, into the package's cache
-
-Numeric identities keep their numbers. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
-images or queries have it too, it is an identity like others, and gets the next free number. Labels that are equal as
-numbers, such as 1 and 01, or that look the same are refused in one dataset.
-"""
+"""Datasets of labelled person images: published layouts, own folders and lists, and generated persons."""
 
 import hashlib
 import os
@@ -205,8 +192,20 @@ class ReIDDataset:
 def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     """List the images of a dataset with their labels; no image is opened.
 
+        open_dataset("Market-1501-v15.09.15")            Market-1501, DukeMTMC-reID
+        open_dataset("MSMT17_V1")                        MSMT17, V1 or V2
+        open_dataset("VeRi-776"), open_dataset("LTCC")   VeRi-776, LTCC, RandPerson
+        open_dataset("MARS")                             MARS and DukeMTMC-VideoReID, frame by frame
+        open_dataset("crops/")                           a folder per identity, or names such as 0002_c1s1_000451_03.jpg
+        open_dataset("crops.csv")                        columns path,pid,camid,split
+        open_dataset("synthetic:ids=200,train_ids=100")  drawn once, into the package's cache
+
+    Numeric identities keep their numbers. -1 is junk. 0 (0000) is a distractor if only the gallery has it; if training
+    images or queries have it too, it is an identity like others, and gets the next free number. Labels that are equal
+    as numbers, such as 1 and 01, or that look the same are refused in one dataset.
+
     Args:
-        data: A folder in one of the layouts above, or one that holds such a folder; a CSV file; or ``synthetic:`` with
+        data: A folder in one of these layouts, or one that holds such a folder; a CSV file; or ``synthetic:`` with
             ``ids=``, ``images=``, ``cameras=``, ``seed=``, ``size=``, ``place=``, ``train_ids=``.
         labelled: If False, the labels of a flat folder are ignored, and a folder of images in no known layout is
             accepted too; all of its images are for training.

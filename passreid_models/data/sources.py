@@ -1,12 +1,5 @@
 """Images of pre-training, without labels: folders, lists of files, tar files, and the synthetic generator.
 
-    open_source("crops/")                   images below a folder
-    open_source("lup.txt")                  one path per line, absolute or below the list's folder; # begins a comment
-    open_source("lup.tar")                  images in a tar file
-    open_source("shards/")                  a folder of tar files, if it has no images
-    open_source("synthetic:ids=1000")       drawn on the fly; also images=, cameras=, seed=,
-                                            size=HEIGHTxWIDTH, place=studio
-
 A source can be pickled and holds no open file, so that forked and spawned workers read the same images.
 """
 
@@ -52,8 +45,15 @@ class Source(Protocol):
 def open_source(data: str | Path, cache: Path | None = None) -> Source:
     """Open the images of ``data``.
 
+        open_source("crops/")                images below a folder
+        open_source("lup.txt")               one path per line, absolute or below the list's folder; # begins a comment
+        open_source("lup.tar")               images in a tar file
+        open_source("shards/")               a folder of tar files, if it has no images
+        open_source("synthetic:ids=1000")    drawn on the fly; also images=, cameras=, seed=,
+                                             size=HEIGHTxWIDTH, place=studio
+
     Args:
-        data: A folder, a list, a tar file or ``synthetic:``, as above.
+        data: A folder, a list, a tar file or ``synthetic:``.
         cache: Folder that keeps the listing of a folder or tar file; by default the package's cache.
 
     Raises:

@@ -284,7 +284,7 @@ class ClusterRun(ReIDRun):
             change = f"a larger --eps (it is {c.eps:g}) or a smaller --min-samples ({c.min_samples})"
             advice = f"{change} gives fewer outliers"
         else:
-            change = f"a smaller --eps (it is {c.eps:g}) or --k1 ({c.k1}), below the number of images of a person,"
+            change = f"a smaller --eps (it is {c.eps:g}) or --k1 ({c.k1}), near the number of images of a person,"
             advice = f"{change} gives more clusters"
         if t.labels is None:
             raise ValueError(f"eps: {clusters}: too few clusters to train on; {advice}")

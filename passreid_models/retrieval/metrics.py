@@ -46,6 +46,7 @@ class RetrievalMetrics:
 
     @property
     def rank1(self) -> float:
+        """Share of queries whose best hit is a match, in 0..1."""
         return self.rank(1)
 
     def rank(self, k: int) -> float:

@@ -73,6 +73,7 @@ class RunFolder:
             raise OSError(f"{self.path} cannot be written to ({e.strerror}): name another folder with --out") from None
 
     def close(self) -> None:
+        """Release the lock of ``open``, so that another process may train in the folder."""
         if self._lock is not None:
             self._lock.release()
 

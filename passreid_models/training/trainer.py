@@ -140,6 +140,7 @@ class BaseTrainer:
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager:
+        """Context of the forward pass: computes in the run's dtype, and changes nothing in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def step_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -193,7 +193,7 @@ def test_in_later_epochs_the_clusters_of_the_epoch_before_are_kept(data, tmp_pat
 
 
 def test_fewer_images_than_k1_end_with_advice(data, tmp_path):  # each is a neighbour of all
-    message = r"eps: 1 cluster of 36 images, .* --k1 \(500\), below the number of images of a person"
+    message = r"eps: 1 cluster of 36 images, .* --k1 \(500\), near the number of images of a person"
     with pytest.raises(ValueError, match=message):
         cluster(cluster_config(data, tmp_path / "run", k1=500))
     assert "k1" in (tmp_path / "run" / "log.txt").read_text()
