@@ -3,7 +3,7 @@
     python benchmarks/learning.py --out RUNS --jobs 2       one run per core; a second call continues
     python benchmarks/learning.py --out RUNS --seeds 0      one seed of the three, to its tables
 
-Prints the tables of docs/experiments.md. The keys of the JSON on the last line are METHOD_mAP and METHOD_rank1, the
+Prints tables as in docs/experiments.md. The keys of the JSON on the last line are METHOD_mAP and METHOD_rank1, the
 means over the seeds in percent, and METHOD_mAP_std, their standard deviation; studio_METHOD_... are the same in
 studios. All methods are pre-trained in studios on the same generated persons, fine-tuned on streets, and evaluated on
 200 other persons before other cameras, in patterns and prints that no training garment has (passreid synth draws them
