@@ -48,7 +48,7 @@ def run(model: str, picture: str | Path, num_ids: int) -> str:
         lines.append(f"{names.get(name, name):<36}{x.shape[1]:>6}{metrics['mAP']:>8.1f}{metrics['rank1']:>8.1f}")
     descriptors = data.descriptors["model"]
     shown = queries[:SHOWN]
-    hits = gallery[rank(descriptors[shown], descriptors[gallery], TOPK).indices.numpy()]
+    hits = gallery[rank(descriptors[shown], descriptors[gallery], TOPK, data.metric).indices.numpy()]
     count, topk = hits.shape
     rows = ([data.cell(i, query) for i in (query, *best)] for query, *best in np.c_[shown, hits].tolist())
     with atomic_buffer(picture) as buffer:
@@ -65,7 +65,8 @@ class _DemoData:
         self.pids, self.camids = np.array(data.pids), np.array(data.camids)
         self.is_query = np.arange(len(data)) % 8 == 0  # the first image of each person
         pixels = np.stack([np.asarray(im.resize((8, 16))).ravel() for im in self.images])
-        x = Embedder(model)(self.images)
+        embed = Embedder(model)
+        x, self.metric = embed(self.images), "cosine" if embed.l2_normalize else "euclidean"
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         self.descriptors = {"model": x, "pixels, pooled to 16x8": torch.tensor(pixels).float(), "chance": noise}
 
@@ -74,7 +75,8 @@ class _DemoData:
         q, g = self.is_query, ~self.is_query
         scores = {}
         for name, x in self.descriptors.items():
-            metrics = evaluate(x[q], x[g], self.pids[q], self.pids[g], self.camids[q], self.camids[g])
+            labels = self.pids[q], self.pids[g], self.camids[q], self.camids[g]
+            metrics = evaluate(x[q], x[g], *labels, metric=self.metric if name == "model" else "cosine")
             scores[name] = {"mAP": 100 * metrics.mAP, "rank1": 100 * metrics.rank1}
         return scores
 

@@ -25,7 +25,9 @@ from passreid_models import cli, device
 from passreid_models.architectures import STATISTICS
 from passreid_models.checkpoints import load, zoo
 from passreid_models.embed import Embedder
+from passreid_models.retrieval import evaluate, rank
 from passreid_models.synthetic import SyntheticPersons
+from tests.reid_data import make_model
 
 
 @pytest.fixture(scope="module")
@@ -538,6 +540,27 @@ def test_demo_prints_a_table_and_draws_each_query_with_its_hits(model_name, tmp_
     }
     assert frames == {(0, 0, 0), (0, 128, 0), (255, 0, 0)}  # queries black, right hits green, wrong ones red
     assert all(tuple(pixels[136 * row + 2, 8]) == (0, 0, 0) for row in range(3))
+
+
+def test_demo_ranks_descriptors_that_are_compared_as_they_come_by_distance(tmp_path, capsys):
+    model, picture = make_model(neck="multi", global_pool="mean"), tmp_path / "ranking.png"
+    with torch.no_grad():  # lengths that tell
+        for parameter in model.fc_norm.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 3)
+    passreid_models.save_pretrained(model, tmp_path / "model")
+    assert run("demo", "--model", tmp_path / "model", "--out", picture, "--ids", 6) == 0
+    scores = [float(x) for x in capsys.readouterr().out.splitlines()[3].split()[-2:]]
+    data, q = SyntheticPersons(6, 8, 4, seed=0), np.arange(48) % 8 == 0
+    x, pids, camids = Embedder(model)([data[i][0] for i in range(48)]), np.array(data.pids), np.array(data.camids)
+    labels = pids[q], pids[~q], camids[q], camids[~q]
+    euclidean, cosine = (evaluate(x[q], x[~q], *labels, metric=metric) for metric in ("euclidean", "cosine"))
+    assert scores == [round(100 * euclidean.mAP, 1), round(100 * euclidean.rank1, 1)]
+    assert abs(100 * cosine.mAP - scores[0]) > 0.5
+    euclidean, cosine = (pids[~q][rank(x[q], x[~q], 8, metric).indices] for metric in ("euclidean", "cosine"))
+    with Image.open(picture) as image:
+        frames = np.asarray(image.convert("RGB"))[2::136, 8 + 8 + 72 :: 72][:6]  # of each hit
+    assert np.array_equal(frames[..., 1] == 128, euclidean == pids[q][:, None])
+    assert not np.array_equal(euclidean, cosine)
 
 
 def test_demo_of_one_person_is_refused(model_name, tmp_path, capsys):

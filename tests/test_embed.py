@@ -472,13 +472,15 @@ def bad_files(persons, tmp_path) -> dict[str, Path]:
     (folder / "empty.jpg").touch()
     (folder / "bomb.png").write_bytes(_png_header(30_000, 30_000))
     Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "float.tif")
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(folder / "wide.tif")
     return {
         "truncated": folder / "truncated.jpg",
         "unrecognized|broken": folder / "damaged.png",
         "no image that Pillow can identify": folder / "text.jpg",
         "the file is empty": folder / "empty.jpg",
         "more pixels than Pillow opens": folder / "bomb.png",
-        "no known range": folder / "float.tif",
+        "a floating-point image has no known range": folder / "float.tif",
+        "a 32-bit integer image has no known range: convert it to 8 bits first": folder / "wide.tif",
         "no such file": folder / "missing.jpg",
     }
 

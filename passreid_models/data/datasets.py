@@ -50,6 +50,11 @@ class Split:
         """Number of known cameras."""
         return len(np.unique(self.camids[self.camids >= 0]))
 
+    @property
+    def has_cameras(self) -> bool:
+        """Whether all images have a camera, and there are two or more."""
+        return self.num_cameras > 1 and bool((self.camids >= 0).all())
+
 
 @dataclass(frozen=True, eq=False)
 class ReIDDataset:

@@ -94,14 +94,17 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
 def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
     splits = [split for split in dataset.splits.values() if len(split)]
     known = np.concatenate([split.camids for split in splits]) >= 0
-    mode = "evaluation leaves out only the query itself, and training does not use cameras"
+    train, training = dataset.train, "training does not use cameras"
+    mode = "evaluation leaves out only the query itself" + ("" if train.has_cameras else f", and {training}")
     if dataset.has_cameras:
-        return
-    if not known.any():
+        if files := _names(dataset, train, train.camids < 0):
+            message = f"{count(len(files), 'training image')} without a camera: {training}"
+            yield Finding("remark", "some cameras", message, files)
+    elif not known.any():
         yield Finding("remark", "no cameras", f"no cameras are known: {mode}")
     elif not known.all():
         files = [name for split in splits for name in _names(dataset, split, split.camids < 0)]
-        message = f"{count(len(set(files)), 'image')} without a camera, so no camera is used: {mode}"
+        message = f"{count(len(set(files)), 'image')} without a camera: {mode}"
         yield Finding("remark", "some cameras", message, list(dict.fromkeys(files)))
     else:
         yield Finding("remark", "one camera", f"one camera only: {mode}")

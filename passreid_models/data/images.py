@@ -217,12 +217,14 @@ def open_image(item: Any, bgr: bool = False) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > max_pixels():  # known before it is decoded
         raise ValueError(f"an image of {image.width}x{image.height} pixels (width x height); {_limit()}")
+    is_wide = image.mode == "I" and image.format not in ("PNG", "PPM")  # of these it is how Pillow opens 16 bits
+    if image.mode == "F" or is_wide:
+        kind = "32-bit integer" if is_wide else "floating-point"
+        raise ValueError(f"a {kind} image has no known range: convert it to 8 bits first")
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("a floating-point image has no known range: convert it to 8 bits first")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -4,6 +4,7 @@ A source can be pickled and holds no open file, so that forked and spawned worke
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -100,6 +101,16 @@ class FileSource:
             return open_image(self._file(index))
         except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, struct.error ...
             raise ImageError(f"{name}: {reason(e)}") from e
+
+    def shared(self, paths: Sequence[str | Path]) -> int:
+        """Number of the images that are among these files, by their paths; links are followed."""
+        named, real = [os.path.abspath(path) for path in paths], [os.path.realpath(path) for path in paths]
+        wanted: set[str] = set()
+        for root, files in ((self.root, named), (os.path.realpath(self.root), real)):
+            for file in files:
+                name = os.path.relpath(file, root)
+                wanted |= {file, name, f"./{name}"}
+        return self.names.count(set(map(os.fsencode, wanted)))
 
     def _file(self, index: int) -> str | bytes:
         return self.name(index)

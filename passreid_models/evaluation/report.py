@@ -85,7 +85,7 @@ class Retrieved:
 
     def reranked(self) -> RetrievalMetrics:
         """mAP, mINP and CMC after k-reciprocal re-ranking."""
-        distances = rerank(self.query_features, self.gallery_features, metric=self.metric)
+        distances = rerank(self.query_features, self.gallery_features, metric=self.metric, own=self.own)
         return evaluate_distances(distances, **self.labels)
 
     def roc(self) -> ROC:

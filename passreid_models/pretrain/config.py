@@ -75,7 +75,8 @@ class PretrainConfig(RunConfig):
         weight_decay_end: Weight decay at the end.
         freeze_last_layer_epochs: Number of first epochs without an update of the prototypes.
         clip: Largest norm of a gradient; 0: no clipping.
-        clip_by: ``parameter`` clips each parameter on its own (published), ``norm`` all gradients together.
+        clip_by: ``parameter`` clips each parameter on its own (published), ``norm`` all together but those of
+            frozen prototypes.
         momentum: Momentum of the teacher's moving average at the start; it is 1 at the end.
         teacher_temp: Temperature of the teacher.
         warmup_teacher_temp: Temperature of the teacher in the first epoch.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from passreid_models.data.datasets import ReIDDataset, open_dataset
-from passreid_models.data.sources import open_source
+from passreid_models.data.images import count
+from passreid_models.data.sources import FileSource, open_source
 from passreid_models.evaluation.evaluate import score
 from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset, batches_on, make_loader
 from passreid_models.pretrain.config import PretrainConfig
@@ -68,7 +69,7 @@ class PretrainRun(Run):
         c, t = self.config, self.trainer
         return [
             f"data: {self.source.description}",
-            *([f"probe: {self.probed.description}"] if self.probed else []),
+            *self._describe_probe(),
             f"{c.epochs} epochs of {t.epoch_steps} steps of {c.batch_size} images: {t.world_size} processes x "
             f"{c.accumulate} micro-batches x {c.batch_size // t.world_size // c.accumulate}",
             f"model: {c.model}, {c.num_parts} parts, K = {c.num_prototypes}; {t.device}, {t.dtype}".replace(
@@ -76,6 +77,16 @@ class PretrainRun(Run):
             ),
             f"learning rate: {c.lr:g} x {c.batch_size} / 256 = {c.peak_lr:g} after the warm-up",
         ]
+
+    def _describe_probe(self) -> list[str]:
+        if not self.probed:
+            return []
+        paths = [*self.probed.query.paths, *self.probed.gallery.paths]
+        lines = [f"probe: {self.probed.description}"]
+        if isinstance(self.source, FileSource) and (shared := self.source.shared(paths)):
+            images = count(shared, "image is", "images are")
+            lines.append(f"probe: {images} trained on too; scores are not those of images that the model has not seen")
+        return lines
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
         return self.trainer.teacher.backbone, {}

@@ -126,6 +126,9 @@ class PretrainTrainer(BaseTrainer):
             target_means += mean_logits(targets) / len(batches)
             terms.append(pairs)
 
+        if self.epoch < config.freeze_last_layer_epochs:  # before they are searched for infinity and measured
+            for head in self.student.heads:
+                cast(ProjectionHead, head).last_layer.zero_grad()
         self.scaler.unscale_(self.optimizer)
         grads, grad_norms = gradient_norms(self.student)  # the norms are the same in every process
         means = all_reduce_mean(torch.cat([torch.stack(micro_losses).mean(0), grad_norms.norm()[None]]))
@@ -139,9 +142,6 @@ class PretrainTrainer(BaseTrainer):
             return {"loss": float("nan"), **values._asdict()}
 
         clip_to_norm(grads, norms, config.clip, config.clip_by)
-        if self.epoch < config.freeze_last_layer_epochs:
-            for head in self.student.heads:
-                cast(ProjectionHead, head).last_layer.zero_grad()
         self.step_optimizer(self.optimizer)
         update_teacher(self.teacher.parameters(), self.student.parameters(), values.momentum)
         self.criterion.move_centers(target_means)

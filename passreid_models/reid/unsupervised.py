@@ -235,7 +235,8 @@ class ClusterRun(ReIDRun):
         return self.trainer.labels.numpy()
 
     def draw(self, epoch: int) -> list[np.ndarray]:
-        c, camids = self.config, self.train_split.camids
+        c, train = self.config, self.train_split
+        camids = train.camids if train.has_cameras else np.zeros_like(train.camids)  # an unknown one is none of its own
         batches = camera_batches(
             self.labels, camids, c.clusters_per_batch, c.images_per_cluster, c.steps, c.seed, epoch
         )

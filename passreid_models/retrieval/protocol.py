@@ -64,12 +64,7 @@ class Protocol:
                 _ids("query_camids", query_camids, shape[0]),
                 _ids("gallery_camids", gallery_camids, shape[1]),
             )
-        self.own = np.full(shape[0], -1) if own is None else _ids("own", own, shape[0])
-        if len(self.own) and not (self.own.min() >= -1 and self.own.max() < shape[1]):
-            raise ValueError(
-                f"own must hold rows of the gallery, 0 to {shape[1] - 1}, or -1 for a query that is not in it; "
-                f"got {self.own.min()} to {self.own.max()}"
-            )
+        self.own = own_rows(own, shape)
         first = np.searchsorted(self.sorted_pids, self.query_pids, "left")
         end = np.searchsorted(self.sorted_pids, self.query_pids, "right")
         self.first, self.count = first, np.where(self.query_pids == JUNK, 0, end - first)
@@ -112,6 +107,21 @@ class Protocol:
                 f"give `own`, the row of each query's own image in the gallery{left_out}"
             )
         return f"no query has a match in the gallery besides its own image: are their identities disjoint?{left_out}"
+
+
+def own_rows(own: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Row in the gallery of each query's own image, int64 ``[Q]``, or -1; None: no query is in the gallery.
+
+    Raises:
+        ValueError: If a query has no entry, or one that is no row of the gallery of ``shape`` ``[Q, G]``.
+    """
+    rows = np.full(shape[0], -1) if own is None else _ids("own", own, shape[0])
+    if len(rows) and not (rows.min() >= -1 and rows.max() < shape[1]):
+        raise ValueError(
+            f"own must hold rows of the gallery, 0 to {shape[1] - 1}, or -1 for a query that is not in it; "
+            f"got {rows.min()} to {rows.max()}"
+        )
+    return rows
 
 
 def integer_ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest
+from passreid_models.retrieval.protocol import own_rows
 from passreid_models.retrieval.similarity import Similarities, chunks, require_count
 
 __all__ = ["Reranked", "rerank"]
@@ -29,7 +30,8 @@ class Reranked:
         pairs: Similarities,
         finite: tuple[np.ndarray, np.ndarray],
         farthest: Tensor,
-        v: Any,
+        query: Any,
+        gallery: Any,
         lambda_value: float,
         budget_mb: float,
     ) -> None:
@@ -38,13 +40,14 @@ class Reranked:
             pairs: Similarities of queries and gallery that have a finite descriptor.
             finite: Whether each query and each gallery image has one.
             farthest: Largest squared distance of each query ``[Q]``.
-            v: Encodings of the queries, then of the gallery: CSR ``[Q + G, Q + G]``.
+            query: Encodings of the queries: CSR ``[Q, N]``, N images in all.
+            gallery: Encodings of the gallery: CSR ``[G, N]``.
             lambda_value: Weight of the original distance.
             budget_mb: Memory for temporary arrays.
         """
         self.shape, self.device, self.finite = torch.Size((len(finite[0]), len(finite[1]))), pairs.device, finite
         self._pairs, self._farthest, self._lambda, self._budget_mb = pairs, farthest, lambda_value, budget_mb
-        self._query, self._gallery = v[: pairs.shape[0]], v[pairs.shape[0] :].tocsc()
+        self._query, self._gallery = query, gallery.tocsc()
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Distances ``[stop - start, G]`` of some queries, as a new tensor."""
@@ -85,12 +88,15 @@ def rerank(
     lambda_value: float = 0.3,
     metric: str = "cosine",
     budget_mb: float = 256.0,
+    *,
+    own: ArrayLike | None = None,
 ) -> Reranked:
     """Re-rank a gallery by distances that also measure how many nearest neighbours a query and a gallery image share.
 
     A distance is ``lambda_value`` x squared distance / the query's largest + (1 - ``lambda_value``) x Jaccard distance
     of the sets of k-reciprocal neighbours, which are searched among queries and gallery together, without labels, and
-    without images whose descriptor is not finite.
+    without images whose descriptor is not finite. If queries are themselves in the gallery, give their rows there as
+    ``own``, so that each image counts once.
 
     Args:
         query: Descriptors ``[Q, C]``.
@@ -100,6 +106,7 @@ def rerank(
         lambda_value: Weight of the original distance, 0..1.
         metric: ``cosine`` or ``euclidean``, as in ``rank``.
         budget_mb: Memory for temporary arrays on top of a copy of the descriptors and some 2 kB an image, in MB.
+        own: Row in the gallery of each query's own image ``[Q]``; -1 where there is none.
 
     Returns:
         Distances for ``evaluate_distances``; ``rows(start, stop)`` and ``dense()`` return them as tensors.
@@ -113,11 +120,16 @@ def rerank(
         require_count(name, value)
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value must be in 0..1, got {lambda_value}")
-    finite = pairs.finite
+    finite, rows = pairs.finite, own_rows(own, pairs.shape)
     if not all(mask.all() for mask in finite):
         kept = [torch.from_numpy(mask).to(pairs.device) for mask in finite]
         pairs = Similarities(pairs.query[kept[0]], pairs.gallery[kept[1]], metric)
-    images = torch.cat([pairs.query, pairs.gallery])
+        kept_rows = np.append(np.where(finite[1], np.cumsum(finite[1]) - 1, -1), -1)  # of each row; the last is for -1
+        rows = kept_rows[rows[finite[0]]]
+    alone = rows < 0
+    count = int(alone.sum())
+    images = torch.cat([pairs.query[torch.from_numpy(alone).to(pairs.device)], pairs.gallery])
+    rows = np.where(alone, np.cumsum(alone) - 1, count + rows)  # of each query in the images
     joint = Similarities(images, images, metric)
     if k1 >= len(images):
         _logger.warning(f"re-ranking of {len(images)} images: k1 is {len(images) - 1} instead of {k1}")
@@ -126,5 +138,5 @@ def rerank(
     neighbours = nearest(joint, max(k1 + 1, k2), budget_mb, farthest)
     farthest = np.clip(farthest, 1e-12, np.finfo(np.float32).max)  # it is 0 where all images are alike
     v = encode(joint, neighbours, k1 + 1, round(k1 / 2) + 1, k2, farthest, budget_mb)
-    scales = torch.from_numpy(farthest[: pairs.shape[0]]).to(pairs.device)
-    return Reranked(pairs, finite, scales, v, lambda_value, budget_mb)
+    scales = torch.from_numpy(farthest[rows]).to(pairs.device)
+    return Reranked(pairs, finite, scales, v[rows], v[count:], lambda_value, budget_mb)

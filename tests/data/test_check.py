@@ -154,8 +154,14 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "no cameras": (flat, "remark", "no cameras", "no cameras are known: evaluation leaves out only the query itself"),
     "some cameras": (
         csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "2.jpg,a,-1,gallery"), "remark", "some cameras",
-        "1 image without a camera, so no camera is used: evaluation leaves out only the query itself, and training "
-        "does not use cameras: 2.jpg"),
+        "1 image without a camera: evaluation leaves out only the query itself, and training does not use cameras: "
+        "2.jpg"),
+    "some cameras of the training set": (
+        csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "2.jpg,b,1,train", "3.jpg,b,2,train", "4.jpg,b,-1,train"),
+        "remark", "some cameras", "1 training image without a camera: training does not use cameras: 4.jpg"),
+    "some cameras of the test set": (
+        csv("0.jpg,a,1,query", "1.jpg,a,-1,gallery", "2.jpg,b,1,train", "3.jpg,b,2,train"), "remark", "some cameras",
+        "1 image without a camera: evaluation leaves out only the query itself: 1.jpg"),
     "unreadable": (
         changed(TEST, b"no image"), "error", "unreadable",
         f"1 image cannot be read, no image that Pillow can identify: {TEST}"),

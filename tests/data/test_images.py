@@ -293,6 +293,14 @@ def test_an_image_without_pixels_is_refused(item):
         open_image(item)
 
 
+def test_an_image_of_32_bit_integers_is_refused_and_how_pillow_opens_16_bits_is_not():
+    image = Image.fromarray(np.full((2, 2), 200 * 257, np.int32))
+    with pytest.raises(ValueError, match="32-bit integer image has no known range"):
+        open_image(image)
+    image.format = "PNG"  # as versions of Pillow open 16 bits
+    assert np.array_equal(np.asarray(open_image(image)), np.full((2, 2, 3), 200))
+
+
 def test_reasons_omit_counts_of_bytes_and_keep_other_details(tmp_path):
     assert reason(OSError("image file is truncated (17 bytes not processed)")) == "image file is truncated"
     assert reason(ValueError("got uint8 (8, 8, 4)")) == "got uint8 (8, 8, 4)"

@@ -232,6 +232,18 @@ def test_a_list_takes_absolute_paths_and_those_below_its_folder_in_their_order(t
         source.load(4)
 
 
+def test_images_are_known_among_other_files_by_their_paths_and_behind_links(tmp_path, monkeypatch):
+    root = write(tmp_path / "crops")
+    others = [root / name for name in NAMES[:3]] + [tmp_path / "not_there.jpg"]
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    assert open_source(root).shared(others) == open_source("link").shared(others) == 3
+    assert open_source(root).shared([f"link/{NAMES[0]}", "crops/other.jpg"]) == 1
+    (tmp_path / "some.txt").write_text(f"{root / NAMES[0]}\n./crops/{NAMES[1]}\ncrops/{NAMES[2]}\ncrops/{NAMES[3]}\n")
+    assert open_source("some.txt").shared(others) == 3
+    assert open_source(root).shared([]) == 0
+
+
 # -------------------------------------------------------------------------------------------------------- tar files
 
 

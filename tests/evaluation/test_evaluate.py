@@ -123,6 +123,15 @@ def test_reranking_is_that_of_the_descriptors_without_junk(tmp_path, embed):
     assert scores["gallery"] == len(dataset.gallery)
 
 
+def test_reranking_counts_an_image_that_is_query_and_gallery_once(tmp_path, embed):
+    dataset = open_dataset(write_flat(tmp_path / "own", ids=6))
+    x, pids, own = embed(dataset.gallery.paths), dataset.gallery.pids, np.arange(len(dataset.gallery))
+    once, twice = (evaluate_distances(d, pids, pids, own=own) for d in (rerank(x, x, own=own), rerank(x, x)))
+    scores = run(dataset, embed, rerank=True).to_dict()
+    assert scores["reranked"]["mAP"] == pytest.approx(100 * once.mAP, abs=1e-4)
+    assert scores["reranked"]["mAP"] != pytest.approx(100 * twice.mAP, abs=0.01)
+
+
 def test_scores_of_a_camera_are_the_means_over_its_queries_and_average_to_the_whole(market, embed):
     assert [row["camera"] for row in run(market, embed, per_camera=True).to_dict()["cameras"]] == ["1", "2", "3", "4"]
     evaluation = run(replace(market, camera_names={i: f"door {i}" for i in range(4)}), embed, per_camera=True)

@@ -143,6 +143,14 @@ def labelled_folder(data, folder):
     return str(folder)
 
 
+def test_a_probe_of_images_that_are_trained_on_is_said_with_their_number(data, tmp_path):
+    labelled = labelled_folder(data, tmp_path / "labelled")
+    log = (train(tiny(data, tmp_path / "apart", epochs=1, probe=labelled)).parent / "log.txt").read_text()
+    assert (log.count("probe: "), "trained on too" in log) == (1, False)
+    log = (train(tiny(labelled, tmp_path / "shared", epochs=1, probe=labelled)).parent / "log.txt").read_text()
+    assert "probe: 8 images are trained on too; scores are not those of images that the model has not seen" in log
+
+
 def test_a_probe_that_a_kill_interrupted_is_repeated(data, tmp_path):
     config = tiny(data, tmp_path / "run", epochs=1, probe=labelled_folder(data, tmp_path / "labelled"))
     train(config)

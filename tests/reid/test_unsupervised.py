@@ -199,6 +199,16 @@ def test_fewer_images_than_k1_end_with_advice(data, tmp_path):  # each is a neig
     assert "k1" in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(("camids", "are_used"), [([0, 1, 2, 3, 0, 1], True), ([0, 1, 2, 3, 0, -1], False)])
+def test_cameras_are_used_if_every_training_image_has_one(data, tmp_path, monkeypatch, camids, are_used):
+    run = ClusterRun(cluster_config(data, tmp_path / "run", steps=50), CPU)
+    run.train_split = replace(run.train_split, camids=np.tile(camids, 6))
+    monkeypatch.setattr(ClusterRun, "labels", np.repeat(np.arange(6), 6))
+    groups = run.train_split.camids[np.concatenate(run.draw(0))]  # [clusters, images]
+    shared = (groups[:, 1:] == groups[:, :1]).any(axis=1)
+    assert shared.any() == (not are_used)
+
+
 def test_a_folder_without_labels_trains_and_reports_clusters_alone(data, tmp_path):
     folder = tmp_path / "crops"
     folder.mkdir()

@@ -128,6 +128,24 @@ def test_unreadable_images_are_at_no_distance_and_change_no_others(count, k1):
     assert torch.equal(distances.rows(3, 6)[1:, kept], whole[1:3])
 
 
+@pytest.mark.parametrize("lost", [[], [2, 7, 40]])  # rows without a descriptor: of a query alone, one of both, others
+def test_an_image_that_is_query_and_gallery_counts_once_among_the_neighbours(lost):
+    x = persons(4, 60)
+    x[lost] = NAN
+    expected = rerank(x[:20], x[20:]).dense()
+    every = rerank(x, x, own=range(60)).dense()
+    torch.testing.assert_close(every[:20, 20:], expected, rtol=0, atol=1e-6)
+    some = rerank(x[:20], x[5:], own=[-1] * 5 + list(range(15))).dense()  # 5 queries are not in the gallery
+    torch.testing.assert_close(some[:, 15:], expected, rtol=0, atol=1e-6)
+    assert (rerank(x, x).dense()[:20, 20:] - expected)[expected.isfinite()].abs().max() > 0.1  # twice each
+    torch.testing.assert_close(rerank(x, x, own=[-1] * 60).dense(), rerank(x, x).dense(), rtol=0, atol=0)
+
+
+def test_rows_that_are_not_in_the_gallery_are_refused():
+    with pytest.raises(ValueError, match=r"own must hold rows of the gallery, 0 to 19, or -1 .* got 0 to 20"):
+        rerank(torch.eye(30)[:2], torch.eye(30)[10:], own=[0, 20])
+
+
 def test_images_that_are_all_alike_are_at_distance_zero():
     assert rerank(torch.ones(3, 4), torch.ones(30, 4), k1=32).dense().abs().max() < 1e-6
 
