@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": "pass_vit_tiny_patch16",
         "batch_size": 32,
         "epochs": 50,
-        "coarse_share": 0.8,
+        "coarse_epochs": 0.8,
         "num_prototypes": 1024,
         "hidden_dim": 1024,
         "bottleneck_dim": 64,
@@ -66,7 +66,7 @@ class PretrainConfig(RunConfig):
         gray_prob: Probability of grayscale.
         solarize_prob: Probability of solarisation, of the second global view only.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
-        coarse_share: Share of the epochs, the first ones, at half the resolution; not in the paper.
+        coarse_epochs: Number of first epochs at half the resolution, or less than 1: their share; not in the paper.
         batch_size: Images per step, over all processes and micro-batches.
         accumulate: Micro-batches per process and step, for gradient accumulation. A step is that of the joint batch,
             except for the BatchNorms of a conv stem: the loss is averaged, and the centres move once.
@@ -96,7 +96,7 @@ class PretrainConfig(RunConfig):
     FREE = (*RunConfig.FREE, "probe", "probe_epochs")
     NUMERICS = (*RunConfig.NUMERICS, "accumulate", "loss_chunk", "compile")
     TOPICS: ClassVar[dict[str, str]] = {
-        "parts": "model", "local_size": "views", "coarse_share": "training", "momentum": "distillation",
+        "parts": "model", "local_size": "views", "coarse_epochs": "training", "momentum": "distillation",
         "loss_chunk": "machine", "probe": "evaluation",
     }  # fmt: skip
 
@@ -119,7 +119,7 @@ class PretrainConfig(RunConfig):
     gray_prob: float = 0.2
     solarize_prob: float = 0.2
     blur_radius: tuple[float, float] = (0.1, 2.0)
-    coarse_share: float = 0.0
+    coarse_epochs: float = 0
     batch_size: int = 64
     accumulate: int = 1
     min_lr: float = 1e-6
@@ -158,8 +158,8 @@ class PretrainConfig(RunConfig):
             (
                 ("batch_size accumulate num_prototypes hidden_dim bottleneck_dim probe_epochs", 1, math.inf),
                 ("parts local_views freeze_last_layer_epochs warmup_teacher_temp_epochs", 0, math.inf),
-                ("min_lr warmup_epochs weight_decay_end clip loss_chunk", 0, math.inf),
-                ("coarse_share momentum center_momentum gray_prob solarize_prob", 0, 1),
+                ("coarse_epochs min_lr warmup_epochs weight_decay_end clip loss_chunk", 0, math.inf),
+                ("momentum center_momentum gray_prob solarize_prob", 0, 1),
                 ("brightness contrast saturation", 0, math.inf),
                 ("hue", 0, 0.5),
             )
@@ -168,7 +168,7 @@ class PretrainConfig(RunConfig):
             if not 0 < getattr(self, name) < math.inf:
                 raise wrong(name, getattr(self, name), "more than 0")
         self.check_intervals((("global_scale local_scale", 1), ("blur_radius", math.inf)))
-        pixels, reason = (32, ", since the coarse epochs halve it") if self.coarse_epochs else (16, "")
+        pixels, reason = (32, ", since the coarse epochs halve it") if self.num_coarse_epochs else (16, "")
         for name in ("size", "local_size"):
             self.check_size(name, pixels, reason)
         if self.local_size is None and self.num_local_views and any(v % (2 * pixels) for v in self.size):
@@ -183,6 +183,9 @@ class PretrainConfig(RunConfig):
                 raise wrong("areas", area, "(top, bottom) with 0 <= top < bottom <= 1")
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             raise wrong("warmup_epochs", self.warmup_epochs, f"at most epochs = {self.epochs}")
+        if self.coarse_epochs > self.epochs or (self.coarse_epochs > 1 and self.coarse_epochs % 1):
+            expected = f"a whole number of at most epochs = {self.epochs}, or less than 1"
+            raise wrong("coarse_epochs", self.coarse_epochs, expected)
 
     @property
     def num_parts(self) -> int:
@@ -208,9 +211,9 @@ class PretrainConfig(RunConfig):
         return tuple((k / (count + 1), (k + 2) / (count + 1)) for k in range(count))
 
     @property
-    def coarse_epochs(self) -> int:
-        """Number of first epochs at half the resolution."""
-        return round(self.coarse_share * self.epochs)
+    def num_coarse_epochs(self) -> int:
+        """Number of first epochs at half the resolution, if ``coarse_epochs`` is their share."""
+        return round(self.coarse_epochs * (self.epochs if self.coarse_epochs < 1 else 1))
 
     @property
     def peak_lr(self) -> float:
@@ -237,7 +240,7 @@ class PretrainConfig(RunConfig):
     def view_sizes(self, epoch: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Sizes of the global and of the local views in an epoch."""
         (h, w), local = self.size, self.local_size or (self.size[0] // 2, self.size[1] // 2)
-        return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.coarse_epochs else ((h, w), local)
+        return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.num_coarse_epochs else ((h, w), local)
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields that shape the weights and differ from a saved run's; ``parts`` counts as the number it stands for."""

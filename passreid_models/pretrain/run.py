@@ -57,7 +57,7 @@ class PretrainRun(Run):
     def batches(self) -> Generator[ViewBatch, None, None]:
         config, trainer = self.config, self.trainer
         fine, coarse = config.crop(config.epochs), config.crop(0)
-        dataset = ViewDataset(self.source, fine, coarse, config.coarse_epochs, config.seed)
+        dataset = ViewDataset(self.source, fine, coarse, config.num_coarse_epochs, config.seed)
         sampler = StepSampler(
             trainer.num_images, config.batch_size, trainer.total_steps, config.seed,
             trainer.step, trainer.rank, trainer.world_size, config.accumulate,

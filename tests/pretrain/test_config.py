@@ -71,7 +71,7 @@ def test_presets_are_configurations_and_their_models_are_published_architectures
 @pytest.mark.parametrize("epochs", [1, 5])
 def test_presets_are_for_any_number_of_epochs(preset, epochs):
     c = PretrainConfig(**PRESETS[preset] | {"epochs": epochs})
-    assert c.coarse_epochs == (round(0.8 * epochs) if preset == "laptop" else 0)
+    assert c.num_coarse_epochs == (round(0.8 * epochs) if preset == "laptop" else 0)
 
 
 def test_the_laptop_preset_is_coarse_first_and_smaller_in_everything():
@@ -118,8 +118,9 @@ def test_the_architecture_says_the_number_of_parts_unless_it_is_given(model):
     assert PretrainConfig(model=model, parts=1).num_parts == 1
 
 
-def test_coarse_epochs_come_first_and_halve_both_sizes():
-    c = PretrainConfig(coarse_share=0.6, epochs=5, size=(256, 128), local_size=(96, 64))
+@pytest.mark.parametrize("coarse", [3, 0.6])
+def test_coarse_epochs_come_first_and_halve_both_sizes(coarse):
+    c = PretrainConfig(coarse_epochs=coarse, epochs=5, size=(256, 128), local_size=(96, 64))
     assert [c.view_sizes(e)[0][0] for e in range(5)] == [128, 128, 128, 256, 256]
     assert [c.view_sizes(e) for e in (2, 3)] == [((128, 64), (48, 32)), ((256, 128), (96, 64))]
 
@@ -127,7 +128,7 @@ def test_coarse_epochs_come_first_and_halve_both_sizes():
 def test_the_crop_of_an_epoch_has_its_sizes_and_every_setting_of_the_views():
     colours = dict(brightness=0.1, contrast=0.2, saturation=0.3, hue=0.05, gray_prob=0.4, solarize_prob=0.6)
     scales = dict(global_scale=(0.5, 0.9), local_scale=(0.2, 0.7), blur_radius=(0.3, 0.6))
-    c = PretrainConfig(local_views=6, parts=2, epochs=2, coarse_share=0.5, **colours, **scales)
+    c = PretrainConfig(local_views=6, parts=2, epochs=2, coarse_epochs=0.5, **colours, **scales)
     fine = MultiCrop((256, 128), (128, 64), ((0, 2 / 3), (1 / 3, 1.0)), 3, **colours, **scales)
     assert c.crop(1) == fine
     assert c.crop(0) == replace(fine, size=(128, 64), local_size=(64, 32))
@@ -185,7 +186,7 @@ def test_numbers_below_zero_and_beyond_all_bounds_are_refused_by_name(name):
 ZERO = {"lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip", "loss_chunk", "workers", "seed"}
 ZERO |= {"save_minutes", "max_minutes", "skip_nonfinite", "momentum", "center_momentum", "max_unreadable", "drop_path"}
 ZERO |= {"brightness", "contrast", "saturation", "hue", "gray_prob", "solarize_prob"}
-ZERO |= {"parts", "local_views", "coarse_share", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs"}
+ZERO |= {"parts", "local_views", "coarse_epochs", "freeze_last_layer_epochs", "warmup_teacher_temp_epochs"}
 
 
 @pytest.mark.parametrize("name", of_kind(int, float))
@@ -223,14 +224,14 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
             {"size": (256, 112)},
             r"size: expected \(height, width\) in multiples of 32, since local views are half as large",
         ),
-        ({"size": (256, 112), "coarse_share": 0.5}, "size: .*multiples of 32, since the coarse epochs halve it"),
+        ({"size": (256, 112), "coarse_epochs": 0.5}, "size: .*multiples of 32, since the coarse epochs halve it"),
         (
-            {"size": (256, 96), "coarse_share": 0.5},
+            {"size": (256, 96), "coarse_epochs": 0.5},
             r"size: expected \(height, width\) in multiples of 64, since local views",
         ),
         ({"local_size": (120, 64)}, "local_size: expected .*multiples of 16"),
         ({"local_size": (-16, 64)}, "local_size: expected .*multiples of 16"),
-        ({"local_size": (112, 64), "coarse_share": 0.5}, "local_size: .*multiples of 32, since the coarse epochs"),
+        ({"local_size": (112, 64), "coarse_epochs": 0.5}, "local_size: .*multiples of 32, since the coarse epochs"),
         ({"local_views": 10}, "local_views: expected a multiple of parts = 3, got 10"),
         ({"parts": 2, "local_views": 9}, "local_views: expected a multiple of parts = 2, got 9"),
         ({"areas": [(0, 1)]}, r"areas: expected one \(top, bottom\) for each of 3 parts"),
@@ -238,7 +239,8 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"areas": [(0, 0.5), (0.7, 0.5), (0.5, 1)]}, r"areas: expected .*top < bottom.* got \(0.7, 0.5\)"),
         ({"areas": [(0, 0.5), (0.2, 0.5), (0.5, 1.2)]}, r"areas: expected .*got \(0.5, 1.2\)"),
         ({"warmup_epochs": 101}, "warmup_epochs: expected at most epochs = 100, got 101"),
-        ({"coarse_share": 1.1}, "coarse_share: expected between 0 and 1, got 1.1"),
+        ({"coarse_epochs": 101}, "coarse_epochs: expected a whole number of at most epochs = 100, .* got 101"),
+        ({"coarse_epochs": 1.5}, "coarse_epochs: expected a whole number .* or less than 1, got 1.5"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_with_what_was_expected(options, message):
@@ -249,8 +251,8 @@ def test_what_cannot_be_is_refused_by_name_with_what_was_expected(options, messa
 def test_sizes_at_the_edge_of_what_can_be_are_taken():
     assert PretrainConfig(size=(256, 112), local_size=(96, 48)).view_sizes(0) == ((256, 112), (96, 48))
     assert PretrainConfig(size=(48, 16), local_views=0).size == (48, 16)
-    assert PretrainConfig(size=(64, 64), coarse_share=0.5).view_sizes(0) == ((32, 32), (16, 16))
-    assert PretrainConfig(coarse_share=1, warmup_epochs=100).coarse_epochs == 100
+    assert PretrainConfig(size=(64, 64), coarse_epochs=0.5).view_sizes(0) == ((32, 32), (16, 16))
+    assert PretrainConfig(coarse_epochs=100, warmup_epochs=100).num_coarse_epochs == 100
     assert PretrainConfig(momentum=1, center_momentum=1, max_unreadable=1).momentum == 1
 
 
@@ -310,7 +312,7 @@ OTHER: dict[str, Any] = {
     "data": "b", "out": "b", "model": "pass_vit_tiny_patch16", "init": "lup", "resume": "auto", "parts": 1,
     "areas": [(0, 0.5), (0.3, 0.8), (0.5, 1)], "size": (384, 128), "local_size": (96, 64), "local_views": 6,
     "global_scale": (0.3, 1), "local_scale": (0.1, 0.7), "blur_radius": (0.1, 1),
-    "clip_by": "norm", "pos_resampling": "official", "dtype": "float32", "device": "cpu", "coarse_share": 0.5,
+    "clip_by": "norm", "pos_resampling": "official", "dtype": "float32", "device": "cpu", "coarse_epochs": 0.5,
     "probe": "b", "warmup_epochs": 3, "workers": 3,
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ OPTIONS = {
         "model": "model init size drop_path parts pos_resampling areas",
         "views": "local_size local_views global_scale local_scale brightness contrast saturation hue gray_prob "
         "solarize_prob blur_radius",
-        "training": "epochs lr weight_decay coarse_share batch_size accumulate min_lr warmup_epochs weight_decay_end "
+        "training": "epochs lr weight_decay coarse_epochs batch_size accumulate min_lr warmup_epochs weight_decay_end "
         "freeze_last_layer_epochs clip clip_by",
         "distillation": "momentum teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs student_temp "
         "center_momentum num_prototypes hidden_dim bottleneck_dim norm_last_layer",
