@@ -425,7 +425,7 @@ def test_plain_dino_is_the_same_trainer_without_parts(batches):
     trainer = make(parts=0)
     metrics = run(trainer, batches_of(trainer.config)[: EPOCH_STEPS + 1])
     assert "loss_part1" not in metrics[0]
-    assert metrics[0]["loss"] == metrics[0]["loss_cls"]
+    assert metrics[0]["loss"] == pytest.approx(metrics[0]["loss_cls"], rel=1e-6)
     assert trainer.student.backbone.reg_token is None
     assert "part_cosine" not in trainer.indicators
 

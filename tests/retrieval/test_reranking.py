@@ -124,8 +124,9 @@ def test_unreadable_images_are_at_no_distance_and_change_no_others(count, k1):
     assert not distances.dense()[1:4].isfinite().any()
     assert not distances.dense()[:, 1:4].isfinite().any()
     kept = [i for i in range(len(gallery)) if i not in (1, 2, 3)]
-    assert torch.equal(distances.dense()[[0, *range(4, 13)]][:, kept], whole)
-    assert torch.equal(distances.rows(3, 6)[1:, kept], whole[1:3])
+    # the products of fewer rows round otherwise on some CPUs
+    torch.testing.assert_close(distances.dense()[[0, *range(4, 13)]][:, kept], whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(distances.rows(3, 6)[1:, kept], whole[1:3], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("lost", [[], [2, 7, 40]])  # rows without a descriptor: of a query alone, one of both, others
