@@ -443,6 +443,29 @@ def test_folders_of_splits_may_be_in_upper_case_and_beside_others(tmp_path, imag
     assert [len(split) for split in dataset.splits.values()] == [1, 1, 1]
 
 
+SPLIT_KINDS = [
+    ("train/1/x.jpg train/0009_c1.jpg query/1/x.jpg gallery/1/x.jpg", "train/1/x.jpg", "train/0009_c1.jpg"),
+    ("train/1/x.jpg query/1/x.jpg gallery/1/x.jpg gallery/0009_c1.jpg", "train/1/x.jpg", "gallery/0009_c1.jpg"),
+    ("train/1/x.jpg query/0001_c1.jpg gallery/0001_c2.jpg", "train/1/x.jpg", "query/0001_c1.jpg"),
+    ("train/0009_c1.jpg query/1/x.jpg test/1/x.jpg", "test/1/x.jpg", "train/0009_c1.jpg"),
+    ("train/1/x.jpg query/0001_c1.jpg gallery/1/x.jpg", "train/1/x.jpg", "query/0001_c1.jpg"),
+    ("train/x.jpg query/1/x.jpg gallery/1/x.jpg", "query/1/x.jpg", "train/x.jpg"),
+    ("bounding_box_train/0009_c1.jpg query/0001_c1.jpg bounding_box_test/0001_c2.jpg bounding_box_test/x/0001_c3.jpg",
+     "bounding_box_test/x/0001_c3.jpg", "query/0001_c1.jpg"),
+    ("image_train/9/0009_c1.jpg image_query/0001_c1.jpg", "image_train/9/0009_c1.jpg", "image_query/0001_c1.jpg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "inside", "outside"), SPLIT_KINDS)
+def test_splits_of_folders_and_of_images_are_not_mixed_and_the_message_has_one_of_each(
+    tmp_path, names, inside, outside
+):
+    root = write(tmp_path / "data", names.split())
+    message = rf"data: {inside} lies in a folder of its split, and {outside} in none; expected one of the two: train/ID"
+    with pytest.raises(ValueError, match=message):
+        open_dataset(root)
+
+
 # ------------------------------------------------------------------------------------------------------- flat folder
 
 
