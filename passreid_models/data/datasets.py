@@ -69,8 +69,8 @@ class ReIDDataset:
     query: Split
     gallery: Split
     has_cameras: bool
-    """Whether all queries and gallery images have a camera, and there are two or more. If not, every image but the
-    query itself may match."""
+    """Whether all queries and gallery images but junk have a camera, and there are two or more. If not, every image but
+    the query itself may match."""
     recipe: str = ""
     """Recipe of generated persons; else empty."""
     pid_names: Mapping[int, str] = field(default_factory=dict)
@@ -291,7 +291,8 @@ def _dataset(layout: Layout) -> ReIDDataset:
         Split([Path(row.path) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
     every = [row for split in rows for row in split]
-    test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
+    ranked = (query, gallery) if len(query) and len(gallery) else (train, query, gallery)
+    test_camids = np.concatenate([split.camids[split.pids != -1] for split in ranked])
     return ReIDDataset(
         name=layout.name,
         root=layout.root,

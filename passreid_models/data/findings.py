@@ -92,7 +92,7 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
 
 
 def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
-    splits = [split for split in dataset.splits.values() if len(split)]
+    splits = [split.take(np.flatnonzero(split.pids != -1)) for split in dataset.splits.values()]
     known = np.concatenate([split.camids for split in splits]) >= 0
     train, training = dataset.train, "training does not use cameras"
     mode = "evaluation leaves out only the query itself" + ("" if train.has_cameras else f", and {training}")

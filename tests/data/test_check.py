@@ -151,6 +151,9 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "one camera": (
         csv("0.jpg,a,1,query", "1.jpg,a,1,gallery"), "remark", "one camera",
         "one camera only: evaluation leaves out only the query itself"),
+    "one camera, and junk of none": (
+        csv("0.jpg,a,1,query", "1.jpg,a,1,gallery", "2.jpg,-1,-1,gallery"), "remark", "one camera",
+        "one camera only: "),
     "no cameras": (flat, "remark", "no cameras", "no cameras are known: evaluation leaves out only the query itself"),
     "some cameras": (
         csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "2.jpg,a,-1,gallery"), "remark", "some cameras",

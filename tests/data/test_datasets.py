@@ -98,6 +98,16 @@ def test_a_single_camera_does_not_count(tmp_path):
     assert dataset.query.camids.tolist() == [0]
 
 
+def test_junk_without_a_camera_leaves_matches_to_other_cameras(tmp_path):
+    lines = ["path,pid,camid,split", "a,1,1,query", "b,1,1,gallery", "c,1,2,gallery", "j,-1,-1,gallery"]
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", [*lines, "k,-1,-1,query"]))
+    assert dataset.has_cameras
+    assert dataset.matches.tolist() == [1, 0]
+    assert not open_dataset(write_csv(tmp_path / "own.csv", [*lines, "k,0,-1,gallery"])).has_cameras  # a distractor
+    lines = ["path,pid,camid,split", "a,1,1,query", "b,1,1,gallery", "j,-1,2,gallery"]
+    assert not open_dataset(write_csv(tmp_path / "own.csv", lines)).has_cameras  # one camera, and junk of another
+
+
 # ------------------------------------------------------------------------------- VeRi-776, MARS, DukeMTMC-VideoReID
 
 
