@@ -160,8 +160,10 @@ class ReIDDataset:
 
     @property
     def is_one_set(self) -> bool:
-        """Whether all queries and gallery images are training images too: scores of a model trained on them mislead."""
-        return bool(len(self.query)) and set(self.train.paths) >= {*self.query.paths, *self.gallery.paths}
+        """Whether all images of persons in query and gallery are training images too: scores of a model trained on
+        them mislead."""
+        test = (path for s in (self.query, self.gallery) for path, pid in zip(s.paths, s.pids, strict=True) if pid > 0)
+        return bool(len(self.query)) and set(self.train.paths).issuperset(test)
 
     def _fingerprint(self, *splits: Split) -> str:
         digest = hashlib.sha256((self.recipe or self.name).encode())

@@ -81,13 +81,16 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
     test_pids = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
     shared_pids = np.intersect1d(pids, test_pids[test_pids > 0])
     shared_paths = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
-    if shared_paths:
+    if dataset.is_one_set:
         message = f"{count(len(shared_paths), 'image')} both in training and test: scores of a model that was trained"
         yield Finding("remark", "one set", f"{message} on them are not valid")
-    elif len(shared_pids) and not dataset.name.startswith("MSMT17"):  # both of its sets count from 0
-        message = (
-            f"{count(len(shared_pids), 'identity', 'identities')} both in training and test, which should be disjoint"
-        )
+        return
+    disjoint = "both in training and test, which should be disjoint"
+    if shared_paths:
+        files = [dataset.relative(path) for path in train.paths if path in shared_paths]
+        yield Finding("error", "shared images", f"{count(len(files), 'image')} {disjoint}", files)
+    if len(shared_pids) and not dataset.name.startswith("MSMT17"):  # both of its sets count from 0
+        message = f"{count(len(shared_pids), 'identity', 'identities')} {disjoint}"
         yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, shared_pids)))
 
 

@@ -200,6 +200,12 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         edit(lambda root: write(root / "bounding_box_train", ["0003_c1s1_000001_00.jpg"], 40)),
         "error", "shared identities",
         "1 identity both in training and test, which should be disjoint: bounding_box_train/0003_c1s1_000001_00.jpg"),
+    "identities beside an image": (
+        csv("0.jpg,a,1,train", "1.jpg,a,2,train", "1.jpg,a,2,query", "2.jpg,a,1,gallery"), "error", "shared identities",
+        "1 identity both in training and test, which should be disjoint: 0.jpg, 1.jpg"),
+    "images": (
+        csv("0.jpg,a,1,train", "1.jpg,a,2,train", "1.jpg,a,2,query", "2.jpg,a,1,gallery"), "error", "shared images",
+        "1 image both in training and test, which should be disjoint: 1.jpg"),
     "single": (
         edit(lambda root: (root / TRAIN).unlink()), "remark", "single images",
         "1 training identity with one image, too few for the triplet loss, which takes two: bounding_box_train/00"),
@@ -230,6 +236,9 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         lambda root: write(root, ["bbox_test/0006/0006C1T0001F001.jpg", "bbox_test/0006/0006C2T0001F001.jpg"]),
         "remark", "frames", "MARS is read frame by frame; its published scores are of tracklets, so compare with none"),
     "one set": (flat, "remark", "one set", "12 images both in training and test: scores of a model"),
+    "one set with distractors": (
+        lambda root: write(root, ["-1_c1.jpg", "0000_c1.jpg", "0001_c1.jpg", "0001_c2.jpg"]), "remark", "one set",
+        "3 images both in training and test: scores of a model that was trained on them are not valid"),
 }  # fmt: skip
 
 

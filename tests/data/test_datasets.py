@@ -508,6 +508,7 @@ def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_
     assert dataset.query.pids.tolist() == [1, 1]
     assert dataset.gallery.pids.tolist() == [-1, 0, 1, 1]
     assert dataset.train.pids.tolist() == [-1, 1, 1]
+    assert dataset.is_one_set
 
 
 def test_a_flat_folder_has_no_labels_where_they_are_not_needed(tmp_path):
