@@ -176,6 +176,7 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
         "leak": ("error", "copies of training images are in the test set, which should be disjoint"),
         "copy": ("error", "copies of queries are in the gallery and count as matches"),
         "labels": ("error", "copies have different identities"),
+        "counted": ("remark", "copies in the test set may count as further queries, hits or distractors"),
         "repeated": ("remark", "this does not change the scores"),
     }
     for kind, (level, meaning) in meanings.items():
@@ -196,7 +197,7 @@ def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
     gallery = [camid for pid, camid, splits in labels if "g" in splits and pid > 0]
     if queries and gallery and (not has_cameras or any(camid not in queries or len(queries) > 1 for camid in gallery)):
         return "copy"
-    return "repeated"
+    return "counted" if sum(pid >= 0 and splits != "t" for pid, _, splits in labels) > 1 else "repeated"
 
 
 def _hash(path: Path) -> tuple[str, str]:

@@ -193,9 +193,19 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "repeated": (
         copied(TRAIN, TRAIN.replace("03.jpg", "04.jpg")), "remark", "duplicates: repeated",
         "1 image more than once: this does not change the scores: "),
-    "same camera": (
-        copied(QUERY, QUERY.replace("query", "bounding_box_test")), "remark", "duplicates: repeated",
+    "repeated as junk": (
+        copied(TEST, "bounding_box_test/-1_c2s1_001976_01.jpg"), "remark", "duplicates: repeated",
         "1 image more than once: this does not change the scores: "),
+    "same camera": (
+        copied(QUERY, QUERY.replace("query", "bounding_box_test")), "remark", "duplicates: counted",
+        "1 image more than once: copies in the test set may count as further queries, hits or distractors: "),
+    "twice in the gallery": (
+        copied(TEST, TEST.replace("01.jpg", "02.jpg")), "remark", "duplicates: counted",
+        "1 image more than once: copies in the test set may count as further queries, hits or distractors: "),
+    "a distractor twice": (
+        copied(CLEAN[7], CLEAN[7].replace("01.jpg", "03.jpg")), "remark", "duplicates: counted", "or distractors: "),
+    "a query twice": (
+        copied(QUERY, QUERY.replace("00.jpg", "01.jpg")), "remark", "duplicates: counted", "as further queries, "),
     "identities": (
         edit(lambda root: write(root / "bounding_box_train", ["0003_c1s1_000001_00.jpg"], 40)),
         "error", "shared identities",
