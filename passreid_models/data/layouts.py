@@ -28,7 +28,7 @@ from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.runtime import read_bytes
 from passreid_models.synthetic.dataset import MARKER
 
-__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree"]
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree", "read_unlabelled"]
 
 EXPECTED = (
     "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
@@ -201,6 +201,12 @@ def read_flat(root: Path) -> Layout | None:
     rows = _market_rows(root)
     is_randperson = all(RANDPERSON_NAME.match(os.path.basename(row.path)) for row in rows)
     return _one_set("RandPerson" if is_randperson else "flat folder", root, rows)
+
+
+def read_unlabelled(root: Path) -> Layout:
+    """Read all images below a folder for training, without identities; with cameras where their names have them."""
+    rows = [Row(os.path.join(root, name), "-1", _camera(os.path.basename(name))) for name in image_names(str(root))]
+    return Layout("unlabelled folder", root, {"train": rows, "query": [], "gallery": []})
 
 
 def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:

@@ -511,10 +511,16 @@ def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_
     assert dataset.is_one_set
 
 
-def test_a_flat_folder_has_no_labels_where_they_are_not_needed(tmp_path):
-    dataset = open_dataset(write(tmp_path, ["0002_c1.jpg", "0002_c2.jpg"]), labelled=False)
+def test_a_flat_folder_has_cameras_and_no_identities_where_these_are_not_needed(tmp_path):
+    names = ["0002_c1s1_000001_01.jpg", "0002_c2s1_000001_01.jpg", "0003_c3s1_000001_01.jpg"]
+    dataset = open_dataset(write(tmp_path, names), labelled=False)
     assert dataset.name == "unlabelled folder"
-    assert dataset.train.pids.tolist() == [-1, -1]
+    assert dataset.train.pids.tolist() == [-1, -1, -1]
+    in_folders = open_dataset(write(tmp_path / "2", [f"{name[:4]}/{name}" for name in names]), labelled=False)
+    assert dataset.train.camids.tolist() == in_folders.train.camids.tolist() == [0, 1, 2]
+    assert dataset.train.has_cameras
+    assert not dataset.has_cameras  # of queries and gallery: there are none
+    assert not open_dataset(write(tmp_path, ["someone.jpg"]), labelled=False).train.has_cameras
 
 
 def test_folders_of_identities_with_such_names_are_no_flat_folder(tmp_path):
