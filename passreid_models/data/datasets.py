@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from passreid_models.data.images import count, image_names, list_folder
+from passreid_models.data.images import count, list_folder
 from passreid_models.data.labels import number_cameras, number_ids, settle
-from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, Row, read_flat, read_folder, read_tree
+from passreid_models.data.layouts import EXPECTED, SPLITS, Layout, read_flat, read_folder, read_tree, read_unlabelled
 from passreid_models.data.tables import read_csv
 from passreid_models.runtime import cache_dir, lock, not_found, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
@@ -69,8 +69,8 @@ class ReIDDataset:
     query: Split
     gallery: Split
     has_cameras: bool
-    """Whether all queries and gallery images have a camera, and there are two or more. If not, every image but the
-    query itself may match."""
+    """Whether all queries and gallery images but junk have a camera, and there are two or more. If not, every image but
+    the query itself may match."""
     recipe: str = ""
     """Recipe of generated persons; else empty."""
     pid_names: Mapping[int, str] = field(default_factory=dict)
@@ -160,8 +160,10 @@ class ReIDDataset:
 
     @property
     def is_one_set(self) -> bool:
-        """Whether all queries and gallery images are training images too: scores of a model trained on them mislead."""
-        return bool(len(self.query)) and set(self.train.paths) >= {*self.query.paths, *self.gallery.paths}
+        """Whether all images of persons in query and gallery are training images too: scores of a model trained on
+        them mislead."""
+        test = (path for s in (self.query, self.gallery) for path, pid in zip(s.paths, s.pids, strict=True) if pid > 0)
+        return bool(len(self.query)) and set(self.train.paths).issuperset(test)
 
     def _fingerprint(self, *splits: Split) -> str:
         digest = hashlib.sha256((self.recipe or self.name).encode())
@@ -212,8 +214,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
     Args:
         data: A folder in one of these layouts, or one that holds such a folder; a CSV file; or ``synthetic:`` with
             ``ids=``, ``images=``, ``cameras=``, ``seed=``, ``size=``, ``place=``, ``train_ids=``.
-        labelled: If False, the labels of a flat folder are ignored, and a folder of images in no known layout is
-            accepted too; all of its images are for training.
+        labelled: If False, the identities of a flat folder are ignored, and a folder of images in no known layout is
+            accepted too; all of its images are for training, with the cameras that their names have.
 
     Raises:
         FileNotFoundError: If ``data`` does not exist, or a list of MSMT17 is missing.
@@ -238,11 +240,8 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         except ValueError:  # images beside folders, or folders of no identities
             if labelled:
                 raise
-    if layout is None and labelled:
-        layout = read_flat(path)
-    elif layout is None:
-        layout = Layout("unlabelled folder", path)
-        layout.rows["train"] = [Row(os.path.join(path, name), "-1") for name in image_names(str(path))]
+    if layout is None:
+        layout = read_flat(path) if labelled else read_unlabelled(path)
     if layout is None or not any(layout.rows.values()):
         table = next((f"; if {p} lists it, name that file" for p in sorted(path.glob("*.csv"))), "")
         raise ValueError(f"{data} holds {_contents(path)}, which is no known layout{table}; expected {EXPECTED}")
@@ -291,7 +290,8 @@ def _dataset(layout: Layout) -> ReIDDataset:
         Split([Path(row.path) for row in split], p, c) for split, p, c in zip(rows, pids, camids, strict=True)
     )
     every = [row for split in rows for row in split]
-    test_camids = np.concatenate(camids[1:] if len(query) and len(gallery) else camids)
+    ranked = (query, gallery) if len(query) and len(gallery) else (train, query, gallery)
+    test_camids = np.concatenate([split.camids[split.pids != -1] for split in ranked])
     return ReIDDataset(
         name=layout.name,
         root=layout.root,

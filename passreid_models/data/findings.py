@@ -81,18 +81,21 @@ def _identities(dataset: ReIDDataset) -> Iterator[Finding]:
     test_pids = np.unique(np.concatenate([dataset.query.pids, dataset.gallery.pids]))
     shared_pids = np.intersect1d(pids, test_pids[test_pids > 0])
     shared_paths = set(train.paths) & {*dataset.query.paths, *dataset.gallery.paths}
-    if shared_paths:
+    if dataset.is_one_set:
         message = f"{count(len(shared_paths), 'image')} both in training and test: scores of a model that was trained"
         yield Finding("remark", "one set", f"{message} on them are not valid")
-    elif len(shared_pids) and not dataset.name.startswith("MSMT17"):  # both of its sets count from 0
-        message = (
-            f"{count(len(shared_pids), 'identity', 'identities')} both in training and test, which should be disjoint"
-        )
+        return
+    disjoint = "both in training and test, which should be disjoint"
+    if shared_paths:
+        files = [dataset.relative(path) for path in train.paths if path in shared_paths]
+        yield Finding("error", "shared images", f"{count(len(files), 'image')} {disjoint}", files)
+    if len(shared_pids) and not dataset.name.startswith("MSMT17"):  # both of its sets count from 0
+        message = f"{count(len(shared_pids), 'identity', 'identities')} {disjoint}"
         yield Finding("error", "shared identities", message, _names(dataset, train, np.isin(train.pids, shared_pids)))
 
 
 def _cameras(dataset: ReIDDataset) -> Iterator[Finding]:
-    splits = [split for split in dataset.splits.values() if len(split)]
+    splits = [split.take(np.flatnonzero(split.pids != -1)) for split in dataset.splits.values()]
     known = np.concatenate([split.camids for split in splits]) >= 0
     train, training = dataset.train, "training does not use cameras"
     mode = "evaluation leaves out only the query itself" + ("" if train.has_cameras else f", and {training}")
@@ -173,6 +176,7 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
         "leak": ("error", "copies of training images are in the test set, which should be disjoint"),
         "copy": ("error", "copies of queries are in the gallery and count as matches"),
         "labels": ("error", "copies have different identities"),
+        "counted": ("remark", "copies in the test set may count as further queries, hits or distractors"),
         "repeated": ("remark", "this does not change the scores"),
     }
     for kind, (level, meaning) in meanings.items():
@@ -193,7 +197,7 @@ def _kind(labels: list[tuple[int, int, str]], has_cameras: bool) -> str:
     gallery = [camid for pid, camid, splits in labels if "g" in splits and pid > 0]
     if queries and gallery and (not has_cameras or any(camid not in queries or len(queries) > 1 for camid in gallery)):
         return "copy"
-    return "repeated"
+    return "counted" if sum(pid >= 0 and splits != "t" for pid, _, splits in labels) > 1 else "repeated"
 
 
 def _hash(path: Path) -> tuple[str, str]:

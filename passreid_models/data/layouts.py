@@ -28,7 +28,7 @@ from passreid_models.data.images import image_names, is_image_name, list_folder
 from passreid_models.runtime import read_bytes
 from passreid_models.synthetic.dataset import MARKER
 
-__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree"]
+__all__ = ["EXPECTED", "SPLITS", "Layout", "Row", "read_flat", "read_folder", "read_tree", "read_unlabelled"]
 
 EXPECTED = (
     "Market-1501 or DukeMTMC-reID (bounding_box_train/, query/ and bounding_box_test/ with names such as "
@@ -109,8 +109,9 @@ def read_folder(root: Path) -> Layout | None:
     own = {split: spelled.get(split, split) for split in SPLITS}
     if "gallery" not in spelled:
         own["gallery"] = spelled.get("test", "test")
-    in_own = (name for split in ("train", "gallery") if own[split] in folders for name in _images_in(root / own[split]))
-    if not folders & {MARKET["train"], MARKET["gallery"]} and any(map(MARKET_NAME.match, in_own)):
+    is_own = folders & {own["train"], own["gallery"]} and not folders & {MARKET["train"], MARKET["gallery"]}
+    in_own = (name for folder in own.values() if folder in folders for name in _images_in(root / folder))
+    if is_own and any(map(MARKET_NAME.match, in_own)):
         _refuse_unread_splits(root, folders, set(own.values()))
         return _read_market("flat folder", root, folders, own)
     for layout, parts in (("Market-1501", MARKET), ("VeRi-776", VERI)):
@@ -202,6 +203,12 @@ def read_flat(root: Path) -> Layout | None:
     return _one_set("RandPerson" if is_randperson else "flat folder", root, rows)
 
 
+def read_unlabelled(root: Path) -> Layout:
+    """Read all images below a folder for training, without identities; with cameras where their names have them."""
+    rows = [Row(os.path.join(root, name), "-1", _camera(os.path.basename(name))) for name in image_names(str(root))]
+    return Layout("unlabelled folder", root, {"train": rows, "query": [], "gallery": []})
+
+
 def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
     """Layout whose images are all training images, queries and gallery; without junk and distractors as queries."""
     has_junk = any(row.pid == "-1" for row in rows)
@@ -211,6 +218,7 @@ def _one_set(name: str, root: Path, rows: list[Row]) -> Layout:
 
 
 def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]) -> Layout:
+    _refuse_mixture(root, folders & set(parts.values()))
     layout = Layout(name, root, parts={split: f"{folder}/" for split, folder in parts.items()})
     for split, folder in parts.items():
         if folder in folders:
@@ -330,10 +338,27 @@ def _refuse_unread_splits(root: Path, folders: set[str], read: set[str]) -> None
         )
 
 
+def _refuse_mixture(root: Path, splits: set[str]) -> None:
+    """Refuse folders of splits with images directly in them and images in folders below: one of the two would be lost.
+
+    Raises:
+        ValueError: If there are both, in one split or in two.
+    """
+    names = (f"{split}/{name}" for split in sorted(splits) for name in image_names(str(root / split)))
+    examples = {name.count("/") > 1: name for name in names}
+    if len(examples) == 2:
+        raise ValueError(
+            f"{root}: {examples[True]} lies in a folder of its split, and {examples[False]} in none; expected one of "
+            "the two: train/ID/*.jpg, or train/0002_c1s1_000451_03.jpg without folders"
+        )
+
+
 def _read_split_folders(root: Path, folders: set[str], spelled: dict[str, str]) -> Layout:
     layout = Layout("folder per identity", root)
     read = {split: next((spelled[n] for n in names if n in spelled), None) for split, names in FOLDERS.items()}
-    _refuse_unread_splits(root, folders, {name for name in read.values() if name})
+    names = {name for name in read.values() if name}
+    _refuse_unread_splits(root, folders, names)
+    _refuse_mixture(root, names)
     for split, name in read.items():
         layout.parts[split] = f"{name or split}/"
         tree = read_tree(root / name) if name else None

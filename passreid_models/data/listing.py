@@ -28,6 +28,7 @@ from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
+MAX_LINKS = 40  # that Linux follows
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
 
@@ -74,7 +75,7 @@ class Listing:
 
     names: Names = field(default_factory=Names)  # relative to the folder or tar, with /
     tars: Names = field(default_factory=Names)  # paths of the tar files; none where the images are files
-    members: "array[int]" = field(default_factory=lambda: array("q"))  # three per image: tar, first byte, bytes
+    members: "array[int]" = field(default_factory=lambda: array("q"))  # three per image: tar, first byte, bytes or -1
     watched: Names = field(default_factory=Names)  # paths of the folders and tar files that were read
     stamps: "array[int]" = field(default_factory=lambda: array("q"))  # two per path: time in ns, bytes of a tar or 0
 
@@ -165,7 +166,11 @@ def _list_folder(root: Path) -> Listing:
 
 
 def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | None = None) -> Listing:
-    """List the images in tar files; with ``root``, their names begin with the path of their tar."""
+    """List the images in tar files; with ``root``, their names begin with the path of their tar.
+
+    As in a folder, a link counts as its target, and a broken one as an unreadable image; one that leads out of its tar
+    is broken.
+    """
     listing, num_others = listing or Listing(), 0
     for number, tar in enumerate(tars):
         status = os.stat(tar)
@@ -173,29 +178,32 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
             raise ValueError(f"{os.fsdecode(tar)} is no regular file")
         listing.watch(tar, status)
         listing.tars.append(tar)
-        members: dict[bytes, tuple[int, int]] = {}
+        entries: Entries = {}  # the last one of a name counts, as in tar
         try:
             with open(tar, "rb") as file:
-                for name, start, size in _members(file):
-                    if is_image_name(name):
-                        members[name] = start, size  # the last one of a name counts, as in tar
-                    else:
-                        num_others += 1
+                _read_tar(file, entries)
         except tarfile.TarError as e:
             path = os.fsdecode(tar)
             raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
         prefix = os.path.relpath(tar, os.fsencode(root)) + b"/" if root else b""
-        for name in sorted(members, key=lambda name: name.replace(b"/", b"\0")):
+        visible = [name for name in entries if not _is_hidden(name)]
+        images = sorted(filter(is_image_name, visible), key=lambda name: name.replace(b"/", b"\0"))
+        num_others += len(visible) - len(images)
+        for name in images:
             listing.names.append(prefix + name)
-            listing.members.extend((number, *members[name]))
+            listing.members.extend((number, *_follow(entries, name)))
     if not listing.names:
         where = f"the {len(tars)} tar files of {root}" if root else os.fsdecode(tars[0])
         raise FileNotFoundError(f"no images ({' '.join(SUFFIXES)}) in {where}, {num_others} other files")
     return listing
 
 
-def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Name, first byte and number of bytes of the files in a tar, and in the tars in it.
+Entries = dict[bytes, tuple[int, int] | bytes]
+"""Files in a tar by name: first byte and number of bytes, or the name that a link leads to."""
+
+
+def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int = 0) -> None:
+    """Add the files in a tar, and in the tars in it, to ``entries``.
 
     timm's ``ReaderImageInTar`` reads every byte for this, keeps 0.7 KB per image, knows three suffixes only, and holds
     an open file, which cannot be pickled and whose position forked workers would share.
@@ -203,16 +211,36 @@ def _members(file: IO[bytes], below: bytes = b"", base: int = 0) -> Iterator[tup
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
             tar.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
-            name = posixpath.normpath(os.fsencode(member.name)).lstrip(b"/")
-            if not member.isfile() or any(part.startswith(b".") for part in name.split(b"/")):
-                continue
-            if name.lower().endswith(b".tar") and (inner := tar.extractfile(member)):
-                yield from _members(inner, below + name + b"/", base + member.offset_data)
-            else:
-                yield below + name, base + member.offset_data, member.size
+            name, link = (posixpath.normpath(os.fsencode(text)) for text in (member.name, member.linkname))
+            name = name.lstrip(b"/")
+            if member.islnk():  # to a file before it
+                target = below + link.lstrip(b"/")
+                entries[below + name] = entries.get(target, target)
+            elif member.issym():
+                entries[below + name] = below + posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
+            elif member.isfile():
+                is_tar = name.lower().endswith(b".tar") and not _is_hidden(name)
+                if is_tar and (inner := tar.extractfile(member)):
+                    _read_tar(inner, entries, below + name + b"/", base + member.offset_data)
+                else:
+                    entries[below + name] = base + member.offset_data, member.size
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
             raise tarfile.ReadError(f"no header at byte {base + tar.offset}")
+
+
+def _is_hidden(name: bytes) -> bool:
+    return any(part.startswith(b".") for part in name.split(b"/"))
+
+
+def _follow(entries: Entries, name: bytes) -> tuple[int, int]:
+    """First byte and number of bytes of the file that a name stands for; 0 and -1 if its link leads to none."""
+    entry = entries.get(name)
+    for _ in range(MAX_LINKS):
+        if not isinstance(entry, bytes):
+            break
+        entry = entries.get(entry)
+    return entry if isinstance(entry, tuple) else (0, -1)
 
 
 # ------------------------------------------------------------------------------------------------------------ cache

@@ -91,7 +91,7 @@ def _open(data: str | Path) -> ReIDDataset:
             raise
         dataset = open_dataset(data, labelled=False)
         reason = str(e).partition("; expected ")[0]
-        _logger.warning(f"the page has no identities and cameras: {reason}")
+        _logger.warning(f"the page has no identities: {reason}")
         return dataset
 
 

@@ -149,7 +149,9 @@ class Evaluation:
         """Images that are left out of the ranking of a query, in words."""
         if self.retrieved.has_cameras:
             return "Market-1501: matches under the query's own camera and junk are left out"
-        cameras = "one camera" if self.dataset.gallery.num_cameras == 1 else "no cameras"
+        splits = (self.dataset.query, self.dataset.gallery)
+        known = np.concatenate([split.camids[split.pids != JUNK] >= 0 for split in splits])
+        cameras = "one camera" if known.all() else "some cameras unknown" if known.any() else "no cameras"
         return f"{cameras}: the query itself and junk are left out"
 
     def to_dict(self) -> dict[str, Any]:

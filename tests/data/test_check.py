@@ -151,6 +151,9 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "one camera": (
         csv("0.jpg,a,1,query", "1.jpg,a,1,gallery"), "remark", "one camera",
         "one camera only: evaluation leaves out only the query itself"),
+    "one camera, and junk of none": (
+        csv("0.jpg,a,1,query", "1.jpg,a,1,gallery", "2.jpg,-1,-1,gallery"), "remark", "one camera",
+        "one camera only: "),
     "no cameras": (flat, "remark", "no cameras", "no cameras are known: evaluation leaves out only the query itself"),
     "some cameras": (
         csv("0.jpg,a,1,query", "1.jpg,a,2,gallery", "2.jpg,a,-1,gallery"), "remark", "some cameras",
@@ -190,13 +193,29 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "repeated": (
         copied(TRAIN, TRAIN.replace("03.jpg", "04.jpg")), "remark", "duplicates: repeated",
         "1 image more than once: this does not change the scores: "),
-    "same camera": (
-        copied(QUERY, QUERY.replace("query", "bounding_box_test")), "remark", "duplicates: repeated",
+    "repeated as junk": (
+        copied(TEST, "bounding_box_test/-1_c2s1_001976_01.jpg"), "remark", "duplicates: repeated",
         "1 image more than once: this does not change the scores: "),
+    "same camera": (
+        copied(QUERY, QUERY.replace("query", "bounding_box_test")), "remark", "duplicates: counted",
+        "1 image more than once: copies in the test set may count as further queries, hits or distractors: "),
+    "twice in the gallery": (
+        copied(TEST, TEST.replace("01.jpg", "02.jpg")), "remark", "duplicates: counted",
+        "1 image more than once: copies in the test set may count as further queries, hits or distractors: "),
+    "a distractor twice": (
+        copied(CLEAN[7], CLEAN[7].replace("01.jpg", "03.jpg")), "remark", "duplicates: counted", "or distractors: "),
+    "a query twice": (
+        copied(QUERY, QUERY.replace("00.jpg", "01.jpg")), "remark", "duplicates: counted", "as further queries, "),
     "identities": (
         edit(lambda root: write(root / "bounding_box_train", ["0003_c1s1_000001_00.jpg"], 40)),
         "error", "shared identities",
         "1 identity both in training and test, which should be disjoint: bounding_box_train/0003_c1s1_000001_00.jpg"),
+    "identities beside an image": (
+        csv("0.jpg,a,1,train", "1.jpg,a,2,train", "1.jpg,a,2,query", "2.jpg,a,1,gallery"), "error", "shared identities",
+        "1 identity both in training and test, which should be disjoint: 0.jpg, 1.jpg"),
+    "images": (
+        csv("0.jpg,a,1,train", "1.jpg,a,2,train", "1.jpg,a,2,query", "2.jpg,a,1,gallery"), "error", "shared images",
+        "1 image both in training and test, which should be disjoint: 1.jpg"),
     "single": (
         edit(lambda root: (root / TRAIN).unlink()), "remark", "single images",
         "1 training identity with one image, too few for the triplet loss, which takes two: bounding_box_train/00"),
@@ -227,6 +246,9 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         lambda root: write(root, ["bbox_test/0006/0006C1T0001F001.jpg", "bbox_test/0006/0006C2T0001F001.jpg"]),
         "remark", "frames", "MARS is read frame by frame; its published scores are of tracklets, so compare with none"),
     "one set": (flat, "remark", "one set", "12 images both in training and test: scores of a model"),
+    "one set with distractors": (
+        lambda root: write(root, ["-1_c1.jpg", "0000_c1.jpg", "0001_c1.jpg", "0001_c2.jpg"]), "remark", "one set",
+        "3 images both in training and test: scores of a model that was trained on them are not valid"),
 }  # fmt: skip
 
 

@@ -98,6 +98,16 @@ def test_a_single_camera_does_not_count(tmp_path):
     assert dataset.query.camids.tolist() == [0]
 
 
+def test_junk_without_a_camera_leaves_matches_to_other_cameras(tmp_path):
+    lines = ["path,pid,camid,split", "a,1,1,query", "b,1,1,gallery", "c,1,2,gallery", "j,-1,-1,gallery"]
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", [*lines, "k,-1,-1,query"]))
+    assert dataset.has_cameras
+    assert dataset.matches.tolist() == [1, 0]
+    assert not open_dataset(write_csv(tmp_path / "own.csv", [*lines, "k,0,-1,gallery"])).has_cameras  # a distractor
+    lines = ["path,pid,camid,split", "a,1,1,query", "b,1,1,gallery", "j,-1,2,gallery"]
+    assert not open_dataset(write_csv(tmp_path / "own.csv", lines)).has_cameras  # one camera, and junk of another
+
+
 # ------------------------------------------------------------------------------- VeRi-776, MARS, DukeMTMC-VideoReID
 
 
@@ -443,6 +453,29 @@ def test_folders_of_splits_may_be_in_upper_case_and_beside_others(tmp_path, imag
     assert [len(split) for split in dataset.splits.values()] == [1, 1, 1]
 
 
+SPLIT_KINDS = [
+    ("train/1/x.jpg train/0009_c1.jpg query/1/x.jpg gallery/1/x.jpg", "train/1/x.jpg", "train/0009_c1.jpg"),
+    ("train/1/x.jpg query/1/x.jpg gallery/1/x.jpg gallery/0009_c1.jpg", "train/1/x.jpg", "gallery/0009_c1.jpg"),
+    ("train/1/x.jpg query/0001_c1.jpg gallery/0001_c2.jpg", "train/1/x.jpg", "query/0001_c1.jpg"),
+    ("train/0009_c1.jpg query/1/x.jpg test/1/x.jpg", "test/1/x.jpg", "train/0009_c1.jpg"),
+    ("train/1/x.jpg query/0001_c1.jpg gallery/1/x.jpg", "train/1/x.jpg", "query/0001_c1.jpg"),
+    ("train/x.jpg query/1/x.jpg gallery/1/x.jpg", "query/1/x.jpg", "train/x.jpg"),
+    ("bounding_box_train/0009_c1.jpg query/0001_c1.jpg bounding_box_test/0001_c2.jpg bounding_box_test/x/0001_c3.jpg",
+     "bounding_box_test/x/0001_c3.jpg", "query/0001_c1.jpg"),
+    ("image_train/9/0009_c1.jpg image_query/0001_c1.jpg", "image_train/9/0009_c1.jpg", "image_query/0001_c1.jpg"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "inside", "outside"), SPLIT_KINDS)
+def test_splits_of_folders_and_of_images_are_not_mixed_and_the_message_has_one_of_each(
+    tmp_path, names, inside, outside
+):
+    root = write(tmp_path / "data", names.split())
+    message = rf"data: {inside} lies in a folder of its split, and {outside} in none; expected one of the two: train/ID"
+    with pytest.raises(ValueError, match=message):
+        open_dataset(root)
+
+
 # ------------------------------------------------------------------------------------------------------- flat folder
 
 
@@ -475,12 +508,19 @@ def test_0000_is_a_distractor_of_a_flat_folder_beside_junk_as_in_the_gallery_of_
     assert dataset.query.pids.tolist() == [1, 1]
     assert dataset.gallery.pids.tolist() == [-1, 0, 1, 1]
     assert dataset.train.pids.tolist() == [-1, 1, 1]
+    assert dataset.is_one_set
 
 
-def test_a_flat_folder_has_no_labels_where_they_are_not_needed(tmp_path):
-    dataset = open_dataset(write(tmp_path, ["0002_c1.jpg", "0002_c2.jpg"]), labelled=False)
+def test_a_flat_folder_has_cameras_and_no_identities_where_these_are_not_needed(tmp_path):
+    names = ["0002_c1s1_000001_01.jpg", "0002_c2s1_000001_01.jpg", "0003_c3s1_000001_01.jpg"]
+    dataset = open_dataset(write(tmp_path, names), labelled=False)
     assert dataset.name == "unlabelled folder"
-    assert dataset.train.pids.tolist() == [-1, -1]
+    assert dataset.train.pids.tolist() == [-1, -1, -1]
+    in_folders = open_dataset(write(tmp_path / "2", [f"{name[:4]}/{name}" for name in names]), labelled=False)
+    assert dataset.train.camids.tolist() == in_folders.train.camids.tolist() == [0, 1, 2]
+    assert dataset.train.has_cameras
+    assert not dataset.has_cameras  # of queries and gallery: there are none
+    assert not open_dataset(write(tmp_path, ["someone.jpg"]), labelled=False).train.has_cameras
 
 
 def test_folders_of_identities_with_such_names_are_no_flat_folder(tmp_path):

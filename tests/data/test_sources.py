@@ -322,6 +322,64 @@ def test_of_members_with_one_name_the_last_counts(tmp_path):
     assert pixels(open_source(tar)) == [Image.open(io.BytesIO(JPEGS[2])).tobytes()]
 
 
+def pack_links(tar: Path, links: list[tuple[bytes, str, str]], files: dict[str, bytes]) -> Path:
+    """A tar of files, then links: type, name and target."""
+    pack(tar, files)
+    with tarfile.open(tar, "a") as file:
+        for kind, name, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member)
+    settle(tar.parent)
+    return tar
+
+
+def test_a_tar_file_with_hard_and_symbolic_links_equals_its_folder(tmp_path):
+    root = write(tmp_path / "crops", ["a.jpg", "b/1.jpg", ".store/9"])
+    os.link(root / "a.jpg", root / "b/hard.jpg")
+    for name, target in {"0.jpg": "b/hard.jpg", "b/up.jpg": "../a.jpg", "c.jpg": "0.jpg", "d.jpg": ".store/9",
+                         "notes.txt": "a.jpg", "self.jpg": "self.jpg"}.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    with tarfile.open(tmp_path / "crops.tar", "w") as file:
+        file.add(root, ".")
+    folder, source = open_source(root), open_source(tmp_path / "crops.tar")
+    assert relative(source, tmp_path / "crops.tar") == relative(folder, root)
+    assert len(source) == 8
+    assert source.fingerprint == folder.fingerprint
+    for i in range(7):
+        assert source.load(i).tobytes() == folder.load(i).tobytes()
+    with pytest.raises(ImageError, match=r"crops\.tar/self\.jpg: a link that leads to no file in the tar$"):
+        source.load(7)
+
+
+def test_links_in_a_tar_lead_to_files_of_that_tar_alone(tmp_path):
+    outside = write(tmp_path / "outside", ["a.jpg"]) / "a.jpg"
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    out = [(soft, "0.jpg", str(outside)), (soft, "1.jpg", "../outside/a.jpg"), (hard, "2.jpg", str(outside)),
+           (soft, "3.jpg", "4.jpg"), (soft, "4.jpg", "3.jpg"), (soft, "5.jpg", "/a.jpg")]  # fmt: skip
+    inner = pack_links(tmp_path / "1" / "x.tar", [*out, (soft, "6.jpg", "../a.jpg")], {"z.jpg": JPEGS[1]}).read_bytes()
+    tar = pack_links(tmp_path / "2" / "y.tar", [(hard, "h.jpg", "a.jpg")], {"a.jpg": JPEGS[0], "inner.tar": inner})
+    source = open_source(tar)
+    assert relative(source, tar) == ["a.jpg", "h.jpg", *(f"inner.tar/{i}.jpg" for i in range(7)), "inner.tar/z.jpg"]
+    assert source.load(1).tobytes() == source.load(0).tobytes()
+    for i in range(2, 9):
+        with pytest.raises(ImageError, match="a link that leads to no file in the tar"):
+            source.load(i)
+
+
+def test_a_hard_link_in_a_tar_keeps_the_file_before_it_and_a_symbolic_one_takes_the_last(tmp_path):
+    tar = pack_links(
+        tmp_path / "data" / "x.tar",
+        [(tarfile.LNKTYPE, "hard.jpg", "a.jpg"), (tarfile.SYMTYPE, "soft.jpg", "a.jpg"),
+         (tarfile.LNKTYPE, "a.jpg", "b.jpg")],
+        {"a.jpg": JPEGS[1], "b.jpg": JPEGS[2]},
+    )  # fmt: skip
+    source = open_source(tar)
+    images = dict(zip(relative(source, tar), pixels(source), strict=True))
+    old, new = (Image.open(io.BytesIO(JPEGS[i])).tobytes() for i in (1, 2))
+    assert images == {"a.jpg": new, "b.jpg": new, "hard.jpg": old, "soft.jpg": new}
+
+
 def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, cache):
     tar = pack(tmp_path / "data" / "x.tar", {"1.jpg": JPEGS[1]})
     open_source(tar)

@@ -169,6 +169,19 @@ def test_a_single_camera_is_evaluated_with_its_own_protocol(tmp_path, embed):
     assert evaluation.metrics.num_queries == 6
 
 
+@pytest.mark.parametrize(
+    ("line", "protocol"),
+    [
+        ("3.jpg,2,-1,gallery", "some cameras unknown: the query itself and junk are left out"),
+        ("3.jpg,-1,-1,gallery", "Market-1501: matches under the query's own camera and junk are left out"),
+    ],
+)
+def test_the_protocol_names_unknown_cameras_of_all_but_junk(tmp_path, embed, line, protocol):
+    lines = ["path,pid,camid,split", "0.jpg,1,1,query", "1.jpg,1,2,gallery", "2.jpg,2,1,gallery", line]
+    write(tmp_path, [f"{i}.jpg" for i in range(4)])
+    assert run(open_dataset(write_csv(tmp_path / "own.csv", lines)), embed).protocol == protocol
+
+
 def test_descriptors_that_are_compared_as_they_come_are_compared_by_distance(market):
     model = make_model(neck="multi")
     with torch.no_grad():  # lengths that tell
