@@ -331,6 +331,24 @@ def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, 
     ]
 
 
+def test_a_run_that_is_killed_with_a_best_model_goes_on(data, tmp_path, monkeypatch):
+    config = finetune_config(data, tmp_path / "run", save_epochs=99)
+    write = SupervisedRun.write
+
+    def killed(self, figures, eta=""):
+        if "mAP" in figures and self.trainer.step:  # after the best model is written
+            raise KeyboardInterrupt
+        write(self, figures, eta)
+
+    monkeypatch.setattr(SupervisedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert (tmp_path / "run" / "best" / "config.json").is_file()
+    monkeypatch.undo()
+    finetune(replace(config, resume="auto"))
+    assert [r["epoch"] for r in metrics(tmp_path / "run") if "mAP" in r] == [0, 2, 3]
+
+
 def last_lines(run: Path) -> list[str]:
     """Log lines after the last evaluation, without the time."""
     lines = [line[20:] for line in (run / "log.txt").read_text().splitlines()]
