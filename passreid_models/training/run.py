@@ -85,7 +85,8 @@ class Run:
             self.config.save(self.folder.path / "config.yaml")
         all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
         self.unreadable: set[str] = set()
-        self.unreadable_now, self.counted_epoch = 0, -1
+        self.unreadable_now: set[str] = set()
+        self.counted_epoch = -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
         self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
@@ -235,13 +236,13 @@ class Run:
         return f"epoch {t.epochs_done:.2f}  step {t.step}/{t.total_steps}  {values}"
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
-        """Log unreadable images, and stop the run when an epoch has too many."""
+        """Log unreadable images, and stop the run when an epoch has too many; each counts once."""
         if self.trainer.epoch != self.counted_epoch:
-            self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
+            self.unreadable_now, self.counted_epoch = set(), self.trainer.epoch
         messages = [message for batch in batches for message in batch.unreadable]
-        self.unreadable_now += len(messages)
+        self.unreadable_now.update(messages)
         self.name_unreadable(messages)
-        self.check_unreadable(self.unreadable_now, self.trainer.num_images / self.trainer.world_size)
+        self.check_unreadable(len(self.unreadable_now), self.trainer.num_images / self.trainer.world_size)
 
     def name_unreadable(self, messages: Iterable[str]) -> None:
         """Log each unreadable image once."""

@@ -640,6 +640,15 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named_once(damaged, dat
     assert_same_bits(tmp_path / "run", result(tmp_path / "expected"))
 
 
+def test_unreadable_images_in_a_row_count_once_each_in_an_epoch(data, tmp_path):
+    folder = Path(shutil.copytree(data, tmp_path / "images"))
+    for i in range(3):
+        (folder / f"{i:02}.png").write_bytes(b"")
+    train(tiny(folder, tmp_path / "run", epochs=2, max_unreadable=3 / 16))
+    with pytest.raises(ValueError, match=r"max_unreadable: 3 of 16 images .* more than 18\.00%"):
+        train(tiny(folder, tmp_path / "strict", epochs=2, max_unreadable=0.18))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_images_stop_the_run_with_the_field_and_where_they_are_named(damaged, tmp_path, workers):
     run = tmp_path / "run"

@@ -472,6 +472,17 @@ def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_pa
     assert record["loss"] == record["loss_id"]
 
 
+def test_an_unreadable_image_that_an_epoch_draws_twice_counts_once(data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / "broken")
+    only, *others = sorted((broken / "bounding_box_train").iterdir())[:6]  # of one identity
+    only.write_bytes(b"")
+    for path in others:
+        path.unlink()
+    options = {"ids_per_batch": 6, "epochs": 1, "warmup_epochs": 0, "eval_epochs": 0}
+    finetune(finetune_config(broken, tmp_path / "run", max_unreadable=1 / 31, **options))
+    assert (tmp_path / "run" / "log.txt").read_text().count(f"left out: {only}: ") == 1
+
+
 def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_path):
     records = {}
     for name, options in {"plain": {}, "heavy": {"id_weight": 2.0, "triplet_weight": 3.0}}.items():
