@@ -42,6 +42,10 @@ class ImageBatch(NamedTuple):
     labels: Tensor  # int64 [B]
     unreadable: list[str]
 
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
 
 def train_transform(
     config: ReIDConfig,

@@ -98,7 +98,7 @@ class Run:
         raise NotImplementedError
 
     def batches(self) -> Generator[Any, None, None]:
-        """Micro-batches from ``self.trainer.step`` on, each with a list ``unreadable`` of messages."""
+        """Micro-batches from ``self.trainer.step`` on, with ``num_images`` and a list ``unreadable`` of messages."""
         raise NotImplementedError
 
     def announcement(self) -> list[str]:
@@ -182,10 +182,12 @@ class Run:
                     except NonFiniteLossError as e:
                         last = self.folder.latest() or "none yet"
                         raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
-                window.add(record)
+                images = trainer.world_size * sum(batch.num_images for batch in micro_batches)
+                trainer.images_seen += images
+                window.add(record, images)
                 bar.update()
                 if ends_window or trainer.step == first:
-                    figures, eta = window.summary(config.batch_size), f"  eta {left.after(trainer.step)}"
+                    figures, eta = window.summary(), f"  eta {left.after(trainer.step)}"
                     if ends_window:
                         self.write({**figures, **(trainer.indicators if ends_epoch else {})}, eta)
                         window = None  # the next one begins with a step: neither saving nor evaluating counts
@@ -316,7 +318,7 @@ class Run:
             "data_fingerprint": self.trainer.fingerprint,
             "init": Path(self.config.init).name,
             **({"init_provenance": self.origin} if self.origin else {}),
-            "images_seen": self.trainer.step * self.config.batch_size,
+            "images_seen": self.trainer.images_seen,
             "step": self.trainer.step,
             "config": config,
             "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),

@@ -147,6 +147,36 @@ def test_the_checkpoint_holds_its_image_statistics(whole):
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
 
 
+def test_the_images_of_batches_with_fewer_clusters_than_wanted_are_counted(data, tmp_path):
+    images = []
+    take_step = ClusterTrainer.training_step
+
+    def count(self, batches):
+        images.append(self.world_size * len(batches[0].images))
+        return take_step(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClusterTrainer, "training_step", count)
+        config = cluster_config(data, tmp_path / "run", clusters_per_batch=30, save_minutes=0, keep=99)
+        cluster(config)
+    assert max(images) < config.batch_size
+    assert [state_of(path)["images_seen"] for path in steps(tmp_path / "run")] == np.cumsum(images).tolist()
+    for path in steps(tmp_path / "run")[4:]:
+        path.unlink()
+    cluster(replace(config, resume="auto"))
+    provenance = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["provenance"]
+    assert provenance["images_seen"] == sum(images)
+
+
+def test_a_checkpoint_that_does_not_count_images_resumes_as_of_whole_batches(whole, data, tmp_path):
+    state = state_of(steps(whole)[2])
+    assert state.pop("images_seen") == 3 * 2 * 4
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / steps(whole)[2].name)
+    cluster(cluster_config(data, tmp_path, resume="auto"))
+    assert state_of(steps(tmp_path)[-1])["images_seen"] == 6 * 2 * 4
+
+
 # ---- Resuming
 
 
