@@ -293,7 +293,7 @@ class Run:
         """Write the model to a folder, in the first process, whole or not at all.
 
         Args:
-            folder: Folder to write; an older one is replaced.
+            folder: Folder to write; an older one is replaced, all but its README.md.
             **more: Further entries of the provenance.
 
         Raises:

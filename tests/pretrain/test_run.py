@@ -351,6 +351,14 @@ def test_a_finished_run_makes_no_step_and_restores_a_missing_export(whole, copy,
     assert metrics(copy) == metrics(whole)
 
 
+@pytest.mark.parametrize("step", [8, STEPS])
+def test_a_model_card_in_the_export_stays_when_a_run_is_resumed(copy, data, step):
+    back_to(copy, step)
+    (copy / "export" / "README.md").write_text("mine")
+    train(tiny(data, copy, resume="auto"))
+    assert (copy / "export" / "README.md").read_text() == "mine"
+
+
 def test_a_run_resumes_in_the_same_process_while_the_traceback_of_its_error_is_alive(data, tmp_path):
     with pytest.raises(Stopped) as stopped:  # holds the traceback, as a notebook does
         train(tiny(data, tmp_path / "run", max_minutes=1e-9))
