@@ -95,6 +95,7 @@ class PretrainConfig(RunConfig):
 
     FREE = (*RunConfig.FREE, "probe", "probe_epochs")
     NUMERICS = (*RunConfig.NUMERICS, "accumulate", "loss_chunk", "compile")
+    SWITCHES: ClassVar[dict[str, str]] = {"clip_by": "clip", "probe_epochs": "probe"}
     TOPICS: ClassVar[dict[str, str]] = {
         "parts": "model", "local_size": "views", "coarse_share": "training", "momentum": "distillation",
         "loss_chunk": "machine", "probe": "evaluation",

@@ -51,6 +51,10 @@ class ReIDConfig(RunConfig):
     """
 
     FREE = (*RunConfig.FREE, "eval_data", "eval_epochs", "cache_images")
+    SWITCHES: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), "jitter_prob"), "blur_radius": "blur_prob",
+        "downscale": "downscale_prob", "jpeg_quality": "jpeg_prob", "eval_data": "eval_epochs",
+    }  # fmt: skip
     TOPICS: ClassVar[dict[str, str]] = {
         "fusion": "model", "flip_prob": "batches and augmentation", "optimizer": "training", "eval_data": "evaluation",
         "cache_images": "machine",
@@ -127,6 +131,11 @@ class FinetuneConfig(ReIDConfig):
         label_smoothing: Label smoothing of the cross-entropy.
     """
 
+    SWITCHES: ClassVar[dict[str, str]] = {
+        **ReIDConfig.SWITCHES,
+        "margin": "triplet_weight",
+        "label_smoothing": "id_weight",
+    }
     TOPICS: ClassVar[dict[str, str]] = {"ids_per_batch": "batches and augmentation", "bias_lr": "training"}
 
     neck: str = "multi"

@@ -153,6 +153,9 @@ class Run:
         evaluated = partial(self.folder.metric, trainer.step, self.epoch_figure)
         for line in self.announcement():
             self.log(line)
+        if idle := config.idle():
+            named = ", ".join(f"{name} (needs {switch})" for name, switch in idle.items())
+            _logger.warning(f"without effect: {named}")
         if config.init:
             self.log(f"weights: {config.init}")
         if trainer.step:

@@ -483,6 +483,19 @@ def test_an_unreadable_image_that_an_epoch_draws_twice_counts_once(data, tmp_pat
     assert (tmp_path / "run" / "log.txt").read_text().count(f"left out: {only}: ") == 1
 
 
+def test_options_without_effect_are_named_in_one_warning(data, tmp_path, capsys):
+    options = {"brightness": 0.2, "hue": 0.05, "blur_radius": (1, 2), "downscale": (0.5, 0.6), "margin": 0.3}
+    run = {"epochs": 1, "triplet_weight": 0, "quiet": True}
+    finetune(finetune_config(data, tmp_path / "run", **options, **run))
+    warning = (
+        "brightness (needs jitter_prob), blur_radius (needs blur_prob), downscale (needs downscale_prob), margin (needs"
+    )
+    assert capsys.readouterr().err.count(f"without effect: {warning} triplet_weight)\n") == 1
+    switched_on = {"jitter_prob": 0.1, "blur_prob": 0.1, "downscale_prob": 0.1, "triplet_weight": 1}
+    finetune(finetune_config(data, tmp_path / "other", **options, **{**run, **switched_on}))
+    assert capsys.readouterr().err == ""
+
+
 def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_path):
     records = {}
     for name, options in {"plain": {}, "heavy": {"id_weight": 2.0, "triplet_weight": 3.0}}.items():
