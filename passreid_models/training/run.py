@@ -81,7 +81,8 @@ class Run:
             if self.folder.latest() != newest:  # it was looked at before it was locked
                 self.folder.close()
                 raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
-            self.folder.forget_after(self.trainer.step if checkpoint else -1)  # of a run that was killed at once
+            kept = self.trainer.step if checkpoint else -1  # the folder may be of a run that was killed at once
+            self.folder.forget_after(kept)
             self.config.save(self.folder.path / "config.yaml")
         all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
         self.unreadable: set[str] = set()
@@ -89,7 +90,7 @@ class Run:
         self.counted_epoch = -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
-        self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
+        self.board = _tensorboard(self.folder, kept + 1) if config.tensorboard and self.is_main else None
 
     # ---- Implemented by a task
 
@@ -401,9 +402,10 @@ def pick_workers(config: RunConfig) -> int:
     return max(1, min(16, num_cores() - 1))
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _tensorboard(folder: RunFolder, step: int) -> Any:
+    """Writer that takes back what was written from ``step`` on: a resumed run repeats it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError('tensorboard: pip install "passreid-models[train]"') from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)

@@ -188,6 +188,21 @@ def test_tensorboard_gets_what_metrics_get(data, tmp_path):
     assert losses == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "run")})
 
 
+@pytest.mark.slow
+def test_tensorboard_has_each_step_of_a_resumed_run_once(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in (8, -1, STEPS):  # gone back to a checkpoint, begun anew
+        train(tiny(data, tmp_path / "run", resume="auto", tensorboard=True, keep=9))
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss")] == list(range(1, STEPS + 1))
+        back_to(tmp_path / "run", step)
+        if step < 0:
+            shutil.rmtree(tmp_path / "run" / "export")
+
+
 def test_workers_are_the_cores_of_a_process_but_one(monkeypatch, data, tmp_path):
     auto = tiny(data, tmp_path, workers=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
