@@ -140,6 +140,7 @@ _RUN: dict[str, Check] = {
     "config": OBJECT,
     "step": whole(0, 2**53),
     "skipped": whole(0, 2**53),
+    "images_seen": whole(0, 2**53),
     "num_images": whole(1, 2**53),
     "world_size": whole(1, 10**6),
     "fingerprint": ("a text", _is_text),

@@ -6,6 +6,7 @@ FOLDER/extras.safetensors   tensors that belong to the checkpoint, not to the mo
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -46,7 +47,7 @@ def save_pretrained(
         extras: Tensors for ``extras.safetensors``.
         info: Further top-level entries of ``config.json``.
         half: Store floating-point tensors as float16.
-        overwrite: Replace an older folder.
+        overwrite: Replace an older folder, all but its README.md, the model card.
 
     Raises:
         FileExistsError: If the folder exists and is not empty, without ``overwrite``.
@@ -88,6 +89,8 @@ def save_pretrained(
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}
             safetensors.torch.save_file(tensors, new / "extras.safetensors")
+        if (folder / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", new / "README.md")
 
 
 def convert_checkpoint(

@@ -46,7 +46,8 @@ def load_readable(source: Any, index: int) -> tuple[Any, int, list[str]]:
         index: Index of the image.
 
     Returns:
-        The image, its index, and the messages of the unreadable images before it.
+        The image, its index, and the message of the one at ``index``, if it cannot be read. Others that are passed
+        over come with their own index.
 
     Raises:
         ImageError: If all images, or ``MAX_TRIES`` of them in a row, cannot be read.
@@ -56,7 +57,7 @@ def load_readable(source: Any, index: int) -> tuple[Any, int, list[str]]:
     for offset in range(min(MAX_TRIES, count)):
         try:
             i = (index + offset) % count
-            return source.load(i), i, unreadable
+            return source.load(i), i, unreadable[:1]
         except ImageError as e:
             unreadable.append(str(e))
     raise ImageError(f"{len(unreadable)} images in a row cannot be read; the first: {unreadable[0]}")

@@ -23,6 +23,10 @@ class ViewBatch(NamedTuple):
     views: Views  # each field with a leading B
     unreadable: list[str]
 
+    @property
+    def num_images(self) -> int:
+        return len(self.views.global_views)
+
 
 class ViewDataset(Dataset):
     """Views of sample i in epoch e, at the key e * N + i: a function of (seed, e, i) and nothing else."""

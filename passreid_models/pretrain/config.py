@@ -79,8 +79,8 @@ class PretrainConfig(RunConfig):
             frozen prototypes.
         momentum: Momentum of the teacher's moving average at the start; it is 1 at the end.
         teacher_temp: Temperature of the teacher.
-        warmup_teacher_temp: Temperature of the teacher in the first epoch.
-        warmup_teacher_temp_epochs: Epochs of the linear warm-up of the teacher's temperature.
+        warmup_teacher_temp: Temperature of the teacher in the first epoch of its warm-up.
+        warmup_teacher_temp_epochs: Epochs of the linear warm-up of the teacher's temperature; 0: no warm-up.
         student_temp: Temperature of the student.
         center_momentum: Momentum of the centres.
         num_prototypes: Outputs of a projection head, K.
@@ -95,6 +95,7 @@ class PretrainConfig(RunConfig):
 
     FREE = (*RunConfig.FREE, "probe", "probe_epochs")
     NUMERICS = (*RunConfig.NUMERICS, "accumulate", "loss_chunk", "compile")
+    SWITCHES: ClassVar[dict[str, str]] = {"clip_by": "clip", "probe_epochs": "probe"}
     TOPICS: ClassVar[dict[str, str]] = {
         "parts": "model", "local_size": "views", "coarse_epochs": "training", "momentum": "distillation",
         "loss_chunk": "machine", "probe": "evaluation",
@@ -167,6 +168,10 @@ class PretrainConfig(RunConfig):
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
             if not 0 < getattr(self, name) < math.inf:
                 raise wrong(name, getattr(self, name), "more than 0")
+        start = self.warmup_teacher_temp
+        if not self.warmup_teacher_temp_epochs and start not in (self.teacher_temp, PretrainConfig.warmup_teacher_temp):
+            expected = f"teacher_temp = {self.teacher_temp}, since warmup_teacher_temp_epochs is 0"
+            raise wrong("warmup_teacher_temp", start, expected)
         self.check_intervals((("global_scale local_scale", 1), ("blur_radius", math.inf)))
         pixels, reason = (32, ", since the coarse epochs halve it") if self.num_coarse_epochs else (16, "")
         for name in ("size", "local_size"):

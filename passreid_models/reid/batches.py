@@ -42,6 +42,10 @@ class ImageBatch(NamedTuple):
     labels: Tensor  # int64 [B]
     unreadable: list[str]
 
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
 
 def train_transform(
     config: ReIDConfig,
@@ -190,7 +194,7 @@ class TrainImages(Dataset):
         self.transform, self.seed = transform, seed
 
     def __getitem__(self, key: Key) -> tuple[TrainImage, int, list[str]]:
-        """Load and transform an image or, if it is unreadable, the next one; return its index and the messages too.
+        """Load and transform an image or, if it is unreadable, the next one; return its index and the message too.
 
         Raises:
             ImageError: If so many images in a row cannot be read that something else must be wrong.

@@ -51,6 +51,10 @@ class ReIDConfig(RunConfig):
     """
 
     FREE = (*RunConfig.FREE, "eval_data", "eval_epochs", "cache_images")
+    SWITCHES: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), "jitter_prob"), "blur_radius": "blur_prob",
+        "downscale": "downscale_prob", "jpeg_quality": "jpeg_prob", "eval_data": "eval_epochs",
+    }  # fmt: skip
     TOPICS: ClassVar[dict[str, str]] = {
         "fusion": "model", "flip_prob": "batches and augmentation", "optimizer": "training", "eval_data": "evaluation",
         "cache_images": "machine",
@@ -127,6 +131,11 @@ class FinetuneConfig(ReIDConfig):
         label_smoothing: Label smoothing of the cross-entropy.
     """
 
+    SWITCHES: ClassVar[dict[str, str]] = {
+        **ReIDConfig.SWITCHES,
+        "margin": "triplet_weight",
+        "label_smoothing": "id_weight",
+    }
     TOPICS: ClassVar[dict[str, str]] = {"ids_per_batch": "batches and augmentation", "bias_lr": "training"}
 
     neck: str = "multi"
@@ -197,7 +206,8 @@ class ClusterConfig(ReIDConfig):
             with a ``source``.
         source: Labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
         source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
-            ``--config``.
+            ``--config``. What both trainings share (``init``, ``size``, ``device`` and others) is set here or there,
+            but not in two ways.
         steps: Training steps of an epoch.
         clusters_per_batch: Clusters in a batch, over all processes.
         images_per_cluster: Images of each cluster in a batch, which holds ``clusters_per_batch`` x

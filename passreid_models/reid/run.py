@@ -134,6 +134,8 @@ class ReIDRun(Run):
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
+            if self.folder.latest() is None:  # a killed run is not continued from its best model alone
+                self._save()
             self.export_to(
                 self.folder.path / "best",
                 **scores,

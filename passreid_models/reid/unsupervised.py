@@ -83,10 +83,15 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
 
 
 def _source_config(config: ClusterConfig) -> FinetuneConfig:
-    """Configuration of the fine-tuning on the source: shared settings, then ``source_config``."""
-    values: dict[str, Any] = {name: getattr(config, name) for name in SHARED}
+    """Configuration of the fine-tuning on the source: ``source_config``, and the shared settings.
+
+    Raises:
+        ValueError: If ``source_config`` is not valid, or sets a shared setting otherwise than ``config`` does; a value
+            that is the default counts as not set.
+    """
+    settings: Any = {}
     if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
-        values |= merge_presets(config.source_config, PRESETS["finetune"], config.model or config.init)
+        settings = merge_presets(config.source_config, PRESETS["finetune"], config.model or config.init)
     elif config.source_config:
         file = Path(config.source_config)
         if file.exists():
@@ -99,12 +104,16 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
             raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {reason}") from None
         if not isinstance(settings, dict):
             raise ValueError(f"source_config: {config.source_config} holds no settings")
-        values |= settings
-    values |= {"data": config.source, "out": str(Path(config.out) / "source"), "resume": "auto"}
     try:
-        return FinetuneConfig.from_dict(values)
+        source, default = FinetuneConfig.from_dict(settings), FinetuneConfig()
     except ValueError as e:
         raise ValueError(f"source_config: {e}") from None
+    given = {k: v for k in SHARED if (v := getattr(config, k)) != getattr(default, k)}
+    there = {k: v for k in given if (v := getattr(source, k)) not in (given[k], getattr(default, k))}
+    if there:
+        both = "; ".join(f"{k}: {v!r} there, {given[k]!r} here" for k, v in there.items())
+        raise ValueError(f"source_config: {config.source_config} has other settings ({both}): leave one of each out")
+    return replace(source, data=config.source, out=str(Path(config.out) / "source"), resume="auto", **given)
 
 
 def _check(config: ClusterConfig, num_images: int) -> None:

@@ -65,6 +65,9 @@ class RunConfig:
     NUMERICS: ClassVar[tuple[str, ...]] = ("dtype", "grad_checkpointing", "sync_bn")
     """Fields that a resumed run may change; results then agree up to rounding only, and drop-path masks differ."""
 
+    SWITCHES: ClassVar[dict[str, str]] = {}
+    """Fields that have no effect where another one is 0 or empty, such as a probability, with its name."""
+
     TITLES: ClassVar[tuple[str, ...]] = (
         "run", "model", "views", "batches and augmentation", "training", "distillation", "clusters", "evaluation",
         "machine", "checkpoints", "log",
@@ -136,6 +139,11 @@ class RunConfig:
                     topics[title].append(name)
                     seen.add(name)
         return {title: names for title, names in topics.items() if names}
+
+    def idle(self) -> dict[str, str]:
+        """Entries of ``SWITCHES`` whose field is not at its default and has no effect."""
+        changed = {k: v for k, v in self.SWITCHES.items() if getattr(self, k) != getattr(type(self), k)}
+        return {name: switch for name, switch in changed.items() if not getattr(self, switch)}
 
     def check_types(self) -> None:
         """Check each value against the annotation of its field.

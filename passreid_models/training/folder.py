@@ -174,13 +174,20 @@ class RunFolder:
             resume: ``auto`` for the newest, if any; a checkpoint file; or empty, for a new run.
 
         Raises:
-            ValueError: If a new run would overwrite the one in the folder, or the file belongs to another run.
+            ValueError: If a new run would overwrite the one in the folder, or the file belongs to another run; if the
+                folder has models of a run, but none of its checkpoints.
             CheckpointError: If the checkpoint cannot be read.
         """
+        last = self.latest()
+        for model in (self.export_folder, self.path / "best"):
+            if last is None and (model / "config.json").is_file():
+                raise ValueError(
+                    f"{self.path} holds a run without checkpoints, which cannot be continued: another --out begins "
+                    f"anew, and with --init {model} from its weights"
+                )
         if resume == "auto":
             newest = self.load_latest()
             return newest[1] if newest else None
-        last = self.latest()
         if resume:
             file = Path(resume)
             if last and file.resolve() not in [p.resolve() for p in self.checkpoints()]:

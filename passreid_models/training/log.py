@@ -24,6 +24,7 @@ class Window:
     def __init__(self) -> None:
         self.start, self.waited = time.perf_counter(), 0.0
         self.records: list[dict[str, float]] = []
+        self.images = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -32,10 +33,12 @@ class Window:
         yield
         self.waited += time.perf_counter() - before
 
-    def add(self, record: dict[str, float]) -> None:
+    def add(self, record: dict[str, float], images: int) -> None:
+        """Add the record of a step, and its number of images over all processes."""
         self.records.append(record)
+        self.images += images
 
-    def summary(self, batch_size: int) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Mean losses and gradient norm over finite values, last scheduled values, and speed."""
         seconds = time.perf_counter() - self.start
         keys = {k: None for r in self.records for k in r}  # a skipped step has fewer
@@ -44,7 +47,7 @@ class Window:
         return {
             **means,
             **{k: v for k, v in self.records[-1].items() if k in SCHEDULED},
-            "images_per_s": batch_size * len(self.records) / seconds,
+            "images_per_s": self.images / seconds,
             "wait_share": self.waited / seconds,
         }
 

@@ -49,7 +49,8 @@ def make_grouped_optimizer(
         momentum: Momentum of SGD; AdamW's first beta.
         weight_decay: Weight decay.
         bias_lr: Factor of the learning rate of biases.
-        layer_decay: Factor of the learning rate from each block to the one before it; layers after the blocks have 1.
+        layer_decay: Factor of the learning rate from each block to the one before it; neck and classifier have 1, the
+            last block and ``norm`` have ``layer_decay``.
     """
     depth = {id(p): 0 for p in network.parameters()}
     layers = group_with_matcher(backbone.named_parameters(), backbone.group_matcher(), reverse=True)

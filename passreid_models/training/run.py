@@ -81,14 +81,16 @@ class Run:
             if self.folder.latest() != newest:  # it was looked at before it was locked
                 self.folder.close()
                 raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
-            self.folder.forget_after(self.trainer.step if checkpoint else -1)  # of a run that was killed at once
+            kept = self.trainer.step if checkpoint else -1  # the folder may be of a run that was killed at once
+            self.folder.forget_after(kept)
             self.config.save(self.folder.path / "config.yaml")
         all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
         self.unreadable: set[str] = set()
-        self.unreadable_now, self.counted_epoch = 0, -1
+        self.unreadable_now: set[str] = set()
+        self.counted_epoch = -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
-        self.board = _tensorboard(self.folder) if config.tensorboard and self.is_main else None
+        self.board = _tensorboard(self.folder, kept + 1) if config.tensorboard and self.is_main else None
 
     # ---- Implemented by a task
 
@@ -97,7 +99,7 @@ class Run:
         raise NotImplementedError
 
     def batches(self) -> Generator[Any, None, None]:
-        """Micro-batches from ``self.trainer.step`` on, each with a list ``unreadable`` of messages."""
+        """Micro-batches from ``self.trainer.step`` on, with ``num_images`` and a list ``unreadable`` of messages."""
         raise NotImplementedError
 
     def announcement(self) -> list[str]:
@@ -152,6 +154,9 @@ class Run:
         evaluated = partial(self.folder.metric, trainer.step, self.epoch_figure)
         for line in self.announcement():
             self.log(line)
+        if idle := config.idle():
+            named = ", ".join(f"{name} (needs {switch})" for name, switch in idle.items())
+            _logger.warning(f"without effect: {named}")
         if config.init:
             self.log(f"weights: {config.init}")
         if trainer.step:
@@ -181,10 +186,12 @@ class Run:
                     except NonFiniteLossError as e:
                         last = self.folder.latest() or "none yet"
                         raise NonFiniteLossError(f"{e}; the last good checkpoint: {last}") from None
-                window.add(record)
+                images = trainer.world_size * sum(batch.num_images for batch in micro_batches)
+                trainer.images_seen += images
+                window.add(record, images)
                 bar.update()
                 if ends_window or trainer.step == first:
-                    figures, eta = window.summary(config.batch_size), f"  eta {left.after(trainer.step)}"
+                    figures, eta = window.summary(), f"  eta {left.after(trainer.step)}"
                     if ends_window:
                         self.write({**figures, **(trainer.indicators if ends_epoch else {})}, eta)
                         window = None  # the next one begins with a step: neither saving nor evaluating counts
@@ -235,13 +242,13 @@ class Run:
         return f"epoch {t.epochs_done:.2f}  step {t.step}/{t.total_steps}  {values}"
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
-        """Log unreadable images, and stop the run when an epoch has too many."""
+        """Log unreadable images, and stop the run when an epoch has too many; each counts once."""
         if self.trainer.epoch != self.counted_epoch:
-            self.unreadable_now, self.counted_epoch = 0, self.trainer.epoch
+            self.unreadable_now, self.counted_epoch = set(), self.trainer.epoch
         messages = [message for batch in batches for message in batch.unreadable]
-        self.unreadable_now += len(messages)
+        self.unreadable_now.update(messages)
         self.name_unreadable(messages)
-        self.check_unreadable(self.unreadable_now, self.trainer.num_images / self.trainer.world_size)
+        self.check_unreadable(len(self.unreadable_now), self.trainer.num_images / self.trainer.world_size)
 
     def name_unreadable(self, messages: Iterable[str]) -> None:
         """Log each unreadable image once."""
@@ -290,7 +297,7 @@ class Run:
         """Write the model to a folder, in the first process, whole or not at all.
 
         Args:
-            folder: Folder to write; an older one is replaced.
+            folder: Folder to write; an older one is replaced, all but its README.md.
             **more: Further entries of the provenance.
 
         Raises:
@@ -315,7 +322,7 @@ class Run:
             "data_fingerprint": self.trainer.fingerprint,
             "init": Path(self.config.init).name,
             **({"init_provenance": self.origin} if self.origin else {}),
-            "images_seen": self.trainer.step * self.config.batch_size,
+            "images_seen": self.trainer.images_seen,
             "step": self.trainer.step,
             "config": config,
             "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
@@ -395,9 +402,10 @@ def pick_workers(config: RunConfig) -> int:
     return max(1, min(16, num_cores() - 1))
 
 
-def _tensorboard(folder: RunFolder) -> Any:
+def _tensorboard(folder: RunFolder, step: int) -> Any:
+    """Writer that takes back what was written from ``step`` on: a resumed run repeats it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError('tensorboard: pip install "passreid-models[train]"') from None
-    return SummaryWriter(str(folder.path / "tensorboard"))
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)

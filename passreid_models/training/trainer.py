@@ -63,6 +63,8 @@ class BaseTrainer:
             self.epoch_starts.append(self.epoch_starts[-1] + count)
         self.total_steps = self.epoch_starts[-1]
         self.step, self.skipped = 0, 0
+        self.images_seen = 0
+        """Images of all steps so far, over all processes; counted by ``Run``."""
         self.dtype = pick_dtype(config.dtype, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.indicators: dict[str, float] = {}
@@ -182,6 +184,7 @@ class BaseTrainer:
             "config": self.config.to_dict(),
             "step": self.step,
             "skipped": self.skipped,
+            "images_seen": self.images_seen,
             "num_images": self.num_images,
             "fingerprint": self.fingerprint,
             "world_size": self.world_size,
@@ -216,6 +219,7 @@ class BaseTrainer:
                 "and drop-path masks differ"
             )
         self.step, self.skipped = state["step"], state["skipped"]
+        self.images_seen = state.get("images_seen", self.step * config.batch_size)  # older versions did not count
         try:
             self.load_tensors(state)
             if state["scaler"]:  # empty unless the saved run was in float16

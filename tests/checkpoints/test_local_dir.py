@@ -232,6 +232,13 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
         load(tmp_path / "model")
 
 
+def test_overwriting_keeps_the_model_card(tmp_path):
+    save_pretrained(create(), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("mine")
+    save_pretrained(create(depth=1), tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+
+
 def test_overwriting_replaces_the_folder_whole(tmp_path):
     save_pretrained(create(num_parts=1), tmp_path / "model", {"classifier.weight": torch.zeros(2, 2)})
     model = create(depth=1)

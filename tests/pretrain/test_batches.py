@@ -97,7 +97,7 @@ def test_coarse_epochs_come_first_and_draw_the_same_boxes_and_colours():
 def test_an_unreadable_image_gives_way_to_the_next_readable_one(broken, index, replacement):
     views, unreadable = dataset(broken)[2 * N + index]
     assert same(views, FINE(Noise().load(replacement), np.random.default_rng((5, 2, index, 1))))
-    assert unreadable == [f"image {(index + i) % N}: torn" for i in range(len(broken))]
+    assert unreadable == [f"image {index}: torn"]  # the others come with their own keys
 
 
 def test_other_samples_do_not_notice_an_unreadable_image():

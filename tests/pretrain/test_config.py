@@ -241,6 +241,11 @@ def test_zero_is_refused_exactly_where_it_means_nothing(name):
         ({"warmup_epochs": 101}, "warmup_epochs: expected at most epochs = 100, got 101"),
         ({"coarse_epochs": 101}, "coarse_epochs: expected a whole number of at most epochs = 100, .* got 101"),
         ({"coarse_epochs": 1.5}, "coarse_epochs: expected a whole number .* or less than 1, got 1.5"),
+        (
+            {"warmup_teacher_temp": 0.01},
+            "warmup_teacher_temp: expected teacher_temp = 0.04, since warmup_teacher_temp_epochs is 0, got 0.01",
+        ),
+        ({"warmup_teacher_temp": 0.01, "teacher_temp": 0.02}, "warmup_teacher_temp: expected teacher_temp = 0.02"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_with_what_was_expected(options, message):
@@ -254,6 +259,12 @@ def test_sizes_at_the_edge_of_what_can_be_are_taken():
     assert PretrainConfig(size=(64, 64), coarse_epochs=0.5).view_sizes(0) == ((32, 32), (16, 16))
     assert PretrainConfig(coarse_epochs=100, warmup_epochs=100).num_coarse_epochs == 100
     assert PretrainConfig(momentum=1, center_momentum=1, max_unreadable=1).momentum == 1
+
+
+def test_a_teacher_temperature_needs_no_warm_up():
+    assert PretrainConfig(teacher_temp=0.03).teacher_temp == 0.03
+    assert PretrainConfig(teacher_temp=0.03, warmup_teacher_temp=0.03).warmup_teacher_temp == 0.03
+    assert PretrainConfig(warmup_teacher_temp=0.01, warmup_teacher_temp_epochs=1).warmup_teacher_temp == 0.01
 
 
 @pytest.mark.parametrize(("name", "allowed"), [("dtype", DTYPES), ("clip_by", CLIPS)])
@@ -335,7 +346,8 @@ def other(name: str) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_names_each_field_that_shapes_the_weights_and_no_other(name):
-    config, saved = replace(PretrainConfig(), **{name: other(name)}), PretrainConfig()
+    saved = PretrainConfig(warmup_teacher_temp_epochs=5)
+    config = replace(saved, **{name: other(name)})
     changed = config.changed(saved.to_dict())
     assert list(changed) == ([] if name in PretrainConfig.FREE + PretrainConfig.NUMERICS else [name])
     if changed:

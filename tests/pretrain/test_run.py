@@ -188,6 +188,21 @@ def test_tensorboard_gets_what_metrics_get(data, tmp_path):
     assert losses == pytest.approx({r["step"]: r["loss"] for r in metrics(tmp_path / "run")})
 
 
+@pytest.mark.slow
+def test_tensorboard_has_each_step_of_a_resumed_run_once(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in (8, -1, STEPS):  # gone back to a checkpoint, begun anew
+        train(tiny(data, tmp_path / "run", resume="auto", tensorboard=True, keep=9))
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        assert [e.step for e in events.Scalars("loss")] == list(range(1, STEPS + 1))
+        back_to(tmp_path / "run", step)
+        if step < 0:
+            shutil.rmtree(tmp_path / "run" / "export")
+
+
 def test_workers_are_the_cores_of_a_process_but_one(monkeypatch, data, tmp_path):
     auto = tiny(data, tmp_path, workers=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
@@ -349,6 +364,14 @@ def test_a_finished_run_makes_no_step_and_restores_a_missing_export(whole, copy,
     train(tiny(data, copy, resume="auto"))
     assert_same_bits(copy, result(whole))
     assert metrics(copy) == metrics(whole)
+
+
+@pytest.mark.parametrize("step", [8, STEPS])
+def test_a_model_card_in_the_export_stays_when_a_run_is_resumed(copy, data, step):
+    back_to(copy, step)
+    (copy / "export" / "README.md").write_text("mine")
+    train(tiny(data, copy, resume="auto"))
+    assert (copy / "export" / "README.md").read_text() == "mine"
 
 
 def test_a_run_resumes_in_the_same_process_while_the_traceback_of_its_error_is_alive(data, tmp_path):
@@ -638,6 +661,15 @@ def test_an_unreadable_image_is_replaced_by_the_next_and_named_once(damaged, dat
     log = (tmp_path / "run" / "log.txt").read_text()
     assert [log.count(f"left out: {damaged / name}") for name in ("05.png", "15.png", "06.png")] == [1, 1, 0]
     assert_same_bits(tmp_path / "run", result(tmp_path / "expected"))
+
+
+def test_unreadable_images_in_a_row_count_once_each_in_an_epoch(data, tmp_path):
+    folder = Path(shutil.copytree(data, tmp_path / "images"))
+    for i in range(3):
+        (folder / f"{i:02}.png").write_bytes(b"")
+    train(tiny(folder, tmp_path / "run", epochs=2, max_unreadable=3 / 16))
+    with pytest.raises(ValueError, match=r"max_unreadable: 3 of 16 images .* more than 18\.00%"):
+        train(tiny(folder, tmp_path / "strict", epochs=2, max_unreadable=0.18))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

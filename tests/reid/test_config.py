@@ -7,6 +7,7 @@ import pytest
 import timm
 
 from passreid_models import cli, save_pretrained
+from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.reid.config import DOMAIN, PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.run import complete
 from passreid_models.training.command import read_config
@@ -266,6 +267,25 @@ def test_the_laptop_preset_means_the_tiny_model_unless_init_or_model_names_anoth
     ):
         preset = [] if "--config" in words else ["--preset", "laptop"]
         assert complete(parse(config, "market/", *preset, *words)).model == model
+
+
+SET = {
+    "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "blur_radius": (1, 2), "downscale": (0.4, 0.5),
+    "jpeg_quality": (10, 20), "margin": 0.3, "label_smoothing": 0.1, "eval_data": "x", "clip_by": "norm",
+    "probe_epochs": 2,
+}  # fmt: skip
+ON = {"probe": "x", "eval_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "switch"), [(c, *pair) for c in (*CONFIGS, PretrainConfig) for pair in c.SWITCHES.items()]
+)
+def test_an_option_is_idle_where_it_is_set_and_its_switch_is_off(config, name, switch):
+    assert config().idle() == {}
+    off = "" if switch == "probe" else 0
+    assert config(**{name: SET[name], switch: off}).idle() == {name: switch}
+    assert config(**{name: SET[name], switch: ON.get(switch, 0.5)}).idle() == {}
+    assert config(**{switch: off}).idle() == {}
 
 
 def test_the_learning_rate_falls_after_two_fifths_of_the_epochs_unless_lr_step_is_given():

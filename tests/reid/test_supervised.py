@@ -331,6 +331,24 @@ def test_an_evaluation_that_a_kill_cut_short_is_repeated(whole, data, tmp_path, 
     ]
 
 
+def test_a_run_that_is_killed_with_a_best_model_goes_on(data, tmp_path, monkeypatch):
+    config = finetune_config(data, tmp_path / "run", save_epochs=99)
+    write = SupervisedRun.write
+
+    def killed(self, figures, eta=""):
+        if "mAP" in figures and self.trainer.step:  # after the best model is written
+            raise KeyboardInterrupt
+        write(self, figures, eta)
+
+    monkeypatch.setattr(SupervisedRun, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert (tmp_path / "run" / "best" / "config.json").is_file()
+    monkeypatch.undo()
+    finetune(replace(config, resume="auto"))
+    assert [r["epoch"] for r in metrics(tmp_path / "run") if "mAP" in r] == [0, 2, 3]
+
+
 def last_lines(run: Path) -> list[str]:
     """Log lines after the last evaluation, without the time."""
     lines = [line[20:] for line in (run / "log.txt").read_text().splitlines()]
@@ -452,6 +470,30 @@ def test_identities_with_one_image_train_by_the_cross_entropy_alone(data, tmp_pa
     (record,) = (r for r in metrics(tmp_path / "run") if "loss" in r)
     assert "loss_triplet" not in record
     assert record["loss"] == record["loss_id"]
+
+
+def test_an_unreadable_image_that_an_epoch_draws_twice_counts_once(data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / "broken")
+    only, *others = sorted((broken / "bounding_box_train").iterdir())[:6]  # of one identity
+    only.write_bytes(b"")
+    for path in others:
+        path.unlink()
+    options = {"ids_per_batch": 6, "epochs": 1, "warmup_epochs": 0, "eval_epochs": 0}
+    finetune(finetune_config(broken, tmp_path / "run", max_unreadable=1 / 31, **options))
+    assert (tmp_path / "run" / "log.txt").read_text().count(f"left out: {only}: ") == 1
+
+
+def test_options_without_effect_are_named_in_one_warning(data, tmp_path, capsys):
+    options = {"brightness": 0.2, "hue": 0.05, "blur_radius": (1, 2), "downscale": (0.5, 0.6), "margin": 0.3}
+    run = {"epochs": 1, "triplet_weight": 0, "quiet": True}
+    finetune(finetune_config(data, tmp_path / "run", **options, **run))
+    warning = (
+        "brightness (needs jitter_prob), blur_radius (needs blur_prob), downscale (needs downscale_prob), margin (needs"
+    )
+    assert capsys.readouterr().err.count(f"without effect: {warning} triplet_weight)\n") == 1
+    switched_on = {"jitter_prob": 0.1, "blur_prob": 0.1, "downscale_prob": 0.1, "triplet_weight": 1}
+    finetune(finetune_config(data, tmp_path / "other", **options, **{**run, **switched_on}))
+    assert capsys.readouterr().err == ""
 
 
 def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_path):

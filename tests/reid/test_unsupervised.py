@@ -18,7 +18,7 @@ from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
 from passreid_models.reid import unsupervised
-from passreid_models.reid.config import ClusterConfig
+from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.reid.model import without_drop_path
 from passreid_models.reid.pseudo_labels import cluster_features
 from passreid_models.reid.unsupervised import ClusterRun, ClusterTrainer, cluster, compare_with_labels
@@ -145,6 +145,36 @@ def test_the_checkpoint_holds_its_image_statistics(whole):
     model = find_weights(str(steps(whole)[-1]), "test_pass_vit").create("test_pass_vit", img_size=(64, 32), neck="")
     cfg = model.pretrained_cfg
     assert (list(cfg["mean"]), list(cfg["std"]), cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
+
+
+def test_the_images_of_batches_with_fewer_clusters_than_wanted_are_counted(data, tmp_path):
+    images = []
+    take_step = ClusterTrainer.training_step
+
+    def count(self, batches):
+        images.append(self.world_size * len(batches[0].images))
+        return take_step(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClusterTrainer, "training_step", count)
+        config = cluster_config(data, tmp_path / "run", clusters_per_batch=30, save_minutes=0, keep=99)
+        cluster(config)
+    assert max(images) < config.batch_size
+    assert [state_of(path)["images_seen"] for path in steps(tmp_path / "run")] == np.cumsum(images).tolist()
+    for path in steps(tmp_path / "run")[4:]:
+        path.unlink()
+    cluster(replace(config, resume="auto"))
+    provenance = json.loads((tmp_path / "run" / "export" / "config.json").read_text())["provenance"]
+    assert provenance["images_seen"] == sum(images)
+
+
+def test_a_checkpoint_that_does_not_count_images_resumes_as_of_whole_batches(whole, data, tmp_path):
+    state = state_of(steps(whole)[2])
+    assert state.pop("images_seen") == 3 * 2 * 4
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(state, tmp_path / "checkpoints" / steps(whole)[2].name)
+    cluster(cluster_config(data, tmp_path, resume="auto"))
+    assert state_of(steps(tmp_path)[-1])["images_seen"] == 6 * 2 * 4
 
 
 # ---- Resuming
@@ -445,3 +475,23 @@ def test_the_fine_tuning_on_the_source_has_the_shared_settings(data, tmp_path):
     assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
     assert unsupervised._source_config(replace(config, source_config="laptop")).model == config.model
     assert finetune_config(data, tmp_path).epochs == 3
+
+
+def test_settings_of_the_run_hold_for_the_source_and_a_file_that_contradicts_them_is_refused(data, tmp_path):
+    file, given = tmp_path / "early.yaml", {"init": "b", "size": (128, 64), "seed": 7, "device": "cpu", "workers": 2}
+    config = cluster_config(data, tmp_path / "run", source="S", source_config=str(file), fusion="mean", **given)
+    early = FinetuneConfig(epochs=9, size=(128, 64), fusion="mean", log_steps=5, model="test_pass_vit")
+    early.save(file)  # whole, with the defaults of all others
+    source = unsupervised._source_config(replace(config, log_steps=50, model=""))
+    assert {k: getattr(source, k) for k in given} == given
+    assert (source.data, source.epochs, source.fusion) == ("S", 9, "mean")
+    assert (source.log_steps, source.model) == (5, "test_pass_vit")  # set in the file alone
+    replace(early, init="a", fusion="cat", size=(256, 128), data="x", out="y", lr=1.0).save(file)
+    with pytest.raises(ValueError, match=r"source_config: .*early\.yaml has other settings \((.*)\): leave one") as e:
+        unsupervised._source_config(replace(config, log_steps=50))
+    assert (
+        "(init: 'a' there, 'b' here; fusion: 'cat' there, 'mean' here; size: (256, 128) there, (128, 64) here)"
+        in str(e.value)
+    )
+    with pytest.raises(ValueError, match=r"pass-vit-s-384 has other settings \(size: \(384, 128\) there, \(128, 64\) "):
+        unsupervised._source_config(replace(config, source_config="pass-vit-s-384"))

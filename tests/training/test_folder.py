@@ -212,6 +212,20 @@ def test_a_missing_checkpoint_is_named(folder):
         folder.load(folder.path / "none.pt")
 
 
+@pytest.mark.parametrize("resume", ["", "auto", "elsewhere/step_000000120.pt"])
+@pytest.mark.parametrize("model", ["export", "best"])
+def test_a_run_without_its_checkpoints_is_refused_with_advice(folder, model, resume):
+    assert folder.find("") is folder.find("auto") is None  # as of a run that was killed before its first checkpoint
+    (folder.path / model).mkdir()
+    assert folder.find("auto") is None
+    (folder.path / model / "config.json").write_text("{}")
+    advice = f"another --out begins anew, and with --init {folder.path / model} from its weights"
+    with pytest.raises(ValueError, match=f"^{folder.path} holds a run without checkpoints, .*: {advice}$"):
+        folder.find(resume)
+    folder.save(state(3), keep=1)
+    assert folder.find("auto")["step"] == 3
+
+
 # ---- One process at a time
 
 

@@ -94,6 +94,7 @@ def test_metrics_that_are_a_pipe_or_huge_are_refused(tmp_path):
     ("entry", "message"),
     [
         ({"step": "5"}, "step: expected a whole number"),
+        ({"images_seen": -1}, "images_seen: expected a whole number"),
         ({"config": []}, "config: expected an object"),
         ({"config": {"model": "x"}}, "config: model: expected one of"),
         ({"config": {"init": 5}}, "config: init: expected a text"),

@@ -36,6 +36,14 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps(clock):
     assert left.after(901) == "06:36"
 
 
+def test_the_speed_is_that_of_the_images_of_each_step(clock):
+    window = log.Window()
+    for images in (8, 40):
+        clock[0] += 2.0
+        window.add({"loss": 1.0}, images)
+    assert window.summary()["images_per_s"] == 12.0
+
+
 def test_a_line_after_the_first_step_shows_that_the_run_goes_and_how_long(tmp_path, capsys):
     data, out = write_images(tmp_path / "images", 16), tmp_path / "run"
     assert cli.train(flags(data, out, epochs=2, log_steps=100)) == 0
