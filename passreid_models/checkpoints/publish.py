@@ -59,6 +59,8 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     if accuracy:
         scores = f"mAP {accuracy['mAP']:.1f}, Rank-1 {accuracy['rank1']:.1f}"
         rows["Accuracy"] = f"{scores} on {accuracy['measured_on']}, measured {accuracy['measured_by']}"
+    elif provenance.get("evaluated_training_images"):
+        rows["Accuracy"] = "not stated, since the run was evaluated on images that it trained on"
     details = "\n".join(f"- **{name}:** {value}" for name, value in rows.items())
     history = "\n".join(f"- {key}: `{value}`" for key, value in provenance.items() if value) or "- not recorded"
     return f"""---
@@ -108,7 +110,7 @@ def _accuracy(weight: Weight | None, config: dict[str, Any]) -> dict[str, Any] |
         if not _is_descriptor_of(weight, config):
             return None
         return weight.accuracy and {**weight.accuracy, "measured_by": f"by {weight.accuracy['measured_by']}"}
-    if not provenance.keys() >= {"mAP", "rank1"}:
+    if not provenance.keys() >= {"mAP", "rank1"} or provenance.get("evaluated_training_images"):
         return None
     when = "during the training; of its checkpoints, this one had the highest mAP"
     data = provenance.get("evaluation_data") or f"queries and gallery of {provenance.get('data', 'unknown data')}"
