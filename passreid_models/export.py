@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from passreid_models.architectures import IMAGENET
+from passreid_models.checkpoints.load import has_own_weights
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.zoo import list_weights
 from passreid_models.embed import WHOLE, Embedder
@@ -207,11 +208,11 @@ def _metadata(embed: Embedder, input: str, half: bool) -> dict[str, Any]:
     model, (channels, *size) = embed.model, embed.input_size
     cfg = model.pretrained_cfg
     mean, std = (x.tolist() for x in host_statistics(embed, input))
-    is_tag = model.origin.has_own_cfg and cfg.get("tag")
+    is_own = has_own_weights(model)
     return {
-        "model": f"{cfg['architecture']}.{cfg['tag']}" if is_tag else cfg["architecture"],
+        "model": f"{cfg['architecture']}.{cfg['tag']}" if is_own and cfg.get("tag") else cfg["architecture"],
         "weights_sha256": embed.fingerprint["weights"],
-        "license": (model.origin.has_own_cfg and cfg.get("license")) or "other",
+        "license": (is_own and cfg.get("license")) or "other",
         "input": input,
         "input_dtype": "uint8" if input == "uint8" else "float16" if half else "float32",
         "input_shape": ["batch", *size, channels] if input == "uint8" else ["batch", channels, *size],

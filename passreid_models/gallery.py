@@ -336,40 +336,62 @@ class _Index:
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
         self.names, self.name_of = list(numbers), np.array([numbers[name] for name in names])  # [M], [G]
         self.pairs = Similarities(descriptors[:0], descriptors.to(device), metric)
-        self.faiss = _faiss_index(self.pairs, faiss) if faiss else None
+        self.faiss, self.total = None, len(names)
+        if faiss:  # holds each descriptor once, since equal ones would come in any order: number -> rows that have it
+            original = np.arange(len(names))
+            original[self.pairs.copies] = self.pairs.originals
+            self.rows = original.argsort(kind="stable")
+            distinct, self.begins, self.counts = np.unique(original[self.rows], return_index=True, return_counts=True)
+            self.faiss, self.total = _faiss_index(self.pairs, distinct, faiss), len(distinct)
 
     def search(self, query: Tensor, topk: int) -> tuple[list[list[str]], Tensor]:
         """Names and similarities of the hits, ``unknown`` and -inf where there are too few."""
         numbers = np.full((len(query), topk), -1)
         best = np.full((len(query), topk), -np.inf, dtype=np.float32)
-        total, wanted = len(self.name_of), min(topk, len(self.names))
-        k = min(total, wanted * math.ceil(total / len(self.names)))
+        wanted = min(topk, len(self.names))
+        k = min(self.total, wanted * math.ceil(len(self.name_of) / len(self.names)) + (self.faiss is not None))
         pending = np.arange(len(query))
         while len(pending):
             missing = []
-            for row, values, hits in self.images(query, pending, k):
-                hits = hits[hits >= 0]  # faiss finds fewer in some kinds of index
+            for row, values, hits, is_all in self.images(query, pending, k):
                 first = np.sort(np.unique(self.name_of[hits], return_index=True)[1])[:topk]
                 numbers[row, : len(first)], best[row, : len(first)] = self.name_of[hits[first]], values[first]
-                if len(first) < wanted and len(hits) == k < total:  # many images of few names
+                # many images of few names, or faiss may have left out images as similar as the last hit
+                if not is_all and (len(first) < wanted or (self.faiss is not None and values[first[-1]] == values[-1])):
                     missing.append(row)
-            pending, k = np.array(missing, dtype=np.int64), min(total, 4 * k)
+            pending, k = np.array(missing, dtype=np.int64), min(self.total, 4 * k)
         names = [*self.names, UNKNOWN]  # the last one is at -1
         return [[names[i] for i in row] for row in numbers.tolist()], torch.from_numpy(best)
 
-    def images(self, query: Tensor, rows: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Yield each row of the queries, with similarities and rows ``[K]`` of its most similar images."""
+    def images(self, query: Tensor, rows: np.ndarray, k: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool]]:
+        """Yield each row of the queries, with similarities and rows of its most similar images, and if these are all.
+
+        ``k`` is the number of images; with faiss that of distinct descriptors, of which some indexes find fewer.
+        """
         for start, stop in chunks(len(rows), 12 * k, BUDGET_MB, self.pairs.device):
             pairs = self.pairs.with_query(query[rows[start:stop]])
             if self.faiss is None:
                 ranking = rank_pairs(pairs, k, BUDGET_MB)
                 values, images = ranking.similarities.cpu().numpy(), ranking.indices.cpu().numpy()
+                for i, row in enumerate(rows[start:stop].tolist()):
+                    yield row, values[i], images[i], k == self.total
             else:
                 is_euclidean = pairs.metric == "euclidean"
                 x = pairs.query if is_euclidean else pairs.query / pairs.query_norms[:, None]
-                values, images = self.faiss.search(x.numpy(), k)
+                values, found = self.faiss.search(x.numpy(), k)
                 values = -values if is_euclidean else values
-            yield from zip(rows[start:stop].tolist(), values, images, strict=True)
+                for i, row in enumerate(rows[start:stop].tolist()):
+                    is_hit = found[i] >= 0
+                    hits = self._with_copies(values[i][is_hit], found[i][is_hit])
+                    yield row, *hits, k == self.total or not is_hit.all()
+
+    def _with_copies(self, values: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and rows of all images of distinct descriptors, equal similarities by row."""
+        counts = self.counts[numbers]
+        offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        values, images = values.repeat(counts), self.rows[self.begins[numbers].repeat(counts) + offsets]
+        order = np.lexsort((images, -values))
+        return values[order], images[order]
 
 
 def _require_faiss() -> Any:
@@ -380,10 +402,11 @@ def _require_faiss() -> Any:
     return faiss
 
 
-def _faiss_index(pairs: Similarities, description: str) -> Any:
+def _faiss_index(pairs: Similarities, rows: np.ndarray, description: str) -> Any:
     library = _require_faiss()
     is_euclidean = pairs.metric == "euclidean"
     x = (pairs.gallery if is_euclidean else pairs.gallery / pairs.gallery_norms[:, None]).numpy()
+    x = x if len(rows) == len(x) else x[rows]
     try:
         index = library.index_factory(
             x.shape[1], description, library.METRIC_L2 if is_euclidean else library.METRIC_INNER_PRODUCT

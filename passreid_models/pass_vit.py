@@ -7,6 +7,7 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -415,10 +416,11 @@ def _build(
         unknown = converted and is_untagged and converted.task == "unsupervised" and not converted.fusion
         if unknown and kwargs.get("global_pool") is None:
             report.notes.append("fusion: the tensors do not show it, 'cat' assumed; the MSMT17 models have 'mean'")
+    is_own_cfg = converted and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
     network.origin = replace(
         network.origin,
         model_args={k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES},
-        has_own_cfg=pretrained and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url")),
+        file=os.path.abspath(file) if is_own_cfg else "",
     )
     return model
 

@@ -202,6 +202,10 @@ def test_tag_and_licence_are_those_of_the_weights_or_none(tmp_path):
     assert (bundled["model"], bundled["license"]) == ("pass_vit_tiny_patch16.synth", "apache-2.0")
     assert (random["model"], random["license"]) == ("pass_vit_tiny_patch16", "other")
     assert bundled["weights_sha256"] != random["weights_sha256"]
+    trained = timm.create_model("pass_vit_tiny_patch16.synth", pretrained=True)
+    trained.norm.bias.data += 1e-3
+    export_model(trained, tmp_path / "trained.pt")
+    assert [metadata_of(tmp_path / "trained.pt")[k] for k in ("model", "license")] == ["pass_vit_tiny_patch16", "other"]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,34 @@ def test_faiss_finds_what_the_exact_search_finds_and_an_approximate_index_what_i
     assert (near.similarities[:, 0] - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("queries", [1, 40])  # faiss takes a matrix product for 20 and more
+@pytest.mark.parametrize("kind", ["copies", "two names of an image", "equal similarities of other descriptors"])
+def test_faiss_orders_equal_similarities_as_the_exact_search(metric, queries, kind):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "copies":
+        x = random(30, 37)[torch.randint(0, 10, (300,), generator=generator)]
+    elif kind == "two names of an image":
+        x = torch.cat([random(50, 37), random(50, 37)])
+    else:  # sums of a few halves are exact in any order
+        x = torch.eye(16)[torch.rand(300, 16, generator=generator).argsort(dim=1)[:, :4]].sum(dim=1) / 2
+    query = (x[:40] if kind != "copies" else random(40, 37, seed=1))[-queries:]
+    for names in (numbered(len(x)), [f"n{i % 23}" for i in range(len(x))]):
+        exact, flat = filled(x, names, metric=metric), filled(x, names, metric=metric, faiss="Flat")
+        for topk in (1, 2, 7, len(x)):
+            expected, found = exact.search(query, topk), flat.search(query, topk)
+            assert found.names == expected.names
+            assert torch.allclose(found.similarities, expected.similarities, atol=1e-4)
+
+
+def test_an_approximate_index_finds_all_names_of_an_image_in_the_order_of_adding():
+    x = random(400, 32)
+    gallery = filled(
+        torch.cat([x, x[:200]]), [*numbered(400), *(f"copy of n{i}" for i in range(200))], faiss="IVF8,Flat"
+    )
+    assert gallery.search(x[:200], 2).names == [[f"n{i}", f"copy of n{i}"] for i in range(200)]
+
+
 @pytest.mark.parametrize("length", [1e-18, 1e15])
 def test_faiss_compares_very_short_and_very_long_descriptors_as_the_exact_search(length):
     x = random(30)

@@ -6,12 +6,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import isqrt
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from passreid_models.architectures import HALF, IMAGENET, architecture_name
-from passreid_models.checkpoints.convert import Converted, Grid, convert_state_dict, guess_grid, shape_text
+from passreid_models.checkpoints.convert import (
+    Converted,
+    Grid,
+    convert_file,
+    convert_state_dict,
+    guess_grid,
+    shape_text,
+)
 from passreid_models.checkpoints.read import CheckpointError, StateDict
 from passreid_models.runtime import few, unwrap
 
@@ -61,12 +69,12 @@ class Origin:
 
     Args:
         model_args: Arguments of ``timm.create_model`` for the same model, besides those of its tag.
-        has_own_cfg: Whether tag and licence of ``model.pretrained_cfg`` are those of the weights.
+        file: File of the weights that tag and licence of ``model.pretrained_cfg`` belong to; empty if there is none.
         load_report: Report of the last pretrained load; None without one.
     """
 
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    has_own_cfg: bool = False
+    file: str = ""
     load_report: LoadReport | None = None
 
 
@@ -216,15 +224,7 @@ def pretrained_filter_fn(
     converted = converted or convert_state_dict(state_dict)
     network: Any = model
     cfg: dict[str, Any] = network.pretrained_cfg
-    stem = network.patch_embed
-    size = converted.architecture.img_size if converted.run else cfg["input_size"][1:]
-    declared = tuple(s // p for s, p in zip(size, stem.patch_size, strict=True))
-    free: tuple[str, ...] = ()
-    if network.num_classes != cfg["num_classes"]:
-        free += ("head.",)
-    if network.in_chans != cfg["input_size"][0]:
-        free += (cfg["first_conv"] + ".weight",)
-    state, report = fit_to_model(converted, model.state_dict(), stem.grid_size, declared, resize, free)
+    state, report = _fit(converted, network, resize)
     if "head.weight" in model.state_dict() and "head.weight" not in state:
         report.notes.append("head: a new classifier, initialised at random")
     if statistics := converted.run.get("statistics"):
@@ -243,6 +243,35 @@ def pretrained_filter_fn(
         )
     network.origin = replace(network.origin, load_report=report)
     return state
+
+
+def _fit(converted: Converted, network: Any, resize: str = "auto") -> tuple[StateDict, LoadReport]:
+    cfg, stem = network.pretrained_cfg, network.patch_embed
+    size = converted.architecture.img_size if converted.run else cfg["input_size"][1:]
+    declared = tuple(s // p for s, p in zip(size, stem.patch_size, strict=True))
+    free: tuple[str, ...] = ()
+    if network.num_classes != cfg["num_classes"]:
+        free += ("head.",)
+    if network.in_chans != cfg["input_size"][0]:
+        free += (cfg["first_conv"] + ".weight",)
+    return fit_to_model(converted, network.state_dict(), stem.grid_size, declared, resize, free)
+
+
+def has_own_weights(model: Any) -> bool:
+    """Whether tag and licence of ``model.pretrained_cfg`` are those of its tensors: all are as the file gives them.
+
+    The file is read again, and its tensors are rounded to the model's dtype. A new or trained tensor, a classifier too,
+    is not the file's; nor is any if the file is gone.
+    """
+    file, size = model.origin.file, tuple(model.pretrained_cfg["input_size"][1:])
+    if not file:
+        return False
+    try:
+        own, _ = _fit(convert_file(file, size=size), model)
+    except (CheckpointError, OSError):
+        return False
+    state = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[k].to(v.dtype), v.cpu()) for k, v in state.items())
 
 
 def load_report(model: nn.Module) -> LoadReport:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from passreid_models.architectures import ARCHITECTURES, STATISTICS, Architecture, architecture_name
 from passreid_models.checkpoints.convert import Converted, convert_file
 from passreid_models.checkpoints.fields import check_config
-from passreid_models.checkpoints.load import LoadReport, load_report
+from passreid_models.checkpoints.load import LoadReport, has_own_weights, load_report
 from passreid_models.checkpoints.read import has_checksum
 from passreid_models.runtime import atomic_folder, did_you_mean, read_bytes, sha256, unwrap
 
@@ -41,6 +41,8 @@ def save_pretrained(
 ) -> None:
     """Write ``model`` so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it again.
 
+    Tag, licence and description of the weights that it was made with are kept if all tensors are still theirs.
+
     Args:
         model: A registered model, compiled or in ``DistributedDataParallel`` too; not a ``features_only`` wrapper.
         folder: Output; written whole or not at all.
@@ -56,6 +58,19 @@ def save_pretrained(
     if not overwrite:
         check_free(folder)
     m = cast(Any, unwrap(model))
+    _write(m, folder, has_own_weights(m), extras, info, half, overwrite)
+
+
+def _write(
+    m: Any,
+    folder: Path,
+    is_own: bool,
+    extras: Mapping[str, Tensor] | None,
+    info: Mapping[str, Any] | None,
+    half: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as ``save_pretrained`` does; ``is_own`` says that tag and licence are those of its weights."""
     registered = ARCHITECTURES[m.pretrained_cfg["architecture"]]
     img_size = tuple(m.patch_embed.img_size)
     actual = Architecture(
@@ -81,7 +96,7 @@ def save_pretrained(
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         config["model_args"].pop("num_classes", None)  # of timm 1.0.31; it stands at the root, and transformers adds it
         config["pretrained_cfg"]["input_size"] = [m.in_chans, *img_size]  # timm < 1.0.31 keeps that of the tag
-        if not m.origin.has_own_cfg:  # not the tag's weights: its licence does not hold for them
+        if not is_own:
             config["pretrained_cfg"].update(license="other")
             for key in CLAIMS:
                 config["pretrained_cfg"].pop(key, None)
@@ -215,7 +230,6 @@ def write_converted(
         pretrained_cfg_overlay={**cfg, "state_dict": converted},
         **model_args,
     )
-    model.origin = replace(model.origin, has_own_cfg=is_tag)
     report = load_report(model)
     advice = "" if has_checksum(source) else "; a file of this format has no checksum, so that damage does not show"
     report.notes += [*notes, f"SHA-256 of the file: {source_sha256}{advice}"]
@@ -228,7 +242,7 @@ def write_converted(
         "network": network,
     }
     info = {"provenance": provenance, "load_report": replace(report, source=source.name).to_dict()}
-    save_pretrained(model, folder, extras, info)
+    _write(model, folder, is_tag, extras, info)
     return report
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.download import WeightsUnavailableError, short_error
 from passreid_models.checkpoints.local_dir import CLAIMS, read_config
 from passreid_models.checkpoints.read import read_checkpoint
@@ -32,7 +33,7 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     weight = next((w for w in list_weights() if w.name == f"{config['architecture']}.{cfg.get('tag')}"), None)
     license = cfg.get("license") or "other"
     provenance = config.get("provenance", {})
-    accuracy = _accuracy(weight, provenance)
+    accuracy = _accuracy(weight, config)
     name = repo_id.split("/")[-1]
     data = ModelCardData(
         model_name=name,
@@ -58,6 +59,8 @@ def model_card(config: dict[str, Any], repo_id: str) -> str:
     if accuracy:
         scores = f"mAP {accuracy['mAP']:.1f}, Rank-1 {accuracy['rank1']:.1f}"
         rows["Accuracy"] = f"{scores} on {accuracy['measured_on']}, measured {accuracy['measured_by']}"
+    elif provenance.get("evaluated_training_images"):
+        rows["Accuracy"] = "not stated, since the run was evaluated on images that it trained on"
     details = "\n".join(f"- **{name}:** {value}" for name, value in rows.items())
     history = "\n".join(f"- {key}: `{value}`" for key, value in provenance.items() if value) or "- not recorded"
     return f"""---
@@ -100,15 +103,30 @@ descriptors = Embedder("hf-hub:{repo_id}")(["a.jpg", "b.jpg"])
 """
 
 
-def _accuracy(weight: Weight | None, provenance: dict[str, Any]) -> dict[str, Any] | None:
+def _accuracy(weight: Weight | None, config: dict[str, Any]) -> dict[str, Any] | None:
     """mAP and Rank-1 in percent, on what they were measured, and by whom or when; None if they are not known."""
+    provenance = config.get("provenance", {})
     if weight:
+        if not _is_descriptor_of(weight, config):
+            return None
         return weight.accuracy and {**weight.accuracy, "measured_by": f"by {weight.accuracy['measured_by']}"}
-    if not provenance.keys() >= {"mAP", "rank1"}:
+    if not provenance.keys() >= {"mAP", "rank1"} or provenance.get("evaluated_training_images"):
         return None
     when = "during the training; of its checkpoints, this one had the highest mAP"
     data = provenance.get("evaluation_data") or f"queries and gallery of {provenance.get('data', 'unknown data')}"
     return {**{k: provenance[k] for k in ("mAP", "rank1")}, "measured_on": data, "measured_by": when}
+
+
+def _is_descriptor_of(weight: Weight, config: dict[str, Any]) -> bool:
+    """Whether a folder with the weights of a tag gives the tag's descriptor, for which its accuracy holds."""
+    cfg, heads = config["pretrained_cfg"], ARCHITECTURES[weight.architecture].num_heads
+    own = (config["fusion"], config["neck"], config.get("model_args", {}).get("num_heads", heads))
+    statistics = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in weight.statistics}
+    return (
+        own == (weight.fusion, weight.model_neck, heads)
+        and tuple(cfg["input_size"]) == (3, *weight.input_size)
+        and statistics == weight.statistics
+    )
 
 
 def _eval_results(accuracy: dict[str, Any] | None) -> list[Any] | None:

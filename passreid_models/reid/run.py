@@ -5,6 +5,7 @@ RUN/best/     model of the highest mAP after an epoch, if the run is evaluated
 """
 
 import logging
+import os
 from collections.abc import Generator
 from typing import Any, ClassVar
 
@@ -43,11 +44,19 @@ class ReIDRun(Run):
             self.train_split = self.train_split.take(np.flatnonzero(self.train_split.pids >= 0))
             if not len(self.train_split):
                 raise ValueError(f"data: all training images of {config.data} are junk (identity -1)")
+        self.evaluated, self.seen = self._evaluated_images()
         transform = train_transform(config, **self.erasing)
         self.images = TrainImages(self.train_split.paths, transform, config.seed, self._cache_size())
         trainer = self.make_trainer(device, checkpoint)
         self.best = self._read_best(trainer.step)
         return trainer
+
+    def _evaluated_images(self) -> tuple[int, int]:
+        """Number of images that the run is evaluated on, and of those that are training images, by their paths."""
+        dataset = self.eval_dataset
+        splits = [] if dataset is None else [dataset.query, dataset.gallery]
+        images = {os.path.abspath(path) for split in splits for path in split.paths}
+        return len(images), len(images.intersection(map(os.path.abspath, self.train_split.paths)))
 
     def _cache_size(self) -> tuple[int, int] | None:
         """Size at which the training images are kept in memory; None if they are not."""
@@ -108,8 +117,9 @@ class ReIDRun(Run):
             lines.append(f"junk: {junk} training images with identity -1 are left out")
         if self.eval_dataset is None and c.eval_epochs:
             lines.append("evaluation: none, there are no queries and gallery; name a dataset with both by --eval-data")
-        elif self.eval_dataset is self.dataset and self.dataset.is_one_set:
-            lines.append("evaluation: on the training images, so its scores mislead; name other data by --eval-data")
+        elif self.seen:
+            images = f"the training images ({self.seen:,} of {self.evaluated:,})"
+            lines.append(f"evaluation: on {images}, so its scores mislead; name other data by --eval-data")
         return lines
 
     def about(self) -> dict[str, Any]:
@@ -141,6 +151,7 @@ class ReIDRun(Run):
                 **scores,
                 evaluated_on=dataset.fingerprint,
                 evaluation_data=dataset.description,
+                evaluated_training_images=self.seen,
             )
         self.write(scores)  # last: for a resumed run it marks the end of the evaluation
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from passreid_models.runtime import buffered, check_workers
+from passreid_models.runtime import buffered, check_workers, read_bytes
 from passreid_models.synthetic.scene import PLACES, draw
 
 MARKER = "synthetic_persons.json"
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+MAX_MARKER_BYTES = 2**16
 
 
 def market1501_file(folder: str, pid: int, camid: int, k: int, site: int = 0) -> str:
@@ -90,7 +91,7 @@ class SyntheticPersons:
         image a camera, its other images are the gallery. The folder appears at once, complete.
 
         Args:
-            root: A folder that does not exist, is empty, or was written by this method (it is replaced).
+            root: A folder that does not exist, is empty, or holds only what this method wrote (it is replaced).
             train_ids: The first so many identities train, the others test; by default half.
             distractors: Gallery images of people who are in no query, with pid 0000.
             workers: Processes that draw; 0 draws in this one.
@@ -98,7 +99,7 @@ class SyntheticPersons:
 
         Raises:
             ValueError: If some queries would have no match in another camera, or an argument is out of range.
-            FileExistsError: If the folder holds anything else.
+            FileExistsError: If the folder holds anything else, at any depth; the message names it.
         """
         train_ids = self.num_ids // 2 if train_ids is None else train_ids
         at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
@@ -111,7 +112,7 @@ class SyntheticPersons:
                 f" gallery of two cameras), got cameras={self.cameras} and images_per_id={self.images_per_id}"
             )
         root = Path(root)
-        self._check_own(root)
+        _check_own(root)
         jobs = list(self._jobs(train_ids, distractors))
         root.parent.mkdir(parents=True, exist_ok=True)
         unfinished, old = (root.parent / f".{root.name}.{os.getpid()}.{state}" for state in ("unfinished", "old"))
@@ -126,6 +127,7 @@ class SyntheticPersons:
                 list(map(save, jobs))
             recipe = {**vars(self), "train_ids": train_ids, "distractors": distractors, "images": len(jobs)}
             (unfinished / MARKER).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+            _check_own(root)  # again: images may have been added meanwhile
             if root.exists():
                 root.rename(old)
             unfinished.rename(root)
@@ -138,13 +140,6 @@ class SyntheticPersons:
                 shutil.rmtree(leftover, ignore_errors=True)
         return root
 
-    def _check_own(self, root: Path) -> None:
-        if root.exists() and not root.is_dir():
-            raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
-        names = {path.name for path in root.iterdir()} if root.exists() else set()
-        if names and (MARKER not in names or names - {*FOLDERS, MARKER}):
-            raise FileExistsError(f"{root} holds other files than a drawn dataset's; give a new or an empty folder")
-
     def _jobs(self, train_ids: int, distractors: int) -> Iterator[tuple[int, int, int, str]]:
         """(pid, camid, k, file) of every image to write."""
         for i in range(len(self)):
@@ -156,6 +151,29 @@ class SyntheticPersons:
         for i in range(distractors):
             camid = i % self.cameras
             yield (1 << 42) + i, camid, 0, f"bounding_box_test/0000_c{camid + 1}s1_{i:06d}_01.jpg"
+
+
+def _check_own(root: Path) -> None:
+    """Refuse a folder that is to be replaced and holds anything that its recipe does not write.
+
+    Raises:
+        FileExistsError: If it does, or the recipe is damaged.
+    """
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
+    strays = {path.relative_to(root).as_posix() for path in root.rglob("*")}
+    if MARKER in strays:
+        try:
+            recipe = json.loads(read_bytes(root / MARKER, MAX_MARKER_BYTES))
+            train_ids, distractors, _ = (recipe.pop(key) for key in ("train_ids", "distractors", "images"))
+            strays.difference_update(job[-1] for job in SyntheticPersons(**recipe)._jobs(train_ids, distractors))
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise FileExistsError(f"{root / MARKER} is damaged; give a new or an empty folder") from None
+        strays -= {MARKER, *FOLDERS}
+    if strays:
+        raise FileExistsError(
+            f"{root} holds {min(strays)}, which this command did not write; give a new or an empty folder"
+        )
 
 
 def _save(

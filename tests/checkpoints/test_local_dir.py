@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -150,6 +152,61 @@ def test_config_holds_what_belongs_to_the_weights(tmp_path):
     assert cfg["license"] == "other"
     assert (cfg["mean"], cfg["std"], cfg["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bicubic")
     assert model_args_of(tmp_path / "model") == {**TINY, "img_size": [64, 32], "global_pool": "mean", "neck": "single"}
+
+
+BUNDLED = "pass_vit_tiny_patch16.synth_reid"
+CLAIMS = {"tag": "synth_reid", "license": "apache-2.0"}
+
+
+def claims(model: nn.Module, folder: Path) -> dict[str, Any]:
+    save_pretrained(model, folder)
+    cfg = config_of(folder)["pretrained_cfg"]
+    assert ("description" in cfg) == ("tag" in cfg)
+    return {k: cfg[k] for k in CLAIMS if k in cfg}
+
+
+BUNDLED = "pass_vit_tiny_patch16.synth_reid"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"img_size": (384, 128)}, {"global_pool": "mean"}, {"dtype": torch.bfloat16}],
+    ids=lambda changes: next(iter(changes), "none"),
+)
+def test_weights_as_they_were_loaded_keep_tag_and_licence_even_through_a_folder(tmp_path, changes, half):
+    model = timm.create_model(BUNDLED, pretrained=True, **changes)
+    save_pretrained(model, tmp_path / "first", half=half)
+    assert claims(model, tmp_path / "second") == claims(load(tmp_path / "first"), tmp_path / "third") == CLAIMS
+
+
+def trained(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.001)
+
+
+def one_value(model: nn.Module) -> None:
+    model.norm.bias.data[-1] += 1e-4
+
+
+CHANGES = {
+    "trained": trained,
+    "one value": one_value,
+    "other weights": lambda model: model.load_state_dict(create("pass_vit_tiny_patch16").state_dict()),
+    "a new classifier": lambda model: model.reset_classifier(5),
+    "its file gone": lambda model: setattr(model, "origin", replace(model.origin, file="gone.safetensors")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("through_a_folder", [False, True])
+def test_other_weights_than_those_loaded_lose_tag_and_licence(tmp_path, change, through_a_folder):
+    model = timm.create_model(BUNDLED, pretrained=True)
+    if through_a_folder:
+        save_pretrained(model, tmp_path / "first")
+        model = load(tmp_path / "first")
+    change(model)
+    assert claims(model, tmp_path / "model") == {"license": "other"}
 
 
 def test_descriptors_of_a_multi_neck_are_not_to_be_normalised_again(tmp_path):

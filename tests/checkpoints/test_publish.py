@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from passreid_models import cli
@@ -33,7 +34,10 @@ EXTRAS = {"classifier.weight": torch.ones(3, 128)}
 def written(folder: Path, name: str = "test_pass_vit", extras: dict | None = None, **kwargs: object) -> Path:
     torch.manual_seed(1)
     model = timm.create_model(name, **kwargs)
-    model.origin = dataclasses.replace(model.origin, has_own_cfg="." in name)  # as if pulled
+    if "." in name:  # as if pulled
+        file = folder.with_suffix(".safetensors")
+        save_file(model.state_dict(), file)
+        model.origin = dataclasses.replace(model.origin, file=str(file))
     save_pretrained(model, folder, extras, {"provenance": PROVENANCE})
     return folder
 
@@ -48,7 +52,7 @@ def config_of(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def card(tmp_path_factory) -> ModelCard:
     """Model card of a folder with the settings of a published tag, read by the Hub's own class."""
-    folder = written(tmp_path_factory.mktemp("card") / "model", "pass_vit_small_patch16.lup_market1501", **TINY)
+    folder = written(tmp_path_factory.mktemp("card") / "model", "pass_vit_small_patch16.lup_market1501", depth=2)
     return ModelCard(model_card(config_of(folder), "org/pass-small"))
 
 
@@ -82,9 +86,9 @@ def test_the_card_states_what_the_tag_is_and_where_it_comes_from(card):
     text = card.text
     assert "# pass-small" in text
     for words in (
-        "`pass_vit_small_patch16`, 64x32",
+        "`pass_vit_small_patch16`, 256x128",
         "fusion `cat`, neck `none`, L2-normalised",
-        "squash to 64x32, bilinear, mean [0.5, 0.5, 0.5]",
+        "squash to 256x128, bilinear, mean [0.5, 0.5, 0.5]",
         "mAP 92.2, Rank-1 96.3 on Market-1501, measured by the authors",
         weight.license_note,
         CITATION,
@@ -99,7 +103,7 @@ def test_the_cards_usage_is_valid_python_of_this_repository(card):
     calls = [ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     assert "timm.create_model('hf-hub:org/pass-small', pretrained=True, num_classes=0)" in calls
     assert "Embedder('hf-hub:org/pass-small')" in calls
-    assert "torch.randn(1, 3, 64, 32)" in calls
+    assert "torch.randn(1, 3, 256, 128)" in calls
 
 
 def test_weights_of_another_make_do_not_take_the_claims_of_a_tag(tmp_path):
@@ -108,6 +112,33 @@ def test_weights_of_another_make_do_not_take_the_claims_of_a_tag(tmp_path):
     assert card.data.license == "other"
     assert card.data.datasets is None
     assert "92.2" not in card.text
+
+
+BUNDLED = "pass_vit_tiny_patch16.synth_reid"
+DESCRIPTORS = {
+    "another fusion": dict(global_pool="token"),
+    "another size": dict(img_size=(128, 64)),
+    "another number of heads": dict(num_heads=6),
+    "other statistics": dict(pretrained_cfg_overlay=dict(mean=(0.4, 0.4, 0.4))),
+    "another interpolation": dict(pretrained_cfg_overlay=dict(interpolation="bicubic")),
+}
+
+
+@pytest.mark.parametrize("case", ["the tag's own", *DESCRIPTORS])
+def test_the_card_gives_the_accuracy_of_a_tag_for_its_own_descriptor_alone(case, tmp_path):
+    save_pretrained(timm.create_model(BUNDLED, pretrained=True, **DESCRIPTORS.get(case, {})), tmp_path / "model")
+    card = ModelCard(model_card(config_of(tmp_path / "model"), "me/mine"))
+    assert card.data.license == "apache-2.0"  # of the weights, which are the tag's
+    assert get_weight(BUNDLED).data in card.text
+    assert ("mAP 46.5" in card.text) == bool(card.data.eval_results) == (case == "the tag's own")
+
+
+@pytest.mark.parametrize("name", [w.name for w in list_weights() if w.bundled_file])
+def test_a_bundled_folder_is_published_with_the_accuracy_of_its_row(name):
+    weight = get_weight(name)
+    card = model_card(config_of(weight.bundled_file.parent), "me/mine")
+    assert weight.license_note in card
+    assert f"mAP {weight.accuracy['mAP']:.1f}, Rank-1 {weight.accuracy['rank1']:.1f} on" in card
 
 
 def test_a_model_of_no_tag_claims_no_data_and_no_accuracy(tmp_path):

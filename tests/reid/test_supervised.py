@@ -14,8 +14,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 
 from passreid_models import load_report
+from passreid_models.checkpoints.publish import files_to_publish
 from passreid_models.data.datasets import Split, open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
@@ -531,12 +533,43 @@ def test_junk_is_not_trained_on_and_the_log_says_so(data, tmp_path):
         finetune(finetune_config(tmp_path / "junk.csv", tmp_path / "other"))
 
 
-def test_the_log_names_an_evaluation_on_the_training_images(data, tmp_path):
+@pytest.mark.parametrize("eval_data", ["", "other/../tree"])
+def test_log_and_card_name_an_evaluation_on_the_training_images(data, tmp_path, eval_data):
+    (tmp_path / "other").mkdir()
     for path in (data / "bounding_box_train").iterdir():
         (tmp_path / "tree" / path.name[:4]).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / "tree" / path.name[:4])
-    finetune(finetune_config(tmp_path / "tree", tmp_path / "run", epochs=1))
-    assert "on the training images, so its scores mislead" in (tmp_path / "run" / "log.txt").read_text()
+    finetune(
+        finetune_config(
+            tmp_path / "tree", tmp_path / "run", epochs=1, eval_data=eval_data and str(tmp_path / eval_data)
+        )
+    )
+    log = "evaluation: on the training images (36 of 36), so its scores mislead; name other data by --eval-data"
+    assert log in (tmp_path / "run" / "log.txt").read_text()
+    card = ModelCard(files_to_publish(tmp_path / "run" / "best", "me/mine")["README.md"].decode())
+    assert "**Accuracy:** not stated, since the run was evaluated on images that it trained on\n" in card.text
+    assert "evaluated_training_images: `36`" in card.text
+    assert card.data.eval_results is None
+
+
+def test_a_training_image_in_the_gallery_of_other_data_is_counted(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    (other / "gallery.csv").write_text(
+        "path,pid,camid,split\n"
+        + "".join(f"{p},{p.name[:4]},{p.name[6]},query\n" for p in (other / "query").iterdir())
+        + "".join(f"{p},{p.name[:4]},{p.name[6]},gallery\n" for p in (other / "bounding_box_test").iterdir())
+        + f"{min((data / 'bounding_box_train').iterdir())},1,1,gallery\n"
+    )
+    run = finetune(finetune_config(data, tmp_path / "run", epochs=1, eval_data=str(other / "gallery.csv"))).parent
+    assert "evaluation: on the training images (1 of 25), so" in (run / "log.txt").read_text()
+    assert json.loads((run / "best" / "config.json").read_text())["provenance"]["evaluated_training_images"] == 1
+
+
+def test_an_evaluation_on_other_images_is_stated_as_accuracy(whole):
+    assert "on the training images" not in (whole / "log.txt").read_text()
+    card = ModelCard(files_to_publish(whole / "best", "me/mine")["README.md"].decode())
+    assert "**Accuracy:** mAP " in card.text
+    assert len(card.data.eval_results) == 2
 
 
 def test_a_step_that_is_not_finite_is_skipped_or_stops_the_run(data, tmp_path):

@@ -251,16 +251,45 @@ def test_worker_processes_write_the_same_files_and_replace_an_older_set(tmp_path
 def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     data = SyntheticPersons(2, 4, 2, size=SMALL)
-    reason = "holds other files than a drawn dataset's; give a new or an empty folder"
-    with pytest.raises(FileExistsError, match=reason):
+    with pytest.raises(FileExistsError, match=r"holds thesis\.txt, which this command did not write; give a new or an"):
         data.write_market1501(tmp_path)
     with pytest.raises(FileExistsError, match="is a file"):
         data.write_market1501(tmp_path / "thesis.txt")
-    own = data.write_market1501(tmp_path / "own")
-    (own / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="own holds other files"):
-        data.write_market1501(own)
-    assert (tmp_path / "thesis.txt").read_text() == (own / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["notes.txt", "query/0099_c1s1_000001_01.jpg", "bounding_box_train/0002_c1s1_000000_01.jpg", "query/me/a.jpg"],
+)
+def test_a_drawn_folder_with_files_of_the_user_is_refused_and_left_alone(tmp_path, file):
+    data = SyntheticPersons(2, 4, 2, size=SMALL)
+    root = data.write_market1501(tmp_path / "crops", train_ids=1, distractors=1)
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / file).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"crops holds {file if 'me/' not in file else 'query/me'}, which"):
+        SyntheticPersons(3, 4, 2, size=SMALL).write_market1501(root)
+    assert (root / file).read_text() == "mine"
+    assert len(list(root.rglob("*.jpg"))) == 9 + file.endswith(".jpg")
+
+
+def test_files_that_come_while_the_persons_are_drawn_are_kept(tmp_path, monkeypatch):
+    data = SyntheticPersons(2, 4, 2, size=SMALL)
+    own, save = data.write_market1501(tmp_path / "crops") / "query" / "mine.jpg", dataset._save
+    monkeypatch.setattr(dataset, "_save", lambda *args: (save(*args), own.write_text("mine")))
+    with pytest.raises(FileExistsError, match=r"holds query/mine\.jpg"):
+        data.write_market1501(tmp_path / "crops")
+    assert own.read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["crops"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_ids": "2", "train_ids": 1, "distractors": 0, "images": 8}'])
+def test_a_drawn_folder_with_a_damaged_recipe_is_refused(tmp_path, text):
+    data = SyntheticPersons(2, 4, 2, size=SMALL)
+    root = data.write_market1501(tmp_path / "crops")
+    (root / "synthetic_persons.json").write_text(text)
+    with pytest.raises(FileExistsError, match=r"synthetic_persons\.json is damaged"):
+        data.write_market1501(root)
 
 
 def test_an_interrupted_write_leaves_the_old_data_and_no_half(tmp_path, monkeypatch):
