@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 4e-3,
         "momentum": 0.99,
         "teacher_temp": 0.03,
-        "warmup_teacher_temp": 0.03,
     },
 }
 CLIPS, RESAMPLINGS = ("parameter", "norm"), ("antialiased", "official")
