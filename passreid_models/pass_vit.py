@@ -262,7 +262,7 @@ class PassVisionTransformer(VisionTransformer):
 
 
 def _of_other_fusion(own: str, given: str) -> str:
-    return f"the single neck normalises what global_pool={own!r} gives, and not {given!r}: neck='' leaves it out"
+    return f"the single neck is of the fusion {own!r}, and not of {given!r}: keep that fusion, or use neck=''"
 
 
 def _check_pool(global_pool: str, num_parts: int) -> None:
@@ -388,9 +388,10 @@ def _build(
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
     pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
     if converted and pool in POOLS[:-1] and neck == "single":
-        own = _saved_fusion(pretrained_cfg) if source in FOLDERS else model_args.get("global_pool")
+        is_folder = source in FOLDERS
+        own = _saved_fusion(pretrained_cfg, kwargs.get("cache_dir")) if is_folder else model_args.get("global_pool")
         if own and own != pool:  # of the same width, perhaps: the tensors would fit
-            raise ValueError(_of_other_fusion(own, pool))
+            raise CheckpointError(f"{file}: {_of_other_fusion(own, pool)}")
     try:
         model = build_model_with_cfg(
             PassVisionTransformer,
@@ -425,10 +426,10 @@ def _build(
     return model
 
 
-def _saved_fusion(pretrained_cfg: Mapping[str, Any]) -> str:
+def _saved_fusion(pretrained_cfg: Mapping[str, Any], cache_dir: str | None) -> str:
     """Fusion of the model in a folder or a Hub repository, before it is overridden."""
     repository = pretrained_cfg.get("hf_hub_id")
-    folder = download_hub(repository, "config.json").parent if repository else Path(pretrained_cfg["file"])
+    folder = download_hub(repository, "config.json", cache_dir).parent if repository else Path(pretrained_cfg["file"])
     return str(read_config(folder).get("fusion", ""))
 
 

@@ -291,7 +291,7 @@ def test_a_model_pooled_again_has_its_neck_again(neck):
 @pytest.mark.parametrize(("own", "other"), [("cat", "mean"), ("mean", "token")])  # also one of the same width
 def test_a_single_neck_is_of_its_fusion(own, other, tmp_path):
     model = create(neck="single", global_pool=own)
-    message = f"single neck normalises what global_pool='{own}' gives, and not '{other}'"
+    message = f"single neck is of the fusion '{own}', and not of '{other}'"
     with pytest.raises(ValueError, match=message):
         model.reset_classifier(0, global_pool=other)
     assert (model.global_pool, model(images()).shape) == (own, (2, WIDTH[own]))

@@ -58,7 +58,10 @@ def save_pretrained(
     if not overwrite:
         check_free(folder)
     m = cast(Any, unwrap(model))
-    _write(m, folder, has_own_weights(m), extras, info, half, overwrite)
+    is_own = has_own_weights(m)
+    if not is_own:  # for good, since the file may now be replaced by these weights
+        m.origin = replace(m.origin, file="")
+    _write(m, folder, is_own, extras, info, half, overwrite)
 
 
 def _write(

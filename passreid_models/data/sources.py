@@ -162,7 +162,7 @@ class TarSource(FileSource):
     def _file(self, index: int) -> bytes:
         tar, start, size = self.members[3 * index : 3 * index + 3]
         if size < 0:
-            raise ValueError("a link that leads to no file in the tar")
+            raise ValueError("a link that leads to no file in the tar (tar -h stores files instead of links)")
         with open(self.tars[tar], "rb", buffering=0) as file:  # for each image: workers must not share its position
             file.seek(start)
             return file.read(check_bytes(size))

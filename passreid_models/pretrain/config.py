@@ -251,4 +251,6 @@ class PretrainConfig(RunConfig):
         pairs = super().changed(other)
         if self.num_parts == self.known(other).num_parts:  # such as 3 here and None, the architecture's own 3, there
             pairs.pop("parts", None)
+        if self.num_coarse_epochs == self.known(other).num_coarse_epochs:  # such as 0.8 of 50 and 40
+            pairs.pop("coarse_epochs", None)
         return pairs

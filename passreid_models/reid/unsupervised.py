@@ -72,11 +72,16 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))
-    RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
-    try:
-        export = finetune(source)
-    except ValueError as e:
-        raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
+    checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
+    first = RunFolder(source.out)
+    export = first.export_folder
+    if (
+        checkpoint is None or first.latest() or not (export / "config.json").is_file()
+    ):  # else its checkpoints are deleted
+        try:
+            finetune(source)
+        except ValueError as e:
+            raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
     minutes_left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
     adaptation = {"init": str(export), "source": "", "source_config": "", "neck": completed.neck}
     return replace(config, **adaptation, max_minutes=minutes_left)
@@ -86,8 +91,8 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
     """Configuration of the fine-tuning on the source: ``source_config``, and the shared settings.
 
     Raises:
-        ValueError: If ``source_config`` is not valid, or sets a shared setting otherwise than ``config`` does; a value
-            that is the default counts as not set.
+        ValueError: If ``source_config`` is not valid, or sets a shared setting that shapes the weights otherwise than
+            ``config`` does; a value that is the default counts as not set.
     """
     settings: Any = {}
     if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
@@ -109,10 +114,13 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
     except ValueError as e:
         raise ValueError(f"source_config: {e}") from None
     given = {k: v for k in SHARED if (v := getattr(config, k)) != getattr(default, k)}
-    there = {k: v for k in given if (v := getattr(source, k)) not in (given[k], getattr(default, k))}
+    shaping = given.keys() - {*FinetuneConfig.FREE}
+    there = {k: v for k in given if k in shaping and (v := getattr(source, k)) not in (given[k], getattr(default, k))}
     if there:
         both = "; ".join(f"{k}: {v!r} there, {given[k]!r} here" for k, v in there.items())
-        raise ValueError(f"source_config: {config.source_config} has other settings ({both}): leave one of each out")
+        raise ValueError(
+            f"source_config: both trainings share some settings, and {config.source_config} differs: {both}"
+        )
     return replace(source, data=config.source, out=str(Path(config.out) / "source"), resume="auto", **given)
 
 

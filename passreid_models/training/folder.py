@@ -182,8 +182,8 @@ class RunFolder:
         for model in (self.export_folder, self.path / "best"):
             if last is None and (model / "config.json").is_file():
                 raise ValueError(
-                    f"{self.path} holds a run without checkpoints, which cannot be continued: another --out begins "
-                    f"anew, and with --init {model} from its weights"
+                    f"{self.path} holds a run without its checkpoints: put them back into checkpoints/ to continue it; "
+                    f"another --out begins anew, and with --init {model} from its weights"
                 )
         if resume == "auto":
             newest = self.load_latest()

@@ -1,10 +1,12 @@
 """Warm start of a run: backbone, settings and provenance of the weights that ``init`` names."""
 
 import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import exported_folder
@@ -15,8 +17,8 @@ from passreid_models.training.folder import RunFolder
 
 _logger = logging.getLogger(__name__)
 
-ANY = ("img_size", "global_pool", "neck", "num_parts", "pos_embed_resize", "weight_init")
-"""Arguments of a model that its training has of its own, besides rates of dropping."""
+ANY = ("img_size", "dynamic_img_size", "dynamic_img_pad", "global_pool", "neck", "num_parts", "weight_init")
+"""Arguments of a model that its training has of its own or does not need, besides rates of dropping."""
 KEPT = ("method", "data", "init", "images_seen", "config", "init_provenance")
 """Entries of the provenance that runs keep of the weights they begin with."""
 
@@ -64,7 +66,8 @@ def load_start(backbone: PassVisionTransformer, start: PassVisionTransformer, in
     """
     model = start.pretrained_cfg["architecture"]
     given = {k: v for k, v in start.origin.model_args.items() if k not in ANY and "drop" not in k}
-    registered = {"in_chans": 3, **vars(ARCHITECTURES[model])}
+    defaults = {name: parameter.default for name, parameter in signature(VisionTransformer).parameters.items()}
+    registered = {**defaults, **vars(ARCHITECTURES[model])}
     if other := {k: v for k, v in given.items() if v != registered.get(k)}:
         made = ", ".join(f"{k}={v}" for k, v in other.items())
         raise ValueError(f"init: {init} is a {model} with {made}, and training makes it without")

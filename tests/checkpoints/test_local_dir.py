@@ -209,6 +209,16 @@ def test_other_weights_than_those_loaded_lose_tag_and_licence(tmp_path, change, 
     assert claims(model, tmp_path / "model") == {"license": "other"}
 
 
+def test_trained_weights_saved_over_their_own_file_stay_without_a_tag(tmp_path):
+    save_pretrained(timm.create_model(BUNDLED, pretrained=True), tmp_path / "own")
+    model = load(tmp_path / "own")
+    trained(model)
+    save_pretrained(model, tmp_path / "own", overwrite=True)
+    assert (
+        claims(model, tmp_path / "model") == claims(load(tmp_path / "own"), tmp_path / "again") == {"license": "other"}
+    )
+
+
 def test_descriptors_of_a_multi_neck_are_not_to_be_normalised_again(tmp_path):
     save_pretrained(create(neck="multi"), tmp_path / "model")
     config = config_of(tmp_path / "model")

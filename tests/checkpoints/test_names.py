@@ -188,6 +188,16 @@ def test_weights_of_a_model_that_was_made_otherwise_are_refused_where_training_b
         PLACES[place](f"{tmp_path}/heads", "test_pass_vit")
 
 
+@pytest.mark.parametrize("place", ["passreid-train --init", "finetune --init"])
+@pytest.mark.parametrize(
+    "args", [{"dynamic_img_size": True}, {"patch_size": 16, "mlp_ratio": 4.0}, {"drop_path_rate": 0.1}]
+)
+def test_weights_of_a_model_that_was_made_with_what_changes_nothing_are_taken(place, args, tmp_path):
+    model = timm.create_model("test_pass_vit", **args)
+    save_pretrained(model, tmp_path / "same")
+    assert_equal(PLACES[place](f"{tmp_path}/same", "test_pass_vit"), model.state_dict())
+
+
 def test_another_trainer_s_file_that_has_a_config_and_a_step_is_converted_by_its_tensors(tmp_path):
     state = timm.create_model("test_pass_vit").state_dict()
     torch.save({"config": {"model": "vit"}, "step": 3, "state_dict": state}, tmp_path / "theirs.pt")

@@ -220,7 +220,9 @@ def test_a_run_without_its_checkpoints_is_refused_with_advice(folder, model, res
     assert folder.find("auto") is None
     (folder.path / model / "config.json").write_text("{}")
     advice = f"another --out begins anew, and with --init {folder.path / model} from its weights"
-    with pytest.raises(ValueError, match=f"^{folder.path} holds a run without checkpoints, .*: {advice}$"):
+    with pytest.raises(
+        ValueError, match=f"^{folder.path} holds a run without its checkpoints: put them back .*; {advice}$"
+    ):
         folder.find(resume)
     folder.save(state(3), keep=1)
     assert folder.find("auto")["step"] == 3
