@@ -380,6 +380,15 @@ def test_a_hard_link_in_a_tar_keeps_the_file_before_it_and_a_symbolic_one_takes_
     assert images == {"a.jpg": new, "b.jpg": new, "hard.jpg": old, "soft.jpg": new}
 
 
+def test_a_listing_of_another_format_is_not_read(tmp_path, cache, monkeypatch):
+    root = write(tmp_path / "crops")
+    open_source(root)
+    add_unseen(root, "a/b/new.jpg")
+    monkeypatch.setattr("passreid_models.data.listing.FORMAT", 3)
+    assert "a/b/new.jpg" in relative(open_source(root), root)
+    assert len(listings(cache)) == 2
+
+
 def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, cache):
     tar = pack(tmp_path / "data" / "x.tar", {"1.jpg": JPEGS[1]})
     open_source(tar)
