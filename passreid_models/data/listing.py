@@ -23,7 +23,7 @@ from typing import IO
 
 import numpy as np
 
-from passreid_models.data.images import SUFFIXES, is_image_name, walk
+from passreid_models.data.images import SUFFIXES, is_hidden, is_image_name, walk
 from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
@@ -232,7 +232,7 @@ def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int =
 
 
 def _is_hidden(name: bytes) -> bool:
-    return any(part.startswith(b".") for part in name.split(b"/"))
+    return any(map(is_hidden, name.split(b"/")))
 
 
 def _follow(entries: Entries, name: bytes) -> tuple[int, int]:
