@@ -262,7 +262,7 @@ def _read_persons(root: Path) -> Layout | None:
 
 def _read_child(root: Path) -> Layout | None:
     """Read the layout one level below, as of an archive that was unpacked into a folder of its own."""
-    children = [root / name for name in sorted(list_folder(str(root))[1]) if name[0] != "_"]  # __MACOSX
+    children = [root / name for name in sorted(list_folder(str(root))[1]) if name[0] != "_"]  # as _old
     for child in children:
         if root.resolve().is_relative_to(child.resolve()):  # a link to a parent
             continue

@@ -16,6 +16,7 @@ from torch import Tensor
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
+_NOT_THE_USERS = ("@eaDir", b"@eaDir", "__MACOSX", b"__MACOSX")  # thumbnails of a Synology NAS, attributes of a Mac
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is opened, unless ``PASSREID_MAX_PIXELS`` is set; a small file can hold billions."""
 _LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
@@ -36,11 +37,16 @@ def is_image_name(name: AnyStr) -> bool:
     return name.lower().endswith(SUFFIXES if isinstance(name, str) else _SUFFIXES_BYTES)
 
 
+def is_hidden(name: AnyStr) -> bool:
+    """Whether a file or folder of this name is left out: a dot file, or a folder that a system adds by itself."""
+    return name[:1] in (".", b".") or name in _NOT_THE_USERS
+
+
 def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
     """Sorted names of the files and folders in a folder, and the names of the folders.
 
-    Hidden ones are left out, and so are pipes, sockets and devices, whose reader would wait. A link counts as its
-    target; a broken link counts as a file, so that it is reported as an unreadable image.
+    Hidden ones (``is_hidden``) are left out, and so are pipes, sockets and devices, whose reader would wait. A link
+    counts as its target; a broken link counts as a file, so that it is reported as an unreadable image.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -49,7 +55,7 @@ def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
     folders: set[AnyStr] = set()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[:1] in (".", b"."):
+            if is_hidden(entry.name):
                 continue
             try:
                 if entry.is_dir():
@@ -98,7 +104,7 @@ def _walk(
 def _is_listed(path: AnyStr, root: AnyStr) -> bool:
     """Whether a folder, by its real path, has a place of its own below ``root``, and none of its parents is hidden."""
     parts = os.fsencode(path)[len(os.fsencode(root)) :].split(b"/") if path.startswith(root) else []
-    return len(parts) > 1 and not parts[0] and not any(part.startswith(b".") for part in parts)
+    return len(parts) > 1 and not parts[0] and not any(map(is_hidden, parts))
 
 
 def image_names(folder: str) -> Iterator[str]:

@@ -349,7 +349,8 @@ def _refuse_mixture(root: Path, splits: set[str]) -> None:
     if len(examples) == 2:
         raise ValueError(
             f"{root}: {examples[True]} lies in a folder of its split, and {examples[False]} in none; expected one of "
-            "the two: train/ID/*.jpg, or train/0002_c1s1_000451_03.jpg without folders"
+            "the two: train/ID/*.jpg, or train/0002_c1s1_000451_03.jpg without folders: arrange all alike, or move "
+            "those that are not of this dataset out of the folder"
         )
 
 

@@ -1,7 +1,7 @@
 """Listings of the images in a folder or a tar file, cached until the tree changes.
 
     $PASSREID_CACHE/listings/
-        0123456789abcdef.npz        one listing; its name is the hash of the folder's absolute path
+        0123456789abcdef.npz        one listing; its name is the hash of FORMAT and the folder's absolute path
 
 Adding or removing a file changes the time of its folder, so a listing is valid while the times of all folders are the
 same. For a million images in a thousand folders this takes a thousand calls of ``stat`` instead of a million.
@@ -23,11 +23,12 @@ from typing import IO
 
 import numpy as np
 
-from passreid_models.data.images import SUFFIXES, is_image_name, walk
+from passreid_models.data.images import SUFFIXES, is_hidden, is_image_name, walk
 from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
+FORMAT = 2  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
 MAX_LINKS = 40  # that Linux follows
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
@@ -112,7 +113,8 @@ def list_images(root: Path, cache: Path) -> Listing:
         ValueError: If a folder cannot be read, or a tar file is damaged or compressed.
     """
     path = Path(os.path.abspath(root))
-    file = cache / "listings" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.npz"
+    key = hashlib.sha256(b"%d\n" % FORMAT + os.fsencode(path)).hexdigest()[:16]
+    file = cache / "listings" / f"{key}.npz"
     with _one_process(file):  # the others wait for its listing
         cached = _read(file)
         if cached and cached.watched[0] == str(path) and cached.is_current():
@@ -230,7 +232,7 @@ def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int =
 
 
 def _is_hidden(name: bytes) -> bool:
-    return any(part.startswith(b".") for part in name.split(b"/"))
+    return any(map(is_hidden, name.split(b"/")))
 
 
 def _follow(entries: Entries, name: bytes) -> tuple[int, int]:

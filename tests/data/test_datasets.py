@@ -75,6 +75,14 @@ def test_hidden_files_and_others_than_images_are_no_images(tmp_path):
     assert [len(split) for split in dataset.splits.values()] == [4, 2, 6]
 
 
+def test_folders_that_a_system_adds_hold_no_images(tmp_path):
+    write(tmp_path, MARKET)
+    fingerprint = open_dataset(tmp_path).fingerprint
+    write(tmp_path, ["bounding_box_test/@eaDir/0001_c2s1_001976_01.jpg/SYNOPHOTO_THUMB_M.jpg",
+                     "@eaDir/query/SYNOINDEX.jpg", "query/__MACOSX/0001_c1s1_001051_00.jpg"])  # fmt: skip
+    assert open_dataset(tmp_path).fingerprint == fingerprint
+
+
 def test_0000_is_a_person_where_queries_or_training_have_it(tmp_path):
     """Own data in this layout often counts from 0."""
     files = ("query/0000_c1s1_000001_00.jpg", "query/0001_c1s1_000001_00.jpg",
@@ -472,7 +480,7 @@ def test_splits_of_folders_and_of_images_are_not_mixed_and_the_message_has_one_o
 ):
     root = write(tmp_path / "data", names.split())
     message = rf"data: {inside} lies in a folder of its split, and {outside} in none; expected one of the two: train/ID"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}.*, or move those that are not of this dataset out of the folder$"):
         open_dataset(root)
 
 

@@ -75,7 +75,7 @@ def listings(cache: Path) -> list[Path]:
 def test_a_folder_gives_its_images_in_the_order_of_find_images(tmp_path):
     root = write(tmp_path / "crops")
     (root / "notes.md").touch()
-    for hidden in (".hidden.jpg", ".thumbnails/1.jpg", "a/._2.jpg"):
+    for hidden in (".hidden.jpg", ".thumbnails/1.jpg", "a/._2.jpg", "a/@eaDir/2.jpg/THUMB.jpg", "__MACOSX/1.jpg"):
         write(root, [hidden])
     source = open_source(root)
     paths = find_images(root)
@@ -378,6 +378,27 @@ def test_a_hard_link_in_a_tar_keeps_the_file_before_it_and_a_symbolic_one_takes_
     images = dict(zip(relative(source, tar), pixels(source), strict=True))
     old, new = (Image.open(io.BytesIO(JPEGS[i])).tobytes() for i in (1, 2))
     assert images == {"a.jpg": new, "b.jpg": new, "hard.jpg": old, "soft.jpg": new}
+
+
+def test_folders_that_a_system_adds_are_left_out_of_a_tar_as_well(tmp_path):
+    names = ("a/1.jpg", "a/@eaDir/1.jpg/THUMB.jpg", "__MACOSX/a/1.jpg", "__MACOSX/x.tar")
+    tar = pack(tmp_path / "data" / "x.tar", dict.fromkeys(names, JPEGS[1]))
+    assert relative(open_source(tar), tar) == ["a/1.jpg"]
+
+
+def test_a_link_to_a_folder_that_is_left_out_is_followed(tmp_path):
+    root = write(tmp_path / "crops", ["1.jpg", "@eaDir/2.jpg"])
+    (root / "link").symlink_to(root / "@eaDir")
+    assert relative(open_source(root), root) == ["1.jpg", "link/2.jpg"]
+
+
+def test_a_listing_of_another_format_is_not_read(tmp_path, cache, monkeypatch):
+    root = write(tmp_path / "crops")
+    open_source(root)
+    add_unseen(root, "a/b/new.jpg")
+    monkeypatch.setattr("passreid_models.data.listing.FORMAT", 3)
+    assert "a/b/new.jpg" in relative(open_source(root), root)
+    assert len(listings(cache)) == 2
 
 
 def test_the_index_of_a_tar_file_is_kept_until_the_file_changes(tmp_path, cache):

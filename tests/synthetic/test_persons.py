@@ -258,6 +258,19 @@ def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_files_that_a_file_manager_left_count_as_nothing(tmp_path):
+    data, root = SyntheticPersons(2, 4, 2, size=SMALL), tmp_path / "crops"
+    root.mkdir()
+    for _ in range(2):  # an empty folder, and one with persons
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (root / name).touch()
+        data.write_market1501(root)
+        assert not (root / ".DS_Store").exists()
+    (root / "query" / "Thumbs.db").touch()
+    data.write_market1501(root)
+    assert not (root / "query" / "Thumbs.db").exists()
+
+
 @pytest.mark.parametrize(
     "file",
     ["notes.txt", "query/0099_c1s1_000001_01.jpg", "bounding_box_train/0002_c1s1_000000_01.jpg", "query/me/a.jpg"],
