@@ -348,7 +348,7 @@ def test_a_tar_file_with_hard_and_symbolic_links_equals_its_folder(tmp_path):
     assert source.fingerprint == folder.fingerprint
     for i in range(7):
         assert source.load(i).tobytes() == folder.load(i).tobytes()
-    with pytest.raises(ImageError, match=r"crops\.tar/self\.jpg: a link that leads to no file in the tar$"):
+    with pytest.raises(ImageError, match=r"crops\.tar/self\.jpg: a link that leads to no file in the tar \(tar -h"):
         source.load(7)
 
 
