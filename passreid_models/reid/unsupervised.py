@@ -75,9 +75,8 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
     first = RunFolder(source.out)
     export = first.export_folder
-    if (
-        checkpoint is None or first.latest() or not (export / "config.json").is_file()
-    ):  # else its checkpoints are deleted
+    is_done = checkpoint and not first.latest() and (export / "config.json").is_file()  # its checkpoints were deleted
+    if not is_done:
         try:
             finetune(source)
         except ValueError as e:
