@@ -9,7 +9,7 @@ are pure: they return new dictionaries and leave their arguments unchanged.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Converted:
         fusion: Fusion of the descriptor; empty if the tensors do not show it.
         folded: Keys of the file that were added up, by the key that holds their sum.
         ignored: Keys of the file that have no place in a model, with the reason.
+        run: ``model``, ``fusion``, ``neck`` and ``statistics`` that a run of this package states; else empty.
     """
 
     backbone: StateDict
@@ -49,7 +50,7 @@ class Converted:
     fusion: str
     folded: dict[str, list[str]]
     ignored: dict[str, str]
-    run: Mapping[str, Any]  # model, fusion, neck and statistics that a run of this package states; else empty
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|backbone|base)\.)+")
@@ -106,8 +107,8 @@ def convert_state_dict(
         raise CheckpointError(f"{file}: {e}" if file else str(e)) from None
     if not run:
         return converted
-    stated = {k: run["config"][k] for k in ("model", "fusion", "neck") if k in run["config"]}
-    stated |= {k: run[k] for k in ("statistics",) if k in run}
+    entries = {**run["config"], "statistics": run.get("statistics")}
+    stated = {k: entries[k] for k in ("model", "fusion", "neck", "statistics") if entries.get(k) is not None}
     return replace(converted, run=stated, fusion=stated.get("fusion") or converted.fusion)
 
 
@@ -180,7 +181,7 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
         kind = ", ".join(filter(None, (kind, wrapping)))
     layout = kind or wrapping or ("pre-training checkpoint" if task == "pretrain" else own or "backbone")
     layout += f", keys of {prefix!r}" if prefix else ""
-    return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored, {})
+    return Converted(backbone, neck, classifier, architecture, layout, task, neck_kind, fusion, folded, ignored)
 
 
 def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict[str, str]]:

@@ -216,7 +216,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def num_coarse_epochs(self) -> int:
-        """Number of first epochs at half the resolution, if ``coarse_epochs`` is their share."""
+        """Number of first epochs at half the resolution, also where ``coarse_epochs`` is their share."""
         return round(self.coarse_epochs * (self.epochs if self.coarse_epochs < 1 else 1))
 
     @property
@@ -247,10 +247,10 @@ class PretrainConfig(RunConfig):
         return ((h // 2, w // 2), (local[0] // 2, local[1] // 2)) if epoch < self.num_coarse_epochs else ((h, w), local)
 
     def changed(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that shape the weights and differ from a saved run's; ``parts`` counts as the number it stands for."""
-        pairs = super().changed(other)
-        if self.num_parts == self.known(other).num_parts:  # such as 3 here and None, the architecture's own 3, there
+        """Fields that shape the weights and differ from a saved run's; those that stand for a number count as it."""
+        pairs, saved = super().changed(other), self.known(other)
+        if self.num_parts == saved.num_parts:  # such as 3 here and None, the architecture's own 3, there
             pairs.pop("parts", None)
-        if self.num_coarse_epochs == self.known(other).num_coarse_epochs:  # such as 0.8 of 50 and 40
+        if self.num_coarse_epochs == saved.num_coarse_epochs:  # such as 0.8 of 50 and 40
             pairs.pop("coarse_epochs", None)
         return pairs
