@@ -109,12 +109,13 @@ def read_folder(root: Path) -> Layout | None:
     own = {split: spelled.get(split, split) for split in SPLITS}
     if "gallery" not in spelled:
         own["gallery"] = spelled.get("test", "test")
-    is_own = folders & {own["train"], own["gallery"]} and not folders & {MARKET["train"], MARKET["gallery"]}
+    is_own = folders & {own["train"], own["gallery"]} and not spelled.keys() & {MARKET["train"], MARKET["gallery"]}
     in_own = (name for folder in own.values() if folder in folders for name in _images_in(root / folder))
     if is_own and any(map(MARKET_NAME.match, in_own)):
         _refuse_unread_splits(root, folders, set(own.values()))
         return _read_market("flat folder", root, folders, own)
-    for layout, parts in (("Market-1501", MARKET), ("VeRi-776", VERI)):
+    for layout, public in (("Market-1501", MARKET), ("VeRi-776", VERI)):
+        parts = {split: spelled.get(name, name) for split, name in public.items()}
         if any(_images_in(root / name) for name in folders & set(parts.values())):
             return _read_market(layout, root, folders, parts)
     own_folders = (spelled[name] for names in FOLDERS.values() for name in names if name in spelled)
@@ -224,7 +225,7 @@ def _read_market(name: str, root: Path, folders: set[str], parts: dict[str, str]
         if folder in folders:
             layout.rows[split] = _market_rows(root / folder)
     names = [os.path.basename(row.path) for rows in layout.rows.values() for row in rows]
-    if parts is MARKET and all(map(DUKE_NAME.match, names)):
+    if name == "Market-1501" and all(map(DUKE_NAME.match, names)):
         layout.name = "DukeMTMC-reID"
     elif all(map(LTCC_NAME.match, names)):
         layout.name = "LTCC"

@@ -451,13 +451,21 @@ def test_a_folder_named_as_a_split_that_would_be_left_out_is_refused(tmp_path, f
         open_dataset(root)
 
 
-@pytest.mark.parametrize("image", ["1/x.jpg", "0001_c1s1_000451_03.jpg"])
-def test_folders_of_splits_may_be_in_upper_case_and_beside_others(tmp_path, image):
-    root = write(tmp_path / "data", [f"{name}/{image}" for name in ("Train", "QUERY", "Gallery")])
+@pytest.mark.parametrize(
+    ("folders", "image"),
+    [
+        ("Train QUERY Gallery", "1/x.jpg"),
+        ("Train QUERY Gallery", "0001_c1s1_000451_03.jpg"),
+        ("bounding_box_train Query Bounding_box_test", "0001_c1s1_000451_03.jpg"),
+        ("Image_train image_query Image_Test", "0001_c001_00016450_0.jpg"),
+    ],
+)
+def test_folders_of_splits_may_be_in_upper_case_and_beside_others(tmp_path, folders, image):
+    root = write(tmp_path / "data", [f"{name}/{image}" for name in folders.split()])
     (root / "val").mkdir()
     write(root, ["Valerie/x.jpg", "plots/x.jpg"])
     dataset = open_dataset(root)
-    assert dataset.parts == ("Train/", "QUERY/", "Gallery/")
+    assert dataset.parts == tuple(f"{name}/" for name in folders.split())
     assert [len(split) for split in dataset.splits.values()] == [1, 1, 1]
 
 
