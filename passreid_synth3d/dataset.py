@@ -24,7 +24,7 @@ from tqdm import tqdm
 from passreid_models.data.layouts import MARKER_3D, MAX_LIST_BYTES
 from passreid_models.runtime import atomic_buffer, check_workers, lock, num_cores, read_bytes, write_json
 from passreid_models.synthetic.attributes import stream
-from passreid_models.synthetic.dataset import FOLDERS, at_least, market1501_file
+from passreid_models.synthetic.dataset import FOLDERS, OF_FILE_MANAGERS, at_least, market1501_file
 from passreid_synth3d.fabrics import PATTERN_FAMILIES
 from passreid_synth3d.place import PLACES
 from passreid_synth3d.workers import one_thread, run_here, run_in_processes
@@ -247,7 +247,10 @@ def _present(root: Path, recipe: _Recipe, files: set[str]) -> set[str]:
             )
     names = {path.relative_to(root).as_posix() for folder in ("", *FOLDERS) for path in (root / folder).glob("*")}
     expected = {MARKER_3D, *FOLDERS, *files} if begun else set()
-    strays = [name for name in names - expected - {".synth.lock"} if not LEFTOVER.fullmatch(name.rpartition("/")[2])]
+    ours = {".synth.lock", *OF_FILE_MANAGERS}
+    strays = [
+        n for n in names - expected if (last := n.rpartition("/")[2]) not in ours and not LEFTOVER.fullmatch(last)
+    ]
     if strays:
         raise FileExistsError(
             f"{root} holds {min(strays)}, which this command did not write; give a new or an empty folder"

@@ -13,7 +13,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif",
+            ".avif", ".heic")  # fmt: skip
+"""Suffixes of images, also of those that Pillow may not read: they are named as unreadable, and not left out unseen."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 _NOT_THE_USERS = ("@eaDir", b"@eaDir", "__MACOSX", b"__MACOSX")  # thumbnails of a Synology NAS, attributes of a Mac

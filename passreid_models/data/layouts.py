@@ -107,6 +107,8 @@ def read_folder(root: Path) -> Layout | None:
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
     spelled = {name.lower(): name for name in sorted(folders)}  # Train/ is train/
     own = {split: spelled.get(split, split) for split in SPLITS}
+    if "train_all" in spelled:
+        own["train"] = spelled["train_all"]
     if "gallery" not in spelled:
         own["gallery"] = spelled.get("test", "test")
     is_own = folders & {own["train"], own["gallery"]} and not spelled.keys() & {MARKET["train"], MARKET["gallery"]}

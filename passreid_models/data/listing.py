@@ -4,7 +4,8 @@
         0123456789abcdef.npz        one listing; its name is the hash of FORMAT and the folder's absolute path
 
 Adding or removing a file changes the time of its folder, so a listing is valid while the times of all folders are the
-same. For a million images in a thousand folders this takes a thousand calls of ``stat`` instead of a million.
+same. For a million images in a thousand folders this takes a thousand calls of ``stat`` instead of a million. Where a
+file system keeps no times of folders, as some mounts of object stores, delete the listings to have new files seen.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
-FORMAT = 2  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
+FORMAT = 3  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
 MAX_LINKS = 40  # that Linux follows
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
@@ -126,7 +127,8 @@ def list_images(root: Path, cache: Path) -> Listing:
             if not e.strerror:
                 raise  # an error of this package
             raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
-        if max(listing.stamps[::2]) < (started - SETTLED) * 1e9:
+        times = listing.stamps[::2]
+        if min(times) > 0 and max(times) < (started - SETTLED) * 1e9:  # 0: the root of a FAT file system has none
             with suppress(OSError):
                 _write(file, listing)
         return listing
@@ -227,8 +229,11 @@ def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int =
                 else:
                     entries[below + name] = base + member.offset_data, member.size
         file.seek(tar.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
-            raise tarfile.ReadError(f"no header at byte {base + tar.offset}")
+        while block := file.read(2**16):  # tarfile treats a damaged header as the end, and so the end of a joined tar
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(
+                    f"no header at byte {base + tar.offset}, but data behind it; tars that were joined have to be apart"
+                )
 
 
 def _is_hidden(name: bytes) -> bool:

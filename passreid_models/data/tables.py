@@ -103,7 +103,11 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(head: str, separator: str) -> list[str]:
-    names = [name.strip().lower() for name in next(csv.reader([head], delimiter=separator, skipinitialspace=True))]
+    try:
+        names = next(csv.reader([head], delimiter=separator, skipinitialspace=True))
+    except csv.Error:  # longer than a cell may be
+        return []
+    names = [name.strip().lower() for name in names]
     while names and not names[-1]:
         names.pop()
     return names

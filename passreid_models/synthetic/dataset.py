@@ -53,6 +53,8 @@ class SyntheticPersons:
                  size: tuple[int, int] = (256, 128), first_id: int = 0, place: str = "street") -> None:  # fmt: skip
         at_least(1, num_ids=num_ids, images_per_id=images_per_id, cameras=cameras)
         at_least(0, seed=seed, first_id=first_id)
+        if num_ids * images_per_id >= 2**31:
+            raise ValueError(f"num_ids x images_per_id must be less than 2^31, got {num_ids:,} x {images_per_id:,}")
         if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 16:
             raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {size!r}")
         if place not in PLACES:

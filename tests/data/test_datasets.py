@@ -456,6 +456,7 @@ def test_a_folder_named_as_a_split_that_would_be_left_out_is_refused(tmp_path, f
     [
         ("Train QUERY Gallery", "1/x.jpg"),
         ("Train QUERY Gallery", "0001_c1s1_000451_03.jpg"),
+        ("train_all query gallery", "0001_c1s1_000451_03.jpg"),
         ("bounding_box_train Query Bounding_box_test", "0001_c1s1_000451_03.jpg"),
         ("Image_train image_query Image_Test", "0001_c001_00016450_0.jpg"),
     ],

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from passreid_models.data.images import ImageError, find_images
+from passreid_models.data.images import SUFFIXES, ImageError, find_images
 from passreid_models.data.sources import Source, open_source
 from passreid_models.synthetic import SyntheticPersons
 
@@ -392,11 +392,32 @@ def test_a_link_to_a_folder_that_is_left_out_is_followed(tmp_path):
     assert relative(open_source(root), root) == ["1.jpg", "link/2.jpg"]
 
 
+def test_a_listing_of_a_folder_without_times_is_not_kept(tmp_path, cache):
+    root = write(tmp_path / "crops")
+    os.utime(root, (0, 0))  # as the root of a FAT file system has
+    open_source(root)
+    (root / "new.jpg").write_bytes(JPEGS[1])
+    os.utime(root, (0, 0))
+    assert "new.jpg" in relative(open_source(root), root)
+    assert listings(cache) == []
+
+
+def test_images_of_all_suffixes_are_seen_also_those_that_cannot_be_read(tmp_path):
+    root = tmp_path / "crops"
+    root.mkdir()
+    names = [f"1{suffix}" for suffix in SUFFIXES] + ["2.JFIF"]
+    for name in names:
+        (root / name).write_bytes(JPEGS[1])
+    source = open_source(root)
+    assert sorted(relative(source, root)) == sorted(names)
+    assert all(source.load(i).size == source.load(0).size for i in range(len(source)))
+
+
 def test_a_listing_of_another_format_is_not_read(tmp_path, cache, monkeypatch):
     root = write(tmp_path / "crops")
     open_source(root)
     add_unseen(root, "a/b/new.jpg")
-    monkeypatch.setattr("passreid_models.data.listing.FORMAT", 3)
+    monkeypatch.setattr("passreid_models.data.listing.FORMAT", 99)
     assert "a/b/new.jpg" in relative(open_source(root), root)
     assert len(listings(cache)) == 2
 
@@ -561,6 +582,12 @@ def cut(root: Path) -> Path:
     return tar
 
 
+def joined(root: Path) -> Path:
+    tar = pack(root / "x.tar", {"1.jpg": JPEGS[1]})
+    tar.write_bytes(tar.read_bytes() + pack(root / "y.tar", {"2.jpg": JPEGS[2]}).read_bytes())
+    return tar
+
+
 def made(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
@@ -575,7 +602,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     "no images": (
         lambda root: made(root / "a.md", "").parent,
         FileNotFoundError,
-        "no images (.jpg .jpeg .png .bmp .webp .tif .tiff .ppm .gif) and no .tar file in {data}, 1 other files",
+        "no images ({suffixes}) and no .tar file in {data}, 1 other files",
     ),
     "a kind of file": (
         lambda root: made(root / "data.h5", ""),
@@ -595,7 +622,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     "an empty tar": (
         lambda root: pack(root / "x.tar", {}),
         FileNotFoundError,
-        "no images (.jpg .jpeg .png .bmp .webp .tif .tiff .ppm .gif) in {data}, 0 other files",
+        "no images ({suffixes}) in {data}, 0 other files",
     ),
     "a tar without images": (
         lambda root: pack(root / "x.tar", {"1.txt": b"", "2.txt": b""}),
@@ -614,6 +641,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
     ),
     "a compressed tar": (gzipped, ValueError, "{data} cannot be read as an uncompressed tar file: "),
     "a damaged tar": (damaged, ValueError, "{data} cannot be read as an uncompressed tar file: no header at byte "),
+    "joined tars": (joined, ValueError, "but data behind it; tars that were joined have to be apart"),
     "a tar cut short": (cut, ValueError, "{data} cannot be read as an uncompressed tar file: unexpected end of data"),
     "an unknown key": (
         lambda root: "synthetic:ids=3,people=3",
@@ -639,6 +667,11 @@ WRONG: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
         "{data}: place must be one of street, studio, summer, got 'moon'",
     ),
     "none": (lambda root: "synthetic:ids=0", ValueError, "{data}: num_ids must be an integer of at least 1, got 0"),
+    "far too many": (
+        lambda root: f"synthetic:ids={10**20}",
+        ValueError,
+        "num_ids x images_per_id must be less than 2^",
+    ),
 }
 
 
@@ -649,7 +682,7 @@ def test_data_that_are_not_a_source_are_refused_with_what_was_expected(tmp_path,
     data = make(tmp_path / "in")
     with pytest.raises(kind) as error:
         open_source(data)
-    assert message.format(data=data) in str(error.value)
+    assert message.format(data=data, suffixes=" ".join(SUFFIXES)) in str(error.value)
     assert "\n" not in str(error.value)
 
 

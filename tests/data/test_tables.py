@@ -42,6 +42,7 @@ CSV_ERRORS = {
         r"own.csv: the first line names no column split but path, pid; expected path,",
     ),
     "no header": (["a.jpg,1,2,train"], r"own.csv: the first line names no column path and pid and split but a.jpg, 1"),
+    "a long first line": (["x" * 200_000], r"own.csv: the first line names no column path and pid and split but none"),
     "empty": ([], r"own.csv: the first line names no column path and pid and split but none"),
     "no lines": (["path,pid,camid,split"], r"own.csv: no line after the first"),
     "blank pid": (

@@ -300,6 +300,7 @@ def test_another_recipe_in_the_same_folder_is_refused_and_the_differing_keys_are
 
 def test_images_of_an_older_generator_are_not_continued(tmp_path):
     root = write(tmp_path / "market")
+    (root / ".DS_Store").touch()  # of the Finder
     (root / "synthetic3d.json").write_text(json.dumps(marker(root) | {"generator": 1}))
     with pytest.raises(FileExistsError, match="begun with generator=1, and now generator=2"):
         write(root)
