@@ -366,7 +366,8 @@ def _build(
     converted = None
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
-    is_untagged = pretrained_cfg is None and any(overlay.get(k) for k in ("state_dict", "file"))
+    is_overlaid = any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
+    is_untagged = pretrained_cfg is None and is_overlaid
     if is_untagged:  # what the cfg has is of the default weights; a file that does not tell is taken for pre-trained
         mean, std = IMAGENET
         statistics = {"mean": mean, "std": std, "interpolation": "bicubic"}
@@ -386,6 +387,11 @@ def _build(
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
     if converted and is_untagged and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
+        if "fc_norm.bn.weight" in converted.backbone and not converted.run and kwargs.get("neck") is None:
+            raise CheckpointError(
+                f"{file}: it has a neck and does not state of which fusion: give neck and global_pool, or name a "
+                "folder with its config.json"
+            )
     pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
     if converted and pool in POOLS[:-1] and neck == "single":
         is_folder = source in FOLDERS
@@ -399,7 +405,11 @@ def _build(
             pretrained,
             pretrained_cfg=cfg,
             pretrained_filter_fn=partial(
-                pretrained_filter_fn, resize=pos_embed_resize, keep=tuple(overlay), converted=converted
+                pretrained_filter_fn,
+                resize=pos_embed_resize,
+                keep=tuple(overlay),
+                converted=converted,
+                is_assumed=is_untagged,
             ),
             feature_cfg=dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter"),
             **dict(model_args, **kwargs),
@@ -417,7 +427,7 @@ def _build(
         unknown = converted and is_untagged and converted.task == "unsupervised" and not converted.fusion
         if unknown and kwargs.get("global_pool") is None:
             report.notes.append("fusion: the tensors do not show it, 'cat' assumed; the MSMT17 models have 'mean'")
-    is_own_cfg = converted and not any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
+    is_own_cfg = converted and not is_overlaid
     network.origin = replace(
         network.origin,
         model_args={k: v for k, v in kwargs.items() if k not in _NOT_OVERRIDES},

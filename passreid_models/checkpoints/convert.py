@@ -68,7 +68,11 @@ _IGNORED = {
     r"head\.(mlp|last_layer)": "projection head of the pre-training",
     r"fc\.": "unused ImageNet head",
     r"(sie_embed|cam_embed|view_embed)": "camera or view embedding: descriptors here are camera-free",
-    r"(b1|b2)\.|classifier_\d": "jigsaw branch",
+    r"classifier_\d": "classifier of a part",
+}
+_REFUSED = {
+    r"(b1|b2)\.": "the jigsaw branch of TransReID (JPM), which holds the trained last block",
+    r"fcneck\.": "the reduction of TransReID (REDUCE_FEAT_DIM), which makes the descriptor",
 }
 
 
@@ -120,6 +124,9 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
     source = _strip_wrappers(check_tensors(tensors))
     _check_is_vit(source)
     _check_shapes(source)
+    for pattern, what in _REFUSED.items():
+        if found := next((key for key in source if re.match(pattern, key)), None):
+            raise CheckpointError(f"{found} is of {what}: models here have none")
 
     backbone: StateDict = {}
     classifier: StateDict = {}
@@ -161,6 +168,11 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
     if "cls_pos" not in source and "reg_token" not in source and pos_embed is not None:
         count, expected = pos_embed.shape[1], (size[0] // 16) * (size[1] // 16) if size else 0
         guesses = guess_grid(count), guess_grid(count - 1)
+        if size is None and count > 3 and guesses[0] and guesses[1]:
+            raise CheckpointError(
+                f"pos_embed has {count} positions: those of a stride of 11 pixels, which models here do not have, or "
+                f"{guesses[0][0]}x{guesses[0][1]} without CLS"
+            )
         if count != expected and guesses[0] is None and guesses[1] is not None:  # TransReID-SSL: CLS has position 0
             backbone["cls_token"] = backbone["cls_token"].float() + pos_embed[:, :1].float()
             backbone["pos_embed"] = pos_embed[:, 1:]

@@ -205,6 +205,7 @@ def pretrained_filter_fn(
     resize: str = "auto",
     keep: tuple[str, ...] = (),
     converted: Converted | None = None,
+    is_assumed: bool = False,
 ) -> StateDict:
     """timm's ``pretrained_filter_fn``: any published layout to the state dict of ``model``; stores the LoadReport.
 
@@ -217,6 +218,7 @@ def pretrained_filter_fn(
         resize: See ``resize_pos_embed``.
         keep: Entries of the pretrained cfg to leave as they are.
         converted: The converted checkpoint, if there is one; ``state_dict`` is then ignored.
+        is_assumed: Whether the statistics in the pretrained cfg are an assumption, for which the layout may do better.
 
     Raises:
         CheckpointError: If the checkpoint does not fit.
@@ -236,10 +238,11 @@ def pretrained_filter_fn(
         cfg.update({k: v for k, v in preprocessing.items() if k not in keep})
         if "mean" not in keep:
             report.notes.append(f"mean/std set to {mean[0]}.., as for every {converted.layout.partition(',')[0]}")
-    elif converted.folded and "mean" not in keep:  # a raw official backbone, pre-trained or fine-tuned
+    elif (is_assumed or converted.folded) and "mean" not in keep:  # a backbone, pre-trained or fine-tuned
         _logger.warning(
-            f"the file does not state its mean/std; those of the model's cfg are kept: {cfg['mean']}, {cfg['std']} "
-            "(pretrained_cfg_overlay=dict(mean=..., std=...) sets them)"
+            f"the file does not state its mean, std and fusion: {cfg['mean']}, {cfg['std']} and "
+            f"{network.global_pool or 'none'} are taken (pretrained_cfg_overlay=dict(mean=..., std=...) and "
+            "global_pool set them; a folder with a config.json states them)"
         )
     network.origin = replace(network.origin, load_report=report)
     return state

@@ -133,7 +133,7 @@ def convert_checkpoint(
     Args:
         source: A checkpoint in any published layout, or of a run of this package.
         folder: Output; must not exist or be empty.
-        name: Registered model, with or without a tag.
+        name: Registered architecture; ``zoo.pull`` takes the file of a tag.
         network: ``teacher`` or ``student``, if the file holds both.
         fusion: Fusion of the descriptor (``global_pool``).
         neck: ``single`` or ``multi`` to put the file's neck into the model, ``''`` to leave it in the extras; by
@@ -156,6 +156,11 @@ def convert_checkpoint(
     check_free(folder)
     if mean_std is not None and mean_std not in STATISTICS:
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
+    if "." in (name or ""):  # whose licence and accuracy another file has not
+        raise ValueError(
+            f"expected an architecture, got {name}: the file of a tag is checked and kept by `passreid weights pull "
+            f"{name} --from {source}`"
+        )
     converted = convert_file(source, network)
     run, notes = converted.run, []
     name, model_args = model_of(converted.architecture, name or run.get("model"), num_heads, source)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from passreid_models.architectures import IMAGENET
 from passreid_models.checkpoints.convert import convert_state_dict, guess_grid
 from passreid_models.checkpoints.load import (
     LoadReport,
@@ -33,6 +34,7 @@ from passreid_models.checkpoints.load import (
 )
 from passreid_models.checkpoints.local_dir import convert_checkpoint, save_pretrained
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint, unwrap_checkpoint
+from passreid_models.embed import Embedder
 from passreid_models.layers import ConvStem, fuse_tokens
 from tests import GOLDEN
 
@@ -746,6 +748,57 @@ def test_a_file_that_fits_no_architecture_is_refused_with_its_width_and_depth(tm
     with pytest.raises(ValueError, match="32 wide, which no registered model is: give the number of heads"):
         convert_checkpoint(GOLDEN / "upstream_backbone.pth", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_networks_of_transreid_whose_descriptor_is_made_elsewhere_are_refused():
+    tensors = {f"base.{k}": v for k, v in backbone().items()}
+    for key, what in (("b1.0.norm1.weight", "jigsaw branch"), ("fcneck.weight", "reduction")):
+        with pytest.raises(CheckpointError, match=f"{key} is of the {what} of TransReID .*: models here have none"):
+            convert_state_dict(tensors | {key: torch.zeros(32)})
+
+
+def test_positions_of_a_stride_of_11_are_refused_unless_the_size_is_stated():
+    tensors = {k: v for k, v in backbone().items() if "part" not in k and k != "cls_pos"}
+    tensors["pos_embed"] = torch.zeros(1, 243, 32)
+    with pytest.raises(CheckpointError, match=r"243 positions: those of a stride of 11 pix.*, or 27x9 without CLS"):
+        convert_state_dict(tensors)
+    converted = convert_state_dict(tensors, size=(432, 144))
+    assert converted.backbone["pos_embed"].shape == (1, 243, 32)
+
+
+def test_a_file_is_not_said_to_be_that_of_a_tag(tmp_path):
+    tag = f"{PASS}.synth_reid"
+    with pytest.raises(ValueError, match=f"expected an architecture, got {tag}: .*weights pull {tag} --from .*pth`"):
+        convert_checkpoint(GOLDEN / "upstream_backbone.pth", tmp_path / "out", tag, num_heads=2)
+
+
+@pytest.mark.parametrize("task", ["backbone", "our own"])
+def test_assumed_statistics_are_named_in_a_warning(tmp_path, caplog, task):
+    file = GOLDEN / "upstream_backbone.pth"
+    if task == "our own":
+        statistics = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+        model = timm.create_model("test_pass_vit", global_pool="mean", pretrained_cfg_overlay=statistics)
+        save_pretrained(model, tmp_path / "own")
+        file = tmp_path / "own" / "model.safetensors"
+        assert tuple(Embedder(file).data_config["mean"]) == (0.5,) * 3  # by the config.json beside it
+        shutil.copy(file, tmp_path / "alone.safetensors")
+        file = tmp_path / "alone.safetensors"
+    assert not caplog.records
+    model = overlay(PASS, file) if task == "backbone" else Embedder(file).model
+    assert model.pretrained_cfg["mean"] == IMAGENET[0]
+    assert "does not state its mean, std and fusion: (0.485, 0.456, 0.406)" in caplog.text
+    assert "and cat are taken" in caplog.text
+
+
+def test_our_own_file_with_a_neck_needs_its_folder(tmp_path):
+    save_pretrained(timm.create_model("test_pass_vit", neck="single"), tmp_path / "own")
+    assert Embedder(tmp_path / "own").model.neck == "single"
+    file = shutil.copy(tmp_path / "own" / "model.safetensors", tmp_path / "alone.safetensors")
+    with pytest.raises(CheckpointError, match=r"alone\.safetensors: it has a neck and does not state of which fusion"):
+        Embedder(file)
+    cfg = {"file": str(file)}
+    model = timm.create_model("test_pass_vit", True, pretrained_cfg_overlay=cfg, neck="single")
+    assert model.neck == "single"
 
 
 def test_convert_with_a_name_that_does_not_fit_is_refused(tmp_path):
