@@ -29,7 +29,7 @@ from PIL import Image, ImageFilter
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.data.layouts import MARKER_3D
 from passreid_models.embed import Embedder
-from passreid_models.evaluation import evaluate_dataset, make_embedder
+from passreid_models.evaluation import evaluate_dataset
 from passreid_models.runtime import cache_dir
 from passreid_models.synthetic.attributes import stream
 from passreid_synth3d.dataset import GENERATOR, write_market1501
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if taken := NAMES.intersection(models):
             raise ValueError(f"{min(taken)} names a baseline in the table; give ./{min(taken)}")
-        embedders = {name: make_embedder(name, size=tuple(args.size)) for name in models}
+        embedders = {name: Embedder(name, size=tuple(args.size)) for name in models}
         data = open_sets(work, args.quick)
         scores = {name: measure(dataset, embedders) for name, dataset in data.items()}
     except (ValueError, OSError) as e:

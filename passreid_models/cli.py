@@ -116,7 +116,8 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
 
     if isinstance(error, Stopped):
         return 128 + error.signum if error.signum else 0, str(error) if _is_first() else ""
-    if isinstance(error, OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):  # the CPU's, too
+    is_full = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
+    if isinstance(error, OutOfMemoryError | MemoryError) or is_full:  # of the CPU, of Apple's GPUs
         advice = {
             "passreid": "a smaller --batch-size needs less",
             "passreid-train": "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less",
@@ -331,6 +332,9 @@ def _parser() -> argparse.ArgumentParser:
         "--neck", choices=("none", "single", "multi"), help="neck of the model (default: by the layout)"
     )
     convert.add_argument("--mean-std", choices=("imagenet", "0.5"), help="statistics of the training images")
+    convert.add_argument(
+        "--interpolation", choices=("bilinear", "bicubic"), help="resampling of images (default: by the layout)"
+    )
     convert.add_argument("--img-size", type=_size, metavar="HxW", help="image size instead of the file's")
     convert.add_argument(
         "--resize", choices=("auto", "bicubic", "bilinear"), default="auto", help="resampling of positions"
@@ -649,6 +653,7 @@ def _convert(args: argparse.Namespace) -> int:
         fusion=args.fusion,
         neck="" if args.neck == "none" else args.neck,
         mean_std=args.mean_std,
+        interpolation=args.interpolation,
         img_size=args.img_size,
         pos_embed_resize=args.resize,
         num_heads=args.num_heads,
@@ -659,11 +664,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from passreid_models.evaluation.evaluate import make_embedder
+    from passreid_models.embed import Embedder
     from passreid_models.export import check_output, export_model
 
     check_output(args.output, args.format)
-    embed = make_embedder(args.model, size=args.size, fusion=args.fusion, device="cpu")
+    embed = Embedder(args.model, "cpu", fusion=args.fusion, size=args.size)
     print(export_model(embed, args.output, args.format, input=args.input, half=args.half, l2=args.l2))
     print(f"{embed} -> {args.output}")
     return 0

@@ -66,7 +66,7 @@ class _DemoData:
         self.is_query = np.arange(len(data)) % 8 == 0  # the first image of each person
         pixels = np.stack([np.asarray(im.resize((8, 16))).ravel() for im in self.images])
         embed = Embedder(model)
-        x, self.metric = embed(self.images), "cosine" if embed.l2_normalize else "euclidean"
+        x, self.metric = embed(self.images), embed.metric
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         self.descriptors = {"model": x, "pixels, pooled to 16x8": torch.tensor(pixels).float(), "chance": noise}
 

@@ -56,6 +56,7 @@ class Embedder:
         fusion: str | None = None,
         flip: bool = False,
         workers: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> None:
         """
         Args:
@@ -68,25 +69,33 @@ class Embedder:
             fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
             flip: Average with the mirrored image's descriptor.
             workers: Threads that decode images; one per core, 8 at most, by default.
+            size: Height and width of the images instead of the weights' own; positions are resized, those of
+                a model that is given by its ``set_input_size``.
 
         Raises:
             ValueError: If ``batch_size`` is less than 1, ``workers`` too many for the cores, the model is not of
-                this package or is unpooled, or the device is not available.
+                this package or is unpooled, ``size`` is no multiple of 16, or the device is not available.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if size is not None and (min(size) < 16 or any(length % 16 for length in size)):  # else its edge would be cut
+            raise ValueError(f"size must be height and width in multiples of 16, got {size}")
         self.workers = check_workers(workers or 0) or min(8, num_cores())
         self.device, self.dtype = pick_device(device), dtype or torch.float32
         if isinstance(model, nn.Module):
             network: Any = deepcopy(unwrap(model))
         else:
-            network = find_model(os.fspath(model)).create(num_classes=0, global_pool=fusion)
+            network = find_model(os.fspath(model)).create(num_classes=0, img_size=size, global_pool=fusion)
         if not hasattr(network, "forward_parts"):
             raise ValueError(f"{type(network).__name__} is no PASS model: it has no part tokens to embed with")
+        if not hasattr(network, "pretrained_cfg"):
+            raise ValueError("the model has no pretrained_cfg, its preprocessing: make it with timm.create_model")
         if fusion is not None and not network.global_pool and network.neck:
             raise ValueError("the model is unpooled and holds no neck, which a fusion would need: create it with one")
         if fusion is not None:
             network.reset_classifier(0, fusion)
+        if size is not None and tuple(size) != tuple(network.patch_embed.img_size):
+            network.set_input_size(size)
         if not network.global_pool:
             raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
         from timm.data import create_transform, resolve_data_config  # imports torchvision
@@ -113,6 +122,11 @@ class Embedder:
         return self.model.head_hidden_size
 
     @property
+    def metric(self) -> str:
+        """Metric that descriptors are compared by: ``cosine``, or ``euclidean`` if they are not L2-normalised."""
+        return "cosine" if self.l2_normalize else "euclidean"
+
+    @property
     def name(self) -> str:
         """Architecture and tag of the model."""
         cfg = self.model.pretrained_cfg
@@ -128,7 +142,7 @@ class Embedder:
         """Everything that two Embedders must share for their descriptors to be comparable, as JSON has it.
 
         ``weights`` is the SHA-256 of the network's float32 tensors, without the classifier's. Name, device, dtype,
-        ``flip`` and ``batch_size`` may differ.
+        ``flip`` and ``batch_size`` may differ; code of your own, such as a subclass or a hook, is not seen.
         """
         self._weights = self._weights or _hash_weights(self.model)
         return {
@@ -175,8 +189,11 @@ class Embedder:
         Raises:
             ImageError: If an image cannot be read, or its descriptor or a part asked for is not finite, and ``errors``
                 is None.
+            ValueError: If the model has no parts that could be returned.
             FileNotFoundError: If a folder holds no image.
         """
+        if parts and not self.model.num_parts:
+            raise ValueError(f"{self.name} has no part tokens")
         items = self.items(images)
         descriptors = torch.empty(len(items), self.dim)
         part_tokens = torch.empty(len(items) if parts else 0, self.model.num_parts, self.model.embed_dim)

@@ -84,7 +84,7 @@ class Gallery:
                 elsewhere than on the CPU.
         """
         if metric is None:
-            metric = "cosine" if embed is None or embed.l2_normalize else "euclidean"
+            metric = "cosine" if embed is None else embed.metric
         if metric not in METRICS:
             raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
         if faiss and _require_faiss() and device != "cpu":
@@ -189,12 +189,12 @@ class Gallery:
         require_count("topk", topk)
         if threshold is not None and (not isinstance(threshold, Real) or math.isnan(threshold)):
             raise ValueError(f"threshold must be a number or None, got {threshold!r}")
-        images = self._single(images)
-        x, good = self._embed(images, None, errors)
         with self._lock:
             if self._index is None and self._names:
                 self._index = _Index(self._names, self._joined(), self.metric, self.faiss, self.device)
             index = self._index
+        images = self._single(images)
+        x, good = self._embed(images, None, errors)
         topk = min(topk, len(index.names) if index else 1)
         similarities = torch.full((len(images), topk), -torch.inf)
         similarities[~good] = torch.nan

@@ -93,11 +93,12 @@ def is_per_token(module: nn.Module, mixing: Mapping[type, Any] = {}) -> bool:
         mixing: Layers that may mix tokens, by the class that they must have.
     """
     return not any(GLOBAL_HOOKS) and all(
-        (type(m) in PER_TOKEN or m is mixing.get(type(m))) and not _is_hooked(m) for m in module.modules()
+        (type(m) in PER_TOKEN or m is mixing.get(type(m))) and not is_hooked(m) for m in module.modules()
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module itself, without those in it, has a hook or a ``forward`` that replaces its class's."""
     m: Any = module
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks) or "forward" in m.__dict__

@@ -38,7 +38,9 @@ def check_file(path: str | Path) -> None:
         raise IsADirectoryError(f"{path} is a folder: name a file")
     if path.exists() and not path.is_file():  # a device, which the new file would replace
         raise OSError(f"{path} is no regular file: name another")
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next((parent for parent in path.parents if parent.exists()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: there is no {path.anchor or 'such folder'}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{path}: {folder} is no folder")
     if not os.access(folder, os.W_OK):
@@ -136,6 +138,8 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         if overwrite and path.exists():
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
+        elif path.is_dir():
+            path.rmdir()  # if it is empty: on Windows a rename replaces no folder
         new.replace(path)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import passreid_models
 from passreid_models.data.images import ImageError, find_images
 from passreid_models.embed import MAX_NAMES, WHOLE, Embedder, is_not_finite, save_features
+from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.synthetic import SyntheticPersons
 
 HEIGHT, WIDTH = 64, 32  # of images for test_pass_vit
@@ -773,6 +774,24 @@ def test_a_name_of_no_model_of_this_package_is_refused_before_anything_is_downlo
 def test_another_kind_of_module_is_refused_by_its_class():
     with pytest.raises(ValueError, match="Linear is no PASS model"):
         Embedder(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"no pretrained_cfg, its preprocessing: make it with timm\.create_model"):
+        Embedder(PassVisionTransformer(depth=1))
+
+
+def test_parts_of_a_model_without_parts_are_refused(persons):
+    embed = Embedder(make_model(num_parts=0), "cpu")
+    with pytest.raises(ValueError, match="test_pass_vit has no part tokens"):
+        embed(persons[:1], parts=True)
+
+
+def test_another_size_is_that_of_the_model_or_of_a_copy_of_it(model, persons):
+    embed = Embedder(model, "cpu", size=(96, 32))
+    assert (embed.input_size, model.patch_embed.img_size) == ((3, 96, 32), (64, 32))
+    with pytest.raises(ValueError, match=r"size must be height and width in multiples of 16, got \(100, 32\)"):
+        Embedder(model, "cpu", size=(100, 32))
+    by_hand = deepcopy(model)
+    by_hand.set_input_size((96, 32))
+    assert torch.equal(embed(persons), Embedder(by_hand, "cpu")(persons))
 
 
 def test_an_unpooled_model_is_refused_unless_a_fusion_is_given(embed, persons):

@@ -502,6 +502,23 @@ def test_threads_search_add_and_remove_at_once(embed, persons, faiss):
     assert [row[0] for row in found.names] == [f"n{i}" for i in range(200, 400, 2)]
 
 
+def test_a_search_sees_the_gallery_as_it_was_when_it_began(embed, persons, monkeypatch):
+    gallery = Gallery(embed)
+    gallery.add("a", persons[0])
+    embed_images = Embedder.__call__
+
+    def slow(self: Embedder, images: Any, **options: Any) -> Any:
+        gallery.add("b", x)
+        gallery.remove("a")
+        return embed_images(self, images, **options)
+
+    x = embed(persons[1])
+    monkeypatch.setattr(Embedder, "__call__", slow)
+    assert gallery.search(persons[1], 1).names == [["a"]]
+    monkeypatch.undo()
+    assert gallery.search(persons[1], 1).names == [["b"]]
+
+
 # ---- The file
 
 

@@ -111,6 +111,12 @@ def test_a_place_where_no_file_can_be_is_named_before_the_work(tmp_path, monkeyp
     assert names(tmp_path) == ["file"]
 
 
+def test_a_drive_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(FileNotFoundError, match=f"there is no {os.sep}$"):
+        check_file(tmp_path / "a.json")
+
+
 def test_the_temporary_file_keeps_the_suffix_by_which_writers_choose_a_format(tmp_path):
     with atomic_file(tmp_path / "features.npz") as temporary:
         assert temporary.name == "features.npz"

@@ -10,7 +10,7 @@ The metrics themselves (mAP, CMC, ROC) are in ``passreid_models.retrieval``.
 """
 
 from passreid_models.evaluation.attention import AttentionMaps, attention_maps, draw_parts
-from passreid_models.evaluation.evaluate import evaluate_dataset, evaluate_model, make_embedder
+from passreid_models.evaluation.evaluate import evaluate_dataset, evaluate_model
 from passreid_models.evaluation.gallery_page import write_gallery_page
 from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation
@@ -23,6 +23,5 @@ __all__ = [
     "draw_parts",
     "evaluate_dataset",
     "evaluate_model",
-    "make_embedder",
     "write_gallery_page",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from passreid_models.data.images import ImageLike, open_image
 from passreid_models.embed import Embedder, finite_advice
-from passreid_models.figure import check_picture
+from passreid_models.figure import check_picture, shorten
 from passreid_models.layers import attention_weights
 from passreid_models.runtime import atomic_buffer
 
@@ -138,7 +138,7 @@ def _sheet(images: list[Image.Image], names: list[str], maps: AttentionMaps) -> 
         y = 2 * LABEL + row * row_height
         image = image.resize((WIDTH, height))
         sheet.paste(image, (GAP, y))
-        draw.text((GAP, y + height), _shortened(name, draw), fill="black")
+        draw.text((GAP, y + height), shorten(draw, name, WIDTH), fill="black")
         for start, group in zip(starts, groups.values(), strict=False):
             for t, values in enumerate(group[row].numpy()):
                 x, largest = start + t * step, values.max()
@@ -163,14 +163,3 @@ def _heated(image: Image.Image, values: np.ndarray) -> Image.Image:
         for x in (colours, (255 * (0.35 + 0.35 * values)).astype(np.uint8))
     )
     return Image.composite(heat, image.convert("L").convert("RGB"), cover)
-
-
-def _shortened(name: str, draw: ImageDraw.ImageDraw) -> str:
-    """File name without its middle, where it is wider than an image."""
-    name = os.fsencode(name).decode("utf-8", "replace")
-    kept = len(name)
-    short = name
-    while draw.textlength(short) > WIDTH:
-        kept -= 1
-        short = f"{name[: (kept + 1) // 2]}..{name[len(name) - kept // 2 :]}"
-    return short

@@ -1,7 +1,7 @@
 """Evaluation of a model on a dataset: descriptors, and the metrics of their ranking.
 
     dataset = open_dataset("Market-1501-v15.09.15")
-    print(evaluate_dataset(dataset, make_embedder("pass_vit_small_patch16.lup_market1501"), rerank=True))
+    print(evaluate_dataset(dataset, Embedder("pass_vit_small_patch16.lup_market1501"), rerank=True))
 
 Junk is left out before anything is computed, as in the published code: without re-ranking it would not count anyway,
 with re-ranking it would be among the neighbours.
@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from passreid_models.checkpoints.names import find_model
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder, finite_advice, is_not_finite
 from passreid_models.evaluation.extract import extract
-from passreid_models.evaluation.feature_cache import FeatureCache
+from passreid_models.evaluation.feature_cache import FeatureCache, has_own_code
 from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation, Retrieved, percent
 from passreid_models.figure import require_matplotlib
-from passreid_models.runtime import on_first, world, write_json
+from passreid_models.retrieval.k_reciprocal import sparse
+from passreid_models.runtime import check_file, on_first, world, write_json
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ["Evaluation", "evaluate_dataset", "evaluate_model", "make_embedder", "score"]
+__all__ = ["Evaluation", "evaluate_dataset", "evaluate_model", "score"]
 
 
 def evaluate_model(
@@ -49,7 +49,7 @@ def evaluate_model(
 
     Args:
         data: Dataset, as ``open_dataset`` takes it.
-        model: Name of a model, as ``make_embedder`` takes it.
+        model: Name of a model, as ``find_model`` takes it.
         device: Device, as ``process_group`` takes it.
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
@@ -58,21 +58,27 @@ def evaluate_model(
         progress: Show a bar, on a terminal.
         json_file: File to write ``Evaluation.to_dict()`` to.
         pictures: Folder for the pictures of ``pictures.draw_evaluation``.
-        **options: Options of ``make_embedder``.
+        **options: Options of the Embedder, such as ``size``.
 
     Returns:
         The evaluation in the first process, None in the others.
 
     Raises:
-        ValueError: If the data, the model or an option is invalid, no query has a match, or ``pictures`` are to be
-            drawn without matplotlib.
+        ValueError: If the data, the model or an option is invalid, no query has a match, or matplotlib is missing for
+            ``pictures`` or scipy for ``rerank``.
         FileNotFoundError: If the data or the weights do not exist.
+        OSError: If ``json_file`` or ``pictures`` cannot be written.
     """
+    if json_file is not None:
+        check_file(json_file)
     if pictures is not None:
         require_matplotlib("pictures")
+        check_file(Path(pictures) / "ranking.png")
+    if rerank:
+        sparse()
     with process_group(device) as own_device:
         dataset = open_dataset(data).require("query", "gallery")
-        embed = make_embedder(model, device=own_device, **options)
+        embed = Embedder(model, own_device, **options)
         evaluation = evaluate_dataset(
             dataset,
             embed,
@@ -88,34 +94,6 @@ def evaluate_model(
     if evaluation and pictures is not None:
         draw_evaluation(evaluation, pictures)
     return evaluation
-
-
-def make_embedder(
-    model: str,
-    *,
-    size: tuple[int, int] | None = None,
-    fusion: str | None = None,
-    flip: bool = False,
-    batch_size: int = 64,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Embedder:
-    """Make the Embedder of a model, optionally at another image size.
-
-    Args:
-        model: Name of a model, as ``find_model`` takes it.
-        size: Height and width of the images instead of the weights' own; positions are resized by the method ``auto``.
-        fusion: Fusion instead of the weights' own.
-        flip: Average with the mirrored image's descriptor.
-        batch_size: Images per batch.
-        device: Device, as ``pick_device`` takes it.
-        dtype: Dtype of weights and activations.
-
-    Raises:
-        ValueError: If there is no such model, or it does not take ``size``.
-    """
-    network = find_model(model).create(num_classes=0, img_size=size, global_pool=fusion)
-    return Embedder(network, device, dtype, batch_size, fusion, flip)
 
 
 def evaluate_dataset(
@@ -138,7 +116,8 @@ def evaluate_dataset(
         rerank: Also evaluate after k-reciprocal re-ranking.
         per_camera: Also give mAP and Rank-1 for the queries of each camera.
         open_set: Also give the rates of open-set identification, as of ``retrieval.open_set``.
-        cache: Read and keep descriptors in the package's cache (True), or in this folder.
+        cache: Read and keep descriptors in the package's cache (True), or in this folder; not those of a model with
+            code of your own, such as a subclass or a hook, which may change unseen.
         progress: Show a bar, on a terminal.
 
     Returns:
@@ -149,7 +128,7 @@ def evaluate_dataset(
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
     store = None
-    if cache:
+    if cache and not has_own_code(embed):
         folder = None if cache is True else cache
         store = FeatureCache(embed, dataset.recipe or str(dataset.root), folder)
     retrieved = _retrieve(dataset, embed, store, progress)
@@ -224,7 +203,7 @@ def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None,
         own=rows[dataset.own[rows_q]],
         pids=pids,
         has_cameras=dataset.has_cameras,
-        metric="cosine" if embed.l2_normalize else "euclidean",
+        metric=embed.metric,
         unreadable=[error for error in failures if not is_not_finite(error)],
         not_finite=[error for error in failures if is_not_finite(error)],
         advice=finite_advice(embed.dtype),

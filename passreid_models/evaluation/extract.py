@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from passreid_models.data.images import ImageError
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.feature_cache import FeatureCache, hash_files
 from passreid_models.runtime import world
@@ -62,7 +63,9 @@ def extract(
             missing.append(row)
     failures: dict[int, str] = {}
     if missing:
-        files = [own_paths[row] for row in missing]
+        files: list[Any] = [
+            ImageError(f"{p}: a folder, no image") if (p := own_paths[row]).is_dir() else p for row in missing
+        ]
         block[torch.tensor(missing)] = embed(files, errors=failures, progress=progress and rank == 0)
     errors = {missing[i]: reason for i, reason in failures.items()}
     share = (block.numpy(), errors, hashes, len(own_paths) - len(missing))

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from passreid_models.data.images import read_file
 from passreid_models.embed import Embedder, has_direction
+from passreid_models.layers import GLOBAL_HOOKS, is_hooked
 from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, map_threads
 
-__all__ = ["FeatureCache", "hash_files", "weights_key"]
+__all__ = ["FeatureCache", "has_own_code", "hash_files", "weights_key"]
 
 VERSION = 1  # to be raised when the same image and weights give another descriptor, beyond rounding
+PACKAGES = ("passreid_models", "timm", "torch")
 _logger = logging.getLogger(__name__)
 
 
@@ -85,17 +87,30 @@ class FeatureCache:
 
 
 def weights_key(embed: Embedder) -> str:
-    """SHA-256 of everything that a descriptor depends on besides the image: weights, fusion, neck, flip, transform."""
+    """SHA-256 of all that a descriptor depends on besides image and code: weights, fusion, neck, flip, transform."""
     model = embed.model
     settings: dict[str, Any] = {
         "version": VERSION,
-        "transform": repr(embed.transform),  # size, interpolation, statistics
+        "transform": [repr(embed.transform), embed.data_config],  # size, interpolation, statistics
         "descriptor": [model.global_pool, model.neck, embed.flip, embed.l2_normalize, str(embed.dtype)],
-        "network": [repr(model), [getattr(module, "num_heads", 0) for module in model.modules()]],
+        "network": [repr(model), [_numbers(module) for module in model.modules()]],
     }
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     hash_tensors(digest, model.state_dict())
     return digest.hexdigest()
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """Numbers and texts of a module, such as its ``num_heads`` and ``eps``."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+
+
+def has_own_code(embed: Embedder) -> bool:
+    """Whether descriptors depend on code of the user's, which no key holds: a class, a hook, a method of an object."""
+    modules = list(embed.model.modules())
+    if any(GLOBAL_HOOKS) or any(is_hooked(m) or any(map(callable, vars(m).values())) for m in modules):
+        return True
+    return any(type(x).__module__.partition(".")[0] not in PACKAGES for x in (embed, *modules))
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:

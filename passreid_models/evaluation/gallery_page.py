@@ -34,8 +34,8 @@ _logger = logging.getLogger(__name__)
 def write_gallery_page(data: str | Path, file: str | Path, embed: Embedder, errors: list[str] | None = None) -> str:
     """Write a page with a map of the gallery's images: by PCA, and by UMAP where umap-learn is installed.
 
-    Images are those of the gallery, or of training where there is no gallery, without junk; of more than 4,000, as many
-    of them at equal distances. A folder of unlabelled images will do.
+    Images are those of the gallery, or else of training, or else of the queries, without junk; of more than 4,000, as
+    many of them at equal distances. A folder of unlabelled images will do.
 
     Args:
         data: Dataset, as ``open_dataset`` takes it, or a folder of images.
@@ -55,7 +55,7 @@ def write_gallery_page(data: str | Path, file: str | Path, embed: Embedder, erro
         raise ValueError(f"{file}: name a page such as gallery.html")
     check_file(file)
     dataset = _open(data)
-    split = dataset.gallery if len(dataset.gallery) else dataset.train
+    split = next(split for split in (dataset.gallery, dataset.train, dataset.query) if len(split))
     rows = np.flatnonzero(split.pids != -1) if (split.pids != -1).any() else np.arange(len(split))
     total, rows = len(rows), rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_IMAGES)).round().astype(int)]
     failures: dict[int, str] | None = None if errors is None else {}
@@ -71,8 +71,8 @@ def write_gallery_page(data: str | Path, file: str | Path, embed: Embedder, erro
     page = {
         "title": dataset.recipe or dataset.root.name,
         "note": f"{shown}, {embed!r}",
-        "similarity": "cosine" if embed.l2_normalize else "negative squared distance",
-        "maps": [{"name": name, "points": points} for name, points in _project(features, embed.l2_normalize).items()],
+        "similarity": "cosine" if embed.metric == "cosine" else "negative squared distance",
+        "maps": [{"name": name, "points": points} for name, points in _project(features, embed.metric).items()],
         "images": _images(dataset, split.take(rows), features, embed),
     }
     # no "<" in the data: it could end the script element that holds them
@@ -97,7 +97,7 @@ def _open(data: str | Path) -> ReIDDataset:
 
 def _images(dataset: ReIDDataset, split: Split, features: Tensor, embed: Embedder) -> list[dict[str, Any]]:
     """Name, identity (empty: none), camera (empty: unknown), JPEG and nearest neighbours of each image."""
-    ranking = rank(features, features, NEIGHBOURS + 1, "cosine" if embed.l2_normalize else "euclidean")
+    ranking = rank(features, features, NEIGHBOURS + 1, embed.metric)
     with ThreadPoolExecutor(embed.workers) as pool:
         jpegs = list(pool.map(_jpeg, split.paths))
     images = []
@@ -115,7 +115,7 @@ def _jpeg(path: Path) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _project(features: Tensor, is_cosine: bool) -> dict[str, list[list[float]]]:
+def _project(features: Tensor, metric: str) -> dict[str, list[list[float]]]:
     """Coordinates of the images ``[N, 2]`` within -1 to 1, by the name of the projection."""
     x = features.double() - features.double().mean(0)
     _, s, axes = torch.linalg.svd(x, full_matrices=False)
@@ -124,7 +124,7 @@ def _project(features: Tensor, is_cosine: bool) -> dict[str, list[list[float]]]:
     points = torch.zeros(len(x), 2, dtype=torch.float64)
     points[:, : len(axes)] = x @ axes.T
     maps = {f"PCA ({100 * share:.0f} % variance)": points.numpy()}
-    if (umap := _umap(features, is_cosine)) is not None:
+    if (umap := _umap(features, metric)) is not None:
         maps["UMAP"] = umap
     for name, p in maps.items():
         p = p - (p.max(0) + p.min(0)) / 2
@@ -132,7 +132,7 @@ def _project(features: Tensor, is_cosine: bool) -> dict[str, list[list[float]]]:
     return {name: p.round(4).tolist() for name, p in maps.items()}
 
 
-def _umap(features: Tensor, is_cosine: bool) -> np.ndarray | None:
+def _umap(features: Tensor, metric: str) -> np.ndarray | None:
     """UMAP ``[N, 2]``; None where umap-learn is not installed, or for fewer images than it has neighbours."""
     neighbours = 15
     if len(features) <= neighbours:
@@ -143,5 +143,4 @@ def _umap(features: Tensor, is_cosine: bool) -> np.ndarray | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a seed means one thread
-        metric = "cosine" if is_cosine else "euclidean"
         return UMAP(n_neighbors=neighbours, metric=metric, random_state=0).fit_transform(features.numpy())

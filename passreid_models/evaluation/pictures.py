@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from passreid_models.data.images import open_image
-from passreid_models.figure import new_figure
+from passreid_models.figure import new_figure, shorten
 from passreid_models.runtime import atomic_buffer
 
 if TYPE_CHECKING:
@@ -101,18 +101,9 @@ def ranking_sheet(rows: Iterable[Iterable[Cell]], count: int, topk: int, label: 
             draw.rectangle(frame, fill="black" if not column else "green" if is_right else "red")
             sheet.paste(image, (x, y))
             if lines:
-                text = "\n".join(_shorten(draw, line) for line in lines)
+                text = "\n".join(shorten(draw, line, WIDTH + GAP) for line in lines)
                 draw.text((x, y + HEIGHT + GAP), text, fill="black", spacing=2)
     return sheet
-
-
-def _shorten(draw: ImageDraw.ImageDraw, text: str) -> str:
-    """Text in one line as wide as an image and the gap beside it."""
-    text = " ".join(text.split())
-    length = len(text)
-    while draw.textlength(text[:length] + "..." * (length < len(text))) > WIDTH + GAP:
-        length -= 1
-    return text[:length] + "..." * (length < len(text))
 
 
 def thumbnail(path: Path) -> Image.Image:

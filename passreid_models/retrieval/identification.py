@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from passreid_models.retrieval.protocol import JUNK, Protocol, indices
+from passreid_models.retrieval.protocol import JUNK, Protocol
 from passreid_models.retrieval.similarity import LEAST, Similarities, chunks
 
 __all__ = ["OpenSet", "open_set", "unknown_identities"]
@@ -105,22 +105,22 @@ def open_set(
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
     num_queries, num_gallery = pairs.shape
-    best, best_right = (np.full(num_queries, -np.inf, dtype=np.float32) for _ in range(2))
+    best, is_known, is_right = np.empty(num_queries, np.float32), *np.zeros((2, num_queries), dtype=bool)
     for start, stop in chunks(num_queries, 8 * num_gallery + 64 * protocol.max_same_pid, budget_mb, pairs.device):
         matches, left_out = protocol.matches(start, stop)
         rows = pairs.rows(start, stop)
         protocol.hide(rows, left_out)
-        best[start:stop] = rows.amax(dim=1).cpu().numpy()
-        right = rows[indices(matches, rows)].cpu().numpy()
-        np.maximum.at(best_right[start:stop], matches.rows, right)
-    is_known = best_right > -np.inf
+        values, first = rows.max(dim=1)  # of equal ones the first, as in a ranking
+        best[start:stop] = values.cpu().numpy()
+        is_right[start:stop] = protocol.gallery_pids[first.cpu().numpy()] == protocol.query_pids[start:stop]
+        is_known[start + matches.rows] = True
     is_unknown = ~protocol.in_gallery & (protocol.query_pids != JUNK)
     if not is_known.any() or not is_unknown.any():
         kind = "known persons, who are in the gallery" if not is_known.any() else "unknown persons, who are not in it"
         raise ValueError(
             f"open-set identification needs queries of known and of unknown persons; there are none of {kind}"
         )
-    known = np.where(best_right >= best, best, -np.inf)[is_known]
+    known = np.where(is_right, best, -np.inf)[is_known]
     counted = num_gallery - len(protocol.junk)
     return OpenSet(counted, np.sort(known), np.sort(best[is_unknown]), protocol.num_not_finite)
 

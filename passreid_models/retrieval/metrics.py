@@ -8,7 +8,6 @@ Shapes: Q queries, G gallery images, R rows of a chunk, M matches.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -58,23 +57,6 @@ class RetrievalMetrics:
         if not 1 <= k <= len(self.cmc):
             raise ValueError(f"rank must be 1 to {len(self.cmc)}, the length of the CMC curve (max_rank); got {k}")
         return float(self.cmc[k - 1])
-
-
-class _Rows(Interface):
-    """Matrix ``[Q, G]`` whose rows are computed on demand, as tensors that may be written to."""
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def row_bytes(self) -> int:
-        """Temporary memory of a row, besides its 4 bytes per gallery image."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Tensor: ...
 
 
 def evaluate(
@@ -196,7 +178,9 @@ class _NegatedDistances:
         return rows.nan_to_num_(nan=torch.finfo(rows.dtype).min)  # -inf too becomes the least finite number
 
 
-def _score(similarities: _Rows, protocol: Protocol, max_rank: int, budget_mb: float) -> RetrievalMetrics:
+def _score(
+    similarities: Similarities | _NegatedDistances, protocol: Protocol, max_rank: int, budget_mb: float
+) -> RetrievalMetrics:
     require_count("max_rank", max_rank)
     num_queries, num_gallery = similarities.shape
     precision, inverse_penalty = np.full(num_queries, np.nan), np.full(num_queries, np.nan)

@@ -55,14 +55,15 @@ class Protocol:
         """Whether the gallery shows each query's identity ``[Q]``, by images without a finite descriptor too."""
         gallery = np.where(finite[1], gallery, JUNK)
         self.num_not_finite = sum(int((~mask).sum()) for mask in finite)
+        self.gallery_pids = gallery
         self.order = np.argsort(gallery, kind="stable")
         self.sorted_pids = gallery[self.order]
         self.junk = np.flatnonzero(gallery == JUNK)
         self.cameras: tuple[np.ndarray, np.ndarray] | None = None
         if query_camids is not None and gallery_camids is not None:
             self.cameras = (
-                _ids("query_camids", query_camids, shape[0]),
-                _ids("gallery_camids", gallery_camids, shape[1]),
+                _cameras("query_camids", query_camids, self.query_pids),
+                _cameras("gallery_camids", gallery_camids, gallery),
             )
         self.own = own_rows(own, shape)
         first = np.searchsorted(self.sorted_pids, self.query_pids, "left")
@@ -134,6 +135,17 @@ def integer_ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
 def indices(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the pairs into a tensor, on its device."""
     return torch.from_numpy(pairs.rows).to(like.device), torch.from_numpy(pairs.columns).to(like.device)
+
+
+def _cameras(name: str, camids: ArrayLike, pids: np.ndarray) -> np.ndarray:
+    """Cameras of the images, which are known where these are no junk."""
+    cameras = _ids(name, camids, len(pids))
+    if unknown := int((cameras[pids != JUNK] < 0).sum()):
+        raise ValueError(
+            f"{name} holds {unknown} cameras below 0, which are unknown: two of them may be one camera, or not. Leave "
+            "the cameras out and give `own`, the row of each query's own image in the gallery"
+        )
+    return cameras
 
 
 def _ids(name: str, ids: ArrayLike, length: int) -> np.ndarray:

@@ -19,7 +19,6 @@ from passreid_models.checkpoints.local_dir import read_config, save_pretrained
 from passreid_models.checkpoints.names import find_model
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.demo import run as run_demo
-from passreid_models.evaluation import make_embedder
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.network import make_networks
 from passreid_models.pretrain.run import train
@@ -73,10 +72,6 @@ def by_embedder(name: str, model: str) -> dict[str, Tensor]:
     return Embedder(name, "cpu").model.state_dict()
 
 
-def by_make_embedder(name: str, model: str) -> dict[str, Tensor]:
-    return make_embedder(name, device="cpu").model.state_dict()
-
-
 def by_pretraining(name: str, model: str) -> dict[str, Tensor]:
     config = tiny("unused", Path("unused"), init=name, model=model, size=ARCHITECTURES[model].img_size)
     return make_networks(config, CPU)[0].backbone.state_dict()
@@ -96,7 +91,6 @@ def by_reid(kind: type) -> Callable[[str, str], dict[str, Tensor]]:
 
 PLACES = {
     "Embedder": by_embedder,
-    "make_embedder": by_make_embedder,
     "passreid-train --init": by_pretraining,
     "finetune --init": by_reid(FinetuneConfig),
     "cluster --init": by_reid(ClusterConfig),
@@ -229,11 +223,10 @@ def test_a_tag_that_one_architecture_has_selects_it():
     ("place", "prefix"),
     [
         (lambda tag: Embedder(tag), ""),
-        (lambda tag: make_embedder(tag), ""),
         (lambda tag: complete(FinetuneConfig(data="unused", init=tag)), "init: "),
         (lambda tag: complete(ClusterConfig(data="unused", init=tag)), "init: "),
     ],
-    ids=["Embedder", "make_embedder", "finetune", "cluster"],
+    ids=["Embedder", "finetune", "cluster"],
 )
 def test_a_tag_of_several_architectures_is_refused_with_the_choices(place, prefix, tag):
     choices = f"{prefix}{tag} is a tag of {SMALL} and {BASE}: give {SMALL}.{tag} or {BASE}.{tag}"

@@ -136,7 +136,7 @@ def test_the_picture_shows_each_map_in_its_place(tmp_path):
 
 def test_the_picture_is_written_and_mistakes_write_none(tmp_path):
     for i in range(2):
-        draw(0, i, 0, 0, (64, 32)).save(tmp_path / f"a name that is wider than a picture {i}.png")
+        draw(0, i, 0, 0, (64, 32)).save(tmp_path / f"a name in two\nlines, \udcff, wider than a picture {i}.png")
     files: list[str | Path] = [*sorted(tmp_path.glob("*.png"))]
     draw_parts(make_model(), files, tmp_path / "out" / "parts.jpg", device="cpu")
     with Image.open(tmp_path / "out" / "parts.jpg") as picture:

@@ -21,7 +21,7 @@ import passreid_models
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder
-from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, make_embedder, score
+from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, score
 from passreid_models.evaluation.feature_cache import _checksum, weights_key
 from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
 from tests.reid_data import jpeg, make_model, write, write_csv, write_flat, write_persons
@@ -101,7 +101,7 @@ def test_a_verification_has_a_threshold_where_its_rate_can_be_measured(market, e
 def test_a_model_without_a_tag_is_reported_with_that_of_the_bundled_weights(market, embed, monkeypatch):
     bundled = Embedder(embed.model, "cpu")
     bundled.model.pretrained_cfg["tag"] = "bundled"
-    monkeypatch.setattr("passreid_models.evaluation.evaluate.make_embedder", lambda model, **options: bundled)
+    monkeypatch.setattr("passreid_models.evaluation.evaluate.Embedder", lambda model, device, **options: bundled)
     for name, expected in (("test_pass_vit", "test_pass_vit.bundled"), ("runs/mine", "runs/mine")):
         evaluation = evaluate_model(market.root, name, cache=False)
         assert evaluation is not None
@@ -454,12 +454,42 @@ def test_everything_that_changes_a_descriptor_changes_the_key_of_the_cache(embed
         Embedder(make_model(pretrained_cfg_overlay=statistics), "cpu"),
         Embedder(make_model(pretrained_cfg_overlay={"interpolation": "bilinear"}), "cpu"),
         Embedder(make_model(num_heads=1), "cpu"),
+        Embedder(make_model(pretrained_cfg_overlay={"mean": (0.48500001,) * 3}), "cpu"),
+        Embedder(make_model(pretrained_cfg_overlay={"mean": (0.48500002,) * 3}), "cpu"),
         Embedder(make_model(), "cpu", dtype=torch.bfloat16),
         Embedder(make_model(), "cpu", fusion="mean"),
         Embedder(make_model(), "cpu", flip=True),
     ]
     assert len({weights_key(other) for other in [embed, *variants]}) == 1 + len(variants)
     assert weights_key(Embedder(make_model(), "cpu", batch_size=3, workers=1)) == weights_key(embed)
+
+
+class Halved(nn.Identity):
+    def forward(self, x):
+        return x / 2
+
+
+class OwnEmbedder(Embedder):
+    pass
+
+
+@pytest.mark.parametrize("own", ["nothing", "module", "method", "hook", "embedder", "torch"])
+def test_a_model_with_code_of_its_own_is_not_cached(market, cache_folder, own):
+    model: Any = make_model()
+    if own == "module":
+        model.fc_norm = Halved()
+    if own == "method":
+        model.pool = lambda x, pool_type=None: x[:, 0].repeat(1, 2)
+    if own == "hook":
+        model.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    if own == "torch":
+        model.fc_norm = nn.LayerNorm(model.head_hidden_size)
+    embed = (OwnEmbedder if own == "embedder" else Embedder)(model, "cpu")
+    for _ in range(2):
+        evaluation = run(market, embed, cache=True)
+    is_cached = own in ("nothing", "torch")
+    assert evaluation.retrieved.cached == is_cached * evaluation.retrieved.images
+    assert (cache_folder / "features").exists() == is_cached
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "text", "other"])
@@ -594,11 +624,11 @@ def saved(tmp_path) -> Path:
 def test_a_model_is_found_by_the_name_of_its_folder_or_of_its_run(market, embed, saved):
     expected = embed(market.query.paths)
     for name in (str(saved), str(saved / "export"), f"local-dir:{saved / 'export'}"):
-        assert torch.equal(make_embedder(name, device="cpu")(market.query.paths), expected)
+        assert torch.equal(Embedder(name, device="cpu")(market.query.paths), expected)
 
 
 def test_another_size_resizes_the_positions_as_a_model_of_that_size_does(market, saved):
-    resized = make_embedder(str(saved), size=(96, 32), fusion="mean", flip=True, batch_size=3, device="cpu")
+    resized = Embedder(str(saved), size=(96, 32), fusion="mean", flip=True, batch_size=3, device="cpu")
     assert (resized.input_size, resized.batch_size, resized.flip) == ((3, 96, 32), 3, True)
     state = make_model().state_dict()
     positions = resample_abs_pos_embed(state["pos_embed"], [6, 2], [4, 2], num_prefix_tokens=0)
@@ -609,7 +639,7 @@ def test_another_size_resizes_the_positions_as_a_model_of_that_size_does(market,
 
 
 def test_384x128_resizes_the_positions_as_the_published_fine_tuning_does():
-    embed = make_embedder("pass_vit_tiny_patch16", size=(384, 128), device="cpu")
+    embed = Embedder("pass_vit_tiny_patch16", size=(384, 128), device="cpu")
     assert passreid_models.load_report(embed.model).resized == {"pos_embed": "16x8 -> 24x8, bilinear"}
 
 
@@ -637,11 +667,37 @@ def test_pictures_without_matplotlib_are_refused_before_the_work(market, saved, 
     assert seen == []
 
 
+def test_what_cannot_be_written_or_computed_is_refused_before_the_work(market, saved, tmp_path, monkeypatch, seen):
+    (tmp_path / "file").write_text("")
+    for where, message in (
+        ({"json_file": tmp_path}, "is a folder: name a file"),
+        ({"pictures": tmp_path / "file"}, "is no folder"),
+    ):
+        with pytest.raises(OSError, match=message):
+            evaluate_model(market.root, str(saved), **where)
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(
+        ValueError, match=r're-ranking and clustering need scipy: pip install "passreid-models\[reid\]"'
+    ):
+        evaluate_model(market.root, str(saved), rerank=True)
+    assert seen == []
+
+
+def test_a_folder_in_a_list_of_images_is_left_out(tmp_path, embed):
+    write(tmp_path, ["query.jpg", "same.jpg", "other.jpg", "tracklet/a.jpg", "tracklet/b.jpg"])
+    lines = ["query.jpg,1,1,query", "same.jpg,1,2,gallery", "other.jpg,2,2,gallery", "tracklet,2,2,gallery"]
+    dataset = open_dataset(write_csv(tmp_path / "own.csv", ["path,pid,camid,split", *lines]))
+    for cache in (False, True):
+        evaluation = run(dataset, embed, cache=cache)
+        assert evaluation.unreadable == [f"{tmp_path / 'tracklet'}: a folder, no image"]
+        assert len(evaluation.retrieved.gallery) == 2
+
+
 def test_a_name_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown model 'resnet50'; known: .*pass_vit_small_patch16"):
-        make_embedder("resnet50")
+        Embedder("resnet50")
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no model: expected a folder with config.json"):
-        make_embedder(str(tmp_path))
+        Embedder(str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------- processes

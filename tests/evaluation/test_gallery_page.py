@@ -19,7 +19,7 @@ from passreid_models.embed import Embedder
 from passreid_models.evaluation import gallery_page
 from passreid_models.evaluation.gallery_page import write_gallery_page
 from tests.chromium import CHROMIUM, Browser
-from tests.reid_data import jpeg, make_model, write_flat, write_persons
+from tests.reid_data import jpeg, make_model, write, write_flat, write_persons
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,14 @@ def test_a_photograph_that_is_there_twice_is_its_own_twins_neighbour(tmp_path, e
     assert [image["cam"] for image in images] == [""] * 7
     assert [images[i]["near"][0] for i in (0, 6)] == [[6, pytest.approx(1)], [0, pytest.approx(1)]]
     assert all(i not in [j for j, _ in image["near"]] for i, image in enumerate(images))
+
+
+def test_without_a_gallery_the_page_shows_training_or_else_the_queries(tmp_path, embed):
+    for split, expected in (("query", "2 images -> "), ("train", "1 image -> ")):
+        folder = "bounding_box_train" if split == "train" else "query"
+        names = ["0001_c1s1_000001_00.jpg", "0002_c2s1_000001_00.jpg"][: 1 + (split == "query")]
+        write(tmp_path / "market", [f"{folder}/{name}" for name in names])
+        assert write_gallery_page(tmp_path / "market", tmp_path / "a.html", embed).startswith(expected)
 
 
 def test_identities_and_cameras_have_the_names_of_the_data(tmp_path, embed):

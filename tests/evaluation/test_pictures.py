@@ -104,8 +104,7 @@ def test_identities_and_cameras_have_the_names_of_the_data(tmp_path, monkeypatch
     assert written == [*expected, "distractor\ncam lobby"]
     written.clear()
     sheet = ranking(plain(tmp_path, True), topk=4, cameras=("x", "a camera whose name is long", "W" * 40))
-    assert written[1].startswith("id anna\ncam a cam")
-    assert written[1].endswith("...")
+    assert written[1] == "id anna\ncam a c..is long"
     gaps = np.asarray(sheet.convert("L"))[136:, [*range(72, 84), *range(152, 156), *range(224, 228)]]
     assert (gaps > 128).all()  # no label runs into the next
 

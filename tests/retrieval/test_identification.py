@@ -75,6 +75,14 @@ def test_with_all_persons_accepted_the_rate_is_rank_1():
     assert found.dir_at(1.0) == pytest.approx(evaluate(x, x, pids, pids, own=range(40)).rank1)
 
 
+def test_of_equal_hits_the_first_counts_as_in_a_ranking():
+    gallery = line([0.9, 0.9, 0.5])  # the same crop under two identities
+    for pids, expected in (([1, 2, 3], 0.9), ([2, 1, 3], -math.inf)):
+        found = open_set(line([1.0, 1.0]), gallery, [1, 7], pids)
+        assert found.known.tolist() == pytest.approx([expected])
+        assert found.dir_at(1.0) == evaluate(line([1.0]), gallery, [1], pids).rank1
+
+
 def test_a_rate_below_one_of_the_unknown_queries_is_not_measured():
     found = open_set(line([1.0, 0.9]), line([0.95, 0.1]), [1, 5], [1, 2])
     assert math.isnan(found.threshold(0.1))
