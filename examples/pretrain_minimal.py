@@ -8,18 +8,18 @@ gradient descent, the teacher is its moving average. `passreid-train` does the s
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import passreid_models  # noqa: F401  registers the models
-from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.checkpoints.local_dir import check_free, save_pretrained
 from passreid_models.data.sources import open_source
 from passreid_models.device import pick_dtype
+from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.loss import PASSLoss
-from passreid_models.pretrain.network import PASSNetwork
+from passreid_models.pretrain.network import PASSNetwork, random_backbone
 from passreid_models.pretrain.optim import clip_gradients, make_optimizer, update_teacher
 from passreid_models.pretrain.photometric import Photometric
 from passreid_models.pretrain.views import MultiCrop
@@ -41,11 +41,12 @@ class ViewDataset(Dataset):
 
 
 def main(args):
+    check_free(Path(args.out))  # each epoch replaces the folder
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = pick_dtype("auto", torch.device(device))  # bfloat16 if the device computes in it
     student, teacher = (
-        PASSNetwork(timm.create_model(args.model, img_size=args.size, drop_path_rate=rate), args.prototypes).to(device)
+        PASSNetwork(random_backbone(PretrainConfig(model=args.model, size=args.size), rate), args.prototypes).to(device)
         for rate in (0.1, 0.0)
     )
     teacher.load_state_dict(student.state_dict())
@@ -65,7 +66,7 @@ def main(args):
             views = views._replace(global_views=views.global_views.to(device), local_views=views.local_views.to(device))
             global_views, local_views = photometric.batch(views)  # [2, B, 3, H, W], [9, B, 3, H / 2, W / 2]
 
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):  # float16 overflows
                 with torch.no_grad():
                     targets = teacher(global_views).logits()
                 outputs = student(global_views, local_views).logits()

@@ -25,6 +25,7 @@ from PIL import Image
 
 import passreid_models
 from passreid_models import Gallery, SyntheticPersons
+from passreid_models.architectures import IMAGENET
 from passreid_models.data.datasets import open_dataset
 from passreid_models.evaluation import evaluate_model
 from passreid_models.synthetic.attributes import stream
@@ -97,6 +98,18 @@ def test_the_minimal_example_trains_weights_that_load(tmp_path):
     assert len(passreid_models.load_report(trained).loaded) == len(start)
     changed = [k for k, v in trained.state_dict().items() if not torch.equal(v, start[k])]
     assert len(changed) == len(start)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "FileExistsError" in again.stderr  # nothing is replaced
+
+
+def test_the_minimal_example_exports_the_statistics_that_it_trained_with(tmp_path):
+    data = "synthetic:ids=2,images=2,cameras=2,size=128x64"
+    options = "--model pass_vit_tiny_patch16 --size 64 32 --epochs 1 --batch 4 --prototypes 8 --workers 0"
+    command = [sys.executable, EXAMPLES / "pretrain_minimal.py", data, "--out", tmp_path / "out", *options.split()]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    cfg = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).pretrained_cfg
+    assert (tuple(cfg["mean"]), tuple(cfg["std"])) == IMAGENET
+    assert cfg["interpolation"] == "bicubic"
 
 
 def test_the_video_example_tells_who_is_back_and_names_who_is_new(tmp_path, capsys):

@@ -65,10 +65,12 @@ class PretrainConfig(RunConfig):
         gray_prob: Probability of grayscale.
         solarize_prob: Probability of solarisation, of the second global view only.
         blur_radius: Range of the standard deviation of the blur, in pixels of the view.
-        coarse_epochs: Number of first epochs at half the resolution, or less than 1: their share; not in the paper.
+        coarse_epochs: Number of first epochs at half the resolution, or less than 1: their share, without the last
+            epoch; not in the paper.
         batch_size: Images per step, over all processes and micro-batches.
         accumulate: Micro-batches per process and step, for gradient accumulation. A step is that of the joint batch,
-            except for the BatchNorms of a conv stem: the loss is averaged, and the centres move once.
+            except for the masks of drop path and the BatchNorms of a conv stem: the loss is averaged, and the centres
+            move once.
         min_lr: Learning rate at the end.
         warmup_epochs: Epochs of the learning rate's warm-up from 0; by default a tenth of ``epochs``.
         weight_decay_end: Weight decay at the end.
@@ -217,7 +219,8 @@ class PretrainConfig(RunConfig):
     @property
     def num_coarse_epochs(self) -> int:
         """Number of first epochs at half the resolution, also where ``coarse_epochs`` is their share."""
-        return round(self.coarse_epochs * (self.epochs if self.coarse_epochs < 1 else 1))
+        share = round(self.coarse_epochs * self.epochs)
+        return min(share, self.epochs - 1) if self.coarse_epochs < 1 else round(self.coarse_epochs)
 
     @property
     def peak_lr(self) -> float:

@@ -67,10 +67,11 @@ class PretrainRun(Run):
 
     def announcement(self) -> list[str]:
         c, t = self.config, self.trainer
+        coarse = f", {c.num_coarse_epochs} of them at half the resolution," if c.coarse_epochs else ""
         return [
             f"data: {self.source.description}",
             *self._describe_probe(),
-            f"{c.epochs} epochs of {t.epoch_steps} steps of {c.batch_size} images: {t.world_size} processes x "
+            f"{c.epochs} epochs{coarse} of {t.epoch_steps} steps of {c.batch_size} images: {t.world_size} processes x "
             f"{c.accumulate} micro-batches x {c.batch_size // t.world_size // c.accumulate}",
             f"model: {c.model}, {c.num_parts} parts, K = {c.num_prototypes}; {t.device}, {t.dtype}".replace(
                 "torch.", ""

@@ -29,9 +29,6 @@ from passreid_models.data.sources import FileSource, Source
 from passreid_models.reid.config import ReIDConfig
 from passreid_models.runtime import derive_seed
 
-RANDOM = "random"
-"""Fill of random erasing: standard normal noise for each pixel."""
-
 Key = tuple[int, int, int]  # step, place in the batch, image
 
 
@@ -50,7 +47,7 @@ class ImageBatch(NamedTuple):
 def train_transform(
     config: ReIDConfig,
     erase_area: tuple[float, float] = (0.02, 1 / 3),
-    erase_value: tuple[float, float, float] | str = RANDOM,
+    erase_value: tuple[float, float, float] | None = None,
     erase_uniform: bool = False,
 ) -> Any:
     """Return the transform of a PIL image to a ``TrainImage``; it draws from torch's generator.
@@ -62,7 +59,7 @@ def train_transform(
     Args:
         config: Configuration with its ``size``.
         erase_area: Smallest and largest erased share of the image.
-        erase_value: Fill of the erased area, after normalisation: three numbers, or ``random`` for noise.
+        erase_value: Fill of the erased area, after normalisation: three numbers, or None for standard normal noise.
         erase_uniform: Draw the aspect ratio of the erased area uniformly, as Cluster Contrast does, not log-uniformly.
     """
     from torchvision import transforms as T
@@ -139,9 +136,11 @@ class TrainImage(NamedTuple):
 class _Erasing:
     """Random erasing, as drawn by torchvision, of an image that is normalised later."""
 
+    ratio = (0.3, 1 / 0.3)  # of height and width, as in timm
+
     def __init__(self, p: float, scale: tuple[float, float], value: Any) -> None:
         self.p, self.scale = p, scale
-        self.value = None if value == RANDOM else list(value)
+        self.value = value and list(value)
 
     def __call__(self, image: Image.Image) -> TrainImage:
         pixels = torch.from_numpy(np.array(image))
@@ -154,14 +153,12 @@ class _Erasing:
         """Draw box and fill for an image ``[3, H, W]``; None if no rectangle fits."""
         from torchvision.transforms import RandomErasing
 
-        *box, fill = RandomErasing.get_params(image, self.scale, (0.3, 3.3), self.value)
+        *box, fill = RandomErasing.get_params(image, self.scale, self.ratio, self.value)
         return None if fill is image else (cast(tuple[int, int, int, int], tuple(box)), fill)
 
 
 class _UniformErasing(_Erasing):
     """Random erasing of Cluster Contrast: torchvision's, but for the uniform aspect ratio and up to 100 tries."""
-
-    ratio = (0.3, 1 / 0.3)
 
     def draw(self, image: Tensor) -> tuple[tuple[int, int, int, int], Tensor] | None:
         height, width = image.shape[1:]

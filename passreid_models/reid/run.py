@@ -110,7 +110,7 @@ class ReIDRun(Run):
         if self.images.is_cached:
             lines.append(f"images: decoded once and kept in memory, {gib:.2f} GiB")
         elif c.cache_images == "auto":
-            too_many = f"{gib:.1f} GiB are more than a quarter of the free memory"
+            too_many = f"{gib:.1f} GiB are more than may be kept in memory (a quarter of what is free, on Linux)"
             why = "random crops differ each time" if c.crop_scale[0] < 1 else too_many
             lines.append(f"images: read in each epoch, since {why}")
         if junk := len(self.dataset.train) - len(self.train_split):

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from passreid_models.data.datasets import open_dataset
@@ -31,7 +30,8 @@ from passreid_models.reid.samplers import camera_batches
 from passreid_models.reid.supervised import finetune
 from passreid_models.reid.trainer import ReIDTrainer, statistics_of
 from passreid_models.runtime import gather_rows, on_first, world
-from passreid_models.training.command import check_yaml, merge_presets
+from passreid_models.training.command import read_config
+from passreid_models.training.config import wrong
 from passreid_models.training.folder import RunFolder
 from passreid_models.training.optim import load_optimizer
 from passreid_models.training.run import run_in_folder
@@ -93,25 +93,18 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         ValueError: If ``source_config`` is not valid, or sets a shared setting that shapes the weights otherwise than
             ``config`` does; a value that is the default counts as not set.
     """
-    settings: Any = {}
-    if set(config.source_config.split(",")) <= set(PRESETS["finetune"]):
-        settings = merge_presets(config.source_config, PRESETS["finetune"], config.model or config.init)
-    elif config.source_config:
-        file = Path(config.source_config)
-        if file.exists():
-            check_yaml(file, "source_config")
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as e:  # a date that there is not is a ValueError
-            expected = f"a YAML file or one of {', '.join(PRESETS['finetune'])}"
-            reason = " ".join(str(e).split())
-            raise ValueError(f"source_config: expected {expected}, got {config.source_config}: {reason}") from None
-        if not isinstance(settings, dict):
-            raise ValueError(f"source_config: {config.source_config} holds no settings")
+    presets = PRESETS["finetune"]
+    words = [config.source, f"--init={config.init}"]
+    if {name.strip() for name in config.source_config.split(",")} <= {"", *presets}:
+        words += [f"--preset={config.source_config}", f"--model={config.model}"]
+    elif Path(config.source_config).is_file():
+        words.append(f"--config={config.source_config}")
+    else:
+        raise wrong("source_config", config.source_config, f"a YAML file or one or more of {', '.join(presets)}")
     try:
-        source, default = FinetuneConfig.from_dict(settings), FinetuneConfig()
+        source, default = read_config(words, FinetuneConfig, presets, "passreid finetune", "", ""), FinetuneConfig()
     except ValueError as e:
-        raise ValueError(f"source_config: {e}") from None
+        raise ValueError(f"source_config: {config.source_config}: {e}") from None
     given = {k: v for k in SHARED if (v := getattr(config, k)) != getattr(default, k)}
     shaping = given.keys() - {*FinetuneConfig.FREE}
     there = {k: v for k in given if k in shaping and (v := getattr(source, k)) not in (given[k], getattr(default, k))}
@@ -120,7 +113,9 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         raise ValueError(
             f"source_config: both trainings share some settings, and {config.source_config} differs: {both}"
         )
-    return replace(source, data=config.source, out=str(Path(config.out) / "source"), resume="auto", **given)
+    return replace(
+        source, data=config.source, out=str(Path(config.out) / "source"), resume=config.resume and "auto", **given
+    )
 
 
 def _check(config: ClusterConfig, num_images: int) -> None:
@@ -256,6 +251,11 @@ class ClusterRun(ReIDRun):
         batches = camera_batches(
             self.labels, camids, c.clusters_per_batch, c.images_per_cluster, c.steps, c.seed, epoch
         )
+        if len(batches[0]) < self.trainer.world_size:
+            raise ValueError(
+                f"{len(batches[0])} clusters are too few for {self.trainer.world_size} processes: resume with as many "
+                "as the run had"
+            )
         if uneven := len(batches[0]) % self.trainer.world_size:  # fewer clusters than a batch takes
             batches = [b[:-uneven] for b in batches]
         return batches
@@ -277,11 +277,10 @@ class ClusterRun(ReIDRun):
                 f"{broken} of {total} descriptors are not finite and cannot be clustered: the weights overflow; begin "
                 f"with other weights, or with a smaller --lr (it is {c.lr:g})"
             )
-        features, metric = extracted.descriptors, "cosine" if embed.l2_normalize else "euclidean"
-        readable = extracted.readable
+        features, readable = extracted.descriptors, extracted.readable
         x = features[torch.from_numpy(readable)].to(t.device)
         labels = np.full(len(features), -1, dtype=np.int64)
-        labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2, metric))
+        labels[readable] = on_first(lambda: cluster_features(x, c.eps, c.min_samples, c.k1, c.k2, embed.metric))
         count = int(labels.max(initial=-1)) + 1
         if count < max(2, t.world_size):
             self._keep_clusters(count, labels[readable])

@@ -61,17 +61,19 @@ def read_config(
         group.add_class_arguments(config, as_group=False, skip={f.name for f in all_fields} - set(names))
     switches = {f.name for f in all_fields if f.type in (bool, "bool")}
     options = _options(argv, switches, pairs={f.name for f in all_fields if str(f.type).startswith("tuple")})
-    flags = dict(options)
-    for file in [value or "" for name, value in options if name == "--config"]:
-        check_yaml(Path(file))
-    in_file = _texts_in(Path(str(flags["--config"]))) if "--config" in flags else {}
-    preset, init = (flags.get(f"--{name}", in_file.get(name)) for name in ("preset", "init"))
-    parser.set_defaults(merge_presets(preset or "", presets, init or ""))
+    texts: dict[str, str] = {}
+    for file in [Path(value or "") for name, value in options if name == "--config"]:
+        check_yaml(file)
+        texts |= _texts_in(file)
+    texts |= {name[2:]: value for name, value in options if value is not None}
+    if named := [value or "" for name, value in options if name == "--preset"]:
+        texts["preset"] = ",".join(named)
+    parser.set_defaults(merge_presets(texts.get("preset", ""), presets, texts.get("init", "")))
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
     except UnicodeDecodeError:
-        raise ValueError(f"config: {flags['--config']} is no text file, expected YAML") from None
+        raise ValueError(f"config: {texts['config']} is no text file, expected YAML") from None
     except ArgumentError as e:
         types = {f.name: str(getattr(f.type, "__name__", f.type)) for f in all_fields}
         message = _one_line(str(e), types)

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from passreid_models.checkpoints.convert import check_held
 from passreid_models.checkpoints.fields import check_run
+from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.names import run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
 from passreid_models.runtime import atomic_file, lock, read_bytes
@@ -176,15 +177,17 @@ class RunFolder:
         Raises:
             ValueError: If a new run would overwrite the one in the folder, or the file belongs to another run; if the
                 folder has models of a run, but none of its checkpoints.
+            FileExistsError: If a new run would overwrite files that are of no run.
             CheckpointError: If the checkpoint cannot be read.
         """
         last = self.latest()
-        for model in (self.export_folder, self.path / "best"):
-            if last is None and (model / "config.json").is_file():
+        for model in (self.export_folder, self.path / "best") if last is None else ():
+            if (model / "config.json").is_file():
                 raise ValueError(
                     f"{self.path} holds a run without its checkpoints: put them back into checkpoints/ to continue it; "
                     f"another --out begins anew, and with --init {model} from its weights"
                 )
+            check_free(model)
         if resume == "auto":
             newest = self.load_latest()
             return newest[1] if newest else None

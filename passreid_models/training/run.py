@@ -69,7 +69,10 @@ class Run:
         newest = self.folder.latest()
         checkpoint = self.folder.find(config.resume)
         if checkpoint is not None:  # it holds all weights, and init may be gone
-            config = replace(config, init=checkpoint["config"].get("init", ""))
+            began = checkpoint["config"].get("init", "")
+            if config.init not in ("", began):
+                _logger.warning(f"init: {config.init} is not used: the run to resume began with {began or 'random'}")
+            config = replace(config, init=began)
         self.config = config
         self.trainer = self.prepare(device, checkpoint)
         self.origin = checkpoint.get("origin", {}) if checkpoint else provenance_of(config.init, self.config.model)
@@ -362,6 +365,8 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
             raise
         raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):  # such as without a C compiler
+            raise ValueError(f"compile: torch.compile fails here: {str(e).strip().splitlines()[0]}") from None
         if not is_dead_worker(e):
             raise
         spawned = multiprocessing.get_start_method(allow_none=True) not in (None, "fork")

@@ -159,6 +159,18 @@ def test_a_file_can_name_a_preset_that_its_other_lines_a_flag_and_another_preset
     assert parse(f"--config={file}", "--preset=pass-vit-s-lup") == lup
 
 
+def test_presets_and_files_that_are_named_one_by_one_all_count(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("preset: laptop\nmomentum: 0.9\n")
+    two.write_text("lr: 0.01\n")
+    laptop = PRESETS["laptop"] | {"lr": 0.01}
+    assert parse("crops/", f"--config={one}", f"--config={two}") == PretrainConfig(
+        data="crops/", **laptop | {"momentum": 0.9}
+    )
+    both = PRESETS["laptop"] | PRESETS["pass-vit-s-lup"]
+    assert parse("crops/", "--preset=laptop", "--preset=pass-vit-s-lup") == PretrainConfig(data="crops/", **both)
+
+
 @pytest.mark.parametrize("text", ["lr: [0.1\nseed: {", "- lr\n", "preset: [laptop]\n", "preset: desktop\n"])
 def test_a_file_that_is_no_configuration_is_refused_without_a_traceback(tmp_path, capsys, text):
     (tmp_path / "settings.yaml").write_text(text)

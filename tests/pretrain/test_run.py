@@ -431,6 +431,26 @@ def weights(home) -> Path:
     return home / "begin" / "weights"
 
 
+def test_other_initial_weights_are_not_used_by_a_run_that_resumes_which_says_so(weights, data, tmp_path, copy):
+    begin = result(copy)
+    train(tiny(data, copy, init=str(weights), resume="auto"))
+    assert_same_bits(copy, begin)
+    log = (copy / "log.txt").read_text()
+    assert f"init: {weights} is not used: the run to resume began with random" in log
+
+
+def test_a_compilation_that_fails_is_one_sentence(data, tmp_path, monkeypatch):
+    class InductorError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(self, batches):
+        raise InductorError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", fail)
+    with pytest.raises(ValueError, match=r"^compile: torch.compile fails here: InvalidCxxCompiler: No working C.. co"):
+        train(tiny(data, tmp_path / "run"))
+
+
 def test_a_run_resumes_without_its_initial_weights_and_keeps_their_statistics(weights, home, data, tmp_path):
     begin, run = Path(shutil.copytree(weights, tmp_path / "weights")), tmp_path / "run"
     train(tiny(data, home / "from_weights", epochs=2, init=str(begin)))

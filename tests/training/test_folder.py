@@ -228,6 +228,18 @@ def test_a_run_without_its_checkpoints_is_refused_with_advice(folder, model, res
     assert folder.find("auto")["step"] == 3
 
 
+@pytest.mark.parametrize("name", ["export/notes.txt", "best/notes.txt", "export"])
+def test_a_new_run_does_not_replace_files_of_others(folder, name):
+    file = folder.path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder: name another"):
+        folder.find("")
+    assert file.read_text() == "mine"
+    folder.save(state(3), keep=1)  # a run's own export may hold more
+    assert folder.find("auto")["step"] == 3
+
+
 # ---- One process at a time
 
 

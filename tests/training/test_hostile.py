@@ -151,6 +151,10 @@ def test_a_name_with_control_characters_stays_in_one_line(tmp_path, capsys):
             ),
             "can't allocate memory: you tried to allocate 8 bytes",
         ),
+        (
+            RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB."),
+            "MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB)",
+        ),
     ],
 )
 def test_exhausted_memory_of_the_cpu_is_reported_as_that_of_a_gpu(error, reason, capsys):
