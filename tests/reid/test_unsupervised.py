@@ -240,7 +240,7 @@ def test_cameras_are_used_if_every_training_image_has_one(data, tmp_path, monkey
 
 
 def test_fewer_clusters_than_processes_are_refused(data, tmp_path, monkeypatch):
-    run = ClusterRun(cluster_config(data, tmp_path / "run"), CPU)
+    run = ClusterRun(cluster_config(data, tmp_path / "run", clusters_per_batch=4), CPU)
     monkeypatch.setattr(ClusterRun, "labels", np.repeat(np.arange(3), 12))
     run.trainer.world_size = 4
     with pytest.raises(ValueError, match="3 clusters are too few for 4 processes: resume with as many as the run had"):
