@@ -21,6 +21,7 @@ from torch import Tensor
 
 from passreid_models import Embedder, evaluate
 from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.data.images import open_image
 from passreid_models.pretrain.config import PretrainConfig
 from passreid_models.pretrain.network import random_backbone
 
@@ -39,24 +40,25 @@ def main() -> None:
     args = parser.parse_args()
     try:
         data = open_dataset(args.data).require("query", "gallery")
+        means = baseline_scores(data, tuple(args.size), seeds=1 if args.quick else 3)
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from None
-    means = baseline_scores(data, tuple(args.size), seeds=1 if args.quick else 3)
     rows = [(name, f"{m:.1f} / {r:.1f}") for name, (m, r) in means.items()]
     figures = {f"{name}_{key}": value for name, pair in means.items() for key, value in zip(METRICS, pair, strict=True)}
     common.report(f"mAP / Rank-1, {data.name}: {args.data}", rows, figures)
 
 
 def read_images(data: ReIDDataset) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Read the images of queries and gallery."""
-    query, gallery = ([Image.open(path).convert("RGB") for path in split.paths] for split in (data.query, data.gallery))
+    """Read the images of queries and gallery, as ``passreid eval`` does."""
+    query, gallery = ([open_image(path) for path in split.paths] for split in (data.query, data.gallery))
     return query, gallery
 
 
 def score(data: ReIDDataset, query: Tensor, gallery: Tensor) -> tuple[float, float]:
-    """mAP and Rank-1 in percent."""
+    """mAP and Rank-1 in percent, by the protocol of ``passreid eval``."""
     q, g = data.query, data.gallery
-    metrics = evaluate(query, gallery, q.pids, g.pids, q.camids, g.camids)
+    cameras = (q.camids, g.camids) if data.has_cameras else ()
+    metrics = evaluate(query, gallery, q.pids, g.pids, *cameras, own=data.own)
     return 100 * metrics.mAP, 100 * metrics.rank1
 
 

@@ -48,7 +48,7 @@ class PlainImages(Dataset):
                 T.RandomCrop(SIZE, 10),
                 T.ToTensor(),
                 T.Normalize(*HALF),
-                T.RandomErasing(0.5, (0.02, 1 / 3), value="random"),
+                T.RandomErasing(0.5, (0.02, 1 / 3), (0.3, 1 / 0.3), value="random"),
             ]
         )
 

@@ -3,16 +3,17 @@
     python benchmarks/scale.py
 
 COMMAND_time, COMMAND_memory    exponents of growth: 1 is linear, 2 quadratic, 0 no growth that could be measured
-COMMAND_s, COMMAND_mb           processor seconds in one thread, and MiB of the process, at the largest size, less those
-                                at the smallest one
+COMMAND_s, COMMAND_mb           processor seconds in one thread (of search and rank: time, in all threads), and MiB of
+                                the process, at the largest size, less those at the smallest one
 worst_time, worst_memory        largest exponents, ``cluster`` left out of the time: it compares all images with all
 
 Commands get 256, 1,000, 10,000 and 100,000 images in the layout of Market-1501, half of them for training, 64 queries,
 the others in the gallery; of 64x32 pixels, for ``test_pass_vit``. ``tar`` is ``passreid-train`` on the same images in
-tar files of 10,000. Trainings stop at their first step, which in ``cluster`` follows the descriptors of all images and
-their clusters. ``search`` fills a gallery with 1,000 to 1,000,000 descriptors of width 16, searches for 100, saves and
-loads it; ``rank`` ranks it for 100 queries. Exponents are fitted by least squares to the logarithms of what a size
-takes on top of the smallest one, where that is more than 0.3 s or 8 MiB; two sizes, as of ``--quick``, have none.
+tar files of 10,000. Trainings stop at their first step, which in ``finetune`` follows the evaluation of the initial
+weights, and in ``cluster`` also the descriptors of all images and their clusters. ``gallery`` shows 4,000 at most.
+``search`` fills a gallery with 1,000 to 1,000,000 descriptors of width 16, searches for 100, saves and loads it;
+``rank`` ranks it for 100 queries. Exponents are fitted by least squares to the logarithms of what a size takes on top
+of the smallest one, where that is more than 0.3 s or 8 MiB; two sizes, as of ``--quick``, have none.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 held-out   3-D persons on streets, in patterns and before cameras that no training set has (passreid synth, seed 7)
 2-D        persons of the 2-D generator before six cameras
 foreign    the held-out set through one filter per camera: tone curve, white balance, blur, low resolution, noise and
-           JPEG compression, each stronger than in training
+           JPEG compression, all of them strong and at once on every image, as in no training
 
     python benchmarks/transfer.py pass_vit_small_patch16 runs/mine --size 256 128
 
@@ -118,7 +118,7 @@ def measure(data: ReIDDataset, embedders: dict[str, Embedder]) -> dict[str, tupl
 
 @dataclass(frozen=True)
 class Foreign:
-    """A camera's filter; each value is outside the range of training at 256x128."""
+    """A camera's filter; training has some of these values too, but not all on one image, nor such a JPEG quality."""
 
     gamma: float
     """Exponent of pixel values between 0 and 1."""

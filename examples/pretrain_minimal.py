@@ -57,6 +57,8 @@ def main(args):
 
     data = ViewDataset(args.data, args.size)
     loader = DataLoader(data, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
+    if not len(loader):
+        raise SystemExit(f"{len(data)} images are fewer than a batch of {args.batch}: give a smaller --batch")
     total, step = args.epochs * len(loader), 0
     for epoch in range(args.epochs):
         for views in loader:

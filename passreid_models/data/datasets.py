@@ -1,6 +1,7 @@
 """Datasets of labelled person images: published layouts, own folders and lists, and generated persons."""
 
 import hashlib
+import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -314,11 +315,13 @@ def _open_synthetic(text: str) -> ReIDDataset:
     sources = [path.read_bytes() for path in sorted(Path(__file__).parents[1].joinpath("synthetic").glob("*.py"))]
     key = hashlib.sha256(recipe.text.encode() + b"".join(sources)).hexdigest()[:16]
     root = cache_dir() / "synthetic" / key
+    start_method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    workers = num_cores() if start_method == "fork" else 0  # others run the script again, which waits for the lock
     with lock(root):
         layout = read_folder(root) if root.is_dir() else None
         if layout is None or sum(map(len, layout.rows.values())) < len(recipe.persons):
             try:
-                recipe.persons.write_market1501(root, recipe.train_ids, workers=num_cores())
+                recipe.persons.write_market1501(root, recipe.train_ids, workers=workers)
             except ValueError as e:
                 raise ValueError(f"{text}: {e}") from None
             layout = read_folder(root)

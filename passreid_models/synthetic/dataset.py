@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -97,12 +98,14 @@ class SyntheticPersons:
             root: A folder that does not exist, is empty, or holds only what this method wrote (it is replaced).
             train_ids: The first so many identities train, the others test; by default half.
             distractors: Gallery images of people who are in no query, with pid 0000.
-            workers: Processes that draw; 0 draws in this one.
+            workers: Processes that draw; 0 draws in this one. Where processes are not forked (Windows, macOS, Python
+                3.14), a script must make the call under ``if __name__ == "__main__":``.
             quality: Of the JPEG files.
 
         Raises:
             ValueError: If some queries would have no match in another camera, or an argument is out of range.
             FileExistsError: If the folder holds anything else, at any depth; the message names it.
+            ChildProcessError: If a process that draws died.
         """
         train_ids = self.num_ids // 2 if train_ids is None else train_ids
         at_least(0, train_ids=train_ids, distractors=distractors, workers=workers)
@@ -124,8 +127,13 @@ class SyntheticPersons:
                 (unfinished / folder).mkdir(parents=True)
             save = partial(_save, self.seed, self.size, self.place, unfinished, quality)
             if workers > 0:
-                with ProcessPoolExecutor(workers) as pool:
-                    list(pool.map(save, jobs, chunksize=16))
+                try:
+                    with ProcessPoolExecutor(workers) as pool:
+                        list(pool.map(save, jobs, chunksize=16))
+                except BrokenProcessPool:
+                    raise ChildProcessError(
+                        f"{root}: a process that draws died: if memory ran out, use fewer"
+                    ) from None
             else:
                 list(map(save, jobs))
             recipe = {**vars(self), "train_ids": train_ids, "distractors": distractors, "images": len(jobs)}
