@@ -325,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="an official checkpoint to a folder for timm's local-dir:")
     convert.add_argument("checkpoint", type=Path, help="any published layout: .pth, .pth.tar, .safetensors")
     convert.add_argument("folder", type=Path, help="output, new or empty")
-    convert.add_argument("--model", help="registered name; by default the one that the tensors fit")
+    convert.add_argument("--model", help="registered architecture; by default the one that the tensors fit")
     convert.add_argument("--network", choices=("teacher", "student"), default="teacher")
     convert.add_argument("--fusion", choices=("cat", "mean", "parts", "token"), help="fusion of the descriptor")
     convert.add_argument(
@@ -611,8 +611,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _data_check(args: argparse.Namespace) -> int:
     from passreid_models.data.check import check_dataset
-    from passreid_models.runtime import write_json
+    from passreid_models.runtime import check_file, write_json
 
+    if args.json:
+        check_file(args.json)
     check = check_dataset(args.data, verify=not args.no_verify, progress=not args.quiet)
     print(check)
     if args.json:

@@ -69,8 +69,8 @@ class Embedder:
             fusion: ``cat``, ``mean``, ``parts`` or ``token`` instead of the weights' own.
             flip: Average with the mirrored image's descriptor.
             workers: Threads that decode images; one per core, 8 at most, by default.
-            size: Height and width of the images instead of the weights' own; positions are resized, those of
-                a model that is given by its ``set_input_size``.
+            size: Height and width of the images instead of the weights' own; positions are resized (of a model that is
+                given, by its ``set_input_size``).
 
         Raises:
             ValueError: If ``batch_size`` is less than 1, ``workers`` too many for the cores, the model is not of
@@ -78,7 +78,7 @@ class Embedder:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        if size is not None and (min(size) < 16 or any(length % 16 for length in size)):  # else its edge would be cut
+        if size is not None and [length % 16 == 0 < length for length in np.ravel(size)] != [True, True]:
             raise ValueError(f"size must be height and width in multiples of 16, got {size}")
         self.workers = check_workers(workers or 0) or min(8, num_cores())
         self.device, self.dtype = pick_device(device), dtype or torch.float32

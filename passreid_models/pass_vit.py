@@ -389,8 +389,8 @@ def _build(
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
         if "fc_norm.bn.weight" in converted.backbone and not converted.run and kwargs.get("neck") is None:
             raise CheckpointError(
-                f"{file}: it has a neck and does not state of which fusion: give neck and global_pool, or name a "
-                "folder with its config.json"
+                f"{file}: it has a neck and does not state of which fusion: name the folder with its config.json, or "
+                "give neck and global_pool (--neck and --fusion)"
             )
     pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
     if converted and pool in POOLS[:-1] and neck == "single":

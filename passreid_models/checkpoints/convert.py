@@ -171,7 +171,7 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
         if size is None and count > 3 and guesses[0] and guesses[1]:
             raise CheckpointError(
                 f"pos_embed has {count} positions: those of a stride of 11 pixels, which models here do not have, or "
-                f"{guesses[0][0]}x{guesses[0][1]} without CLS"
+                f"{guesses[0][0]}x{guesses[0][1]} without CLS, of which a config.json beside the file would tell"
             )
         if count != expected and guesses[0] is None and guesses[1] is not None:  # TransReID-SSL: CLS has position 0
             backbone["cls_token"] = backbone["cls_token"].float() + pos_embed[:, :1].float()

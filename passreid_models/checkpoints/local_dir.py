@@ -158,8 +158,8 @@ def convert_checkpoint(
         raise ValueError(f"mean_std must be one of {tuple(STATISTICS)}, got {mean_std!r}")
     if "." in (name or ""):  # whose licence and accuracy another file has not
         raise ValueError(
-            f"expected an architecture, got {name}: the file of a tag is checked and kept by `passreid weights pull "
-            f"{name} --from {source}`"
+            f"expected an architecture without a tag, got {name} (`passreid weights pull TAG --from FILE` takes the "
+            "file of a published tag)"
         )
     converted = convert_file(source, network)
     run, notes = converted.run, []

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from passreid_models.data.datasets import ReIDDataset, Split
-from passreid_models.data.images import count, open_image, read_file, reason
+from passreid_models.data.images import UNREAD_SUFFIXES, count, open_image, read_file, reason, walk
 from passreid_models.data.layouts import VIDEOS
 from passreid_models.runtime import few, map_threads, printable
 
@@ -44,7 +44,7 @@ class Finding:
 
 def label_findings(dataset: ReIDDataset) -> Iterator[Finding]:
     """Findings on identities, cameras and numbers of images."""
-    for rule in (_missing, _rows, _identities, _cameras, _matches, _counts):
+    for rule in (_missing, _unread, _rows, _identities, _cameras, _matches, _counts):
         yield from rule(dataset)
 
 
@@ -56,6 +56,16 @@ def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
             level = "error" if dataset.name in PUBLISHED else "remark"
             where = f"{part} is missing or has no images" if part else "there are none"
             yield Finding(level, "missing split", f"no {name} images, so no {use}: {where}")
+
+
+def _unread(dataset: ReIDDataset) -> Iterator[Finding]:
+    """Images of other suffixes in the folder."""
+    if dataset.root.is_dir() and dataset.name != "CSV":
+        names = [name for name, status in walk(str(dataset.root)) if status is None]
+        if files := [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]:
+            suffixes = " ".join(sorted({Path(name).suffix.lower() for name in files}))
+            message = f"{count(len(files), 'file')} left out, since images of {suffixes} are not read: convert them"
+            yield Finding("remark", "other suffixes", message, files)
 
 
 def _rows(dataset: ReIDDataset) -> Iterator[Finding]:

@@ -13,9 +13,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif",
-            ".avif", ".heic")  # fmt: skip
-"""Suffixes of images, also of those that Pillow may not read: they are named as unreadable, and not left out unseen."""
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".pgm", ".jp2", ".dng")
+"""Suffixes of images that are left out: ``passreid data check`` counts them."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 _NOT_THE_USERS = ("@eaDir", b"@eaDir", "__MACOSX", b"__MACOSX")  # thumbnails of a Synology NAS, attributes of a Mac

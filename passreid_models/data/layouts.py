@@ -107,7 +107,7 @@ def read_folder(root: Path) -> Layout | None:
         return _read_msmt17(root, folders, [name for name in lists if name not in files])
     spelled = {name.lower(): name for name in sorted(folders)}  # Train/ is train/
     own = {split: spelled.get(split, split) for split in SPLITS}
-    if "train_all" in spelled:
+    if "train_all" in spelled and _images_in(root / spelled["train_all"]):
         own["train"] = spelled["train_all"]
     if "gallery" not in spelled:
         own["gallery"] = spelled.get("test", "test")

@@ -127,8 +127,9 @@ def list_images(root: Path, cache: Path) -> Listing:
             if not e.strerror:
                 raise  # an error of this package
             raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
-        times = listing.stamps[::2]
-        if min(times) > 0 and max(times) < (started - SETTLED) * 1e9:  # 0: the root of a FAT file system has none
+        times, sizes = listing.stamps[::2], listing.stamps[1::2]
+        has_times = all(map(max, times, sizes))  # the folder at the root of a FAT file system has none
+        if has_times and max(times) < (started - SETTLED) * 1e9:
             with suppress(OSError):
                 _write(file, listing)
         return listing
@@ -232,7 +233,8 @@ def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int =
         while block := file.read(2**16):  # tarfile treats a damaged header as the end, and so the end of a joined tar
             if block.strip(b"\0"):
                 raise tarfile.ReadError(
-                    f"no header at byte {base + tar.offset}, but data behind it; tars that were joined have to be apart"
+                    f"no header at byte {base + tar.offset}, and data after it: it is damaged, or several tars were "
+                    "joined, which have to be separate files"
                 )
 
 

@@ -69,14 +69,13 @@ def evaluate_model(
         FileNotFoundError: If the data or the weights do not exist.
         OSError: If ``json_file`` or ``pictures`` cannot be written.
     """
-    if json_file is not None:
-        check_file(json_file)
     if pictures is not None:
         require_matplotlib("pictures")
-        check_file(Path(pictures) / "ranking.png")
     if rerank:
         sparse()
+    files = [Path(file) for file in (json_file, pictures and Path(pictures) / "ranking.png") if file is not None]
     with process_group(device) as own_device:
+        on_first(lambda: list(map(check_file, files)))
         dataset = open_dataset(data).require("query", "gallery")
         embed = Embedder(model, own_device, **options)
         evaluation = evaluate_dataset(

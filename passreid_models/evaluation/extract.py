@@ -1,5 +1,6 @@
 """Descriptors of many image files: the processes of ``torchrun`` share the work, and a cache keeps the results."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,10 @@ def extract(
             missing.append(row)
     failures: dict[int, str] = {}
     if missing:
-        files: list[Any] = [
-            ImageError(f"{p}: a folder, no image") if (p := own_paths[row]).is_dir() else p for row in missing
+        paths_or_errors: list[Any] = [
+            ImageError(f"{p}: a folder, no image") if os.path.isdir(p := own_paths[row]) else p for row in missing
         ]
-        block[torch.tensor(missing)] = embed(files, errors=failures, progress=progress and rank == 0)
+        block[torch.tensor(missing)] = embed(paths_or_errors, errors=failures, progress=progress and rank == 0)
     errors = {missing[i]: reason for i, reason in failures.items()}
     share = (block.numpy(), errors, hashes, len(own_paths) - len(missing))
     shares: list[Any] = [share]

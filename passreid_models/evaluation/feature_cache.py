@@ -27,7 +27,7 @@ from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, map_th
 __all__ = ["FeatureCache", "has_own_code", "hash_files", "weights_key"]
 
 VERSION = 1  # to be raised when the same image and weights give another descriptor, beyond rounding
-PACKAGES = ("passreid_models", "timm", "torch")
+PACKAGES = ("passreid_models", "timm", "torch", "torchvision")
 _logger = logging.getLogger(__name__)
 
 
@@ -108,9 +108,10 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 def has_own_code(embed: Embedder) -> bool:
     """Whether descriptors depend on code of the user's, which no key holds: a class, a hook, a method of an object."""
     modules = list(embed.model.modules())
-    if any(GLOBAL_HOOKS) or any(is_hooked(m) or any(map(callable, vars(m).values())) for m in modules):
+    objects = [*modules, *getattr(embed.transform, "transforms", [embed.transform])]
+    if any(GLOBAL_HOOKS) or any(map(is_hooked, modules)) or any(any(map(callable, vars(x).values())) for x in objects):
         return True
-    return any(type(x).__module__.partition(".")[0] not in PACKAGES for x in (embed, *modules))
+    return any(type(x).__module__.partition(".")[0] not in PACKAGES for x in (embed, *objects))
 
 
 def hash_files(paths: Sequence[Path]) -> list[str]:

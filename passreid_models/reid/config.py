@@ -205,9 +205,9 @@ class ClusterConfig(ReIDConfig):
         neck: BatchNorm neck: ``single`` normalises the fused vector, ``multi`` each token; by default single, and multi
             with a ``source``.
         source: Labelled dataset to fine-tune ``init`` on first, in ``out/source``: domain adaptation in one command.
-        source_config: Settings of that fine-tuning: a preset of ``passreid finetune``, or a YAML file as for its
-            ``--config``. What both trainings share (``init``, ``size``, ``device`` and others) is set here or there;
-            settings that shape the weights must agree, of the others those here win.
+        source_config: Settings of that fine-tuning: presets of ``passreid finetune``, or a YAML file as for its
+            ``--config``. What both trainings share (``size``, ``device`` and others; ``init`` is set here) is set here
+            or there; settings that shape the weights must agree, of the others those here win.
         steps: Training steps of an epoch.
         clusters_per_batch: Clusters in a batch, over all processes.
         images_per_cluster: Images of each cluster in a batch, which holds ``clusters_per_batch`` x

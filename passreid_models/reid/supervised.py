@@ -215,7 +215,7 @@ class SupervisedRun(ReIDRun):
             *self.describe(),
             f"{c.epochs} epochs of about {t.epoch_starts[1]} steps of {batch}, {t.model.num_ids} identities; "
             f"{t.world_size} processes",
-            f"learning rate: cosine from {c.lr:g}, in the first {c.num_warmup_epochs} epochs less (warm-up)",
+            f"learning rate: cosine from {c.lr:g}, {c.num_warmup_epochs} epochs of warm-up",
             *filter(None, [t.classifier_start]),
         ]
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from passreid_models.data.datasets import open_dataset
@@ -75,6 +76,10 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
     first = RunFolder(source.out)
     export = first.export_folder
+    if first.latest() and not config.resume:  # of an adaptation that found no clusters, or was killed before it
+        began = yaml.safe_load((first.path / "config.yaml").read_text(encoding="utf-8"))["init"]
+        if began != source.init:
+            raise ValueError(f"init: {first.path} began with {began} and not with {source.init}: name another --out")
     is_done = checkpoint and not first.latest() and (export / "config.json").is_file()  # its checkpoints were deleted
     if not is_done:
         try:
@@ -82,7 +87,8 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
         except ValueError as e:
             raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
     minutes_left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
-    adaptation = {"init": str(export), "source": "", "source_config": "", "neck": completed.neck}
+    init = checkpoint["config"]["init"] if checkpoint else str(export)  # the folder may have been moved
+    adaptation = {"init": init, "source": "", "source_config": "", "neck": completed.neck}
     return replace(config, **adaptation, max_minutes=minutes_left)
 
 
@@ -94,9 +100,9 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
             ``config`` does; a value that is the default counts as not set.
     """
     presets = PRESETS["finetune"]
-    words = [config.source, f"--init={config.init}"]
+    words = [config.source, *([f"--init={config.init}"] if config.init else [])]
     if {name.strip() for name in config.source_config.split(",")} <= {"", *presets}:
-        words += [f"--preset={config.source_config}", f"--model={config.model}"]
+        words += [f"--preset={config.source_config}", *([f"--model={config.model}"] if config.model else [])]
     elif Path(config.source_config).is_file():
         words.append(f"--config={config.source_config}")
     else:
@@ -113,9 +119,7 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
         raise ValueError(
             f"source_config: both trainings share some settings, and {config.source_config} differs: {both}"
         )
-    return replace(
-        source, data=config.source, out=str(Path(config.out) / "source"), resume=config.resume and "auto", **given
-    )
+    return replace(source, data=config.source, out=str(Path(config.out) / "source"), resume="auto", **given)
 
 
 def _check(config: ClusterConfig, num_images: int) -> None:

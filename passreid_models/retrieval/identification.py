@@ -99,8 +99,8 @@ def open_set(
         budget_mb: Memory on top of the descriptors, in MB.
 
     Raises:
-        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, or there are no queries of
-            known persons or none of unknown ones.
+        ValueError: If shapes do not match, a camera is below 0, no descriptor of queries or gallery is finite, or there
+            are no queries of known persons or none of unknown ones.
     """
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)

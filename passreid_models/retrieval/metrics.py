@@ -95,7 +95,8 @@ def evaluate(
         budget_mb: Memory on top of the descriptors, in MB; one query at a time where that takes more.
 
     Raises:
-        ValueError: If shapes do not match, no descriptor of queries or gallery is finite, or no query has a match.
+        ValueError: If shapes do not match, a camera is below 0, no descriptor of queries or gallery is finite, or no
+            query has a match.
     """
     pairs = Similarities(query, gallery, metric)
     protocol = Protocol(pairs.finite, query_pids, gallery_pids, query_camids, gallery_camids, own)
@@ -127,8 +128,8 @@ def evaluate_distances(
         budget_mb: Memory on top of the distances, in MB; one query at a time where that takes more.
 
     Raises:
-        ValueError: If shapes do not match, a distance is NaN in a row and a column with finite ones, nothing is finite,
-            or no query has a match.
+        ValueError: If shapes do not match, a camera is below 0, a distance is NaN in a row and a column with finite
+            ones, nothing is finite, or no query has a match.
     """
     if not isinstance(distances, Reranked):
         distances = as_tensor(distances)

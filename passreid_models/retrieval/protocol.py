@@ -62,8 +62,8 @@ class Protocol:
         self.cameras: tuple[np.ndarray, np.ndarray] | None = None
         if query_camids is not None and gallery_camids is not None:
             self.cameras = (
-                _cameras("query_camids", query_camids, self.query_pids),
-                _cameras("gallery_camids", gallery_camids, gallery),
+                _cameras("query_camids", query_camids, np.where(self.in_gallery, self.query_pids, JUNK)),
+                _cameras("gallery_camids", gallery_camids, np.where(np.isin(gallery, self.query_pids), gallery, JUNK)),
             )
         self.own = own_rows(own, shape)
         first = np.searchsorted(self.sorted_pids, self.query_pids, "left")
@@ -138,12 +138,12 @@ def indices(pairs: Pairs, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cameras(name: str, camids: ArrayLike, pids: np.ndarray) -> np.ndarray:
-    """Cameras of the images, which are known where these are no junk."""
+    """Cameras of the images, known where these are of persons and not junk."""
     cameras = _ids(name, camids, len(pids))
     if unknown := int((cameras[pids != JUNK] < 0).sum()):
         raise ValueError(
-            f"{name} holds {unknown} cameras below 0, which are unknown: two of them may be one camera, or not. Leave "
-            "the cameras out and give `own`, the row of each query's own image in the gallery"
+            f"{name} holds {unknown} cameras below 0: unknown cameras cannot be compared. Leave the cameras out and "
+            "give `own`, the row of each query's own image in the gallery"
         )
     return cameras
 

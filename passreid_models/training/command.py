@@ -72,8 +72,6 @@ def read_config(
     options.sort(key=lambda option: option[0] != "--config")  # flags win over the file
     try:
         values = parser.parse_args([name if value is None else f"{name}={value}" for name, value in options]).as_dict()
-    except UnicodeDecodeError:
-        raise ValueError(f"config: {texts['config']} is no text file, expected YAML") from None
     except ArgumentError as e:
         types = {f.name: str(getattr(f.type, "__name__", f.type)) for f in all_fields}
         message = _one_line(str(e), types)
@@ -124,33 +122,33 @@ def merge_presets(names: str, presets: Mapping[str, Mapping[str, Any]], init: st
     return settings
 
 
-def check_yaml(file: Path, option: str = "config") -> None:
-    """Check that a file of settings is one, before it is parsed: a regular file without aliases, not deeply nested.
+def check_yaml(file: Path) -> None:
+    """Check that a file of settings is one, before it is parsed: a text without aliases, not deeply nested.
 
     Aliases of aliases grow a small file to any size; other errors in the file are left to the parser.
 
-    Args:
-        file: The file.
-        option: Option that names it.
-
     Raises:
-        ValueError: The message begins with the option and names the file.
+        ValueError: The message names the file.
     """
     import yaml
 
     if not file.is_file():
         what = "it is no regular file" if file.exists() else "there is none"
-        raise ValueError(f"{option}: expected a YAML file at {file}: {what}")
+        raise ValueError(f"config: expected a YAML file at {file}: {what}")
     if file.stat().st_size > MAX_YAML_BYTES:
-        raise ValueError(f"{option}: {file} is larger than {MAX_YAML_BYTES:,} bytes")
+        raise ValueError(f"config: {file} is larger than {MAX_YAML_BYTES:,} bytes")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"config: {file} is no text file, expected YAML") from None
     depth = 0
-    with suppress(yaml.YAMLError, UnicodeDecodeError):
-        for event in yaml.parse(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+    with suppress(yaml.YAMLError):
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{option}: {file} has an alias, *{event.anchor}; expected plain values")
+                raise ValueError(f"config: {file} has an alias, *{event.anchor}; expected plain values")
             if depth > MAX_YAML_DEPTH:
-                raise ValueError(f"{option}: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
+                raise ValueError(f"config: {file} is nested more than {MAX_YAML_DEPTH} deep; expected plain values")
 
 
 def _texts_in(file: Path) -> dict[str, str]:
@@ -159,7 +157,7 @@ def _texts_in(file: Path) -> dict[str, str]:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except yaml.YAMLError:
         return {}
     return {k: v for k, v in content.items() if isinstance(v, str)} if isinstance(content, dict) else {}
 

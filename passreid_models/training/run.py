@@ -366,7 +366,8 @@ def run_in_folder(task: type[Run], config: RunConfig) -> Path:
         raise OSError(f"{config.out} cannot be written to ({e.strerror})") from None
     except RuntimeError as e:
         if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):  # such as without a C compiler
-            raise ValueError(f"compile: torch.compile fails here: {str(e).strip().splitlines()[0]}") from None
+            reason = str(e).strip().partition("raised:\n")[2] or str(e).strip()
+            raise ValueError(f"compile: torch.compile fails here: {reason.splitlines()[0]}") from None
         if not is_dead_worker(e):
             raise
         spawned = multiprocessing.get_start_method(allow_none=True) not in (None, "fork")

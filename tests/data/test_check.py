@@ -129,6 +129,9 @@ QUERY, TEST, TRAIN = "query/0001_c1s1_001051_00.jpg", "bounding_box_test/0001_c2
 FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "no folder": (without("query"), "error", "missing split", "no query images, so no evaluation: query/ is missing"),
     "no training": (without("bounding_box_train"), "error", "missing split", "no train images, so no training: bound"),
+    "other suffixes": (
+        edit(lambda root: (root / "query" / "1.HEIC").write_bytes(b"")), "remark", "other suffixes",
+        "1 file left out, since images of .heic are not read: convert them: query/1.HEIC"),
     "no list": (missing_list, "error", "missing split", "so no evaluation: list_query.txt is missing or has no images"),
     "no val list": (
         lambda root: [write_msmt17(root), (root / "list_val.txt").unlink()][0], "error", "layout",

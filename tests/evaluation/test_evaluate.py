@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torchvision import transforms as T
 
 import passreid_models
 from passreid_models.data.datasets import ReIDDataset, open_dataset
@@ -473,7 +474,7 @@ class OwnEmbedder(Embedder):
     pass
 
 
-@pytest.mark.parametrize("own", ["nothing", "module", "method", "hook", "embedder", "torch"])
+@pytest.mark.parametrize("own", ["nothing", "module", "method", "hook", "embedder", "transform", "torch"])
 def test_a_model_with_code_of_its_own_is_not_cached(market, cache_folder, own):
     model: Any = make_model()
     if own == "module":
@@ -485,6 +486,8 @@ def test_a_model_with_code_of_its_own_is_not_cached(market, cache_folder, own):
     if own == "torch":
         model.fc_norm = nn.LayerNorm(model.head_hidden_size)
     embed = (OwnEmbedder if own == "embedder" else Embedder)(model, "cpu")
+    if own == "transform":
+        embed.transform.transforms.append(T.Lambda(lambda x: x / 2))
     for _ in range(2):
         evaluation = run(market, embed, cache=True)
     is_cached = own in ("nothing", "torch")
@@ -685,11 +688,15 @@ def test_what_cannot_be_written_or_computed_is_refused_before_the_work(market, s
 
 def test_a_folder_in_a_list_of_images_is_left_out(tmp_path, embed):
     write(tmp_path, ["query.jpg", "same.jpg", "other.jpg", "tracklet/a.jpg", "tracklet/b.jpg"])
+    long = f"{'x' * 300}.jpg"  # a name that the system does not take
     lines = ["query.jpg,1,1,query", "same.jpg,1,2,gallery", "other.jpg,2,2,gallery", "tracklet,2,2,gallery"]
+    lines.append(f"{long},2,2,gallery")
     dataset = open_dataset(write_csv(tmp_path / "own.csv", ["path,pid,camid,split", *lines]))
     for cache in (False, True):
         evaluation = run(dataset, embed, cache=cache)
-        assert evaluation.unreadable == [f"{tmp_path / 'tracklet'}: a folder, no image"]
+        folder, name = evaluation.unreadable
+        assert folder == f"{tmp_path / 'tracklet'}: a folder, no image"
+        assert name.startswith(f"{tmp_path / long}: ")
         assert len(evaluation.retrieved.gallery) == 2
 
 

@@ -320,6 +320,23 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
     assert files(tmp_path / "run") == before - {f for f in before if "source/checkpoints/step" in str(f)}
 
 
+def test_a_source_that_is_fine_tuned_is_taken_up_if_it_began_with_the_same_weights(data, model, tmp_path):
+    (tmp_path / "source.yaml").write_text("{epochs: 1, warmup_epochs: 0, ids_per_batch: 2, images_per_id: 2}")
+    config = cluster_config(
+        data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"), k1=500, epochs=1
+    )
+    with pytest.raises(ValueError, match="too few clusters to train on"):
+        cluster(config)
+    with pytest.raises(ValueError, match=r"init: .*source began with random and not with .*model: name another --out"):
+        cluster(replace(config, init=str(model)))
+    before = (tmp_path / "run" / "source" / "metrics.jsonl").read_bytes()
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    cluster(replace(config, k1=6, out=str(moved)))
+    assert (moved / "source" / "metrics.jsonl").read_bytes() == before
+    cluster(replace(config, k1=6, out=str((moved).rename(tmp_path / "run")), resume="auto"))
+    assert "is not used" not in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_invalid_settings_of_the_source_are_reported_before_training(data, tmp_path):
     (tmp_path / "source.yaml").write_text("epoch: 3\n")
     config = cluster_config(data, tmp_path / "run", source=str(data), source_config=str(tmp_path / "source.yaml"))
@@ -484,12 +501,13 @@ def test_a_mistake_is_reported_before_anything_is_written(data, tmp_path, option
 def test_the_fine_tuning_on_the_source_has_the_shared_settings(data, tmp_path):
     config = cluster_config(data, tmp_path / "run", source="market/", seed=5, fusion="mean")
     source = unsupervised._source_config(config)
-    assert (source.data, source.out, source.resume) == ("market/", f"{tmp_path}/run/source", "")
-    assert unsupervised._source_config(replace(config, resume="auto")).resume == "auto"
+    assert (source.data, source.out, source.resume) == ("market/", f"{tmp_path}/run/source", "auto")
     assert (source.seed, source.fusion, source.neck, source.size) == (5, "mean", "multi", (64, 32))
     assert source.epochs == 120
     assert unsupervised._source_config(replace(config, source_config="laptop")).epochs == 24
     assert unsupervised._source_config(replace(config, source_config="laptop")).model == config.model
+    tiny = replace(config, source_config="laptop", model="", init="random")
+    assert unsupervised._source_config(tiny).model == "pass_vit_tiny_patch16"
     both = unsupervised._source_config(replace(config, source_config="laptop, domain"))
     assert (both.epochs, both.jitter_prob) == (24, 0.8)
     (tmp_path / "as_config.yaml").write_text("preset: domain\nlr: 3e-2\n")  # whatever --config takes

@@ -513,12 +513,13 @@ def test_unknown_cameras_are_refused_but_of_junk():
     x, pids = line([1.0, 0.9, 0.8]), [1, 1, -1]
     for measure in (evaluate, roc, open_set):
         with pytest.raises(
-            ValueError, match="query_camids holds 1 cameras below 0, which are unknown: two of them may"
+            ValueError, match="query_camids holds 1 cameras below 0: unknown cameras cannot be compared"
         ):
             measure(x[:1], x, [1], pids, [-1], [0, 1, 0])
         with pytest.raises(ValueError, match="gallery_camids holds 2 cameras below 0"):
             measure(x[:1], x, [1], pids, [0], [-1, -1, 0])
     assert evaluate(x[:1], x, [1], pids, [0], [0, 1, -1]).rank1 == 1
+    assert evaluate(x[:1], x, [1], [1, 1, 0], [0], [0, 1, -1]).rank1 == 1  # of a distractor no camera is compared
 
 
 @pytest.mark.parametrize("wrong", ["query_pids", "gallery_pids", "query_camids", "gallery_camids"])
