@@ -35,11 +35,13 @@ from passreid_models.checkpoints.load import Origin, load_report, pretrained_fil
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
+    GLOBAL_HOOKS,
     ConvStem,
     MultiNeck,
     SingleNeck,
     fuse_tokens,
     fused_width,
+    is_hooked,
     is_per_token,
     prefix_block,
     resample_positions,
@@ -250,6 +252,9 @@ class PassVisionTransformer(VisionTransformer):
 
     def _prefix_outputs(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """Output prefix tokens ``[B, num_prefix, D]`` of embedded tokens: all blocks and the final norm."""
+        is_plain = type(self.blocks) is nn.Sequential and not is_hooked(self.blocks) and not any(GLOBAL_HOOKS)
+        if not is_plain and not self.grad_checkpointing:  # which calls the blocks one by one, in timm too
+            return self.norm(self.blocks(tokens))[:, :num_prefix]
         steps: list[Any] = list(self.blocks)
         if steps and is_per_token(self.norm):
             steps[-1] = partial(prefix_block, steps[-1], num_prefix=num_prefix)
@@ -440,7 +445,8 @@ def _saved_fusion(pretrained_cfg: Mapping[str, Any], cache_dir: str | None) -> s
     """Fusion of the model in a folder or a Hub repository, before it is overridden."""
     repository = pretrained_cfg.get("hf_hub_id")
     folder = download_hub(repository, "config.json", cache_dir).parent if repository else Path(pretrained_cfg["file"])
-    return str(read_config(folder).get("fusion", ""))
+    config = read_config(folder)  # of timm's save_for_hf it has no fusion
+    return str(config.get("fusion") or config.get("model_args", {}).get("global_pool") or "")
 
 
 def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:

@@ -47,17 +47,27 @@ def check_file(path: str | Path) -> None:
         raise PermissionError(f"{path}: {folder} cannot be written to")
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """Content of a regular file of at most ``most`` bytes; a pipe or a device would make the reader wait.
+def check_regular(path: Path, most: int) -> None:
+    """Check that a file is a regular one of at most ``most`` bytes; a pipe or a device would make the reader wait.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If there is none.
         ValueError: If it is no regular file, or larger.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file")
     if path.stat().st_size > most:
         raise ValueError(f"{path} is larger than {most:,} bytes")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Content of a file, after ``check_regular``.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no regular file, or larger.
+    """
+    check_regular(path, most)
     return path.read_bytes()
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import Attention, PatchEmbed
-from timm.models import create_feature_extractor, get_graph_node_names
+from timm.models import create_feature_extractor, get_graph_node_names, save_for_hf
 from timm.models.vision_transformer import Block, ResPostBlock
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -301,6 +301,10 @@ def test_a_single_neck_is_of_its_fusion(own, other, tmp_path):
     with pytest.raises(ValueError, match=message):
         saved(global_pool=other)
     assert saved(global_pool=other, neck="").global_pool == other
+    args = {"neck": "single", "global_pool": own}
+    save_for_hf(model, str(tmp_path / "timm's"), model_args=args, safe_serialization=True)
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f"local-dir:{tmp_path}/timm's", pretrained=True, global_pool=other)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -644,7 +648,9 @@ def test_the_last_block_leaves_out_the_work_of_the_patches():
     assert full - products(model) == full - products(model.forward_views) == 8 * per_patch
 
 
-@pytest.mark.parametrize("where", ["norm", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.mlp.fc1"])
+@pytest.mark.parametrize(
+    "where", ["norm", "blocks", "blocks.1", "blocks.1.attn", "blocks.1.attn.qkv", "blocks.1.mlp.fc1"]
+)
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 def test_a_hook_in_the_last_block_or_on_the_norm_sees_all_tokens(where, kind):
     model, x, seen = create(), images(), []
@@ -657,6 +663,20 @@ def test_a_hook_in_the_last_block_or_on_the_norm_sees_all_tokens(where, kind):
     handle.remove()
     model(x)
     assert len(seen) == 1
+
+
+def test_what_replaces_the_container_of_the_blocks_is_called():
+    class Halved(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    model, x = create(), images()
+    expected = model(x)
+    model.blocks = torch.compile(model.blocks, backend="eager")
+    assert_close(model(x), expected, 1e-6)
+    model.blocks = Halved(*model.blocks._orig_mod)
+    assert_close(model(x), model.forward_head(model.forward_features(x)), 1e-6)
+    assert_close(model.forward_tokens(x), model.forward_features(x)[:, :4], 1e-6)
 
 
 def test_what_replaces_a_part_of_the_last_block_is_used():

@@ -20,7 +20,13 @@ def check_config(config: Any, file: str | Path) -> None:
     if not is_config or config.get("architecture") not in list(ARCHITECTURES):
         raise ValueError(f"{file} is not the config of a model of this package")
     check_fields({"model_args": {}, "provenance": {}, **config}, {"model_args": OBJECT, "provenance": OBJECT}, file)
-    check_fields(config["pretrained_cfg"], _PRETRAINED_CFG, f"{file}: pretrained_cfg")
+    cfg = config["pretrained_cfg"]
+    check_fields(cfg, _PRETRAINED_CFG, f"{file}: pretrained_cfg")
+    for name in ("mean", "std"):  # timm takes one value for all channels; of three it makes those of fewer or more
+        if len(cfg[name]) not in (1, 3, cfg["input_size"][0]):
+            raise ValueError(
+                f"{file}: pretrained_cfg: {name}: {len(cfg[name])} values for {cfg['input_size'][0]} channels"
+            )
     if "num_classes" in config:
         check_fields(config, {"num_classes": _CLASSES}, file)
     args = config.get("model_args", {})
@@ -49,11 +55,13 @@ def whole(low: int, high: int) -> Check:
     return f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high
 
 
-def several(count: int, check: Check) -> Check:
-    def are_valid(values: Any) -> bool:
-        return isinstance(values, list | tuple) and len(values) == count and all(map(check[1], values))
+def several(count: int | tuple[int, int], check: Check) -> Check:
+    low, high = count if isinstance(count, tuple) else (count, count)
 
-    return f"{count} values, each {check[0]}", are_valid
+    def are_valid(values: Any) -> bool:
+        return isinstance(values, list | tuple) and low <= len(values) <= high and all(map(check[1], values))
+
+    return f"{low if low == high else f'{low} to {high}'} values, each {check[0]}", are_valid
 
 
 def _either(one: Check, other: Check) -> Check:
@@ -72,8 +80,8 @@ _PRETRAINED_CFG: dict[str, Check] = {
         f"channels, height and width, the latter {PIXELS[0]}",
         lambda v: isinstance(v, list | tuple) and len(v) == 3 and _CHANNELS[1](v[0]) and several(2, PIXELS)[1](v[1:]),
     ),
-    "mean": _either(several(3, _number(-100, 100)), several(1, _number(-100, 100))),
-    "std": _either(several(3, _number(1e-6, 100)), several(1, _number(1e-6, 100))),
+    "mean": several((1, 64), _number(-100, 100)),
+    "std": several((1, 64), _number(1e-6, 100)),
     "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
 }
 

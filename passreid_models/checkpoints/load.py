@@ -255,7 +255,7 @@ def _fit(converted: Converted, network: Any, resize: str = "auto") -> tuple[Stat
     free: tuple[str, ...] = ()
     if network.num_classes != cfg["num_classes"]:
         free += ("head.",)
-    if network.in_chans != cfg["input_size"][0]:
+    if network.in_chans != cfg["input_size"][0] and cfg["first_conv"]:
         free += (cfg["first_conv"] + ".weight",)
     return fit_to_model(converted, network.state_dict(), stem.grid_size, declared, resize, free)
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import safetensors.torch
 import timm
+import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -89,8 +90,10 @@ def _write(
     }
     descriptor = {"fusion": m.global_pool, "neck": m.neck, "l2_normalize": m.neck != "multi"}
     with atomic_folder(folder, overwrite) as new:
+        is_contiguous = all(x.is_contiguous() for x in m.state_dict().values())  # not in channels_last
+        saved = m if is_contiguous and not half else deepcopy(m).to(memory_format=torch.contiguous_format)
         save_for_hf(
-            deepcopy(m).half() if half else m,
+            saved.half() if half else saved,
             str(new),
             model_config={**descriptor, **(info or {})},
             model_args=model_args,

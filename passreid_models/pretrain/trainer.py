@@ -112,6 +112,7 @@ class PretrainTrainer(BaseTrainer):
         config, values = self.config, schedule_values(self.config, self.step, self.epoch_steps)
         seed_step(config.seed, self.step, self.rank)
         set_hyperparameters(self.optimizer, values.lr, values.weight_decay)
+        self.keep_buffers(self.student, self.teacher)
         target_means, micro_losses, terms = torch.zeros_like(self.criterion.centers), [], []
         for i, batch in enumerate(batches):
             global_views, local_views = self.photometric.batch(batch.views)

@@ -54,6 +54,7 @@ class ReIDTrainer(BaseTrainer):
         (batch,) = batches
         seed_step(self.config.seed, self.step, self.rank)
         set_learning_rates(self.optimizer, lambda scale: self.lr(self.epoch, scale))
+        self.keep_buffers(self.network)
         with self.autocast():
             output = self.parallel(batch.images)
         loss, figures = self.compute_loss(output, batch.labels)

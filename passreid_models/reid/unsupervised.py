@@ -69,11 +69,11 @@ def cluster(config: ClusterConfig) -> Path:
 def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     """Fine-tune on the source, and return the configuration of the adaptation that follows."""
     source, started = _source_config(config), time.monotonic()
-    completed = complete(config)  # errors in the target are reported now, not after hours on the source
+    checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
+    completed = complete(config, checkpoint)  # errors in the target are reported now, not after hours on the source
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))
-    checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
     first = RunFolder(source.out)
     export = first.export_folder
     if first.latest() and not config.resume:  # of an adaptation that found no clusters, or was killed before it
@@ -103,7 +103,7 @@ def _source_config(config: ClusterConfig) -> FinetuneConfig:
     words = [config.source, *([f"--init={config.init}"] if config.init else [])]
     if {name.strip() for name in config.source_config.split(",")} <= {"", *presets}:
         words += [f"--preset={config.source_config}", *([f"--model={config.model}"] if config.model else [])]
-    elif Path(config.source_config).is_file():
+    elif Path(config.source_config).exists():
         words.append(f"--config={config.source_config}")
     else:
         raise wrong("source_config", config.source_config, f"a YAML file or one or more of {', '.join(presets)}")

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from passreid_models.checkpoints.fields import check_run
 from passreid_models.checkpoints.local_dir import check_free
 from passreid_models.checkpoints.names import run_checkpoints
 from passreid_models.checkpoints.read import AGAIN, CheckpointError, read_checkpoint
-from passreid_models.runtime import atomic_file, lock, read_bytes
+from passreid_models.runtime import atomic_file, check_regular, lock
 
 _logger = logging.getLogger(__name__)
-MAX_METRICS_BYTES = 2**28  # a million lines
+MAX_METRICS_BYTES, MAX_LINE = 2**33, 2**20  # more than a run writes
 NETWORKS = {"student", "teacher", "model"}  # entries of checkpoints
 
 
@@ -208,9 +208,8 @@ class RunFolder:
             if int(path.stem.partition("_")[2]) > step:
                 path.rename(path.with_suffix(".pt.later"))
         if self.metrics_file.exists():
-            lines = [line for line, record in self._records() if record["step"] <= step]
-            with atomic_file(self.metrics_file) as temporary:
-                temporary.write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
+            with atomic_file(self.metrics_file) as temporary, temporary.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line, record in self._records() if record["step"] <= step)
 
     def metrics(self) -> list[dict[str, float]]:
         """Records of ``metrics.jsonl``: numbers by name, NaN for null, each with a ``step``.
@@ -219,15 +218,18 @@ class RunFolder:
         """
         return [record for _, record in self._records()]
 
-    def _records(self) -> list[tuple[str, dict[str, float]]]:
+    def _records(self) -> Iterator[tuple[str, dict[str, float]]]:
         if not self.metrics_file.exists():
-            return []
-        lines = read_bytes(self.metrics_file, MAX_METRICS_BYTES).decode(errors="replace").splitlines()
-        return [(line, record) for line in lines if (record := _record(line))]
+            return
+        check_regular(self.metrics_file, MAX_METRICS_BYTES)
+        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
+            while line := file.readline(MAX_LINE):
+                if record := _record(line):
+                    yield line.rstrip("\n"), record
 
     def metric(self, step: int, name: str) -> float | None:
         """Last value of a metric of this step in ``metrics.jsonl``; NaN if it is null, None if there is none."""
-        values = [record[name] for record in self.metrics() if record["step"] == step and name in record]
+        values = [record[name] for _, record in self._records() if record["step"] == step and name in record]
         return values[-1] if values else None
 
     def add_metrics(self, record: Mapping[str, float]) -> None:

@@ -79,21 +79,29 @@ class Run:
         self.before: dict[str, Any] = checkpoint.get("before", {}) if checkpoint else {}
         """Scores of ``before_training``, kept in the checkpoints."""
         self._check_same_step()
+        try:
+            self._begin(newest, checkpoint is not None)
+        except BaseException:  # nobody has the run yet, to close it
+            self.folder.close()
+            raise
+
+    def _begin(self, newest: Path | None, is_resumed: bool) -> None:
+        """Open the folder, and prepare what is written to it."""
         if self.is_main:
             self.folder.open()
             if self.folder.latest() != newest:  # it was looked at before it was locked
-                self.folder.close()
                 raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
-            kept = self.trainer.step if checkpoint else -1  # the folder may be of a run that was killed at once
+            kept = self.trainer.step if is_resumed else -1  # the folder may be of a run that was killed at once
             self.folder.forget_after(kept)
             self.config.save(self.folder.path / "config.yaml")
-        all_reduce_mean(torch.zeros(1, device=device))  # from here on all processes find the folder, for their log
+        # from here on all processes find the folder, for their log
+        all_reduce_mean(torch.zeros(1, device=self.trainer.device))
         self.unreadable: set[str] = set()
         self.unreadable_now: set[str] = set()
         self.counted_epoch = -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
-        self.board = _tensorboard(self.folder, kept + 1) if config.tensorboard and self.is_main else None
+        self.board = _tensorboard(self.folder, kept + 1) if self.config.tensorboard and self.is_main else None
 
     # ---- Implemented by a task
 

@@ -69,6 +69,7 @@ class BaseTrainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.indicators: dict[str, float] = {}
         """Metrics logged at the end of an epoch besides the means."""
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers, and what they held before the step
 
     @property
     def epoch(self) -> int:
@@ -155,8 +156,13 @@ class BaseTrainer:
         """Whether loss and gradient norm are finite; with float16 the scaler handles an infinite norm."""
         return math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())
 
+    def keep_buffers(self, *networks: nn.Module) -> None:
+        """Keep the BatchNorm statistics of networks before a step, which may be skipped."""
+        if self.config.skip_nonfinite:
+            self._kept = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+
     def skip_step(self, optimizer: torch.optim.Optimizer, what: str, where: str = "") -> None:
-        """Skip a step whose loss or gradient is not finite; raise after too many.
+        """Skip a step whose loss or gradient is not finite, of which nothing stays; raise after too many.
 
         Args:
             optimizer: Optimiser whose gradients are cleared.
@@ -169,6 +175,8 @@ class BaseTrainer:
         optimizer.zero_grad()
         if self.scaler.is_enabled():
             self.scaler.update()
+        for buffer, before in self._kept:
+            buffer.copy_(before)
         self.indicators = {}
         self.skipped += 1
         advice = ": float16 overflows; compute in bfloat16 or float32 (--dtype)" if self.dtype == torch.float16 else ""

@@ -29,6 +29,7 @@ VARIANTS = {
     "as registered": ("test_pass_vit", {}),
     "classes": ("test_pass_vit", dict(num_classes=5)),
     "gray images": ("test_pass_vit", dict(in_chans=1)),
+    "four channels": ("test_pass_vit", dict(in_chans=4, pretrained_cfg_overlay=dict(mean=(0.4,) * 4, std=(0.5,) * 4))),
     "other image size": ("test_pass_vit", dict(img_size=(96, 32))),
     "wide images": ("test_pass_vit", dict(img_size=(32, 64))),
     "one part": ("test_pass_vit", dict(num_parts=1)),
@@ -121,6 +122,15 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, variant):
     if model.in_chans == 3:  # for others timm 1.0.31 averages them
         for key in ("mean", "std"):
             assert tuple(again.pretrained_cfg[key]) == model.pretrained_cfg[key], key
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_in_channels_last_is_saved(tmp_path, half):
+    model = create().to(memory_format=torch.channels_last)
+    save_pretrained(model, tmp_path / "model", half=half)
+    assert not model.patch_embed.proj.weight.is_contiguous()
+    saved = load(tmp_path / "model").state_dict()
+    assert all(torch.equal(saved[k], v.half().float() if half else v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("neck", ["", "multi"])
@@ -358,7 +368,7 @@ WRONG_FIELDS = {
         ["bicubic"],
         "pretrained_cfg: interpolation: expected one of",
     ),
-    "mean": ("pretrained_cfg.mean", [0.5, "x", 0.5], "pretrained_cfg: mean: expected 3 values"),
+    "mean": ("pretrained_cfg.mean", [0.5, "x", 0.5], "pretrained_cfg: mean: expected 1 to 64 values"),
     "std": ("pretrained_cfg.std", [0, 1, 1], "pretrained_cfg: std: expected 3 values, each a number from 1e-06"),
     "input size": ("pretrained_cfg.input_size", [3, True, 32], "pretrained_cfg: input_size: expected channels"),
     "no channels": ("pretrained_cfg.input_size", [], "pretrained_cfg: input_size: expected channels"),

@@ -86,7 +86,7 @@ def test_metrics_that_are_a_pipe_or_huge_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     with (tmp_path / "metrics.jsonl").open("wb") as file:
         file.truncate(2**34)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl is larger than 268,435,456 bytes"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is larger than 8,589,934,592 bytes"):
         RunFolder(tmp_path).metrics()
 
 
