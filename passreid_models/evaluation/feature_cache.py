@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from passreid_models.data.images import read_file
 from passreid_models.embed import Embedder, has_direction
@@ -91,18 +91,16 @@ def weights_key(embed: Embedder) -> str:
     model = embed.model
     settings: dict[str, Any] = {
         "version": VERSION,
-        "transform": [repr(embed.transform), embed.data_config],  # size, interpolation, statistics
+        "transform": repr(embed.transform),  # size, interpolation, statistics to 4 digits
         "descriptor": [model.global_pool, model.neck, embed.flip, embed.l2_normalize, str(embed.dtype)],
-        "network": [repr(model), [_numbers(module) for module in model.modules()]],
+        "network": [repr(model), [getattr(module, "num_heads", 0) for module in model.modules()]],
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    statistics = [*embed.data_config["mean"], *embed.data_config["std"]]
+    if any(round(value, 4) != value for value in statistics):
+        settings["statistics"] = statistics
+    digest = hashlib.sha256(json.dumps(settings).encode())
     hash_tensors(digest, model.state_dict())
     return digest.hexdigest()
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """Numbers and texts of a module, such as its ``num_heads`` and ``eps``."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
 
 
 def has_own_code(embed: Embedder) -> bool:

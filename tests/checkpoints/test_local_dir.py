@@ -369,7 +369,7 @@ WRONG_FIELDS = {
         "pretrained_cfg: interpolation: expected one of",
     ),
     "mean": ("pretrained_cfg.mean", [0.5, "x", 0.5], "pretrained_cfg: mean: expected 1 to 64 values"),
-    "std": ("pretrained_cfg.std", [0, 1, 1], "pretrained_cfg: std: expected 3 values, each a number from 1e-06"),
+    "std": ("pretrained_cfg.std", [0, 1, 1], "pretrained_cfg: std: expected 1 to 64 values, each a number from 1e-06"),
     "input size": ("pretrained_cfg.input_size", [3, True, 32], "pretrained_cfg: input_size: expected channels"),
     "no channels": ("pretrained_cfg.input_size", [], "pretrained_cfg: input_size: expected channels"),
     "unknown field": ("pretrained_cfg.a", 1, "no model can be made from it .*unexpected keyword argument 'a'"),
