@@ -92,16 +92,14 @@ def is_per_token(module: nn.Module, mixing: Mapping[type, Any] = {}) -> bool:
         module: A layer with those inside it.
         mixing: Layers that may mix tokens, by the class that they must have.
     """
-    return not any(GLOBAL_HOOKS) and all(
-        (type(m) in PER_TOKEN or m is mixing.get(type(m))) and not is_hooked(m) for m in module.modules()
-    )
+    return all((type(m) in PER_TOKEN or m is mixing.get(type(m))) and not is_hooked(m) for m in module.modules())
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a module itself, without those in it, has a hook or a ``forward`` that replaces its class's."""
+    """Whether a module itself has a hook, one on all modules too, or a ``forward`` that replaces its class's."""
     m: Any = module
     hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    return bool(hooks) or "forward" in m.__dict__
+    return bool(hooks) or "forward" in m.__dict__ or any(GLOBAL_HOOKS)
 
 
 def attention_weights(attn: Any, x: Tensor, num_queries: int) -> Tensor:

@@ -35,7 +35,6 @@ from passreid_models.checkpoints.load import Origin, load_report, pretrained_fil
 from passreid_models.checkpoints.local_dir import read_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
-    GLOBAL_HOOKS,
     ConvStem,
     MultiNeck,
     SingleNeck,
@@ -252,7 +251,7 @@ class PassVisionTransformer(VisionTransformer):
 
     def _prefix_outputs(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """Output prefix tokens ``[B, num_prefix, D]`` of embedded tokens: all blocks and the final norm."""
-        is_plain = type(self.blocks) is nn.Sequential and not is_hooked(self.blocks) and not any(GLOBAL_HOOKS)
+        is_plain = type(self.blocks) is nn.Sequential and not is_hooked(self.blocks)
         if not is_plain and not self.grad_checkpointing:  # which calls the blocks one by one, in timm too
             return self.norm(self.blocks(tokens))[:, :num_prefix]
         steps: list[Any] = list(self.blocks)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from passreid_models.data.images import read_file
 from passreid_models.embed import Embedder, has_direction
-from passreid_models.layers import GLOBAL_HOOKS, is_hooked
+from passreid_models.layers import is_hooked
 from passreid_models.runtime import atomic_file, cache_dir, hash_tensors, map_threads
 
 __all__ = ["FeatureCache", "has_own_code", "hash_files", "weights_key"]
@@ -107,7 +107,7 @@ def has_own_code(embed: Embedder) -> bool:
     """Whether descriptors depend on code of the user's, which no key holds: a class, a hook, a method of an object."""
     modules = list(embed.model.modules())
     objects = [*modules, *getattr(embed.transform, "transforms", [embed.transform])]
-    if any(GLOBAL_HOOKS) or any(map(is_hooked, modules)) or any(any(map(callable, vars(x).values())) for x in objects):
+    if any(map(is_hooked, modules)) or any(any(map(callable, vars(x).values())) for x in objects):
         return True
     return any(type(x).__module__.partition(".")[0] not in PACKAGES for x in (embed, *objects))
 
