@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 from passreid_models.data.datasets import open_dataset
@@ -74,10 +73,10 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))
-    first = RunFolder(source.out)
+    first = RunFolder(source.out, state_keys=())
     export = first.export_folder
-    if first.latest() and not config.resume:  # of an adaptation that found no clusters, or was killed before it
-        began = yaml.safe_load((first.path / "config.yaml").read_text(encoding="utf-8"))["init"]
+    if not config.resume and (newest := first.load_latest()):  # an adaptation found no clusters, or was killed before
+        began = newest[1]["config"].get("init", "")
         if began != source.init:
             raise ValueError(f"init: {first.path} began with {began} and not with {source.init}: name another --out")
     is_done = checkpoint and not first.latest() and (export / "config.json").is_file()  # its checkpoints were deleted
