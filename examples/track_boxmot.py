@@ -1,7 +1,7 @@
 """Track persons in video frames with BoxMOT, by the descriptors of an exported model.
 
-    passreid export my_model/ person.onnx --input imagenet
-    python examples/track_boxmot.py person.onnx frames/ boxes.txt --out tracks.txt
+    passreid export pass_vit_small_patch16.lup_market1501 person_boxmot.onnx --input imagenet
+    python examples/track_boxmot.py person_boxmot.onnx frames/ boxes.txt --out tracks.txt
 
 Frames are images whose names sort in time. Boxes of any detector, and the tracks, are rows of the MOT challenge's text
 format: frame (from 1), identity (ignored in boxes), left, top, width, height in pixels, score. Needs boxmot.

@@ -2,8 +2,9 @@
 
     python examples/video_gallery.py --save gallery.safetensors
 
-The frames are generated persons who walk past two cameras; three of them are seen by both. With a video and a detector
-of your own, replace `walk` by what yields frames and boxes `[N, 4]`, with more columns if your detector has them.
+The frames are generated persons who walk past two cameras; three of them are seen by both. For a video of your
+own take a detector's boxes and a tracker's numbers instead of `walk` and `find_tracks`, which never ends a track, and
+measure the threshold for a gallery of your size.
 """
 
 import argparse

@@ -403,7 +403,7 @@ class _PrintCompletion(argparse.Action):
         try:
             import shtab
         except ImportError:
-            raise ValueError('completion: pip install "passreid-models[completion]"') from None
+            raise ValueError('completion: pip install ".[completion]" in a clone of passreid-models') from None
         if values not in self.SHELLS:
             parser.error(f"expected one of {', '.join(self.SHELLS)}, got {values!r}")
         commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices

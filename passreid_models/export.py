@@ -181,7 +181,7 @@ def check_output(path: Path, format: str | None) -> str:
     if format == "onnx" and torch.__version__ < "2.8":
         missing.append("torch 2.8 or newer")
     if missing:
-        raise ValueError(f'ONNX needs {", ".join(missing)}: pip install "passreid-models[export]"')
+        raise ValueError(f'ONNX needs {", ".join(missing)}: pip install ".[export]" in a clone of passreid-models')
     if format == "roboflow-reid":
         check_free(path)
     else:

@@ -39,7 +39,7 @@ def require_matplotlib(option: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise ValueError(f'{option}: pip install "passreid-models[viz]"') from None
+        raise ValueError(f'{option}: pip install ".[viz]" in a clone of passreid-models') from None
 
 
 def new_figure(width: float, height: float, option: str = "plot") -> Any:

@@ -63,7 +63,7 @@ class Gallery:
     Examples:
         >>> gallery = Gallery(Embedder("pass_vit_tiny_patch16"))
         >>> gallery.add(["anna", "anna", "ben"], ["a1.jpg", "a2.jpg", "b.jpg"])
-        >>> names, similarities = gallery.search("query.jpg", topk=1, threshold=0.8)
+        >>> names, similarities = gallery.search("query.jpg", topk=1, threshold=threshold)
         >>> names[0][0]  # anna, ben or unknown
     """
 
@@ -398,7 +398,7 @@ def _require_faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise ValueError('faiss: pip install "passreid-models[faiss]"') from None
+        raise ValueError('faiss: pip install ".[faiss]" in a clone of passreid-models') from None
     return faiss
 
 

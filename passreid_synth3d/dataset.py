@@ -216,7 +216,7 @@ def _find_draw() -> Draw:
         if e.name is None or e.name.startswith("passreid_models"):
             raise
         raise ValueError(
-            f'3-D persons need {e.name.partition(".")[0]}: pip install "passreid-models[synth3d]"'
+            f'3-D persons need {e.name.partition(".")[0]}: pip install ".[synth3d]" in a clone of passreid-models'
         ) from None
     if not any(path.is_file() for path in get_anny_cache_path().rglob("*")):
         print("building anny's body model, once on this machine: two to three minutes", file=sys.stderr, flush=True)

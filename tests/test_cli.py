@@ -728,7 +728,7 @@ def test_completion_for_another_shell_or_without_its_library_is_refused(monkeypa
     assert run("--print-completion", "cmd") == 2
     assert "expected one of bash, zsh, tcsh, got 'cmd'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert "passreid-models[completion]" in refused(capsys, "--print-completion", "bash")
+    assert '".[completion]"' in refused(capsys, "--print-completion", "bash")
 
 
 def test_interrupting_ends_with_130_and_one_line(monkeypatch, capsys):

@@ -307,7 +307,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_nothing_is_written(tmp_pat
 def test_missing_libraries_are_named_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name.startswith("onnxr") else name)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0"))
-    needed = r'ONNX needs onnxruntime, torch 2\.8 or newer: pip install "passreid-models\[export\]"'
+    needed = r'ONNX needs onnxruntime, torch 2\.8 or newer: pip install "\.\[export\]"'
     with pytest.raises(ValueError, match=needed):
         export_model("no_such_model", tmp_path / "model.onnx")
     export_model(small(), tmp_path / "model.pt")

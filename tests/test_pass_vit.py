@@ -13,28 +13,28 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention
 from timm.models import create_feature_extractor, get_graph_node_names, save_for_hf
 from timm.models.vision_transformer import Block, ResPostBlock
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from passreid_models import pass_vit
-from passreid_models.architectures import ARCHITECTURES, STATISTICS
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.local_dir import save_pretrained
-from passreid_models.checkpoints.zoo import WeightsUnavailableError, list_weights
+from passreid_models.checkpoints.zoo import list_weights
 from passreid_models.embed import Embedder
 from passreid_models.layers import IBN, ConvStem, MultiNeck, SingleNeck, fuse_tokens, prefix_block, resample_positions
 from passreid_models.pass_vit import PassVisionTransformer
 from tests import GOLDEN
 
 NAMES = list(ARCHITECTURES)
-PASS_NAMES = [name for name in NAMES if ARCHITECTURES[name].num_parts]
 STEMS = ["pass_vit_small_patch16", "pass_vit_small_ics_patch16"]
+KINDS = [*STEMS, "transreid_vit_small_patch16", "transreid_vit_small_ics_patch16"]  # all others differ in size alone
 TINY = dict(embed_dim=64, depth=2, num_heads=2, img_size=(64, 32))
 WIDTH = {"cat": 128, "mean": 64, "parts": 256, "token": 64, "": 64}  # of 64-wide tokens with 3 parts
 NECKS = ("", "single", "multi")
-NAME_NECKS = [(name, "") for name in NAMES] + [(name, neck) for name in STEMS for neck in NECKS[1:]]
+NAME_NECKS = [(name, "") for name in KINDS] + [(name, neck) for name in STEMS for neck in NECKS[1:]]
 
 # embed_dim, depth, num_heads, num_parts, conv stem, image size, parameters in millions
 FROZEN = {
@@ -74,7 +74,7 @@ def pools(name: str) -> tuple[str, ...]:
     return tuple(WIDTH) if ARCHITECTURES[name].num_parts else ("token", "")
 
 
-NAME_POOLS = [(name, pool) for name in NAMES for pool in pools(name)]
+NAME_POOLS = [(name, pool) for name in KINDS for pool in pools(name)]
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -117,27 +117,6 @@ def test_the_registry_holds_these_models_and_no_other():
     assert set(timm.list_models(module="pass_vit")) == set(FROZEN) == set(NAMES)
 
 
-def test_list_models_shows_the_tags_of_the_manifest():
-    shown = timm.list_models(["pass_vit_*", "transreid_vit_*", "test_pass_vit*"], pretrained=True)
-    assert {f"pass_vit_{s}_patch16.lup{d}" for s in ("small", "base") for d in ("", "_market1501")} <= set(shown)
-    assert "transreid_vit_small_ics_patch16.lup_dino" in shown
-    assert set(shown) == {w.name for w in list_weights()}
-
-
-@pytest.mark.parametrize("weight", list_weights(), ids=lambda w: w.name)
-def test_a_tag_sets_preprocessing_fusion_and_neck(weight):
-    cfg = timm.get_pretrained_cfg(weight.name)
-    model = create(weight.name)
-    assert (cfg.mean, cfg.std) == STATISTICS[weight.mean_std]
-    assert (cfg.input_size, cfg.interpolation, cfg.crop_mode) == (
-        (3, *weight.input_size),
-        weight.interpolation,
-        "squash",
-    )
-    assert model.global_pool == weight.fusion
-    assert model.neck == (weight.neck if weight.feature == "after neck" else "")
-
-
 def test_a_tag_of_384x128_gives_a_model_of_that_size_and_a_user_may_choose_another():
     model = timm.create_model("pass_vit_small_patch16.lup_market1501_384", device="meta")
     assert tuple(model.patch_embed.grid_size) == (24, 8)
@@ -145,43 +124,10 @@ def test_a_tag_of_384x128_gives_a_model_of_that_size_and_a_user_may_choose_anoth
     assert model.pos_embed.shape == (1, 192, 384)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not any(w.bundled_file for w in list_weights(n))])
-def test_untagged_pretrained_without_bundled_weights_is_an_error_that_lists_the_tags(name):
-    with pytest.raises(ValueError, match=f"{name} has no bundled weights") as e:
-        timm.create_model(name, pretrained=True)
-    tags = [w.name for w in list_weights(name)]
-    assert all(tag in str(e.value) for tag in tags)
-    assert tags or "none were published" in str(e.value)
-
-
-@pytest.mark.parametrize("name", [n for n in NAMES if any(w.bundled_file for w in list_weights(n))])
-def test_untagged_pretrained_loads_the_first_bundled_weights(name):
-    first = next(w for w in list_weights(name) if w.bundled_file)
-    untagged = timm.create_model(name, pretrained=True)
-    tagged = timm.create_model(first.name, pretrained=True)
-    assert untagged.pretrained_cfg["tag"] == first.tag
-    for (key, a), b in zip(untagged.state_dict().items(), tagged.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
-
-
-def test_a_named_tag_that_is_not_available_is_an_error_and_never_another_tag(tmp_path, monkeypatch):
-    monkeypatch.setenv("PASSREID_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("PASSREID_HUB_NAMESPACE", raising=False)
-    with pytest.raises(WeightsUnavailableError, match=r"pass_vit_small_patch16\.lup_msmt17: .*by hand"):
-        timm.create_model("pass_vit_small_patch16.lup_msmt17", pretrained=True)
-
-
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_an_unknown_tag_is_an_error_that_lists_the_known_ones(pretrained):
-    with pytest.raises(ValueError, match=r"no weights 'transreid_vit_small_patch16\.lup'.*small_patch16\.lup_dino"):
-        timm.create_model("transreid_vit_small_patch16.lup", pretrained=pretrained)
-
-
 # ---- Forward and backward
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_gradient_checkpointing_changes_neither_outputs_nor_gradients(name):
     model, x = create(name), images()
     expected = model(x), model.forward_views(x)
@@ -398,7 +344,7 @@ def test_the_descriptor_is_neck_and_fusion_of_the_output_tokens(pool, neck):
     assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_forward_parts_names_the_output_tokens(name):
     model, x = create(name), images()
     parts, tokens = model.forward_parts(x), model.forward_features(x)
@@ -462,11 +408,6 @@ def test_the_conv_stem_refuses_other_patches():
         create("pass_vit_small_ics_patch16").set_input_size(patch_size=8)
 
 
-def test_only_the_ics_models_have_the_conv_stem():
-    for name in NAMES:
-        assert type(create(name, lively=False).patch_embed) is (ConvStem if "_ics_" in name else PatchEmbed)
-
-
 # ---- Views
 
 
@@ -488,13 +429,13 @@ def reference_views(model: PassVisionTransformer, x: Tensor, part: int | None) -
     return model.norm(tokens)[:, : len(prefix)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_global_view_of_the_native_size_has_the_prefix_tokens_of_forward_features(name):
     model, x = create(name), images()
     assert_close(model.forward_views(x), model.forward_features(x)[:, : 1 + model.num_parts], 1e-6)
 
 
-@pytest.mark.parametrize("name", PASS_NAMES)
+@pytest.mark.parametrize("name", STEMS)
 def test_a_batch_of_local_views_of_mixed_areas_equals_one_by_one(name):
     model, x = create(name), images(5, (32, 16))
     areas = [2, 0, 1, 1, 0]
@@ -505,7 +446,7 @@ def test_a_batch_of_local_views_of_mixed_areas_equals_one_by_one(name):
         assert_close(batch[i : i + 1], reference_views(model, x[i : i + 1], area))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("size", [(32, 16), (64, 32), (32, 64), (96, 48), (16, 16)])
 def test_views_of_any_size_take_positions_resampled_to_their_grid(name, size):
     model, x = create(name), images(2, size)
@@ -624,7 +565,7 @@ def test_descriptors_and_gradients_equal_those_of_all_tokens(pool, neck):
         torch.testing.assert_close(results[1][key], expected, rtol=0, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_forward_tokens_gives_the_first_tokens_of_forward_features(name):
     model, x = create(name), images()
     assert_close(model.forward_tokens(x), model.forward_features(x)[:, : 1 + model.num_parts], 1e-6)
@@ -855,7 +796,7 @@ def test_fx_features_of_the_last_block_hold_all_tokens():
 # ---- Features of inner layers
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_forward_intermediates_agree_with_forward_features(name):
     model, x = create(name), images()
     expected = model.forward_features(x)
@@ -883,7 +824,7 @@ def test_features_only_agrees_with_forward_intermediates(name, neck):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_features_only_gives_the_last_three_blocks_by_default(name):
     features = timm.create_model(name, **{**TINY, "depth": 4}, features_only=True)
     assert [f["module"] for f in features.feature_info.get_dicts()] == ["blocks.1", "blocks.2", "blocks.3"]
@@ -906,7 +847,7 @@ def test_pruned_models_give_the_intermediates_of_whole_ones(name, neck):
 # ---- Sizes, channels, devices, types
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_dynamic_img_size_equals_the_fixed_model_at_home_and_views_elsewhere(name):
     fixed, dynamic = create(name), create(name, dynamic_img_size=True)
     assert_close(dynamic(images()), fixed(images()), 1e-6)
@@ -917,7 +858,7 @@ def test_dynamic_img_size_equals_the_fixed_model_at_home_and_views_elsewhere(nam
         assert_close(out[:, : 1 + fixed.num_parts], fixed.forward_views(x), 1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("size", [(96, 32), (32, 64), (128, 64), (32, 32)])  # (32, 64): as many patches as at home
 def test_set_input_size_resamples_the_positions_to_the_new_grid(name, size):
     model, x = create(name), images(2, size)
@@ -930,7 +871,7 @@ def test_set_input_size_resamples_the_positions_to_the_new_grid(name, size):
         model(images())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_models_of_one_channel_read_one_channel(name):
     model, x = create(name, in_chans=1), images(channels=1)
     assert model.in_chans == model.get_submodule(model.pretrained_cfg["first_conv"]).in_channels == 1

@@ -77,7 +77,7 @@ passreid-models.
 ## Usage
 
 ```bash
-pip install passreid-models
+pip install .    # in a clone of passreid-models
 ```
 
 ```python

@@ -148,7 +148,7 @@ def find_dbscan() -> Any:
     try:
         from sklearn.cluster import DBSCAN
     except ImportError:
-        raise ValueError('clustering needs scikit-learn: pip install "passreid-models[reid]"') from None
+        raise ValueError('clustering needs scikit-learn: pip install ".[reid]" in a clone of passreid-models') from None
     return DBSCAN
 
 

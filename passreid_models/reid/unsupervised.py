@@ -20,7 +20,6 @@ from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder, is_not_finite
 from passreid_models.evaluation.extract import extract
-from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.losses import ClusterMemory
 from passreid_models.reid.model import make_backbone, without_drop_path
@@ -134,17 +133,6 @@ def _check(config: ClusterConfig, num_images: int) -> None:
         raise ValueError(f"clusters_per_batch: {config.clusters_per_batch} is not divisible by {world()[1]} processes")
 
 
-class DescriptorNetwork(nn.Module):
-    """Descriptor of a backbone with its neck, computed from the prefix tokens only."""
-
-    def __init__(self, backbone: PassVisionTransformer) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_head(self.backbone.forward_views(x), pre_logits=True)  # [B, C]
-
-
 class ClusterTrainer(ReIDTrainer):
     """Contrast with the centroids of clusters (Cluster Contrast, arXiv 2103.11568)."""
 
@@ -172,7 +160,7 @@ class ClusterTrainer(ReIDTrainer):
         super().__init__(config, num_images, config.steps, config.epochs, device, fingerprint)
         torch.manual_seed(config.seed)
         backbone = make_backbone(config, "bicubic", state and state["model"])
-        self.prepare(DescriptorNetwork(backbone), backbone)
+        self.prepare(backbone, backbone)
         self.labels: Tensor | None = None
         """Cluster of each training image, int64 ``[N]``; -1 is an outlier."""
         self.memory = self._new_memory(torch.zeros(0, backbone.head_hidden_size))

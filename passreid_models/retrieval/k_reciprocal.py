@@ -30,7 +30,8 @@ def sparse() -> Any:
     try:
         import scipy.sparse
     except ImportError:
-        raise ValueError('re-ranking and clustering need scipy: pip install "passreid-models[reid]"') from None
+        message = 're-ranking and clustering need scipy: pip install ".[reid]" in a clone of passreid-models'
+        raise ValueError(message) from None
     return scipy.sparse
 
 

@@ -88,7 +88,7 @@ class SyntheticPersons:
         return draw(self.seed, pid, camid, k, self.size, self.place), pid, camid
 
     def write_market1501(self, root: str | os.PathLike[str], train_ids: int | None = None, distractors: int = 0,
-                         workers: int = 0, quality: int = 92) -> Path:  # fmt: skip
+                         workers: int = 0) -> Path:  # fmt: skip
         """Write the images as JPEG files in the layout of Market-1501, and return the folder.
 
         Names are `PPPP_cCsS_FFFFFF_NN.jpg`, with PPPP the pid + 1 and C the camid + 1. Each test identity has one query
@@ -100,7 +100,6 @@ class SyntheticPersons:
             distractors: Gallery images of people who are in no query, with pid 0000.
             workers: Processes that draw; 0 draws in this one. Where processes are not forked (Windows, macOS, Python
                 3.14), a script must make the call under ``if __name__ == "__main__":``.
-            quality: Of the JPEG files.
 
         Raises:
             ValueError: If some queries would have no match in another camera, or an argument is out of range.
@@ -125,7 +124,7 @@ class SyntheticPersons:
         try:
             for folder in FOLDERS:
                 (unfinished / folder).mkdir(parents=True)
-            save = partial(_save, self.seed, self.size, self.place, unfinished, quality)
+            save = partial(_save, self.seed, self.size, self.place, unfinished)
             if workers > 0:
                 try:
                     with ProcessPoolExecutor(workers) as pool:
@@ -189,12 +188,10 @@ def _check_own(root: Path) -> None:
         )
 
 
-def _save(
-    seed: int, size: tuple[int, int], place: str, root: Path, quality: int, job: tuple[int, int, int, str]
-) -> None:
+def _save(seed: int, size: tuple[int, int], place: str, root: Path, job: tuple[int, int, int, str]) -> None:
     pid, camid, k, file = job
     with buffered(root / file) as buffer:
-        draw(seed, pid, camid, k, size, place).save(buffer, quality=quality)
+        draw(seed, pid, camid, k, size, place).save(buffer, quality=92)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8) -> Image.Image:

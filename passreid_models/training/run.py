@@ -421,5 +421,5 @@ def _tensorboard(folder: RunFolder, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError('tensorboard: pip install "passreid-models[train]"') from None
+        raise ValueError('tensorboard: pip install ".[train]" in a clone of passreid-models') from None
     return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)

@@ -204,7 +204,7 @@ def test_the_model_index_has_the_accuracy_with_its_data_and_the_authors_as_sourc
 
 
 def test_the_card_says_how_to_install_the_package(card):
-    assert "```bash\npip install passreid-models\n```" in card.text
+    assert "```bash\npip install .    # in a clone of passreid-models\n```" in card.text
 
 
 @pytest.mark.parametrize("num_classes", [0, 5])

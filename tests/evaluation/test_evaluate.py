@@ -665,7 +665,7 @@ def test_evaluate_model_takes_names_and_writes_json_and_pictures(market, saved, 
 
 def test_pictures_without_matplotlib_are_refused_before_the_work(market, saved, tmp_path, monkeypatch, seen):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r'pictures: pip install "passreid-models\[viz\]"'):
+    with pytest.raises(ValueError, match=r'pictures: pip install "\.\[viz\]"'):
         evaluate_model(market.root, str(saved), pictures=tmp_path / "pictures")
     assert seen == []
 
@@ -679,9 +679,7 @@ def test_what_cannot_be_written_or_computed_is_refused_before_the_work(market, s
         with pytest.raises(OSError, match=message):
             evaluate_model(market.root, str(saved), **where)
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    with pytest.raises(
-        ValueError, match=r're-ranking and clustering need scipy: pip install "passreid-models\[reid\]"'
-    ):
+    with pytest.raises(ValueError, match=r're-ranking and clustering need scipy: pip install "\.\[reid\]"'):
         evaluate_model(market.root, str(saved), rerank=True)
     assert seen == []
 

@@ -183,6 +183,6 @@ def test_queries_that_do_not_count_are_not_shown(tmp_path, monkeypatch):
 
 def test_without_matplotlib_the_extra_is_named_and_nothing_written(evaluation, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r'pictures: pip install "passreid-models\[viz\]"'):
+    with pytest.raises(ValueError, match=r'pictures: pip install "\.\[viz\]"'):
         draw_evaluation(evaluation, tmp_path / "pictures")
     assert not (tmp_path / "pictures").exists()

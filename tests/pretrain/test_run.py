@@ -744,7 +744,7 @@ def test_a_worker_that_dies_ends_the_run_and_leaves_no_other_behind(data, home):
     assert "fewer --workers" in message
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_a_script_without_the_main_guard_names_it_in_both_processes(method, data, tmp_path):
     config = tiny(data, tmp_path / "run", epochs=1, workers=1)
     script = tmp_path / "script.py"

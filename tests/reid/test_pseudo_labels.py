@@ -230,5 +230,5 @@ def test_unreadable_images_are_refused_with_the_first_row():
 @pytest.mark.parametrize(("module", "name"), [("scipy.sparse", "scipy"), ("sklearn.cluster", "scikit-learn")])
 def test_a_missing_library_is_named_with_what_to_install(monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf'need.? {name}: pip install "passreid-models\[reid\]"'):
+    with pytest.raises(ValueError, match=rf'need.? {name}: pip install "\.\[reid\]"'):
         cluster_features(persons(0, 40))

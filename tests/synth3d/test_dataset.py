@@ -435,5 +435,5 @@ def test_synth_reports_mistakes_in_one_line(tmp_path, capsys, word, message):
 def test_synth_without_anny_says_what_to_install_and_creates_no_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "anny", None)
     error = refused(capsys, "--ids=4", "--images=12", f"--out={tmp_path / 'market'}")
-    assert error == 'passreid: 3-D persons need anny: pip install "passreid-models[synth3d]"\n'
+    assert error == 'passreid: 3-D persons need anny: pip install ".[synth3d]" in a clone of passreid-models\n'
     assert not list(tmp_path.iterdir())

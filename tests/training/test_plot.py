@@ -170,5 +170,5 @@ def test_a_picture_of_unknown_format_is_refused_and_leaves_no_file(tmp_path, nam
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r'plot: pip install "passreid-models\[viz\]"'):
+    with pytest.raises(ValueError, match=r'plot: pip install "\.\[viz\]"'):
         plot_run(write(tmp_path, [record(1)]))
