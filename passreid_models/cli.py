@@ -80,6 +80,9 @@ def run(program: str, work: Callable[[], int]) -> int:
             print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
         except OSError:
             _discard(sys.stderr)
+    dist = sys.modules.get("torch.distributed")
+    if code and dist and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+        os._exit(code)  # left by process_group: Python's own end would wait for the other processes, too
     return code
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(hours=2)  # the other processes wait while the first clusters or saves
+TIMEOUT = timedelta(days=1)  # the other processes wait while the first clusters, millions of images for hours
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -54,6 +54,9 @@ def _cpu_has_bf16() -> bool:
 def process_group(name: str | torch.device | None = None) -> Iterator[torch.device]:
     """Yield the device of this process; under torchrun, inside a process group.
 
+    After an error NCCL's group is left as it is: its end would wait for the other processes, which wait for this one.
+    ``cli.run`` then ends this process, and torchrun the others.
+
     Args:
         name: Device, as ``pick_device`` takes it.
 
@@ -66,10 +69,11 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, is_done = "nccl" if device.type == "cuda" else "gloo", False
     try:
         dist.init_process_group(backend, timeout=TIMEOUT, **_own_store())
         yield device
+        is_done = True
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo/" in str(e)):
             raise
@@ -77,7 +81,7 @@ def process_group(name: str | torch.device | None = None) -> Iterator[torch.devi
         reason = text.partition("\n")[0].partition(". ")[0]
         raise ChildProcessError(f"another process of this run has ended or cannot be reached ({reason})") from None
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and (is_done or backend == "gloo"):
             if backend == "gloo":
                 # torch 2.8 waits for gloo's thread with the GIL held, which the thread needs to end its last work
                 time.sleep(0.1)

@@ -70,16 +70,19 @@ def cache_limit() -> int:
     return max(0, free) // 4 // local_world_size()
 
 
-def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that the container of this process may still take; a large number if it has no limit."""
-    free = 1 << 62
-    for limit, stat, names in (
-        ("memory.max", "memory.stat", ("anon", "shmem")),
-        ("memory/memory.limit_in_bytes", "memory/memory.stat", ("total_rss", "total_shmem")),
+def _container_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory that the container or job of this process may still take; a large number if it has no limit."""
+    free, lines = 1 << 62, groups.read_text(encoding="utf-8") if groups.is_file() else ""
+    for top, line, limit, names in (
+        (root, r"^0::/(.*)$", "memory.max", ("anon", "shmem")),
+        (root / "memory", r"^\d+:(?:.*,)?memory(?:,.*)?:/(.*)$", "memory.limit_in_bytes", ("total_rss", "total_shmem")),
     ):
-        text = (root / limit).read_text(encoding="utf-8").strip() if (root / limit).is_file() else "max"
-        if text != "max":
-            free = min(free, int(text) - sum(_number(rf"^{name} (\d+)", root / stat) for name in names))
+        below = re.search(line, lines, re.MULTILINE)
+        group = top / (below[1] if below else "")
+        for folder in (top, *(f for f in (group, *group.parents) if top in f.parents)):  # the limits above hold, too
+            text = (folder / limit).read_text(encoding="utf-8").strip() if (folder / limit).is_file() else "max"
+            if text != "max":
+                free = min(free, int(text) - sum(_number(rf"^{name} (\d+)", folder / "memory.stat") for name in names))
     return free
 
 

@@ -31,6 +31,7 @@ __all__ = ["Listing", "Names", "list_images"]
 
 FORMAT = 3  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
 MAX_LINKS = 40  # that Linux follows
+MAX_WAIT = 600  # seconds, for a process that lists the same
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
 
@@ -137,10 +138,13 @@ def list_images(root: Path, cache: Path) -> Listing:
 
 @contextmanager
 def _one_process(file: Path) -> Iterator[None]:
-    """Hold the lock of a file, unless its folder cannot be written to."""
+    """Hold the lock of a file, unless its folder cannot be written to, or the lock is kept for long.
+
+    File systems without flock keep that of a process killed on another machine.
+    """
     with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(lock(file))
+        with suppress(OSError):  # filelock's Timeout is one
+            stack.enter_context(lock(file).acquire(timeout=MAX_WAIT))
         yield
 
 

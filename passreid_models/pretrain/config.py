@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from passreid_models.architectures import ARCHITECTURES, DEFAULT_MODEL
 from passreid_models.pretrain.views import MultiCrop
 from passreid_models.training.config import RunConfig, wrong
+from passreid_models.training.folder import RunFolder
 from passreid_models.training.warm_start import settings_of
 
 Area = tuple[float, float]
@@ -152,8 +153,7 @@ class PretrainConfig(RunConfig):
         """
         super().__post_init__()
         if not self.model:
-            of_init = settings_of(self.init).get("model") if self.init else None
-            object.__setattr__(self, "model", of_init or DEFAULT_MODEL)
+            object.__setattr__(self, "model", self._model_of_start() or DEFAULT_MODEL)
         object.__setattr__(self, "local_views", self.num_local_views)
         self.check_choices({"clip_by": CLIPS, "pos_resampling": RESAMPLINGS})
         self.check_ranges(
@@ -192,6 +192,17 @@ class PretrainConfig(RunConfig):
         if self.coarse_epochs > self.epochs or (self.coarse_epochs > 1 and self.coarse_epochs % 1):
             expected = f"a whole number of at most epochs = {self.epochs}, or less than 1"
             raise wrong("coarse_epochs", self.coarse_epochs, expected)
+
+    def _model_of_start(self) -> str:
+        """Model of ``init`` or, if that is gone, of the run to resume, which holds all weights; empty without both."""
+        try:
+            return settings_of(self.init).get("model", "") if self.init else ""
+        except (ValueError, OSError):
+            checkpoint = RunFolder(self.out).find(self.resume) if self.resume else None
+            if checkpoint is None:
+                raise
+            model: str = checkpoint["config"].get("model", "")
+            return model
 
     @property
     def num_parts(self) -> int:

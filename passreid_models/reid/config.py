@@ -176,6 +176,8 @@ class FinetuneConfig(ReIDConfig):
             raise wrong("id_weight", self.id_weight, "more than 0 where triplet_weight is 0: there is no other loss")
         if self.triplet_weight and self.ids_per_batch < 2:
             raise wrong("ids_per_batch", self.ids_per_batch, "2 or more for the triplet loss")
+        if self.batch_size < 2:
+            raise wrong("ids_per_batch", self.ids_per_batch, "2 or more: BatchNorm needs two images")
         if self.triplet_weight and self.images_per_id < 2:
             raise wrong("images_per_id", self.images_per_id, "2 or more for the triplet loss, or triplet_weight 0")
 
@@ -257,8 +259,6 @@ class ClusterConfig(ReIDConfig):
             ValueError: If a value is not valid; the message begins with the field's name.
         """
         super().__post_init__()
-        if self.lr_step is None:
-            object.__setattr__(self, "lr_step", max(1, 2 * self.epochs // 5))
         self.check_choices({"memory": MEMORIES})
         self.check_ranges(
             (
@@ -280,7 +280,13 @@ class ClusterConfig(ReIDConfig):
         return self.clusters_per_batch * self.images_per_cluster
 
     def resolved(self, **values: Any) -> Self:
-        return super().resolved(neck=self.neck or ("multi" if self.source else "single"), **values)
+        neck = self.neck or ("multi" if self.source else "single")
+        return super().resolved(neck=neck, lr_step=self.num_lr_step, **values)
+
+    @property
+    def num_lr_step(self) -> int:
+        """``lr_step``, or its default, which depends on ``epochs``."""
+        return max(1, 2 * self.epochs // 5) if self.lr_step is None else self.lr_step
 
 
 # variation as between cameras; what is switched on has the default strengths

@@ -108,7 +108,7 @@ class ReIDRun(Run):
         lines += [f"remark: {remark}" for remark in self.dataset.remarks.values() if self.labelled]
         gib = cache_bytes(len(self.train_split), c.size) / 2**30
         if self.images.is_cached:
-            lines.append(f"images: decoded once and kept in memory, {gib:.2f} GiB")
+            lines.append(f"images: for the training steps decoded once and kept in memory, {gib:.2f} GiB")
         elif c.cache_images == "auto":
             too_many = f"{gib:.1f} GiB are more than may be kept in memory (a quarter of what is free, on Linux)"
             why = "random crops differ each time" if c.crop_scale[0] < 1 else too_many
@@ -144,7 +144,7 @@ class ReIDRun(Run):
             return
         if scores["mAP"] > self.best:
             self.best = scores["mAP"]
-            if self.folder.latest() is None:  # a killed run is not continued from its best model alone
+            if self.is_main and self.folder.latest() is None:  # a killed run is not continued from its best model alone
                 self._save()
             self.export_to(
                 self.folder.path / "best",

@@ -11,6 +11,7 @@ __all__ = ["camera_batches", "count_identity_batches", "identity_batches", "shuf
 
 Batches = list[np.ndarray]
 IDENTITIES, CHUNKS, CLUSTERS, SHUFFLE = 11, 12, 13, 14  # purposes of a seed; pre-training has others
+MAX_GONE = 1024  # identities without images left that a draw passes over
 
 
 def identity_batches(pids: np.ndarray, num_ids: int, num_images: int, seed: int, epoch: int) -> Batches:
@@ -58,13 +59,17 @@ def _draw_identities(by_pid: list[np.ndarray], num_ids: int, num_images: int, se
         raise ValueError(f"ids_per_batch: {num_ids} is more than the {len(by_pid)} identities of the training set")
     rng = np.random.default_rng((seed, epoch, IDENTITIES))
     chunks_left = np.array([max(1, len(images) // num_images) for images in by_pid])
-    batches, available = [], np.arange(len(by_pid))
-    while len(available) >= num_ids:
-        identities = rng.choice(available, num_ids, replace=False)
+    # available are kept[] without the places in gone, in order: to list them for each batch takes hours for millions
+    batches, kept, gone = [], np.arange(len(by_pid)), np.empty(0, dtype=np.int64)
+    while (count := len(kept) - len(gone)) >= num_ids:
+        places = rng.choice(count, num_ids, replace=False)  # draws as a choice from the available ones does
+        places += np.searchsorted(gone - np.arange(len(gone)), places, side="right")
+        identities = kept[places]
         batches.append(identities)
         chunks_left[identities] -= 1
-        if not chunks_left[identities].all():
-            available = np.flatnonzero(chunks_left)
+        gone = np.sort(np.concatenate([gone, places[chunks_left[identities] == 0]]))
+        if len(gone) >= MAX_GONE:
+            kept, gone = np.delete(kept, gone), gone[:0]
     return batches
 
 

@@ -20,6 +20,7 @@ from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder, is_not_finite
 from passreid_models.evaluation.extract import extract
+from passreid_models.evaluation.report import NonFiniteError
 from passreid_models.reid.config import PRESETS, ClusterConfig, FinetuneConfig
 from passreid_models.reid.losses import ClusterMemory
 from passreid_models.reid.model import make_backbone, without_drop_path
@@ -73,19 +74,17 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))
     first = RunFolder(source.out, state_keys=())
-    export = first.export_folder
     if not config.resume and (newest := first.load_latest()):  # an adaptation found no clusters, or was killed before
         began = newest[1]["config"].get("init", "")
         if began != source.init:
             raise ValueError(f"init: {first.path} began with {began} and not with {source.init}: name another --out")
-    is_done = checkpoint and not first.latest() and (export / "config.json").is_file()  # its checkpoints were deleted
-    if not is_done:
+    if checkpoint is None:  # else the adaptation has begun, and its checkpoint holds all weights
         try:
             finetune(source)
         except ValueError as e:
             raise ValueError(f"source {config.source}: {e} (--source-config is for its settings)") from None
     minutes_left = config.max_minutes and max(config.max_minutes - (time.monotonic() - started) / 60, 1e-3)
-    init = checkpoint["config"]["init"] if checkpoint else str(export)  # the folder may have been moved
+    init = checkpoint["config"]["init"] if checkpoint else str(first.export_folder)  # the folder may have been moved
     adaptation = {"init": init, "source": "", "source_config": "", "neck": completed.neck}
     return replace(config, **adaptation, max_minutes=minutes_left)
 
@@ -184,7 +183,7 @@ class ClusterTrainer(ReIDTrainer):
         self.memory = self._new_memory(F.normalize(sums, dim=1))
 
     def lr(self, epoch: int, scale: float) -> float:
-        return scale * self.config.lr * self.config.lr_gamma ** (epoch // self.config.lr_step)
+        return scale * self.config.lr * self.config.lr_gamma ** (epoch // self.config.num_lr_step)
 
     def compute_loss(self, output: Any, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         in_cluster = labels >= 0  # an image that became unreadable is replaced by the next, maybe an outlier
@@ -258,13 +257,13 @@ class ClusterRun(ReIDRun):
         if t.labels is None:  # the first time, since it may take minutes
             self.log(f"clusters: descriptors of {len(self.train_split)} images for the first of {c.epochs} times")
         embed = Embedder(without_drop_path(t.backbone), t.device)
-        extracted = extract(embed, self.train_split.paths)
+        extracted = extract(embed, self.train_split.paths, progress=not c.quiet)
         if self.is_main:  # every process has the errors of all
             self.name_unreadable(extracted.errors.values())
         broken, total = sum(map(is_not_finite, extracted.errors.values())), len(self.train_split)
         self.check_unreadable(len(extracted.errors) - broken, total)
         if broken > c.max_unreadable * total:
-            raise ValueError(
+            raise NonFiniteError(
                 f"{broken} of {total} descriptors are not finite and cannot be clustered: the weights overflow; begin "
                 f"with other weights, or with a smaller --lr (it is {c.lr:g})"
             )

@@ -83,7 +83,9 @@ def read_config(
         raise ValueError(f"data: one is expected, got {', '.join(map(str, data))}{several}")
     if not values["data"]:
         raise ValueError(f"data: expected {expected}")
-    return config(**{f.name: values[f.name] for f in all_fields})
+    # texts as they were written: the parser takes a folder called 5e3 for a number
+    written = {f.name: texts[f.name] for f in all_fields if f.type in (str, "str") and f.name in texts}
+    return config(**{f.name: values[f.name] for f in all_fields} | written)
 
 
 def _one_line(message: str, types: Mapping[str, str]) -> str:

@@ -63,7 +63,7 @@ class RunConfig:
     """Fields that a resumed run may change: none affects the weights of later steps."""
 
     NUMERICS: ClassVar[tuple[str, ...]] = ("dtype", "grad_checkpointing", "sync_bn")
-    """Fields that a resumed run may change; results then agree up to rounding only, and drop-path masks differ."""
+    """Fields that a resumed run may change; results then agree up to rounding at best, see ``load_state``."""
 
     SWITCHES: ClassVar[dict[str, str]] = {}
     """Fields that have no effect where another one is 0 or empty, such as a probability, with its name."""

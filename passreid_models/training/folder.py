@@ -69,7 +69,10 @@ class RunFolder:
                 if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
         except Timeout:
-            raise ValueError(f"{self.path}: another process trains in it") from None
+            raise ValueError(
+                f"{self.path}: another process trains in it; if none does, on any machine, delete .run.lock there "
+                "(file systems without flock keep it after a kill)"
+            ) from None
         except OSError as e:
             raise OSError(f"{self.path} cannot be written to ({e.strerror}): name another folder with --out") from None
 

@@ -78,7 +78,7 @@ class Run:
         self.origin = checkpoint.get("origin", {}) if checkpoint else provenance_of(config.init, self.config.model)
         self.before: dict[str, Any] = checkpoint.get("before", {}) if checkpoint else {}
         """Scores of ``before_training``, kept in the checkpoints."""
-        self._check_same_step()
+        self._check_same()
         try:
             self._begin(newest, checkpoint is not None)
         except BaseException:  # nobody has the run yet, to close it
@@ -87,21 +87,21 @@ class Run:
 
     def _begin(self, newest: Path | None, is_resumed: bool) -> None:
         """Open the folder, and prepare what is written to it."""
-        if self.is_main:
-            self.folder.open()
-            if self.folder.latest() != newest:  # it was looked at before it was locked
-                raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
-            kept = self.trainer.step if is_resumed else -1  # the folder may be of a run that was killed at once
-            self.folder.forget_after(kept)
-            self.config.save(self.folder.path / "config.yaml")
-        # from here on all processes find the folder, for their log
-        all_reduce_mean(torch.zeros(1, device=self.trainer.device))
+        kept = self.trainer.step if is_resumed else -1  # the folder may be of a run that was killed at once
+        on_first(partial(self._open_folder, newest, kept))  # from here on all processes find it, for their log
         self.unreadable: set[str] = set()
         self.unreadable_now: set[str] = set()
         self.counted_epoch = -1
         self.saved_epoch = self.trainer.epoch
         self.started = self.saved_at = time.monotonic()
         self.board = _tensorboard(self.folder, kept + 1) if self.config.tensorboard and self.is_main else None
+
+    def _open_folder(self, newest: Path | None, kept: int) -> None:
+        self.folder.open()
+        if self.folder.latest() != newest:  # it was looked at before it was locked
+            raise ValueError(f"{self.folder.path}: another process has trained in it just now: start again")
+        self.folder.forget_after(kept)
+        self.config.save(self.folder.path / "config.yaml")
 
     # ---- Implemented by a task
 
@@ -139,16 +139,23 @@ class Run:
 
     # ---- Common to all tasks
 
-    def _check_same_step(self) -> None:
-        if self.trainer.world_size == 1:
+    def _check_same(self) -> None:
+        """Check that all processes are at the same step, and found the same images."""
+        t = self.trainer
+        if t.world_size == 1:
             return
-        step = float(self.trainer.step)
-        moments = torch.tensor([step, step**2], dtype=torch.float64, device=self.trainer.device)
-        mean, mean_of_squares = all_reduce_mean(moments).tolist()
+        step, images = float(t.step), float(int(t.fingerprint[:5] or "0", 16))  # of which squares and sums are exact
+        moments = torch.tensor([step, step**2, images, images**2], dtype=torch.float64, device=t.device)
+        mean, mean_of_squares, mean_images, mean_of_images = all_reduce_mean(moments).tolist()
         if mean**2 != mean_of_squares:  # the variance: all processes see it alike, and stop together
             raise ValueError(
-                f"out: the processes found different steps (this one {self.trainer.step}, their mean is {mean:g}): "
+                f"out: the processes found different steps (this one {t.step}, their mean is {mean:g}): "
                 f"{self.folder.path.absolute()} must be one folder for all processes"
+            )
+        if mean_images**2 != mean_of_images:
+            raise ValueError(
+                f"data: the processes found different images in {self.config.data} (this one {t.num_images:,}), and "
+                "all need the same"
             )
 
     def close(self) -> None:
@@ -177,7 +184,7 @@ class Run:
         else:
             self.before_training()
         if trainer.step == trainer.total_steps:  # killed between the last checkpoint and its export
-            self._export()
+            on_first(self._export)
         batches = closing(self.batches())
         hide = config.quiet or not self.is_main
         bar = tqdm(total=trainer.total_steps, initial=trainer.step, unit="step", disable=True if hide else None)
@@ -208,10 +215,10 @@ class Run:
                         window = None  # the next one begins with a step: neither saving nor evaluating counts
                     else:  # a sign of life, long before the means over many steps
                         self.log(self._line(figures) + eta)
-                stop = self._agree_to_stop(received)
+                stop, is_due = self._agree(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
-                if stop or is_last or (is_good and self._checkpoint_is_due()):
-                    self._save()
+                if stop or is_last or (is_good and is_due):
+                    on_first(self._save)  # what fails there, such as a full disk, ends all processes
                 if ends_epoch:
                     self.after_epoch()  # after saving, since it may fail
                 if stop and trainer.step < trainer.total_steps:
@@ -219,7 +226,7 @@ class Run:
                         f"stopped at step {trainer.step} of {trainer.total_steps}; --resume auto continues",
                         received[0] if received else None,
                     )
-        all_reduce_mean(torch.zeros(1, device=trainer.device))  # from here on all processes find the export
+        on_first(lambda: None)  # from here on all processes find the export
         self.after_training()
         self.log(f"done: {self.folder.export_folder}")
         return self.folder.export_folder
@@ -253,13 +260,12 @@ class Run:
         return f"epoch {t.epochs_done:.2f}  step {t.step}/{t.total_steps}  {values}"
 
     def _count_unreadable(self, batches: Sequence[Any]) -> None:
-        """Log unreadable images, and stop the run when an epoch has too many; each counts once."""
+        """Log unreadable images, and count each once in an epoch, for ``_agree``."""
         if self.trainer.epoch != self.counted_epoch:
             self.unreadable_now, self.counted_epoch = set(), self.trainer.epoch
         messages = [message for batch in batches for message in batch.unreadable]
         self.unreadable_now.update(messages)
         self.name_unreadable(messages)
-        self.check_unreadable(len(self.unreadable_now), self.trainer.num_images / self.trainer.world_size)
 
     def name_unreadable(self, messages: Iterable[str]) -> None:
         """Log each unreadable image once."""
@@ -268,7 +274,7 @@ class Run:
                 self.unreadable.add(message)
                 _logger.warning(f"left out: {message}", extra={"every_process": True})
 
-    def check_unreadable(self, count: int, total: float) -> None:
+    def check_unreadable(self, count: int, total: int) -> None:
         """Stop the run when too many images are unreadable.
 
         Raises:
@@ -276,17 +282,25 @@ class Run:
         """
         if count > self.config.max_unreadable * total:
             raise ValueError(
-                f"max_unreadable: {count} of {total:.0f} images cannot be read, more than "
+                f"max_unreadable: {count} of {total} images cannot be read, more than "
                 f"{self.config.max_unreadable:.2%}; {self.folder.log_file} names them"
             )
 
-    def _agree_to_stop(self, received: list[int]) -> bool:
-        """Whether any process received a signal or exceeded ``max_minutes``."""
+    def _agree(self, received: list[int]) -> tuple[bool, bool]:
+        """Whether any process received a signal or exceeded ``max_minutes``; whether a checkpoint is due.
+
+        Raises:
+            ValueError: In every process, if too many images of the epoch are unreadable in all of them together.
+        """
+        t = self.trainer
         late = self.config.max_minutes and time.monotonic() - self.started > 60 * self.config.max_minutes
-        stop = bool(received or late)
-        if self.trainer.world_size == 1:  # a tensor would make every step wait for the GPU once more
-            return stop
-        return bool(all_reduce_mean(torch.tensor(float(stop), device=self.trainer.device)))
+        is_due = self.is_main and self._checkpoint_is_due()
+        counts = [int(bool(received or late)), int(is_due), len(self.unreadable_now)]
+        if t.world_size > 1:  # in a single process a tensor would make every step wait for the GPU once more
+            means = all_reduce_mean(torch.tensor(counts, dtype=torch.float64, device=t.device)).tolist()
+            counts = [round(t.world_size * mean) for mean in means]
+        self.check_unreadable(counts[2], t.num_images)
+        return bool(counts[0]), bool(counts[1])
 
     def _checkpoint_is_due(self) -> bool:
         t, c = self.trainer, self.config
@@ -295,9 +309,8 @@ class Run:
         return time.monotonic() - self.saved_at > 60 * c.save_minutes
 
     def _save(self) -> None:
-        """Write checkpoint and export, in the first process."""
-        if self.is_main:
-            self.folder.save({**self.trainer.state(), "origin": self.origin, "before": self.before}, self.config.keep)
+        """Write checkpoint and export; only in the first process."""
+        self.folder.save({**self.trainer.state(), "origin": self.origin, "before": self.before}, self.config.keep)
         self._export()
         self.saved_at, self.saved_epoch = time.monotonic(), self.trainer.epoch
 

@@ -224,7 +224,7 @@ class BaseTrainer:
         if differing := [f"{v} {k} instead of {saved[k]}" for k, v in numerics.items() if v != saved[k]]:
             _logger.warning(
                 f"resumed with {', '.join(differing)}: batches are the same, but results agree up to rounding only, "
-                "and drop-path masks differ"
+                "and drop-path masks and the shares of BatchNorms may differ"
             )
         self.step, self.skipped = state["step"], state["skipped"]
         self.images_seen = state.get("images_seen", self.step * config.batch_size)  # older versions did not count

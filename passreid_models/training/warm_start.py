@@ -87,8 +87,6 @@ def prepare_to_train(backbone: PassVisionTransformer, device: torch.device, grad
 def settings_of(init: str, model: str = "") -> dict[str, Any]:
     """``model``, ``size`` and ``fusion`` of the weights that ``init`` names, as far as known.
 
-    A checkpoint file is read only if ``model`` is not known.
-
     Args:
         init: Name, as ``find_model`` takes it, or ``random``.
         model: Registered architecture, if known.
@@ -99,7 +97,7 @@ def settings_of(init: str, model: str = "") -> dict[str, Any]:
     if init == "random":
         return {}
     weights = _find(init, model)
-    if weights.file and not model:
+    if weights.file and (weights.run or not model):
         architecture, args = weights.own_model
         run_settings = {"size": args["img_size"], "fusion": args.get("global_pool")} if weights.run else {}
         return {"model": architecture, **{k: v for k, v in run_settings.items() if v}}

@@ -116,11 +116,20 @@ def test_without_proc_nothing_is_cached(monkeypatch):
         ("memory/memory.limit_in_bytes", "memory/memory.stat", ("total_rss", "total_shmem")),
     ],
 )
-def test_the_limit_of_a_container_counts_less_what_cannot_be_freed(tmp_path, limit, stat, names):
-    assert image_cache._container_memory(tmp_path) == 1 << 62
+def test_the_limit_of_a_container_or_job_counts_less_what_cannot_be_freed(tmp_path, limit, stat, names):
+    groups = tmp_path / "groups"
+    assert image_cache._container_memory(tmp_path, groups) == 1 << 62
     write(tmp_path / limit, "1000\n")
     write(tmp_path / stat, f"cache 900\n{names[0]} 100\nfile 700\n{names[1]} 50\n")
-    assert image_cache._container_memory(tmp_path) == 850
-    if limit == "memory.max":
-        write(tmp_path / limit, "max\n")
-        assert image_cache._container_memory(tmp_path) == 1 << 62
+    assert image_cache._container_memory(tmp_path, groups) == 850
+    job, is_second = Path(limit).parent / "slurm/job_7/step", limit == "memory.max"
+    write(groups, "0::/slurm/job_7/step\n" if is_second else "9:cpu,cpuacct:/\n4:memory,hugetlb:/slurm/job_7/step\n")
+    assert image_cache._container_memory(tmp_path, groups) == 850
+    for folder, size in ((job.parent, "500"), (job, "700")):  # limits of the job and of its step
+        write(tmp_path / folder / Path(limit).name, size)
+        write(tmp_path / folder / "memory.stat", f"{names[0]} 20\n{names[1]} 10\n")
+    assert image_cache._container_memory(tmp_path, groups) == 470
+    if is_second:
+        for folder in (Path(), job.parent, job):
+            write(tmp_path / folder / "memory.max", "max\n")
+        assert image_cache._container_memory(tmp_path, groups) == 1 << 62

@@ -166,22 +166,51 @@ def test_processes_that_are_at_the_mean_step_of_all_are_refused_with_the_others(
         assert message in one_sentence(child.output)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_each_process_names_its_unreadable_images_and_counts_them_among_its_own(data, tmp_path, count):
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_process_names_its_unreadable_images_and_all_are_counted_together(data, tmp_path, count):
     images, run = Path(shutil.copytree(data, tmp_path / "images")), tmp_path / "run"
-    seen_by_second = sorted(chain(*StepSampler(16, 4, EPOCH_STEPS, seed=0, rank=1, world_size=2)))
-    broken = [images / f"{i:02}.png" for i in seen_by_second[:: len(seen_by_second) - 1][:count]]
+    first, second = (
+        sorted(chain(*StepSampler(16, 4, EPOCH_STEPS, seed=0, rank=rank, world_size=2))) for rank in (0, 1)
+    )
+    broken = [images / f"{i:02}.png" for i in (second[0], second[-1], first[3])[:count]]
     for path in broken:
         path.write_bytes(b"no image")
     with ExitStack() as stack:
         children = world(run_cli, flags(images, run, epochs=1, max_unreadable=0.125), folder=tmp_path / "world")
         for child in children:
             stack.enter_context(child)
-        assert children[1].wait() == (0 if count == 1 else 2)
+        assert [child.wait() for child in children] == [0 if count == 2 else 2] * 2
     log = (run / "log.txt").read_text()
     assert [log.count(f"left out: {path}") for path in broken] == [1] * count
-    refusal = "max_unreadable: 2 of 8 images cannot be read, more than 12.50%"  # of all 16 they are no more
-    assert [refusal in one for one in (log, children[1].output)] == [count == 2] * 2
+    refusal = "max_unreadable: 3 of 16 images cannot be read, more than 12.50%"
+    assert [refusal in one for one in (log, *(child.output for child in children))] == [count == 3] * 3
+
+
+def test_processes_that_find_different_images_are_refused(data, tmp_path):
+    shutil.copytree(data, tmp_path / "images0")
+    images = Path(shutil.copytree(data, tmp_path / "images1"))
+    (images / "00.png").rename(images / "another.png")
+    with ExitStack() as stack:
+        children = world(run_cli, flags(tmp_path / "images{rank}", tmp_path / "run"), folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [2, 2]
+    for rank, child in enumerate(children):
+        assert f"data: the processes found different images in {tmp_path}/images{rank} (" in one_sentence(child.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_in_the_first_process_alone_ends_all_with_the_same_sentence(data, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open()
+    with ExitStack() as stack:
+        stack.callback(folder.close)
+        children = world(run_cli, flags(data, tmp_path / "run"), folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [2, 2]
+    for child in children:
+        assert "run: another process trains in it; if none does" in one_sentence(child.output)
 
 
 @pytest.mark.parametrize("broken", ["one", "all"])

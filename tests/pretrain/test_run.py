@@ -412,7 +412,7 @@ def test_a_run_resumes_with_other_numerics_after_a_warning(whole, copy, data, op
     back_to(copy, 8)
     train(tiny(data, copy, resume="auto", **options))
     log = (copy / "log.txt").read_text()
-    warning = "batches are the same, but results agree up to rounding only, and drop-path masks differ"
+    warning = "batches are the same, but results agree up to rounding only, and drop-path masks and the"
     assert f"resumed with {message}: {warning}" in log
     assert f"resumed at step 8 of {STEPS}" in log
     found, expected = ([r["loss"] for r in metrics(run)] for run in (copy, whole))
@@ -459,7 +459,9 @@ def test_a_run_resumes_without_its_initial_weights_and_keeps_their_statistics(we
         with pytest.raises(Stopped):
             train(tiny(data, run, epochs=2, init=init, resume="auto", max_minutes=1e-9))
         shutil.rmtree(begin, ignore_errors=True)
-    train(tiny(data, run, epochs=2, init=str(begin), resume="auto"))
+    with pytest.raises(ValueError, match="init: unknown model"):
+        tiny(data, tmp_path / "another", model="", init=str(begin), resume="auto")
+    train(tiny(data, run, epochs=2, model="", init=str(begin), resume="auto"))
     assert_same_bits(run, result(home / "from_weights"))
     exported = json.loads((run / "export" / "config.json").read_text())
     assert exported["pretrained_cfg"]["mean"] == exported["pretrained_cfg"]["std"] == [0.5] * 3

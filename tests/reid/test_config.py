@@ -43,7 +43,7 @@ def test_the_defaults_of_fine_tuning_are_the_published_recipe():
 def test_the_defaults_of_clustering_are_the_published_recipe():
     c = ClusterConfig()
     assert (c.clusters_per_batch, c.images_per_cluster, c.batch_size, c.steps, c.epochs) == (32, 8, 256, 200, 50)
-    assert (c.lr, c.lr_step, c.lr_gamma, c.weight_decay, c.momentum) == (3.5e-4, 20, 0.1, 5e-4, 0.9)
+    assert (c.lr, c.num_lr_step, c.lr_gamma, c.weight_decay, c.momentum) == (3.5e-4, 20, 0.1, 5e-4, 0.9)
     assert (c.eps, c.min_samples, c.k1, c.k2, c.temp) == (0.6, 4, 30, 6, 0.05)
     assert (c.memory, c.memory_momentum, c.drop_path, c.dtype) == ("hard", 0.2, 0.3, "float32")
     assert (complete(replace(c, data="market/", init="random")).neck, c.erase_prob) == ("single", 0.5)
@@ -289,6 +289,21 @@ def test_an_option_is_idle_where_it_is_set_and_its_switch_is_off(config, name, s
 
 
 def test_the_learning_rate_falls_after_two_fifths_of_the_epochs_unless_lr_step_is_given():
-    steps = {epochs: ClusterConfig(epochs=epochs).lr_step for epochs in (1, 10, 50)}
+    steps = {epochs: replace(ClusterConfig(), epochs=epochs).num_lr_step for epochs in (1, 10, 50)}
     assert steps == {1: 1, 10: 4, 50: 20}
-    assert ClusterConfig(epochs=10, lr_step=8).lr_step == 8
+    assert ClusterConfig(epochs=10, lr_step=8).num_lr_step == 8
+    assert ClusterConfig(epochs=10, lr_step=8).resolved().lr_step == 8
+    assert ClusterConfig(epochs=10).resolved().lr_step == 4
+
+
+def test_a_batch_of_a_single_image_is_refused():
+    with pytest.raises(ValueError, match="ids_per_batch: expected 2 or more: BatchNorm needs two images, got 1"):
+        FinetuneConfig(ids_per_batch=1, images_per_id=1, triplet_weight=0)
+
+
+@pytest.mark.parametrize("words", [["--init", "5e3"], ["--config", "run.yaml"]])
+def test_a_folder_whose_name_is_a_number_keeps_its_name(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("init: '5e3'\nepochs: 7\n")
+    config = parse(FinetuneConfig, "1e2", *words, "--out", "0x10")
+    assert (config.data, config.init, config.out) == ("1e2", "5e3", "0x10")

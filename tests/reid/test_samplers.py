@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from passreid_models.reid import samplers
 from passreid_models.reid.batches import KeySampler
 from passreid_models.reid.samplers import (
     camera_batches,
@@ -54,6 +55,19 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert as_lists(identities()) == as_lists(identities())
     assert as_lists(identities()) != as_lists(identities(epoch=1))
     assert as_lists(identities()) != as_lists(identities(seed=1))
+
+
+@pytest.mark.parametrize("num_gone", [1, 2, 1024])
+@pytest.mark.parametrize("epoch", range(8))
+def test_identities_are_drawn_as_from_a_list_of_those_with_images_left(monkeypatch, num_gone, epoch):
+    monkeypatch.setattr(samplers, "MAX_GONE", num_gone)
+    pids = np.repeat(np.arange(50), np.random.default_rng(epoch).integers(1, 20, 50))
+    rng, chunks = np.random.default_rng((3, epoch, samplers.IDENTITIES)), np.maximum(np.bincount(pids) // 4, 1)
+    for batch in identity_batches(pids, 6, 4, seed=3, epoch=epoch):
+        expected = rng.choice(np.flatnonzero(chunks), 6, replace=False)
+        assert pids[batch[:, 0]].tolist() == expected.tolist()
+        chunks[expected] -= 1
+    assert (chunks > 0).sum() < 6
 
 
 def test_the_count_of_batches_is_known_without_drawing_the_images():

@@ -126,7 +126,7 @@ def test_workers_and_the_cache_change_no_bit_and_no_worker_is_left(whole, data, 
         assert not multiprocessing.active_children()
         assert_same(numbers(tmp_path / out, KEYS), numbers(whole, KEYS))
         log = (tmp_path / out / "log.txt").read_text()
-        assert ("images: decoded once and kept in memory, 0.00 GiB" in log) == (out == "cached")
+        assert ("images: for the training steps decoded once and kept in memory, 0.00 GiB" in log) == (out == "cached")
 
 
 def test_images_that_do_not_fit_are_read_in_each_epoch(data, tmp_path, monkeypatch):
@@ -483,6 +483,15 @@ def test_an_unreadable_image_that_an_epoch_draws_twice_counts_once(data, tmp_pat
     options = {"ids_per_batch": 6, "epochs": 1, "warmup_epochs": 0, "eval_epochs": 0}
     finetune(finetune_config(broken, tmp_path / "run", max_unreadable=1 / 31, **options))
     assert (tmp_path / "run" / "log.txt").read_text().count(f"left out: {only}: ") == 1
+
+
+@pytest.mark.parametrize("model", ["", "test_pass_vit"])
+def test_a_run_without_its_export_gives_its_size_and_fusion_whether_or_not_a_model_is_named(data, tmp_path, model):
+    small = {"size": (32, 32), "fusion": "mean", "epochs": 1, "eval_epochs": 0}
+    finetune(finetune_config(data, tmp_path / "run", **small))
+    shutil.rmtree(tmp_path / "run" / "export")
+    config = complete(FinetuneConfig(data=str(data), init=str(tmp_path / "run"), model=model))
+    assert (config.model, config.size, config.fusion) == ("test_pass_vit", (32, 32), "mean")
 
 
 def test_options_without_effect_are_named_in_one_warning(data, tmp_path, capsys):

@@ -17,6 +17,7 @@ from passreid_models import Embedder, load_report, save_pretrained
 from passreid_models.data.datasets import open_dataset
 from passreid_models.device import process_group
 from passreid_models.evaluation.evaluate import score
+from passreid_models.evaluation.report import NonFiniteError
 from passreid_models.reid import unsupervised
 from passreid_models.reid.config import ClusterConfig, FinetuneConfig
 from passreid_models.reid.model import without_drop_path
@@ -318,6 +319,9 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
         checkpoint.unlink()
     cluster(replace(config, resume="auto"))
     assert files(tmp_path / "run") == before - {f for f in before if "source/checkpoints/step" in str(f)}
+    shutil.rmtree(tmp_path / "run" / "source")  # the checkpoint of the adaptation holds all weights
+    cluster(replace(config, resume="auto", source="nowhere"))
+    assert not (tmp_path / "run" / "source").exists()
 
 
 def test_a_source_that_is_fine_tuned_is_taken_up_if_it_began_with_the_same_weights(data, model, tmp_path):
@@ -447,7 +451,9 @@ def test_descriptors_that_are_not_finite_are_in_no_cluster_and_too_many_end_the_
     cluster(cluster_config(data, tmp_path / "run", epochs=1, max_unreadable=0.1))
     assert state_of(steps(tmp_path / "run")[-1])["labels"][0] == -1
     assert f"left out: {bad}: the descriptor is not finite" in (tmp_path / "run" / "log.txt").read_text()
-    with pytest.raises(ValueError, match=r"^1 of 36 descriptors are not finite and cannot be clustered: .* --lr \(it"):
+    with pytest.raises(
+        NonFiniteError, match=r"^1 of 36 descriptors are not finite and cannot be clustered: .* --lr \(it"
+    ):
         cluster(cluster_config(data, tmp_path / "strict", epochs=1))
 
 
