@@ -17,7 +17,7 @@ from passreid_models.synthetic.scene import PLACES, draw
 
 MARKER = "synthetic_persons.json"
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
-OF_FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")
+OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini", "@eaDir"}
 MAX_MARKER_BYTES = 2**16
 
 
@@ -166,14 +166,15 @@ class SyntheticPersons:
 def _check_own(root: Path) -> None:
     """Refuse a folder that is to be replaced and holds anything that its recipe does not write.
 
-    Files that a file manager leaves in the folders it shows count as nothing.
+    What file managers and storage devices leave in the folders they show counts as nothing.
 
     Raises:
         FileExistsError: If it does, or the recipe is damaged.
     """
     if root.exists() and not root.is_dir():
         raise FileExistsError(f"{root} is a file; give a folder that is new, empty or was written by this method")
-    strays = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.name not in OF_FILE_MANAGERS}
+    paths = [path.relative_to(root) for path in root.rglob("*")]
+    strays = {path.as_posix() for path in paths if OF_FILE_MANAGERS.isdisjoint(path.parts)}
     if MARKER in strays:
         try:
             recipe = json.loads(read_bytes(root / MARKER, MAX_MARKER_BYTES))

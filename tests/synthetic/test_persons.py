@@ -267,8 +267,10 @@ def test_files_that_a_file_manager_left_count_as_nothing(tmp_path):
         data.write_market1501(root)
         assert not (root / ".DS_Store").exists()
     (root / "query" / "Thumbs.db").touch()
+    (root / "query" / "@eaDir").mkdir()
+    (root / "query" / "@eaDir" / "SYNOPHOTO_THUMB_M.jpg").touch()
     data.write_market1501(root)
-    assert not (root / "query" / "Thumbs.db").exists()
+    assert not any((root / "query" / name).exists() for name in ("Thumbs.db", "@eaDir"))
 
 
 @pytest.mark.parametrize(
