@@ -217,7 +217,7 @@ class Gallery:
             if missing := removed - self._pid_of.keys():
                 raise ValueError(f"not in the gallery: {few(sorted(map(str, missing)), SHOWN)}")
             kept = [i for i, name in enumerate(self._names) if name not in removed]
-            self._blocks = [self._joined()[kept]]
+            self._blocks = [self._joined()[kept]] if self._blocks else []
             self._names, self._pids = [self._names[i] for i in kept], [self._pids[i] for i in kept]
             self._pid_of = dict(zip(self._names, self._pids, strict=True))
             self._index = None

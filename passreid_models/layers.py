@@ -102,16 +102,15 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in m.__dict__ or any(GLOBAL_HOOKS)
 
 
-def attention_weights(attn: Any, x: Tensor, num_queries: int) -> Tensor:
-    """Attention of the first tokens to all: the softmax in timm's ``Attention``, ``[B, heads, num_queries, T + N]``.
+def attention_weights(attn: Any, x: Tensor) -> Tensor:
+    """Attention of all tokens to all: the softmax in timm's ``Attention``, ``[B, heads, T + N, T + N]``.
 
     Args:
-        attn: Attention layer of a block.
+        attn: Attention layer of a block; its ``qkv`` may be another module, such as one with an adapter.
         x: Input tokens of the layer ``[B, T + N, D]``.
-        num_queries: Number of tokens whose attention is computed.
     """
-    q, k, _ = _queries_keys_values(attn, x, num_queries)
-    return _softmax(attn, q, k)
+    q, k, _ = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return _softmax(attn, attn.q_norm(q), attn.k_norm(k))
 
 
 def _prefix_attention(attn: Any, x: Tensor, num_prefix: int) -> Tensor:

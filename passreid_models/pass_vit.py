@@ -23,6 +23,7 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
+from timm.models._hub import download_cached_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from passreid_models.checkpoints.convert import Converted, convert_file, convert
 from passreid_models.checkpoints.fields import check_config
 from passreid_models.checkpoints.hub import check_cached, download_hub
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
-from passreid_models.checkpoints.local_dir import read_config
+from passreid_models.checkpoints.local_dir import CLAIMS, is_ours, read_config
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
     ConvStem,
@@ -325,6 +326,7 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 UNNAMED = "the given state dict"
 FOLDERS = ("local-dir", "hf-hub")
+UNCLAIMED = {**dict.fromkeys(CLAIMS), "license": "other"}
 _NOT_OVERRIDES = ("cache_dir", "device", "dtype", "features_only", "num_classes", "pretrained_model_args")
 
 
@@ -363,8 +365,11 @@ def _build(
         zoo.get_weight(f"{variant}.{pretrained_cfg}")  # raises for an unknown tag
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     entry = zoo.find_weight(variant, cfg.tag or "")
-    source = cfg.source
+    source, is_folder = cfg.source, cfg.source in FOLDERS
     overlay = pretrained_cfg_overlay or {}
+    saved = _saved_config(pretrained_cfg, kwargs.get("cache_dir")) if pretrained and is_folder else {}
+    if is_folder:  # timm throws the tensors of these layers away, or makes new ones of them
+        cfg = replace(cfg, **{k: v for k, v in _cfg(variant).items() if k in ("classifier", "first_conv")})
     if overlay.get("state_dict"):  # not of the file of the default weights
         cfg = replace(cfg, file=overlay.get("file"), hf_hub_id=overlay.get("hf_hub_id"))
     converted = None
@@ -374,10 +379,12 @@ def _build(
     is_untagged = pretrained_cfg is None and is_overlaid
     if is_untagged:  # what the cfg has is of the default weights; a file that does not tell is taken for pre-trained
         mean, std = IMAGENET
-        statistics = {"mean": mean, "std": std, "interpolation": "bicubic"}
-        cfg = replace(cfg, **{k: v for k, v in statistics.items() if k not in overlay})
+        unstated = {**UNCLAIMED, "mean": mean, "std": std, "interpolation": "bicubic"}
+        cfg = replace(cfg, **{k: v for k, v in unstated.items() if k not in overlay})
+    if saved and not is_ours(saved):  # the weights may have been trained after the tag
+        cfg = replace(cfg, **UNCLAIMED)
     file = cfg.file or cfg.hf_hub_id or UNNAMED
-    if converted and source in FOLDERS:
+    if converted and is_folder:
         _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
 
     model_args: dict[str, Any] = dict(
@@ -391,15 +398,16 @@ def _build(
         model_args.update(global_pool=entry.fusion, neck=entry.model_neck)
     if converted and is_untagged and converted.architecture.num_parts == kwargs.get("num_parts", arch.num_parts):
         model_args.update(published_descriptor(converted))  # as far as the layout shows it
-        if "fc_norm.bn.weight" in converted.backbone and not converted.run and kwargs.get("neck") is None:
-            raise CheckpointError(
-                f"{file}: it has a neck and does not state of which fusion: name the folder with its config.json, or "
-                "give neck and global_pool (--neck and --fusion)"
-            )
     pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
+    is_unstated = (is_untagged or is_folder) and not neck and kwargs.get("neck") is None
+    if converted and is_unstated and "fc_norm.bn.weight" in converted.backbone and not converted.run:
+        what = " and does not state of which fusion: name the folder with its config.json, or hf-hub:ORG/NAME, or"
+        what = ", which its config.json does not state:" if is_folder else what
+        raise CheckpointError(f"{file}: it has a neck{what} give neck and global_pool (--neck and --fusion)")
     if converted and pool in POOLS[:-1] and neck == "single":
-        is_folder = source in FOLDERS
-        own = _saved_fusion(pretrained_cfg, kwargs.get("cache_dir")) if is_folder else model_args.get("global_pool")
+        own = converted.fusion if is_untagged else model_args.get("global_pool")
+        if is_folder:  # of timm's save_for_hf it has no fusion
+            own = saved.get("fusion") or saved.get("model_args", {}).get("global_pool")
         if own and own != pool:  # of the same width, perhaps: the tensors would fit
             raise CheckpointError(f"{file}: {_of_other_fusion(own, pool)}")
     try:
@@ -440,12 +448,12 @@ def _build(
     return model
 
 
-def _saved_fusion(pretrained_cfg: Mapping[str, Any], cache_dir: str | None) -> str:
-    """Fusion of the model in a folder or a Hub repository, before it is overridden."""
-    repository = pretrained_cfg.get("hf_hub_id")
-    folder = download_hub(repository, "config.json", cache_dir).parent if repository else Path(pretrained_cfg["file"])
-    config = read_config(folder)  # of timm's save_for_hf it has no fusion
-    return str(config.get("fusion") or config.get("model_args", {}).get("global_pool") or "")
+def _saved_config(pretrained_cfg: dict[str, Any], cache_dir: str | None) -> dict[str, Any]:
+    """The ``config.json`` of a folder or a Hub repository, which timm has read, before anything is overridden."""
+    if repository := pretrained_cfg.get("hf_hub_id"):
+        file = check_cached(repository, "config.json", cache_dir)
+        return read_config((file or download_hub(repository, "config.json", cache_dir)).parent)
+    return read_config(Path(pretrained_cfg["file"]))
 
 
 def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:
@@ -458,29 +466,35 @@ def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: s
 def _read_weights(
     variant: str, cfg: Any, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | None
 ) -> tuple[Any, Converted | None]:
-    """The cfg with the weights in its ``state_dict``, and the weights as ``Converted``; None if timm is to read them.
+    """The cfg with the weights in its ``state_dict``, and the weights as ``Converted``; None if it names none.
 
-    timm's own reader refuses the numpy scalars of the published files and does not compare hashes. The ``state_dict``
-    of an overlay may already be a ``Converted``.
+    timm's own reader refuses the numpy scalars of the published files, does not compare hashes, and reads after the
+    model is made, too late for neck and fusion. The ``state_dict`` of an overlay may already be a ``Converted``.
     """
     if cfg.state_dict:
         converted = cfg.state_dict
         if not isinstance(converted, Converted):
             converted = convert_state_dict(converted, file=cfg.file or cfg.hf_hub_id or UNNAMED)
         return replace(cfg, state_dict=converted.backbone), converted
+    entry = zoo.find_weight(variant, cfg.tag or "")
+    is_entry = entry is not None and cfg.url == entry.url and not (cfg.file or cfg.hf_hub_id)
+    is_tag = isinstance(pretrained_cfg, str | None) or is_entry  # timm's cfg of a tag is like its name
     if cfg.source == "local-dir":
         file = Path(cfg.file) / "model.safetensors"
     elif cfg.source == "hf-hub":
-        check_cached(cfg.hf_hub_id, "config.json", cache_dir)  # timm has read it
         file = download_hub(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir)
-    elif overlay.get("file") or (not isinstance(pretrained_cfg, str | None) and cfg.file):
+    elif overlay.get("file") or (not is_tag and cfg.file):
         file = cfg.file
-    elif any(overlay.get(k) for k in ("hf_hub_id", "url")) or not isinstance(pretrained_cfg, str | None):
-        return replace(cfg, file=None), None
-    else:
+    elif is_tag and not (overlay.get("hf_hub_id") or overlay.get("url")):
         file = zoo.resolve(variant, cfg.tag or "")
         if pretrained_cfg is None:
             _announce_default(f"{variant}.{cfg.tag}")
+    elif cfg.hf_hub_id:
+        file = download_hub(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors", cache_dir)
+    elif cfg.url:
+        file = download_cached_file(cfg.url, cache_dir=cache_dir)
+    else:
+        return cfg, None
     converted = convert_file(file, size=tuple(cfg.input_size[1:]) if cfg.source in FOLDERS else None)
     return replace(cfg, source="", file=str(file), state_dict=converted.backbone), converted
 

@@ -128,16 +128,23 @@ def write_json(path: str | Path, content: Any, allow_nan: bool = True) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, overwrite: bool = False, own: Sequence[str] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind.
 
-    With ``overwrite`` an existing folder is replaced as a whole; a kill between the two renames leaves it beside
-    ``path`` as ``.NAME.old``.
+    A kill between the two renames leaves the old folder beside ``path`` as ``.NAME.old``; the next write cleans up. A
+    symbolic link is followed.
+
+    Args:
+        path: Folder to write.
+        overwrite: Replace an existing folder.
+        own: Names that the caller writes; what else is in the old folder stays. None replaces it as a whole.
 
     Raises:
-        OSError: If ``path`` is a folder with content and ``overwrite`` is off.
+        OSError: If ``path`` is a file, or a folder with content and ``overwrite`` is off.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if overwrite and path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: name a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _named(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
         new = Path(work) / "new"
@@ -146,12 +153,21 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _flush(new)
         old = path.parent / f".{path.name}.old"
         if overwrite and path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_old(old, path, own)
             path.replace(old)
         elif path.is_dir():
             path.rmdir()  # if it is empty: on Windows a rename replaces no folder
         new.replace(path)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove_old(old, path, own)
+
+
+def _remove_old(old: Path, new: Path, own: Sequence[str] | None) -> None:
+    """Remove an old folder, if there is one; what is not the writer's ``own`` moves to the new one."""
+    if own is not None and old.is_dir():
+        for entry in list(old.iterdir()):
+            if entry.name not in own and not os.path.lexists(new / entry.name):
+                entry.replace(new / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

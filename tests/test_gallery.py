@@ -283,6 +283,13 @@ def test_removing_a_name_that_is_not_there_removes_nothing():
     assert len(gallery) == 3
 
 
+def test_an_empty_gallery_of_which_nothing_is_removed_takes_descriptors():
+    gallery, x = Gallery(), random(2)
+    gallery.remove([])
+    gallery.add(["a", "b"], x)
+    assert torch.equal(gallery.descriptors, x)
+
+
 @pytest.mark.parametrize(
     "convert",
     [

@@ -218,6 +218,52 @@ def test_overwriting_leaves_no_file_of_the_old_folder(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_overwriting_replaces_the_writers_own_names_alone_if_it_tells_them(tmp_path):
+    path = filled(tmp_path / "model", "old")
+    (path / "c").write_text("own, and not written again")
+    filled(path / "others", "mine")
+    with atomic_folder(path, overwrite=True, own=("a", "b", "c")) as new:
+        write(new)
+    assert content(path / "others") == [("a", "mine"), ("b", "mine")]
+    (path / "others").rename(tmp_path / "others")
+    assert content(path) == NEW
+    assert names(tmp_path) == ["model", "others"]
+
+
+@pytest.mark.parametrize("target", ["absent", "empty", "filled"])
+def test_a_symbolic_link_to_a_folder_is_followed_each_time(tmp_path, target):
+    path, link = tmp_path / "elsewhere" / "v3", tmp_path / "latest"
+    path.parent.mkdir()
+    if target != "absent":
+        path.mkdir()
+    if target == "filled":
+        write(path, "old")
+    link.symlink_to(path)
+    for text in ("next", "new"):
+        with atomic_folder(link, overwrite=True) as new:
+            write(new, text)
+        assert content(path) == [("a", text), ("b", text)]
+    assert link.readlink() == path
+    assert (names(tmp_path), names(path.parent)) == (["elsewhere", "latest"], ["v3"])
+
+
+def test_an_empty_folder_behind_a_link_is_filled_without_overwriting(tmp_path):
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "latest").symlink_to("v3")
+    with atomic_folder(tmp_path / "latest") as new:
+        write(new)
+    assert content(tmp_path / "v3") == NEW
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "model.pth").write_text("mine")
+    folder = atomic_folder(tmp_path / "model.pth", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"model\.pth is a file: name a folder"), folder as new:
+        write(new)
+    assert (tmp_path / "model.pth").read_text() == "mine"
+    assert names(tmp_path) == ["model.pth"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_exception_keeps_the_old_folder_and_leaves_no_litter(tmp_path, overwrite):
     path = filled(tmp_path / "model", "old")
@@ -233,23 +279,25 @@ def test_an_exception_keeps_the_old_folder_and_leaves_no_litter(tmp_path, overwr
     assert names(tmp_path) == ["model"]
 
 
-def test_a_kill_at_any_step_leaves_a_whole_folder_the_old_one_maybe_beside(tmp_path):
+def test_a_kill_at_any_step_leaves_a_whole_folder_the_old_one_maybe_beside_and_loses_nothing_of_others(tmp_path):
     def prepare(step: int) -> Path:
-        return filled(tmp_path / str(step) / "model", "old")
+        path = filled(tmp_path / str(step) / "model", "old")
+        (path / "c").write_text("mine")
+        return path
 
     code = """
-with runtime.atomic_folder(sys.argv[1], overwrite=True) as new:
+with runtime.atomic_folder(sys.argv[1], overwrite=True, own=("a", "b")) as new:
     for name in ("a", "b"):
         (new / name).write_text("new")
 """
     states = []
     for path, _ in killed_at_every_step(code, prepare):
         beside = path.parent / ".model.old"
-        assert content(path if path.exists() else beside) in (OLD, NEW)
+        assert content(path if path.exists() else beside)[:2] in (OLD, NEW)
         states.append("beside" if not path.exists() else content(path)[0][1])
-        with atomic_folder(path, overwrite=True) as new:  # and the remains of a kill are not in the way of the next one
+        with atomic_folder(path, overwrite=True, own=("a", "b")) as new:  # the remains of a kill are not in the way
             write(new, "next")
-        assert content(path) == [("a", "next"), ("b", "next")]
+        assert content(path) == [("a", "next"), ("b", "next"), ("c", "mine")]
         assert not beside.exists()
     assert [state for state, _ in itertools.groupby(states)] == ["old", "beside", "new"]
     assert states.count("beside") == 1

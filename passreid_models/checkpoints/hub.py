@@ -78,8 +78,8 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
     return pointer
 
 
-def check_cached(hub_id: str, filename: str, cache: str | Path | None = None) -> None:
-    """Check a file that another client put in the cache; a damaged one is removed.
+def check_cached(hub_id: str, filename: str, cache: str | Path | None = None) -> Path | None:
+    """Check a file that another client put in the cache, and return it if it is there; a damaged one is removed.
 
     Raises:
         CheckpointError: If its hash is not the one that the Hub stated.
@@ -88,6 +88,7 @@ def check_cached(hub_id: str, filename: str, cache: str | Path | None = None) ->
     if cached and not is_intact(cached):
         cached.resolve().unlink()
         raise CheckpointError(f"{filename} of {hub_id} was damaged on its way from the Hub, and is removed: load again")
+    return cached
 
 
 def is_intact(path: Path) -> bool:

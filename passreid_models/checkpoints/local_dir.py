@@ -6,7 +6,6 @@ FOLDER/extras.safetensors   tensors that belong to the checkpoint, not to the mo
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -28,6 +28,8 @@ from passreid_models.runtime import atomic_folder, did_you_mean, read_bytes, sha
 
 __all__ = ["convert_checkpoint", "save_pretrained"]
 
+FILES = ("model.safetensors", "config.json", "extras.safetensors")
+DESCRIPTOR = ("fusion", "neck", "l2_normalize")  # entries of our config.json
 MAX_CONFIG_BYTES = 2**24
 CLAIMS = ("tag", "description", "origin_url")  # of a pretrained cfg: whose weights they are
 
@@ -48,12 +50,13 @@ def save_pretrained(
         model: A registered model, compiled or in ``DistributedDataParallel`` too; not a ``features_only`` wrapper.
         folder: Output; written whole or not at all.
         extras: Tensors for ``extras.safetensors``.
-        info: Further top-level entries of ``config.json``.
+        info: Further top-level entries of ``config.json``; its ``model_args`` replace those that JSON cannot hold.
         half: Store floating-point tensors as float16.
-        overwrite: Replace an older folder, all but its README.md, the model card.
+        overwrite: Replace the files of an older folder; its README.md, the model card, and files of others stay.
 
     Raises:
-        FileExistsError: If the folder exists and is not empty, without ``overwrite``.
+        FileExistsError: If the folder exists and is not empty, without ``overwrite``, or is a file.
+        ValueError: If the model was made with a layer's class and ``info`` does not give its name.
     """
     folder = Path(folder)
     if not overwrite:
@@ -81,21 +84,31 @@ def _write(
         m.embed_dim, len(m.blocks), m.blocks[0].attn.num_heads, m.num_parts, registered.conv_stem, img_size
     )
     differing = {k: v for k, v in asdict(actual).items() if v != getattr(registered, k)}
+    patch_size = tuple(m.patch_embed.patch_size)
+    if patch_size != to_2tuple(m.origin.model_args.get("patch_size", 16)):
+        differing["patch_size"] = list(patch_size)
+    info = dict(info or {})
     model_args = {
         **m.origin.model_args,
         **differing,
         "img_size": list(img_size),
         "global_pool": m.global_pool,
         "neck": m.neck,
+        **info.pop("model_args", {}),
     }
-    descriptor = {"fusion": m.global_pool, "neck": m.neck, "l2_normalize": m.neck != "multi"}
-    with atomic_folder(folder, overwrite) as new:
+    if classes := [k for k, v in model_args.items() if callable(v)]:
+        raise ValueError(
+            f"{' and '.join(classes)}: made with a class, which config.json cannot hold: give timm's name of it, "
+            f"save_pretrained(..., info={{'model_args': {{'{classes[0]}': NAME}}}}), or None if it is the default"
+        )
+    descriptor = dict(zip(DESCRIPTOR, (m.global_pool, m.neck, m.neck != "multi"), strict=True))
+    with atomic_folder(folder, overwrite, FILES) as new:
         is_contiguous = all(x.is_contiguous() for x in m.state_dict().values())  # not in channels_last
         saved = m if is_contiguous and not half else deepcopy(m).to(memory_format=torch.contiguous_format)
         save_for_hf(
             saved.half() if half else saved,
             str(new),
-            model_config={**descriptor, **(info or {})},
+            model_config={**descriptor, **info},
             model_args=model_args,
             safe_serialization=True,
         )
@@ -110,8 +123,6 @@ def _write(
         if extras:
             tensors = {k: v.contiguous() for k, v in extras.items()}
             safetensors.torch.save_file(tensors, new / "extras.safetensors")
-        if (folder / "README.md").is_file():
-            shutil.copyfile(folder / "README.md", new / "README.md")
 
 
 def convert_checkpoint(
@@ -232,8 +243,7 @@ def write_converted(
     """
     size = converted.architecture.img_size
     is_tag = "." in name  # the caller has checked that the file is the tag's
-    cfg: dict[str, Any] = {} if is_tag else {"tag": None, "url": None, "license": "other", "description": None}
-    cfg |= {**statistics, "input_size": (3, *size), "file": str(source)}
+    cfg = {**statistics, "input_size": (3, *size), "file": str(source)}
     model_args = {**model_args, "img_size": model_args.get("img_size") or size, "global_pool": fusion, "neck": neck}
     model = timm.create_model(
         name,
@@ -307,3 +317,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read as JSON: {e}") from None
     check_config(config, file)
     return cast(dict[str, Any], config)
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether this package wrote a ``config.json`` last, after whose check the claims of a tag hold for the weights.
+
+    timm's own save does not keep the descriptor's entries, and that of transformers adds its version.
+    """
+    return config.keys() >= set(DESCRIPTOR) and "transformers_version" not in config

@@ -1,6 +1,7 @@
 """Publishing of an exported folder on the Hugging Face Hub, with a model card."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ import timm
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.download import WeightsUnavailableError, short_error
-from passreid_models.checkpoints.local_dir import CLAIMS, read_config
+from passreid_models.checkpoints.local_dir import CLAIMS, DESCRIPTOR, FILES, is_ours, read_config
 from passreid_models.checkpoints.read import read_checkpoint
 from passreid_models.checkpoints.zoo import Weight, list_weights
 
 __all__ = ["model_card", "publish"]
 
+_logger = logging.getLogger(__name__)
 PAPER = "https://arxiv.org/abs/2203.03931"
-PUBLISHED = ("model.safetensors", "config.json", "extras.safetensors")
 CITATION = """@inproceedings{zhu2022pass,
   title={{PASS}: Part-Aware Self-Supervised Pre-Training for Person Re-Identification},
   author={Zhu, Kuan and Guo, Haiyun and Yan, Tianyi and Zhu, Yousong and Wang, Jinqiao and Tang, Ming},
@@ -174,14 +175,15 @@ def _dataset_ids(data: str) -> list[str]:
 def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """Files that ``publish`` pushes, by name: those of the folder, or their content where it is written for the Hub.
 
-    The model card is the folder's README.md, else one from its ``config.json``. A folder of timm's ``save_for_hf`` gets
-    the descriptor's entries in ``config.json``, and loses those of a tag, whose licence may not hold for the weights.
+    The model card is the folder's README.md, else one from its ``config.json``. In a folder that timm or transformers
+    saved, ``config.json`` gets the descriptor's entries, and loses the claims of a tag or a run, which may not hold for
+    the weights.
 
     Raises:
         FileNotFoundError: If the folder lacks a file.
         ValueError: If a file is damaged or of another package, or ``repo_id`` is not ``org/name``.
     """
-    for name in PUBLISHED[:2]:
+    for name in FILES[:2]:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}: publish takes a folder written by `passreid convert`, or a run's export/ or"
@@ -191,15 +193,19 @@ def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         raise ValueError(f"expected a repository org/name, got {repo_id!r}")
     config = read_config(folder)
     read_checkpoint(folder / "model.safetensors")  # raises for a damaged file
-    files: dict[str, Path | bytes] = {name: folder / name for name in PUBLISHED if (folder / name).is_file()}
-    if not config.keys() >= {"fusion", "neck", "l2_normalize"}:
+    files: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
+    if not is_ours(config):
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)  # the one that users will get
-        config |= {"fusion": model.global_pool, "neck": model.neck, "l2_normalize": model.neck != "multi"}
+        config = {k: v for k, v in config.items() if k not in ("provenance", "load_report")}
+        config |= zip(DESCRIPTOR, (model.global_pool, model.neck, model.neck != "multi"), strict=True)
+        config["model_args"] = {**config.get("model_args", {}), "global_pool": model.global_pool, "neck": model.neck}
         cfg = {k: v for k, v in config["pretrained_cfg"].items() if k not in CLAIMS}
         config["pretrained_cfg"] = {**cfg, "license": "other"}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     own_card = folder / "README.md"
     files["README.md"] = own_card if own_card.is_file() else model_card(config, repo_id).encode()
+    if own_card.is_file() and own_card.stat().st_mtime < (folder / FILES[0]).stat().st_mtime:
+        _logger.warning(f"{own_card} is older than {FILES[0]}: does it describe these weights? If not, remove it")
     return files
 
 

@@ -62,7 +62,7 @@ def attention_maps(
     """
     embed = model if isinstance(model, Embedder) else Embedder(model)
     network = embed.model
-    if not all(isinstance(b, Block) and isinstance(b.attn, Attention) for b in network.blocks):
+    if not all(isinstance(b, Block) and type(b.attn) is Attention for b in network.blocks):
         raise ValueError("attention maps need a model of timm's Block with Attention, and at least one of them")
     with torch.inference_mode():
         batches = [
@@ -80,7 +80,7 @@ def _maps(network: Any, x: Tensor) -> AttentionMaps:
     identity = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
     rollout = identity.expand(len(x), -1, -1)
     for block in network.blocks:
-        weights = attention_weights(block.attn, block.norm1(x), x.shape[1])  # [B, heads, T + N, T + N]
+        weights = attention_weights(block.attn, block.norm1(x))  # [B, heads, T + N, T + N]
         rollout = (identity + weights.mean(1)) / 2 @ rollout
         x = block(x)
     last, rollout = (a[..., :num_prefix, num_prefix:].unflatten(-1, grid) for a in (weights, rollout))

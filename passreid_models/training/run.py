@@ -321,7 +321,7 @@ class Run:
         """Write the model to a folder, in the first process, whole or not at all.
 
         Args:
-            folder: Folder to write; an older one is replaced, all but its README.md.
+            folder: Folder to write; the files of an older one are replaced, those of others stay.
             **more: Further entries of the provenance.
 
         Raises:

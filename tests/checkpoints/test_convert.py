@@ -20,6 +20,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -799,6 +800,48 @@ def test_our_own_file_with_a_neck_needs_its_folder(tmp_path):
     cfg = {"file": str(file)}
     model = timm.create_model("test_pass_vit", True, pretrained_cfg_overlay=cfg, neck="single")
     assert model.neck == "single"
+
+
+def test_a_neck_that_a_folders_config_does_not_state_is_not_dropped(tmp_path):
+    model = overlay(PASS, GOLDEN / "upstream_unsupervised_singleneck_mean.pth.tar")
+    save_for_hf(model, str(tmp_path), model_args=SMALL, safe_serialization=True)
+    with pytest.raises(CheckpointError, match=r"it has a neck, which its config\.json does not state: give neck"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, neck="single", global_pool="mean").eval()
+    assert torch.equal(again(images()), model(images()))
+
+
+def test_our_own_file_with_a_neck_is_converted_with_the_fusion_that_is_given_whatever_the_default_has(tmp_path):
+    """The default weights of this architecture are of the fusion cat."""
+    model = timm.create_model(PASS, neck="single", global_pool="mean")
+    save_pretrained(model, tmp_path / "own")
+    file = shutil.copy(tmp_path / "own" / "model.safetensors", tmp_path / "alone.safetensors")
+    convert_checkpoint(file, tmp_path / "out", PASS, fusion="mean", neck="single")
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert (again.neck, again.global_pool) == ("single", "mean")
+    assert torch.equal(again.reg_token, model.reg_token)
+
+
+def test_a_users_file_has_no_claims_of_the_default_weights():
+    model = overlay(PASS, GOLDEN / "upstream_supervised_singleneck_cat.pth")
+    assert not {"tag", "description", "origin_url"} & model.pretrained_cfg.keys()
+    assert model.pretrained_cfg["license"] == "other"
+    stated = {"file": str(GOLDEN / "upstream_backbone.pth"), "license": "mit", "description": "mine"}
+    cfg = timm.create_model(PASS, pretrained=True, pretrained_cfg_overlay=stated, **SMALL).pretrained_cfg
+    assert (cfg["license"], cfg["description"]) == ("mit", "mine")
+
+
+@pytest.mark.parametrize("neck", ["single", "multi"])
+def test_a_file_by_its_address_gives_the_descriptors_of_the_file(neck, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    file = GOLDEN / f"upstream_unsupervised_{neck}neck_mean.pth.tar"
+    by_file, by_url = (
+        timm.create_model(PASS, pretrained=True, pretrained_cfg_overlay=source, **SMALL).eval()
+        for source in (dict(file=str(file)), dict(url=file.as_uri()))
+    )
+    assert by_url.neck == by_file.neck == neck
+    assert torch.equal(by_url(images()), by_file(images()))
+    assert load_report(by_url).source == str(tmp_path / "checkpoints" / file.name)
 
 
 def test_convert_with_a_name_that_does_not_fit_is_refused(tmp_path):

@@ -44,9 +44,9 @@ def named(name):
     result = {"architecture": model.architecture, "settings": model.settings, "descriptor": descriptor}
     return {**result, "hashed": [before, len(hashed)]}
 
-def error(name):
+def error(name, **kwargs):
     try:
-        load(name)
+        load(name, **kwargs)
     except Exception as e:
         return [t.__name__ for t in type(e).__mro__], str(e)
     return [], "no error"
@@ -72,6 +72,8 @@ results = {
     "damaged once": load("hf-hub:org/once"),
     "another cache": load("hf-hub:org/tiny@v1", cache_dir=os.environ["OTHER_CACHE"]),
     "named": named("hf-hub:org/tiny@v1"),
+    "overlay": load("test_pass_vit", pretrained_cfg_overlay=dict(hf_hub_id="org/tiny")),
+    "overlay, neck": error("test_pass_vit", pretrained_cfg_overlay=dict(hf_hub_id="org/tiny@v1")),
 }
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
 results["tag"] = load("test_pass_vit.published")
@@ -189,6 +191,15 @@ def test_the_report_names_the_file_in_the_cache(hub):
     source = Path(hub.online["main"]["source"])
     assert source.name == "model.safetensors"
     assert source.is_relative_to(hub.work / "hf" / "hub" / "models--org--tiny")
+
+
+def test_a_repository_in_an_overlay_is_read_as_a_file_is(hub):
+    assert hub.online["overlay"]["descriptor"] == hub.new
+    assert hub.online["overlay"]["source"] == hub.online["main"]["source"]
+    kinds, message = hub.online["overlay, neck"]
+    assert "CheckpointError" in kinds
+    assert "it has a neck and does not state of which fusion" in message
+    assert "hf-hub:ORG/NAME" in message
 
 
 def test_the_second_load_needs_no_server(hub):

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -229,6 +231,45 @@ def test_trained_weights_saved_over_their_own_file_stay_without_a_tag(tmp_path):
     )
 
 
+def test_trained_weights_in_a_folder_of_timms_own_save_stay_without_a_tag(tmp_path):
+    model = timm.create_model("pass_vit_tiny_patch16.synth", pretrained=True)  # of the fusion mean
+    trained(model)
+    save_for_hf(model, str(tmp_path / "timm's"), safe_serialization=True)
+    again = load(tmp_path / "timm's")
+    assert again.global_pool == model.global_pool
+    assert claims(again, tmp_path / "again") == {"license": "other"}
+
+
+def test_layers_that_are_given_as_classes_are_saved_by_the_name_that_info_gives(tmp_path):
+    model = create(act_layer=nn.ReLU, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    with pytest.raises(ValueError, match=r"act_layer and norm_layer: .* info={'model_args': {'act_layer': NAME}}"):
+        save_pretrained(model, tmp_path / "model")
+    names = {"act_layer": "relu", "norm_layer": None}
+    save_pretrained(model, tmp_path / "model", info={"model_args": names})
+    assert torch.equal(load(tmp_path / "model")(images(model)), model(images(model)))
+
+
+def test_a_patch_size_that_was_set_later_is_saved(tmp_path):
+    for name, old, new in (("up", 8, 16), ("down", 16, 8)):
+        model = create(patch_size=old)
+        model.set_input_size(patch_size=new)
+        save_pretrained(model, tmp_path / name)
+        assert torch.equal(load(tmp_path / name)(images(model)), model(images(model)))
+
+
+def test_layers_that_a_config_names_are_those_of_the_architecture(exported):
+    config = config_of(exported)
+    config["pretrained_cfg"].update(classifier="blocks.0.attn.qkv", first_conv="blocks.1.attn.qkv", num_classes=5)
+    (exported / "config.json").write_text(json.dumps({**config, "num_classes": 5}))
+    expected = safetensors.torch.load_file(exported / "model.safetensors")
+    for options in ({"num_classes": 0}, {"num_classes": 0, "in_chans": 1}):
+        state = load(exported, **options).state_dict()
+        assert all(torch.equal(state[k], v) for k, v in expected.items() if not k.startswith("patch_embed"))
+        torch.testing.assert_close(
+            state["patch_embed.proj.weight"].sum(1), expected["patch_embed.proj.weight"].sum(1), rtol=0, atol=1e-6
+        )
+
+
 def test_descriptors_of_a_multi_neck_are_not_to_be_normalised_again(tmp_path):
     save_pretrained(create(neck="multi"), tmp_path / "model")
     config = config_of(tmp_path / "model")
@@ -309,11 +350,13 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
         load(tmp_path / "model")
 
 
-def test_overwriting_keeps_the_model_card(tmp_path):
+def test_overwriting_keeps_the_model_card_and_files_of_others(tmp_path):
     save_pretrained(create(), tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("mine")
+    for name in ("README.md", "model.onnx"):
+        (tmp_path / "model" / name).write_text("mine")
     save_pretrained(create(depth=1), tmp_path / "model", overwrite=True)
-    assert (tmp_path / "model" / "README.md").read_text() == "mine"
+    assert [(tmp_path / "model" / name).read_text() for name in ("README.md", "model.onnx")] == ["mine", "mine"]
+    assert len(load(tmp_path / "model").blocks) == 1
 
 
 def test_overwriting_replaces_the_folder_whole(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from transformers import AutoModel
 
 from passreid_models import cli
 from passreid_models.checkpoints.local_dir import save_pretrained
@@ -227,6 +229,36 @@ def test_a_folder_of_timms_own_save_is_published_as_the_model_that_it_loads_and_
     assert publish(folder, "me/mine", dry_run=True)[1]["config.json"] == len(files["config.json"])
 
 
+def test_what_is_published_of_timms_own_save_of_a_tag_gives_the_descriptors_of_the_folder(tmp_path, no_network):
+    model = timm.create_model("pass_vit_small_patch16.lup_usl_msmt17", **TINY)  # mean, with a single neck
+    save_for_hf(model, str(tmp_path / "timm"), model_args=TINY, safe_serialization=True)
+    (tmp_path / "hub").mkdir()
+    for name, file in files_to_publish(tmp_path / "timm", "me/mine").items():
+        (tmp_path / "hub" / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+    again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert (again.global_pool, again.neck) == ("mean", "single")
+    x = torch.randn(2, 3, 64, 32)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_weights_that_transformers_has_saved_claim_no_tag_no_run_and_no_accuracy(tmp_path, no_network):
+    bundled = get_weight(BUNDLED).bundled_file.parent
+    model = AutoModel.from_pretrained(bundled)
+    for parameter in model.parameters():  # trained
+        parameter.data.mul_(1.001)
+    model.save_pretrained(tmp_path)
+    assert {"provenance", "fusion"} <= config_of(tmp_path).keys()
+    files = files_to_publish(tmp_path, "me/mine")
+    assert isinstance(files["config.json"], bytes)
+    config = json.loads(files["config.json"])
+    assert not {"provenance", "load_report"} & config.keys()
+    assert (config["fusion"], config["pretrained_cfg"]["license"]) == (config_of(bundled)["fusion"], "other")
+    card = files["README.md"].decode()
+    assert "**Training data:** not stated" in card
+    assert "- not recorded" in card
+    assert "mAP" not in card
+
+
 def test_a_folder_of_another_family_by_timm_is_refused(tmp_path, no_network):
     save_for_hf(timm.create_model("test_vit"), str(tmp_path / "timm"), safe_serialization=True)
     with pytest.raises(ValueError, match="is not the config of a model of this package"):
@@ -276,6 +308,17 @@ def test_other_files_of_the_folder_stay_here_and_its_own_card_goes_out(tmp_path,
     _, sizes = publish(folder, "org/name", dry_run=True)
     assert sorted(sizes) == ["README.md", "config.json", "model.safetensors"]
     assert sizes["README.md"] == len("# by hand, é\n".encode())
+
+
+def test_a_card_that_is_older_than_the_weights_is_remarked(tmp_path, no_network, caplog):
+    folder = written(tmp_path / "model")
+    (folder / "README.md").write_text("mine")
+    publish(folder, "org/name", dry_run=True)
+    assert not caplog.records
+    save_pretrained(timm.create_model("test_pass_vit"), folder, overwrite=True)
+    os.utime(folder / "README.md", (0, 0))
+    publish(folder, "org/name", dry_run=True)
+    assert "README.md is older than model.safetensors: does it describe these weights?" in caplog.text
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "/name", "org/", ""])

@@ -440,6 +440,19 @@ def test_a_pulled_tag_loads_offline_and_as_a_folder(tmp_path, cache, small, no_n
         assert cfg["interpolation"] == get_pretrained_cfg(name).interpolation
 
 
+def test_a_tag_given_as_timms_cfg_loads_what_its_name_loads(tmp_path, cache, small, no_network):
+    official_file(tmp_path / "file.pth", prefix="module.")
+    pull(UDA, tmp_path / "file.pth")
+    architecture, tag = UDA.split(".")
+    models = [
+        timm.create_model(architecture, pretrained=True, pretrained_cfg=cfg, img_size=(64, 32)).eval()
+        for cfg in (tag, get_pretrained_cfg(UDA))
+    ]
+    x = torch.rand(2, 3, 64, 32)
+    assert torch.equal(models[0](x), models[1](x))
+    assert load_report(models[0]).source == load_report(models[1]).source
+
+
 def test_the_cache_comes_before_the_hub_and_the_drive(tmp_path, cache, small, monkeypatch):
     official_file(tmp_path / "file.pth")
     folder = pull(LUP, tmp_path / "file.pth")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.layers import Attention
 from torch import nn
 
 from passreid_models.embed import Embedder
@@ -49,6 +50,24 @@ def test_maps_are_the_attention_inside_the_model(x, options):
     with torch.inference_mode():
         tokens = model.forward_features(x)[:, :num_tokens]
     assert torch.allclose(maps.tokens, F.normalize(tokens, dim=-1), atol=1e-6)
+
+
+class Adapted(nn.Linear):
+    """A qkv with an adapter of rank 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x[..., :1] * torch.linspace(-1, 1, self.out_features)
+
+
+def test_maps_are_those_of_a_qkv_that_was_replaced(x):
+    model = make_model()
+    plain = attention_maps(Embedder(model, "cpu"), x)
+    for block in model.blocks:
+        block.attn.qkv.__class__ = Adapted
+    last = weights_inside(model, x)[-1][:, :, :4, 4:].reshape(3, 2, 4, 4, 2)
+    adapted = attention_maps(Embedder(model, "cpu"), x).last
+    assert torch.allclose(adapted, last, atol=1e-6)
+    assert not torch.allclose(adapted, plain.last, atol=1e-3)
 
 
 def test_patches_have_the_place_of_their_pixels(x):
@@ -96,10 +115,14 @@ def test_images_are_preprocessed_as_for_descriptors(tmp_path):
 
 
 def test_a_model_with_other_blocks_is_refused(x):
-    model = make_model()
-    model.blocks[1] = nn.Identity()
-    with pytest.raises(ValueError, match="Block with Attention"):
-        attention_maps(model, x)
+    class Other(Attention):
+        """An attention of whose inside nothing is known."""
+
+    for name, layer in (("blocks.0.attn", Other(64, 2)), ("blocks.1", nn.Identity())):
+        model = make_model()
+        model.set_submodule(name, layer)
+        with pytest.raises(ValueError, match="Block with Attention"):
+            attention_maps(model, x)
 
 
 def test_attention_that_is_not_finite_is_refused(x):
