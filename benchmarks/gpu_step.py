@@ -45,6 +45,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from passreid_models import Embedder
+from passreid_models.data.loader import PREFETCH
 from passreid_models.data.sources import open_source
 from passreid_models.pretrain import trainer as trainer_module
 from passreid_models.pretrain.batches import StepSampler, ViewBatch, ViewDataset, batches_on, make_loader
@@ -202,11 +203,12 @@ class Benchmark:
         trainer, crop = self.trainer(), self.crop()
         steps = self.workers * (2 if self.quick else 4)  # each worker makes whole batches: they come in bursts
         dataset = ViewDataset(open_source(str(folder)), crop, crop, 0, 0)
-        sampler = StepSampler(len(dataset.source), self.batch, self.workers + steps, 0)
+        started, queued = self.workers, PREFETCH * self.workers  # batches before the clock starts, and made beforehand
+        sampler = StepSampler(len(dataset.source), self.batch, started + steps + 2 * queued, 0)
         loader = make_loader(dataset, sampler, self.workers, pin_memory=not self.small)
         batches, waited, begin = batches_on(self.device, loader), 0.0, 0.0
-        for i in range(self.workers + steps):
-            if i == self.workers:
+        for i in range(started + queued + steps):
+            if i == started + queued:
                 common.synchronize(self.device)
                 waited, begin = 0.0, time.perf_counter()
             before = time.perf_counter()

@@ -18,6 +18,7 @@ of the smallest one, where that is more than 0.3 s or 8 MiB; two sizes, as of ``
 
 import argparse
 import io
+import json
 import math
 import os
 import subprocess
@@ -80,16 +81,25 @@ def write_shards(folder: Path, count: int) -> None:
             shard.close()
 
 
+MEASURE = """
+import json, resource, subprocess, sys
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+sys.exit(code)
+"""
+"""A small parent: Linux counts the memory of the process that starts a command as the command's."""
+
+
 def run(command: list[str], cache: Path) -> tuple[float, float]:
     """Processor seconds, in one thread, and peak MiB of a command of this package."""
     env = os.environ | {"PASSREID_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*common.PASSREID, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    errors = process.stderr.read() if process.stderr else b""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    words = [sys.executable, "-c", MEASURE, *common.PASSREID, *command]
+    process = subprocess.run(words, capture_output=True, text=True, errors="replace", env=env)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode(errors='replace')[-2000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr[-2000:]}")
+    seconds, mib = json.loads(process.stdout)
+    return seconds, mib
 
 
 def commands(folder: Path, out: Path) -> dict[str, list[str]]:
@@ -130,9 +140,10 @@ def exponent(sizes: list[int], values: list[float], noise: float) -> float:
 
     A single value above the noise counts from the noise at the size before it.
     """
-    points = [(math.log(n), math.log(v)) for n, v in zip(sizes, values, strict=True) if v > noise]
-    if len(points) == 1 and len(sizes) > 1:
-        points.insert(0, (math.log(sizes[-2]), math.log(noise)))
+    above = [i for i, value in enumerate(values) if value > noise]
+    points = [(math.log(sizes[i]), math.log(values[i])) for i in above]
+    if len(above) == 1 and above[0]:
+        points.insert(0, (math.log(sizes[above[0] - 1]), math.log(noise)))
     if len(points) < 2:
         return 0.0
     return float(np.polyfit(*zip(*points, strict=True), 1)[0])

@@ -440,10 +440,11 @@ def test_a_cmyk_jpeg_shows_its_colours_and_not_their_negative(embed, tmp_path):
     assert difference.abs().max() < 0.1
 
 
-def test_damaged_exif_does_not_cost_the_image(embed, persons, tmp_path):
-    persons[0].save(tmp_path / "plain.jpg")
-    persons[0].save(tmp_path / "damaged.jpg", exif=b"Exif\0\0garbage")
-    assert torch.equal(seen(embed, tmp_path / "damaged.jpg"), seen(embed, tmp_path / "plain.jpg"))
+@pytest.mark.parametrize(("suffix", "options"), [("jpg", {}), ("jpg", {"dpi": (96, 96)}), ("png", {}), ("webp", {})])
+def test_damaged_exif_does_not_cost_the_image(embed, persons, tmp_path, suffix, options):
+    persons[0].save(tmp_path / f"plain.{suffix}", **options)
+    persons[0].save(tmp_path / f"damaged.{suffix}", exif=b"Exif\0\0garbage", **options)
+    assert torch.equal(seen(embed, tmp_path / f"damaged.{suffix}"), seen(embed, tmp_path / f"plain.{suffix}"))
 
 
 # ---- Unreadable images

@@ -135,7 +135,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it():
 
 
 def test_the_package_is_marked_as_typed():
-    assert Path(passreid_models.__file__).with_name("py.typed").is_file()
+    assert all((ROOT / name / "py.typed").is_file() for name in ("passreid_models", "passreid_synth3d"))
 
 
 def test_the_version_is_written_in_one_place():

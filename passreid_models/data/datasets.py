@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,9 +100,17 @@ class ReIDDataset:
 
     @cached_property
     def own(self) -> np.ndarray:
-        """Row of each query's own file in the gallery, int64 ``[Q]``; -1 if the gallery does not have it."""
+        """Row of each query's own file in the gallery, int64 ``[Q]``; -1 if the gallery does not have it.
+
+        Without cameras, which would leave it out, a link counts as the file that it leads to.
+        """
         rows = {path: row for row, path in enumerate(self.gallery.paths)}
-        return np.array([rows.get(path, -1) for path in self.query.paths], dtype=np.int64)
+        own = np.array([rows.get(path, -1) for path in self.query.paths], dtype=np.int64)
+        if not self.has_cameras and (own < 0).any():
+            files = {_file(path): row for row, path in enumerate(self.gallery.paths)}
+            for i in np.flatnonzero(own < 0):
+                own[i] = files.get(_file(self.query.paths[i]), -1)
+        return own
 
     @cached_property
     def matches(self) -> np.ndarray:
@@ -123,12 +132,14 @@ class ReIDDataset:
             if names:
                 shown = ", ".join(names[:3]) + (", .." if len(names) > 3 else "")
                 remarks[kind] = f"two {label} each, though their names are nearly equal: {shown}"
-        ids, images = self.gallery.num_ids, int((self.gallery.pids > 0).sum())
-        if self.name == "folder per identity" and 0 < ids <= FEW_IDS and images >= MANY_IMAGES * ids:
-            remarks["few identities"] = (
-                f"{ids} identities in {images:,} gallery images: are the folders persons? Scores of folders of "
-                "cameras, days or scenes mean nothing"
-            )
+        splits = (("training", self.train), ("gallery", self.gallery)) if self.name == "folder per identity" else ()
+        for name, split in splits:
+            ids, images = split.num_ids, int((split.pids > 0).sum())
+            if 0 < ids <= FEW_IDS and images >= MANY_IMAGES * ids:
+                remarks["few identities"] = (
+                    f"{ids} identities in {images:,} {name} images: are the folders persons? Scores of folders of "
+                    "cameras, days or scenes mean nothing"
+                )
         shared = int((self.own >= 0).sum())
         if shared and not self.is_one_set and self.name in LISTED:  # in folders, it is as the layout has it
             remarks["queries in the gallery"] = (
@@ -195,6 +206,15 @@ class ReIDDataset:
                 where = f"in {part} of {self.root}" if part else f"in {self.root}"
                 raise ValueError(f"no {split} images {where} ({self.name}); expected {EXPECTED}")
         return self
+
+
+def _file(path: Path) -> Any:
+    """What tells a file from others, whatever its name."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return path
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:

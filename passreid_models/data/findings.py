@@ -3,6 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def _missing(dataset: ReIDDataset) -> Iterator[Finding]:
 def _unread(dataset: ReIDDataset) -> Iterator[Finding]:
     """Images of other suffixes in the folder."""
     if dataset.root.is_dir() and dataset.name != "CSV":
-        names = [name for name, status in walk(str(dataset.root)) if status is None]
+        parts = [part for part in dict.fromkeys(dataset.parts) if part.endswith("/") and (dataset.root / part).is_dir()]
+        names: list[str] = []
+        for folder in parts or [""]:  # what lies beside them is not of the dataset
+            with suppress(OSError):
+                names += [folder + name for name, status in walk(str(dataset.root / folder)) if status is None]
         if files := [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]:
             suffixes = " ".join(sorted({Path(name).suffix.lower() for name in files}))
             message = f"{count(len(files), 'file')} left out, since images of {suffixes} are not read: convert them"

@@ -1,8 +1,10 @@
 """Image files: suffixes, walk of folders, opener, and reasons why one cannot be read; every reader uses these."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -13,12 +15,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+_logger = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".pgm", ".jp2", ".dng")
 """Suffixes of images that are left out: ``passreid data check`` counts them."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
-_NOT_THE_USERS = ("@eaDir", b"@eaDir", "__MACOSX", b"__MACOSX")  # thumbnails of a Synology NAS, attributes of a Mac
+_OF_SYSTEMS = ("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "__MACOSX", "$RECYCLE.BIN",
+               "System Volume Information", "lost+found")  # fmt: skip
+"""Folders that storage devices and systems add: thumbnails, deleted files, older versions."""
+_NOT_THE_USERS = {*_OF_SYSTEMS, *(name.encode() for name in _OF_SYSTEMS)}
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is opened, unless ``PASSREID_MAX_PIXELS`` is set; a small file can hold billions."""
 _LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
@@ -48,7 +54,8 @@ def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
     """Sorted names of the files and folders in a folder, and the names of the folders.
 
     Hidden ones (``is_hidden``) are left out, and so are pipes, sockets and devices, whose reader would wait. A link
-    counts as its target; a broken link counts as a file, so that it is reported as an unreadable image.
+    counts as its target; a broken link counts as a file, so that it is reported as an unreadable image, or in a warning
+    if it may lead to a folder.
 
     Raises:
         OSError: If the folder cannot be read.
@@ -65,10 +72,17 @@ def list_folder(folder: AnyStr) -> tuple[list[AnyStr], set[AnyStr]]:
                 elif not entry.is_file() and entry.stat():  # neither, and no broken link
                     continue
             except OSError:  # a broken link, a link to itself
-                pass
+                if not is_image_name(entry.name):
+                    _warn_of_link(os.fsdecode(entry.path))
             names.append(entry.name)
     names.sort()
     return names, folders
+
+
+@cache
+def _warn_of_link(path: str) -> None:
+    """Warn, once, of a link that leads nowhere: a folder may be missing."""
+    _logger.warning(f"{path}: a link that leads nowhere, left out")
 
 
 def walk(folder: AnyStr) -> Iterator[tuple[AnyStr, os.stat_result | None]]:
@@ -229,7 +243,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or is_wide:
         kind = "32-bit integer" if is_wide else "floating-point"
         raise ValueError(f"a {kind} image has no known range: convert it to 8 bits first")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies the upright ones too
+    image.load()  # before its EXIF, for which a PNG is read to its end
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of damaged EXIF, Pillow raises many kinds; viewers show the image as it is
+        orientation = 1
+    if orientation != 1:  # exif_transpose copies the upright ones too
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")

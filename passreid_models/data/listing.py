@@ -29,7 +29,7 @@ from passreid_models.runtime import atomic_file, lock
 
 __all__ = ["Listing", "Names", "list_images"]
 
-FORMAT = 3  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
+FORMAT = 4  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
 MAX_LINKS = 40  # that Linux follows
 MAX_WAIT = 600  # seconds, for a process that lists the same
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
@@ -81,6 +81,7 @@ class Listing:
     members: "array[int]" = field(default_factory=lambda: array("q"))  # three per image: tar, first byte, bytes or -1
     watched: Names = field(default_factory=Names)  # paths of the folders and tar files that were read
     stamps: "array[int]" = field(default_factory=lambda: array("q"))  # two per path: time in ns, bytes of a tar or 0
+    is_whole: bool = True  # False with a link that leads nowhere yet; no time tells when it does
 
     def watch(self, path: bytes, status: os.stat_result) -> None:
         self.watched.append(path)
@@ -130,7 +131,7 @@ def list_images(root: Path, cache: Path) -> Listing:
             raise ValueError(f"{os.fsdecode(e.filename or path)} cannot be read: {e.strerror}") from None
         times, sizes = listing.stamps[::2], listing.stamps[1::2]
         has_times = all(map(max, times, sizes))  # the folder at the root of a FAT file system has none
-        if has_times and max(times) < (started - SETTLED) * 1e9:
+        if listing.is_whole and has_times and max(times) < (started - SETTLED) * 1e9:
             with suppress(OSError):
                 _write(file, listing)
         return listing
@@ -162,6 +163,8 @@ def _list_folder(root: Path) -> Listing:
             tars.append(name)
         else:
             num_others += 1
+            path = os.path.join(os.fsencode(root), name)
+            listing.is_whole &= os.path.exists(path) or not os.path.islink(path)
     if tars and not listing.names:
         return _list_tars([os.path.join(os.fsencode(root), tar) for tar in tars], root, listing)
     if not listing.names:
@@ -195,7 +198,10 @@ def _list_tars(tars: list[bytes], root: Path | None = None, listing: Listing | N
             path = os.fsdecode(tar)
             raise ValueError(f"{path} cannot be read as an uncompressed tar file: {e}") from None
         prefix = os.path.relpath(tar, os.fsencode(root)) + b"/" if root else b""
-        visible = [name for name in entries if not _is_hidden(name)]
+        folders = {posixpath.dirname(name) for name in entries}
+        above = posixpath.commonpath(folders) if folders else b""  # which may be hidden, as what a folder lies in
+        depth = above.count(b"/") + 1 if above else 0
+        visible = [name for name in entries if not _is_hidden(name, depth)]
         images = sorted(filter(is_image_name, visible), key=lambda name: name.replace(b"/", b"\0"))
         num_others += len(visible) - len(images)
         for name in images:
@@ -242,8 +248,8 @@ def _read_tar(file: IO[bytes], entries: Entries, below: bytes = b"", base: int =
                 )
 
 
-def _is_hidden(name: bytes) -> bool:
-    return any(map(is_hidden, name.split(b"/")))
+def _is_hidden(name: bytes, depth: int = 0) -> bool:
+    return any(is_hidden(part) for part in name.split(b"/")[depth:] if part != b"..")
 
 
 def _follow(entries: Entries, name: bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from passreid_models.data.images import ImageError
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 SIGHUP = getattr(signal, "SIGHUP", None)  # a lost terminal
 MAX_TRIES = 1000  # unreadable images in a row
+PREFETCH = 4  # batches that each worker makes beforehand
 
 
 def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, collate: Any) -> DataLoader:
@@ -32,7 +33,7 @@ def make_loader(dataset: Dataset, sampler: Any, workers: int, pin_memory: bool, 
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_signals,
     )

@@ -24,6 +24,7 @@ from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation, Retrieved, percent
 from passreid_models.figure import require_matplotlib
 from passreid_models.retrieval.k_reciprocal import sparse
+from passreid_models.retrieval.protocol import JUNK, Protocol
 from passreid_models.runtime import check_file, on_first, world, write_json
 
 _logger = logging.getLogger(__name__)
@@ -126,10 +127,14 @@ def evaluate_dataset(
         NonFiniteError: If nothing can be ranked, since descriptors are not finite.
         ValueError: If there are no queries or no gallery, or no query has a match.
     """
+    pids = np.unique(dataset.query.pids[dataset.query.pids != JUNK])
+    if open_set and len(pids) == 1 and pids[0] in dataset.gallery.pids:
+        raise ValueError("open_set: expected queries of two persons or more, half of whom are taken for unknown ones")
     store = None
     if cache and not has_own_code(embed):
         folder = None if cache is True else cache
-        store = FeatureCache(embed, dataset.recipe or str(dataset.root), folder)
+        place = dataset.root / dataset.parts[0] if dataset.name == "CSV" else dataset.root
+        store = FeatureCache(embed, dataset.recipe or str(place), folder)
     retrieved = _retrieve(dataset, embed, store, progress)
     if world()[0]:
         return None
@@ -176,9 +181,23 @@ def score(
     return {key: scores[key] for key in ("mAP", "rank1")}
 
 
+def _require_matches(dataset: ReIDDataset) -> None:
+    """Check, by the labels alone, that a query has a match.
+
+    Raises:
+        ValueError: If none has.
+    """
+    if not dataset.matches.any():
+        query, gallery = dataset.query, dataset.gallery
+        query_camids, gallery_camids = (query.camids, gallery.camids) if dataset.has_cameras else (None, None)
+        finite = np.ones(len(query), dtype=bool), np.ones(len(gallery), dtype=bool)
+        protocol = Protocol(finite, query.pids, gallery.pids, query_camids, gallery_camids, dataset.own)
+        raise ValueError(protocol.explain_no_match())
+
+
 def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None, progress: bool) -> Retrieved:
     """Descriptors of queries and gallery, without junk and images that have none."""
-    dataset.require("query", "gallery")
+    _require_matches(dataset.require("query", "gallery"))
     rows_q, rows_g = (np.flatnonzero(split.pids != -1) for split in (dataset.query, dataset.gallery))
     paths = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
     files = {path: row for row, path in enumerate(dict.fromkeys(paths))}  # once each: a query can be in the gallery

@@ -7,6 +7,7 @@ RUN/best/     model of the highest mAP after an epoch, if the run is evaluated
 import logging
 import os
 from collections.abc import Generator
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from passreid_models.architectures import ARCHITECTURES, DEFAULT_MODEL
 from passreid_models.checkpoints.local_dir import read_config
-from passreid_models.data.datasets import ReIDDataset, open_dataset
+from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
 from passreid_models.data.image_cache import cache_bytes, cache_limit
 from passreid_models.data.loader import stopping
 from passreid_models.evaluation.evaluate import score
@@ -52,11 +53,14 @@ class ReIDRun(Run):
         return trainer
 
     def _evaluated_images(self) -> tuple[int, int]:
-        """Number of images that the run is evaluated on, and of those that are training images, by their paths."""
-        dataset = self.eval_dataset
-        splits = [] if dataset is None else [dataset.query, dataset.gallery]
-        images = {os.path.abspath(path) for split in splits for path in split.paths}
-        return len(images), len(images.intersection(map(os.path.abspath, self.train_split.paths)))
+        """Number of images that the run is evaluated on, and of those that are training images, by folder and name."""
+        dataset, real = self.eval_dataset, cache(os.path.realpath)  # a split may be a link to the other
+
+        def places(split: Split) -> set[str]:
+            return {os.path.join(real(path.parent), path.name) for path in split.paths}
+
+        images = set() if dataset is None else places(dataset.query) | places(dataset.gallery)
+        return len(images), len(images & places(self.train_split))
 
     def _cache_size(self) -> tuple[int, int] | None:
         """Size at which the training images are kept in memory; None if they are not."""
@@ -105,7 +109,10 @@ class ReIDRun(Run):
             f"data: {self.dataset.description}",
             f"model: {c.model} at {size}, fusion {c.fusion}, neck {c.neck}; {t.device}, {str(t.dtype)[6:]}",
         ]
-        lines += [f"remark: {remark}" for remark in self.dataset.remarks.values() if self.labelled]
+        datasets = [self.dataset] if self.labelled else []
+        if self.eval_dataset is not None and c.eval_data:
+            datasets.append(self.eval_dataset)
+        lines += [f"remark: {remark}" for dataset in datasets for remark in dataset.remarks.values()]
         gib = cache_bytes(len(self.train_split), c.size) / 2**30
         if self.images.is_cached:
             lines.append(f"images: for the training steps decoded once and kept in memory, {gib:.2f} GiB")

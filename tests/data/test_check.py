@@ -242,6 +242,9 @@ FINDINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "few identities": (
         lambda root: write(root, [f"{i % 3 + 1}/{i}.jpg" for i in range(150)]), "remark", "few identities",
         "3 identities in 150 gallery images: are the folders persons? Scores of folders of cameras, days or scenes"),
+    "few identities to train on": (
+        lambda root: write(root, [f"train/{i % 3 + 1}/{i}.jpg" for i in range(150)]), "remark", "few identities",
+        "3 identities in 150 training images: are the folders persons? Scores of folders of cameras, days or scenes"),
     "clothes": (
         lambda root: write(root, ["query/001_1_c1_1.png", "test/001_2_c2_1.png"]), "remark", "clothes",
         "LTCC's scores are of its standard setting"),

@@ -180,6 +180,37 @@ def test_query_and_gallery_may_be_links_to_one_folder(tmp_path):
     (root / "query").symlink_to("gallery")
     dataset = open_dataset(root)
     assert (len(dataset.query), len(dataset.gallery)) == (3, 3)
+    assert dataset.own.tolist() == [0, 1, 2]
+    assert dataset.matches.tolist() == [1, 1, 0]
+
+
+def test_a_query_that_is_a_link_to_a_gallery_image_is_left_out_of_its_own_ranking(tmp_path):
+    root = write(
+        tmp_path / "own", ["gallery/anna/1.jpg", "gallery/anna/2.jpg", "gallery/bob/1.jpg", "query/anna/3.jpg"]
+    )
+    (root / "query" / "anna" / "1.jpg").symlink_to("../../gallery/anna/2.jpg")
+    (root / "query" / "bob").mkdir()
+    os.link(root / "gallery" / "bob" / "1.jpg", root / "query" / "bob" / "5.jpg")
+    dataset = open_dataset(root)
+    assert [path.name for path in dataset.query.paths] == ["1.jpg", "3.jpg", "5.jpg"]
+    assert dataset.own.tolist() == [1, -1, 2]
+
+
+def test_a_split_that_is_a_broken_link_is_refused_and_a_person_named(tmp_path, caplog):
+    root = write(tmp_path / "own", ["train/anna/1.jpg", "gallery/anna/1.jpg", "gallery/bob/1.jpg"])
+    (root / "gallery" / "carl").symlink_to("/not/mounted/carl")
+    assert open_dataset(root).gallery.num_ids == 2
+    assert caplog.text.count("gallery/carl: a link that leads nowhere, left out") == 1
+    (root / "query").symlink_to("/not/mounted/query")
+    with pytest.raises(ValueError, match="own/query: a link to no folder that can be read; mount it, or remove"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("folder", ["#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found"])
+def test_deleted_files_of_a_storage_device_are_left_out(tmp_path, folder):
+    root = write(tmp_path / "share", ["anna/1.jpg", "bob/1.jpg", f"{folder}/1.jpg", f"{folder}/anna/2.jpg"])
+    assert [path.parent.name for path in find_images(root)] == ["anna", "bob"]
+    assert open_dataset(root).gallery.num_ids == 2
 
 
 def test_a_linked_folder_is_a_split_of_market1501(tmp_path):

@@ -22,6 +22,7 @@ import passreid_models
 from passreid_models.data.datasets import ReIDDataset, open_dataset
 from passreid_models.device import process_group
 from passreid_models.embed import Embedder
+from passreid_models.evaluation import evaluate as evaluate_module
 from passreid_models.evaluation.evaluate import Evaluation, evaluate_dataset, evaluate_model, score
 from passreid_models.evaluation.feature_cache import _checksum, weights_key
 from passreid_models.retrieval import evaluate, evaluate_distances, open_set, rerank, roc, unknown_identities
@@ -388,12 +389,28 @@ def test_own_images_stay_found_when_images_before_them_cannot_be_read(tmp_path, 
     assert [retrieved.gallery.paths[row] for row in retrieved.own] == retrieved.query.paths
 
 
-def test_datasets_that_cannot_be_evaluated_are_refused(tmp_path, embed):
+def test_two_lists_in_one_folder_keep_their_descriptors_beside_one_another(tmp_path, embed, cache_folder):
+    for name, pids in (("a", (1, 2)), ("b", (3, 4))):
+        write(tmp_path, [f"{name}/{pid}_{k}.jpg" for pid in pids for k in (0, 1)], first=10 * pids[0])
+        rows = [f"{name}/{pid}_{k}.jpg,{pid},{split}" for pid in pids for k, split in enumerate(("query", "gallery"))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,pid,split", *rows]))
+    for name in ("a", "b"):
+        assert run(open_dataset(tmp_path / f"{name}.csv"), embed, cache=True).retrieved.cached == 0
+    for name in ("a", "b"):
+        assert run(open_dataset(tmp_path / f"{name}.csv"), embed, cache=True).retrieved.cached == 4
+
+
+def test_datasets_that_cannot_be_evaluated_are_refused(tmp_path, embed, monkeypatch):
     with pytest.raises(ValueError, match="no query images in query/ of"):
         run(open_dataset(write(tmp_path / "a", ["bounding_box_train/0001_c1.jpg"])), embed)
     files = ["query/0001_c1.jpg", "bounding_box_test/0001_c1.jpg", "bounding_box_test/0002_c2.jpg"]
-    with pytest.raises(ValueError, match="no query has a match in the gallery under another camera"):
-        run(open_dataset(write(tmp_path / "b", files)), embed)
+    with monkeypatch.context() as m:  # before the work, which may take hours
+        m.setattr(evaluate_module, "extract", None)
+        with pytest.raises(ValueError, match="no query has a match in the gallery under another camera"):
+            run(open_dataset(write(tmp_path / "b", files)), embed)
+        one = write(tmp_path / "one", ["query/0001_c1.jpg", "bounding_box_test/0001_c2.jpg"])
+        with pytest.raises(ValueError, match="open_set: expected queries of two persons or more"):
+            run(open_dataset(one), embed, open_set=True)
     dataset = open_dataset(write_flat(tmp_path / "c"))
     for path in dataset.gallery.paths:
         path.write_bytes(b"")
