@@ -1,6 +1,7 @@
 """Reading of checkpoint files as flat tensors, without running code from them."""
 
 import argparse
+import errno
 import pickle
 import re
 import zipfile
@@ -15,8 +16,7 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 AVERAGE = re.compile(r"(?<![a-zA-Z])(?i:ema|swa|avg|averaged?)(?![a-zA-Z])|(?<=[a-z])(?:EMA|Ema)(?![a-z])")
-
-
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # errors of a file system that answers again later
 AGAIN = "; download or copy it again"  # the end of messages about a damaged file
 
 
@@ -32,6 +32,8 @@ def read_checkpoint(path: str | Path) -> Any:
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is not a checkpoint, is cut short, or would run code.
+        OSError: If it cannot be read now, such as from a server that does not answer.
+        RuntimeError: If memory does not suffice.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,6 +64,8 @@ def read_checkpoint(path: str | Path) -> Any:
             is_zip = file.read(2) == b"PK"
         if not is_zip:
             raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
+        if isinstance(e, MemoryError) or "can't allocate memory" in str(e):  # not the file's fault
+            raise
         cause = f"{type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}"
         raise CheckpointError(f"{path} is cut short or damaged ({cause}){AGAIN}") from None
 
@@ -71,12 +75,17 @@ def _check_zip(path: Path) -> None:
 
     Raises:
         CheckpointError: If it is a bomb, or an entry is damaged.
+        OSError: If it cannot be read now.
     """
     try:
         with zipfile.ZipFile(path) as file:
             is_bomb = path.stat().st_size < sum(entry.file_size for entry in file.infolist())
             damaged = None if is_bomb else file.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):  # torch.load says what it is
+    except OSError as e:
+        if e.errno in PASSING:
+            raise OSError(e.errno, e.strerror, str(path)) from None
+        return
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError):  # torch.load says what it is
         return
     if is_bomb:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from passreid_models.data.tables import read_csv
 from passreid_models.runtime import cache_dir, lock, not_found, num_cores
 from passreid_models.synthetic.recipe import PREFIX, read_recipe
 
-__all__ = ["ReIDDataset", "Split", "open_dataset"]
+__all__ = ["ReIDDataset", "Split", "open_dataset", "open_images"]
 
 LISTED = ("CSV", "MSMT17 V1", "MSMT17 V2")
 FEW_IDS, MANY_IMAGES = 20, 50  # cameras rather than persons: so few folders of so many images
@@ -267,6 +267,11 @@ def open_dataset(data: str | Path, labelled: bool = True) -> ReIDDataset:
         table = next((f"; if {p} lists it, name that file" for p in sorted(path.glob("*.csv"))), "")
         raise ValueError(f"{data} holds {_contents(path)}, which is no known layout{table}; expected {EXPECTED}")
     return _dataset(layout)
+
+
+def open_images(folder: str | Path) -> ReIDDataset:
+    """List all images below a folder, whatever its layout: for training, without identities."""
+    return _dataset(read_unlabelled(Path(os.path.abspath(folder))))
 
 
 def _read_persons(root: Path) -> Layout | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from passreid_models.data.datasets import ReIDDataset, Split, open_dataset
+from passreid_models.data.datasets import ReIDDataset, Split, open_dataset, open_images
 from passreid_models.data.images import ImageError, count
 from passreid_models.embed import Embedder
 from passreid_models.evaluation.pictures import thumbnail
@@ -87,9 +87,8 @@ def _open(data: str | Path) -> ReIDDataset:
     try:
         return open_dataset(data)
     except ValueError as e:
-        if not os.path.isdir(data):
+        if not os.path.isdir(data) or not len((dataset := open_images(data)).train):
             raise
-        dataset = open_dataset(data, labelled=False)
         reason = str(e).partition("; expected ")[0]
         _logger.warning(f"the page has no identities: {reason}")
         return dataset

@@ -132,6 +132,10 @@ def test_one_image_and_no_labels_will_do(tmp_path, embed, caplog):
     assert data["maps"][0]["points"] == [[0, 0]]
     assert "the page has no identities: " in caplog.text
     assert "<b>" not in (tmp_path / "a.html").read_text()
+    (tmp_path / "shop" / "train" / "morning").mkdir(parents=True)  # no identities, though it has the name of a split
+    (tmp_path / "shop" / "train" / "morning" / "c.jpg").write_bytes(jpeg(2))
+    write_gallery_page(tmp_path / "shop", tmp_path / "b.html", embed)
+    assert [image["name"] for image in data_of(tmp_path / "b.html")["images"]] == ["<b>&.jpg", "train/morning/c.jpg"]
 
 
 def test_of_many_images_some_at_equal_distances_are_shown_and_counted(market, tmp_path, embed, page, monkeypatch):

@@ -1,5 +1,6 @@
 """RunFolder: checkpoints that are complete or absent, one process at a time, and metrics without repeated steps."""
 
+import errno
 import json
 import logging
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,21 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_named(folder, caplog, how):
     (message,) = caplog.messages
     assert message.startswith("passed over: ")
     assert "step_000000003.pt" in message
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError(NO_MEMORY)])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(folder, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    folder.save(state(1), keep=2)
+    newest = folder.save(state(2), keep=2)
+    monkeypatch.setattr(*((zipfile.ZipFile, "testzip") if isinstance(error, OSError) else (torch, "load")), fail)
+    with pytest.raises(type(error), match=str(newest) if isinstance(error, OSError) else ""):
+        folder.load_latest()
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
