@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,7 +68,13 @@ def run(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt as e:
         code, message, error = 130, "interrupted", e
     except Exception as e:
-        (code, message), error = _explain(e, program), e
+        try:
+            (code, message), error = _explain(e, program), e
+        except Exception:
+            if _is_left():
+                traceback.print_exc()
+                _end(1)
+            raise
     if (lost := _lost_output()) and (isinstance(error, SystemExit | None) or _is_same(error, lost)):
         written = f"standard output could not be written: {lost.strerror}"
         code, message = (1, "") if isinstance(lost, BrokenPipeError) else (2, written)
@@ -80,10 +87,21 @@ def run(program: str, work: Callable[[], int]) -> int:
             print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
         except OSError:
             _discard(sys.stderr)
-    dist = sys.modules.get("torch.distributed")
-    if code and dist and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-        os._exit(code)  # left by process_group: Python's own end would wait for the other processes, too
+    if error is not None and _is_left():
+        _end(code)
     return code
+
+
+def _is_left() -> bool:
+    """Whether ``process_group`` has left NCCL's group: Python's own end would wait for the other processes, too."""
+    dist = sys.modules.get("torch.distributed")
+    return bool(dist and dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl")
+
+
+def _end(code: int) -> None:
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _lost_output() -> OSError | None:
@@ -119,7 +137,7 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
 
     if isinstance(error, Stopped):
         return 128 + error.signum if error.signum else 0, str(error) if _is_first() else ""
-    is_full = isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", str(error))
+    is_full = isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|out of memory", str(error))
     if isinstance(error, OutOfMemoryError | MemoryError) or is_full:  # of the CPU, of Apple's GPUs
         advice = {
             "passreid": "a smaller --batch-size needs less",

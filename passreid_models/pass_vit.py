@@ -367,7 +367,7 @@ def _build(
     entry = zoo.find_weight(variant, cfg.tag or "")
     source, is_folder = cfg.source, cfg.source in FOLDERS
     overlay = pretrained_cfg_overlay or {}
-    saved = _saved_config(pretrained_cfg, kwargs.get("cache_dir")) if pretrained and is_folder else {}
+    saved = _saved_config(cfg, kwargs.get("cache_dir")) if pretrained and is_folder else {}
     if is_folder:  # timm throws the tensors of these layers away, or makes new ones of them
         cfg = replace(cfg, **{k: v for k, v in _cfg(variant).items() if k in ("classifier", "first_conv")})
     if overlay.get("state_dict"):  # not of the file of the default weights
@@ -448,12 +448,12 @@ def _build(
     return model
 
 
-def _saved_config(pretrained_cfg: dict[str, Any], cache_dir: str | None) -> dict[str, Any]:
+def _saved_config(cfg: Any, cache_dir: str | None) -> dict[str, Any]:
     """The ``config.json`` of a folder or a Hub repository, which timm has read, before anything is overridden."""
-    if repository := pretrained_cfg.get("hf_hub_id"):
-        file = check_cached(repository, "config.json", cache_dir)
-        return read_config((file or download_hub(repository, "config.json", cache_dir)).parent)
-    return read_config(Path(pretrained_cfg["file"]))
+    if cfg.source == "hf-hub":
+        file = check_cached(cfg.hf_hub_id, "config.json", cache_dir)
+        return read_config((file or download_hub(cfg.hf_hub_id, "config.json", cache_dir)).parent)
+    return read_config(Path(cfg.file))
 
 
 def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:

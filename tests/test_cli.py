@@ -27,6 +27,7 @@ from passreid_models.checkpoints import load, zoo
 from passreid_models.embed import Embedder
 from passreid_models.retrieval import evaluate, rank
 from passreid_models.synthetic import SyntheticPersons
+from passreid_models.training.run import Stopped
 from tests.reid_data import make_model
 
 
@@ -759,3 +760,25 @@ def test_choices_of_the_command_line_are_those_of_the_library():
     assert set(actions["resize"].choices) == set(load.RESIZE_METHODS)
     assert set(actions["fusion"].choices) | {""} == set(passreid_models.pass_vit.POOLS)
     assert {"" if c == "none" else c for c in actions["neck"].choices} == set(passreid_models.pass_vit.NECKS)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("a mistake"), 2), (TypeError("a fault"), 1), (Stopped("late"), 0)]
+)
+def test_a_process_that_ends_before_nccls_group_does_not_wait_for_the_others(error, code, monkeypatch, capsys):
+    def work() -> int:
+        raise error
+
+    def end(code: int) -> None:
+        raise SystemExit(f"ended at once: {code}")
+
+    monkeypatch.setattr(cli.os, "_exit", end)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    with pytest.raises(SystemExit, match=f"ended at once: {code}"):
+        cli.run("passreid-train", work)
+    assert str(error) in capsys.readouterr().err
+    assert cli.run("passreid-train", lambda: 0) == 0
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    with pytest.raises(TypeError) if code == 1 else contextlib.nullcontext():
+        assert cli.run("passreid-train", work) == code

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -392,7 +393,15 @@ def _turned(image: Image.Image, path: Path, orientation: int) -> tuple[Path, Ima
     exif[0x0112] = orientation
     image.save(path.with_suffix(".png"), exif=exif)
     stored = np.asarray(image)
-    upright = {2: stored[:, ::-1], 3: np.rot90(stored, 2), 6: np.rot90(stored, -1), 8: np.rot90(stored, 1)}
+    upright = {
+        2: stored[:, ::-1],
+        3: np.rot90(stored, 2),
+        4: stored[::-1],
+        5: stored.swapaxes(0, 1),
+        6: np.rot90(stored, -1),
+        7: np.rot90(stored, 2).swapaxes(0, 1),
+        8: np.rot90(stored, 1),
+    }
     return path.with_suffix(".png"), Image.fromarray(np.ascontiguousarray(upright[orientation]))
 
 
@@ -415,10 +424,7 @@ FORMATS: dict[str, Callable[[Image.Image, Path], tuple[Path, Image.Image]]] = {
     "16-bit PGM": lambda image, path: _deep(image, path, ".pgm", "u2"),
     "1-bit": _one_bit,
     "1x1": _one_pixel,
-    "EXIF mirrored": lambda image, path: _turned(image, path, 2),
-    "EXIF upside down": lambda image, path: _turned(image, path, 3),
-    "EXIF turned right": lambda image, path: _turned(image, path, 6),
-    "EXIF turned left": lambda image, path: _turned(image, path, 8),
+    **{f"EXIF orientation {k}": partial(_turned, orientation=k) for k in range(2, 9)},
     "animated GIF": _animation,
 }
 

@@ -204,7 +204,7 @@ def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     own_card = folder / "README.md"
     files["README.md"] = own_card if own_card.is_file() else model_card(config, repo_id).encode()
-    if own_card.is_file() and own_card.stat().st_mtime < (folder / FILES[0]).stat().st_mtime:
+    if own_card.is_file() and own_card.stat().st_mtime + 60 < (folder / FILES[0]).stat().st_mtime:  # not of one copy
         _logger.warning(f"{own_card} is older than {FILES[0]}: does it describe these weights? If not, remove it")
     return files
 

@@ -42,6 +42,8 @@ def read_checkpoint(path: str | Path) -> Any:
         try:
             return safetensors.torch.load_file(path)
         except (SafetensorError, KeyError, RuntimeError) as e:
+            if _is_memory(e):
+                raise
             raise CheckpointError(f"{path} is not a whole safetensors file ({e}): download it again") from None
     _check_zip(path)
     try:
@@ -60,14 +62,19 @@ def read_checkpoint(path: str | Path) -> Any:
             ) from None
         raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
     except Exception as e:  # the unpickler raises anything on a file that is not a pickle
+        if _is_memory(e):
+            raise
         with path.open("rb") as file:
             is_zip = file.read(2) == b"PK"
         if not is_zip:
             raise CheckpointError(f"{path} is not a PyTorch checkpoint") from None
-        if isinstance(e, MemoryError) or "can't allocate memory" in str(e):  # not the file's fault
-            raise
         cause = f"{type(e).__name__}: {str(e)[:120].partition(chr(10))[0]}"
         raise CheckpointError(f"{path} is cut short or damaged ({cause}){AGAIN}") from None
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, which is not the file's fault."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_zip(path: Path) -> None:

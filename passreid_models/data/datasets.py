@@ -117,8 +117,9 @@ class ReIDDataset:
         """Number of gallery images that match each query, int64 ``[Q]``; 0 for junk."""
         of_pid = Counter(self.gallery.pids.tolist())
         of_camera = Counter(zip(self.gallery.pids.tolist(), self.gallery.camids.tolist(), strict=True))
-        labels = zip(self.query.pids.tolist(), self.query.camids.tolist(), self.own.tolist(), strict=True)
-        excluded = ((pid, of_camera[pid, camid] if self.has_cameras else own >= 0) for pid, camid, own in labels)
+        own_pids = np.where(self.own >= 0, np.append(self.gallery.pids, -1)[self.own], -1)
+        labels = zip(self.query.pids.tolist(), self.query.camids.tolist(), own_pids.tolist(), strict=True)
+        excluded = ((pid, of_camera[pid, camid] if self.has_cameras else own == pid) for pid, camid, own in labels)
         return np.array([of_pid[pid] - number if pid > 0 else 0 for pid, number in excluded], dtype=np.int64)
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Any, AnyStr
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ _OF_SYSTEMS = ("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapsho
 _NOT_THE_USERS = {*_OF_SYSTEMS, *(name.encode() for name in _OF_SYSTEMS)}
 MAX_PIXELS = 50_000_000
 """Pixels of the largest image that is opened, unless ``PASSREID_MAX_PIXELS`` is set; a small file can hold billions."""
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), start=2))
+"""Transposition that makes an image upright, by the orientation in its EXIF."""
 _LOCKS = [Lock() for _ in range(64)]  # a PIL image reads its file and EXIF late, and can be given more than once
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
@@ -248,8 +250,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # of damaged EXIF, Pillow raises many kinds; viewers show the image as it is
         orientation = 1
-    if orientation != 1:  # exif_transpose copies the upright ones too
-        image = ImageOps.exif_transpose(image)
+    if orientation in TURNS:  # exif_transpose also writes EXIF anew, which fails where parts of it are damaged
+        image = image.transpose(TURNS[orientation])
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

@@ -102,8 +102,9 @@ def read_folder(root: Path) -> Layout | None:
     """
     names, folders = list_folder(str(root))
     files = set(names) - folders
-    if lost := [name for name in files if is_split(name) and (root / name).is_symlink() and not (root / name).exists()]:
-        raise ValueError(f"{root / min(lost)}: a link to no folder that can be read; mount it, or remove the link")
+    named = (root / name for name in sorted(files) if is_split(name) and not os.path.splitext(name)[1])
+    if lost := [path for path in named if path.is_symlink() and not path.exists()]:
+        raise ValueError(f"{lost[0]}: a link to no folder that can be read; mount it, or remove the link")
     lists = [name for names in LISTS.values() for name in names]
     if files & set(lists) or folders & set(VERSIONS["MSMT17 V2"]) or _is_msmt17(root, folders):
         return _read_msmt17(root, folders, [name for name in lists if name not in files])

@@ -31,7 +31,7 @@ __all__ = ["Listing", "Names", "list_images"]
 
 FORMAT = 4  # to be raised when an unchanged folder or tar gives another listing, or a listing is written otherwise
 MAX_LINKS = 40  # that Linux follows
-MAX_WAIT = 600  # seconds, for a process that lists the same
+MAX_WAIT = 7200  # seconds, for a process that lists the same
 SETTLED = 2.0  # seconds, the coarsest clock of a file system: a younger folder can change without a new time
 
 
@@ -164,7 +164,7 @@ def _list_folder(root: Path) -> Listing:
         else:
             num_others += 1
             path = os.path.join(os.fsencode(root), name)
-            listing.is_whole &= os.path.exists(path) or not os.path.islink(path)
+            listing.is_whole &= not os.path.islink(path) or os.path.exists(path)
     if tars and not listing.names:
         return _list_tars([os.path.join(os.fsencode(root), tar) for tar in tars], root, listing)
     if not listing.names:

@@ -176,8 +176,6 @@ class FinetuneConfig(ReIDConfig):
             raise wrong("id_weight", self.id_weight, "more than 0 where triplet_weight is 0: there is no other loss")
         if self.triplet_weight and self.ids_per_batch < 2:
             raise wrong("ids_per_batch", self.ids_per_batch, "2 or more for the triplet loss")
-        if self.batch_size < 2:
-            raise wrong("ids_per_batch", self.ids_per_batch, "2 or more: BatchNorm needs two images")
         if self.triplet_weight and self.images_per_id < 2:
             raise wrong("images_per_id", self.images_per_id, "2 or more for the triplet loss, or triplet_weight 0")
 

@@ -47,7 +47,8 @@ SHARED = ("init", "model", "fusion", "size", "device", "grad_checkpointing", "sy
 def cluster(config: ClusterConfig) -> Path:
     """Train without labels, from the first step or from the last checkpoint, to ``out/export``; also in torchrun.
 
-    With a ``source``, ``init`` is first fine-tuned on it, in ``out/source``; training goes on with that backbone.
+    With a ``source``, ``init`` is first fine-tuned on it, in ``out/source``, and training goes on with that backbone;
+    an adaptation that is resumed reads no source.
 
     Returns:
         The exported folder, for ``timm.create_model("local-dir:...", pretrained=True)``: the descriptor after the neck.

@@ -66,7 +66,7 @@ class RunFolder:
             self._lock.acquire(timeout=0)
             self._opened = os.stat(self._lock.lock_file)
             for path in [*self.path.iterdir(), *self.checkpoint_folder.iterdir()]:
-                if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\..+", path.name):
+                if re.fullmatch(r"\.(step_\d+\.pt|export|best|config\.yaml|metrics\.jsonl)\.(?!old$).+", path.name):
                     shutil.rmtree(path, ignore_errors=True)
         except Timeout:
             raise ValueError(

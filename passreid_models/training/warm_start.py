@@ -99,6 +99,8 @@ def settings_of(init: str, model: str = "") -> dict[str, Any]:
     weights = _find(init, model)
     if weights.file and (weights.run or not model):
         architecture, args = weights.own_model
+        if model and architecture != model:
+            raise ValueError(f"init: {init} holds {architecture}, and model is {model}")
         run_settings = {"size": args["img_size"], "fusion": args.get("global_pool")} if weights.run else {}
         return {"model": architecture, **{k: v for k, v in run_settings.items() if v}}
     return {"model": weights.architecture, **weights.settings} if weights.architecture else {}

@@ -73,6 +73,7 @@ results = {
     "another cache": load("hf-hub:org/tiny@v1", cache_dir=os.environ["OTHER_CACHE"]),
     "named": named("hf-hub:org/tiny@v1"),
     "overlay": load("test_pass_vit", pretrained_cfg_overlay=dict(hf_hub_id="org/tiny")),
+    "overlay, source": load("test_pass_vit", pretrained_cfg_overlay=dict(source="hf-hub", hf_hub_id="org/tiny")),
     "overlay, neck": error("test_pass_vit", pretrained_cfg_overlay=dict(hf_hub_id="org/tiny@v1")),
 }
 os.environ["PASSREID_HUB_NAMESPACE"] = "org"
@@ -194,7 +195,7 @@ def test_the_report_names_the_file_in_the_cache(hub):
 
 
 def test_a_repository_in_an_overlay_is_read_as_a_file_is(hub):
-    assert hub.online["overlay"]["descriptor"] == hub.new
+    assert hub.online["overlay"]["descriptor"] == hub.online["overlay, source"]["descriptor"] == hub.new
     assert hub.online["overlay"]["source"] == hub.online["main"]["source"]
     kinds, message = hub.online["overlay, neck"]
     assert "CheckpointError" in kinds

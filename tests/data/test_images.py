@@ -194,6 +194,10 @@ def test_a_query_that_is_a_link_to_a_gallery_image_is_left_out_of_its_own_rankin
     dataset = open_dataset(root)
     assert [path.name for path in dataset.query.paths] == ["1.jpg", "3.jpg", "5.jpg"]
     assert dataset.own.tolist() == [1, -1, 2]
+    assert dataset.matches.tolist() == [1, 2, 0]
+    (root / "query" / "anna" / "3.jpg").unlink()  # a link to an image of another identity takes no match away
+    (root / "query" / "anna" / "3.jpg").symlink_to("../../gallery/bob/1.jpg")
+    assert open_dataset(root).matches.tolist() == [1, 2, 0]
 
 
 def test_a_split_that_is_a_broken_link_is_refused_and_a_person_named(tmp_path, caplog):
@@ -201,6 +205,9 @@ def test_a_split_that_is_a_broken_link_is_refused_and_a_person_named(tmp_path, c
     (root / "gallery" / "carl").symlink_to("/not/mounted/carl")
     assert open_dataset(root).gallery.num_ids == 2
     assert caplog.text.count("gallery/carl: a link that leads nowhere, left out") == 1
+    for name in ("train.csv", "test_1.jpg"):  # files, of which git-annex leaves such links
+        (root / name).symlink_to("/not/there")
+    assert open_dataset(root).gallery.num_ids == 2
     (root / "query").symlink_to("/not/mounted/query")
     with pytest.raises(ValueError, match="own/query: a link to no folder that can be read; mount it, or remove"):
         open_dataset(root)

@@ -296,11 +296,6 @@ def test_the_learning_rate_falls_after_two_fifths_of_the_epochs_unless_lr_step_i
     assert ClusterConfig(epochs=10).resolved().lr_step == 4
 
 
-def test_a_batch_of_a_single_image_is_refused():
-    with pytest.raises(ValueError, match="ids_per_batch: expected 2 or more: BatchNorm needs two images, got 1"):
-        FinetuneConfig(ids_per_batch=1, images_per_id=1, triplet_weight=0)
-
-
 @pytest.mark.parametrize("words", [["--init", "5e3"], ["--config", "run.yaml"]])
 def test_a_folder_whose_name_is_a_number_keeps_its_name(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

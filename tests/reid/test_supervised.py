@@ -31,6 +31,7 @@ from passreid_models.reid.samplers import identity_batches
 from passreid_models.reid.supervised import SupervisedRun, SupervisedTrainer, finetune, freeze
 from passreid_models.reid.unsupervised import cluster
 from passreid_models.runtime import gather_rows
+from passreid_models.training import trainer as trainer_module
 from passreid_models.training.trainer import NonFiniteLossError
 from tests.tiny_reid import assert_same, cluster_config, finetune_config, numbers, steps
 from tests.tiny_runs import files, metrics, world
@@ -492,6 +493,8 @@ def test_a_run_without_its_export_gives_its_size_and_fusion_whether_or_not_a_mod
     shutil.rmtree(tmp_path / "run" / "export")
     config = complete(FinetuneConfig(data=str(data), init=str(tmp_path / "run"), model=model))
     assert (config.model, config.size, config.fusion) == ("test_pass_vit", (32, 32), "mean")
+    with pytest.raises(ValueError, match="run holds test_pass_vit, and model is transreid_vit_small_patch16"):
+        complete(replace(config, model="transreid_vit_small_patch16"))
 
 
 def test_options_without_effect_are_named_in_one_warning(data, tmp_path, capsys):
@@ -523,6 +526,14 @@ def test_label_smoothing_and_the_weights_of_the_losses_take_effect(data, tmp_pat
 
 def make_trainer(config: FinetuneConfig) -> SupervisedTrainer:
     return SupervisedTrainer(config, 36, "abcdef", [4] * config.epochs, CPU)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_with_one_image_for_each_batchnorm_is_refused(data, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(trainer_module, "world", lambda: (0, processes))
+    config = finetune_config(data, tmp_path, ids_per_batch=processes, images_per_id=1, triplet_weight=0)
+    with pytest.raises(ValueError, match=f"ids_per_batch: with {processes} images in a batch of {processes} processes"):
+        make_trainer(config)
 
 
 def test_junk_is_not_trained_on_and_the_log_says_so(data, tmp_path):
