@@ -2,8 +2,8 @@
 
     python examples/video_gallery.py --save gallery.safetensors
 
-The frames are generated persons who walk past two cameras; three of them are seen by both. For a video of your
-own take a detector's boxes and a tracker's numbers instead of `walk` and `find_tracks`, which never ends a track, and
+The frames are generated persons who walk past two cameras; three of them are seen by both. For a video of your own
+take a detector's boxes and a tracker's numbers instead of `walk` and `find_tracks`, which never ends a track, and
 measure the threshold for a gallery of your size.
 """
 

@@ -401,8 +401,9 @@ def _build(
     pool, neck = (kwargs.get(name, model_args.get(name)) for name in ("global_pool", "neck"))
     is_unstated = (is_untagged or is_folder) and not neck and kwargs.get("neck") is None
     if converted and is_unstated and "fc_norm.bn.weight" in converted.backbone and not converted.run:
-        what = " and does not state of which fusion: name the folder with its config.json, or hf-hub:ORG/NAME, or"
-        what = ", which its config.json does not state:" if is_folder else what
+        what = ", which its config.json does not state:"
+        if not is_folder:
+            what = " and does not state of which fusion: name the folder with its config.json, or hf-hub:ORG/NAME, or"
         raise CheckpointError(f"{file}: it has a neck{what} give neck and global_pool (--neck and --fusion)")
     if converted and pool in POOLS[:-1] and neck == "single":
         own = converted.fusion if is_untagged else model_args.get("global_pool")

@@ -141,8 +141,8 @@ class ReIDDataset:
                     f"{ids} identities in {images:,} {name} images: are the folders persons? Scores of folders of "
                     "cameras, days or scenes mean nothing"
                 )
-        shared = int((self.own >= 0).sum())
-        if shared and not self.is_one_set and self.name in LISTED:  # in folders, it is as the layout has it
+        is_listed = self.name in LISTED and not self.is_one_set  # in folders, it is as the layout has it
+        if is_listed and (shared := int((self.own >= 0).sum())):
             remarks["queries in the gallery"] = (
                 f"{count(shared, 'query is', 'queries are')} in the gallery too; each is left out of its own ranking"
             )

@@ -79,8 +79,7 @@ class SupervisedTrainer(ReIDTrainer):
         super().__init__(config, num_images, epoch_steps, config.epochs, device, fingerprint)
         if config.ids_per_batch % self.world_size:
             raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divisible by {self.world_size} processes")
-        is_joint = config.sync_bn and device.type == "cuda"
-        if config.batch_size < 2 * (1 if is_joint else self.world_size):
+        if config.batch_size < 2 * (1 if self.is_synchronized else self.world_size):
             raise ValueError(
                 f"ids_per_batch: with {config.batch_size} images in a batch of {self.world_size} processes, BatchNorms "
                 "have one image each, and need two"

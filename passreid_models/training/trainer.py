@@ -129,9 +129,14 @@ class BaseTrainer:
         """Restore what ``tensors`` returned."""
         raise NotImplementedError
 
+    @property
+    def is_synchronized(self) -> bool:
+        """Whether BatchNorms average over all processes: not in a single one, nor on a CPU, where torch has no such."""
+        return self.config.sync_bn and self.world_size > 1 and self.device.type == "cuda"
+
     def synchronized(self, network: Any) -> Any:
-        """Convert BatchNorms to SyncBatchNorm; in a single process, or on a CPU (torch has none there), do nothing."""
-        if self.config.sync_bn and self.world_size > 1 and self.device.type == "cuda":
+        """Convert BatchNorms to SyncBatchNorm, if they are to average over all processes."""
+        if self.is_synchronized:
             return nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return network
 
