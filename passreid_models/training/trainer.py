@@ -145,7 +145,8 @@ class BaseTrainer:
         if self.world_size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+        # no broadcast of BatchNorms' statistics before each step: ``share_first`` shares them where they are used
+        return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass: computes in the run's dtype, and changes nothing in float32."""

@@ -1,7 +1,9 @@
 """Two processes with half of a batch each take the step that one process takes with the whole batch."""
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from passreid_models.pretrain.loss import PASSLoss
 from passreid_models.pretrain.network import PASSNetwork
-from passreid_models.runtime import all_reduce_mean, world
+from passreid_models.runtime import all_reduce_mean, on_first, share_first, world
 
 PATHS = ("plain", "chunked")
 BATCH, TEMPERATURE = 6, 0.05
@@ -48,6 +50,18 @@ def step(path: str, samples: slice) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "centers": criterion.centers, **gradients}
 
 
+def refuse() -> None:
+    raise ValueError(f"refused by process {world()[0]}")
+
+
+def raised(function: Callable[..., Any], *args: Any) -> str:
+    try:
+        function(*args)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -55,7 +69,10 @@ def work(rank: int, folder: Path) -> None:
     steps = {path: step(path, half) for path in PATHS}
     x = torch.tensor([1.0 + 4 * rank])
     means = {"world": world(), "mean": all_reduce_mean(x), "argument": x}
-    torch.save({**steps, "means": means}, folder / f"{rank}.pt")
+    shared = [torch.tensor(10 + rank), torch.tensor([[rank + 0.5, -0.0]])]
+    share_first(shared)
+    firsts = {"result": on_first(lambda: {"rank": world()[0]}), "error": raised(on_first, refuse), "shared": shared}
+    torch.save({**steps, "means": means, "firsts": firsts}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -116,6 +133,16 @@ def test_the_mean_over_processes_leaves_its_argument_as_it_is(processes):
         assert means["world"] == (rank, 2)
         assert means["mean"].tolist() == [3.0]
         assert means["argument"].tolist() == [1.0 + 4 * rank]
+
+
+def test_all_processes_have_what_the_first_returned_raised_and_held(processes):
+    for firsts in (process["firsts"] for process in processes):
+        assert firsts["result"] == {"rank": 0}
+        assert firsts["error"] == "refused by process 0"
+        count, row = firsts["shared"]
+        assert count.item() == 10
+        assert row.tolist() == [[0.5, 0.0]]
+        assert row.signbit().tolist() == [[False, True]]
 
 
 def test_a_single_process_is_its_own_world():
