@@ -421,10 +421,9 @@ class _PrintCompletion(argparse.Action):
     SHELLS = ("bash", "zsh", "tcsh")
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        try:
-            import shtab
-        except ImportError:
-            raise ValueError('completion: pip install ".[completion]" in a clone of passreid-models') from None
+        from passreid_models.runtime import require
+
+        shtab = require("shtab", "completion", "completion")
         if values not in self.SHELLS:
             parser.error(f"expected one of {', '.join(self.SHELLS)}, got {values!r}")
         commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from passreid_models.runtime import check_file
+from passreid_models.runtime import check_file, require
 
 
 def check_picture(path: str | Path) -> None:
@@ -30,25 +30,10 @@ def shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     return short
 
 
-def require_matplotlib(option: str) -> None:
-    """Check that matplotlib is installed, before the work whose results ``option`` draws.
-
-    Raises:
-        ValueError: If it is not installed; the message says how to install it.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ValueError(f'{option}: pip install ".[viz]" in a clone of passreid-models') from None
-
-
 def new_figure(width: float, height: float, option: str = "plot") -> Any:
     """Make a figure of ``width`` x ``height`` inches.
 
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    require_matplotlib(option)
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    return require("matplotlib.figure", "viz", option).Figure(figsize=(width, height), layout="constrained")

@@ -29,7 +29,7 @@ from passreid_models.embed import Embedder, has_direction
 from passreid_models.retrieval.protocol import JUNK
 from passreid_models.retrieval.ranking import rank_pairs
 from passreid_models.retrieval.similarity import METRICS, Similarities, as_tensor, chunks, require_count
-from passreid_models.runtime import atomic_file, few
+from passreid_models.runtime import atomic_file, few, require
 
 __all__ = ["UNKNOWN", "Gallery", "Hits"]
 
@@ -87,7 +87,7 @@ class Gallery:
             metric = "cosine" if embed is None else embed.metric
         if metric not in METRICS:
             raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
-        if faiss and _require_faiss() and device != "cpu":
+        if faiss and require("faiss", "faiss", "faiss") and device != "cpu":
             raise ValueError(f"faiss searches on the CPU, got device={device!r}")
         self.embed, self.metric, self.faiss, self.device = embed, metric, faiss, pick_device(device)
         self._model: dict[str, Any] | None = None  # of a file that was loaded without its model
@@ -394,16 +394,8 @@ class _Index:
         return values[order], images[order]
 
 
-def _require_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ValueError('faiss: pip install ".[faiss]" in a clone of passreid-models') from None
-    return faiss
-
-
 def _faiss_index(pairs: Similarities, rows: np.ndarray, description: str) -> Any:
-    library = _require_faiss()
+    library = require("faiss", "faiss", "faiss")
     is_euclidean = pairs.metric == "euclidean"
     x = (pairs.gallery if is_euclidean else pairs.gallery / pairs.gallery_norms[:, None]).numpy()
     x = x if len(rows) == len(x) else x[rows]

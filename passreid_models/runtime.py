@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -75,11 +76,13 @@ def read_bytes(path: Path, most: int) -> bytes:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, renamed to ``path`` at the end; an error leaves nothing behind.
 
+    A symbolic link is followed.
+
     Raises:
         OSError: If it cannot be written.
     """
-    path = Path(path)
     check_file(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # the name keeps its suffix, since some writers choose the format by it
     with _named(path), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as work:
@@ -299,7 +302,11 @@ def on_first(function: Callable[[], T]) -> T:
         except Exception as e:  # raised below, after the collective for which the others wait
             result = e
     results = [None] * size
-    dist.all_gather_object(results, result)
+    try:
+        dist.all_gather_object(results, result)
+    finally:
+        if rank == 0 and isinstance(result, Exception):
+            raise result  # itself, with its traceback; the others have a copy
     if isinstance(results[0], Exception):
         raise results[0]
     return cast(T, results[0])
@@ -313,6 +320,23 @@ def share_first(tensors: Iterable[Tensor]) -> None:
             copies = [torch.empty_like(x) for _ in range(size)]
             dist.all_gather(copies, x)
             x.copy_(copies[0])
+
+
+def require(module: str, extra: str, use: str) -> Any:
+    """Import a module of an optional library.
+
+    Args:
+        module: Full name of the module.
+        extra: Extra of this package that installs it.
+        use: What it is for, the beginning of the message.
+
+    Raises:
+        ValueError: If it is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ValueError(f'{use}: pip install ".[{extra}]" in a clone of passreid-models') from None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

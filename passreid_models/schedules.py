@@ -17,9 +17,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, end: float) -
 
 def linear_epochs(epoch: int, warmup: int, start: float, end: float) -> float:
     """Linear ramp from ``start`` to ``end`` at the last of ``warmup`` epochs, then constant."""
-    if epoch >= warmup or warmup < 2:
-        return end if epoch >= warmup else start
-    return start + (end - start) * epoch / (warmup - 1)
+    return end if epoch >= warmup else start + (end - start) * epoch / max(warmup - 1, 1)
 
 
 def warmup_cosine_epochs(epoch: int, epochs: int, warmup: int, base: float, start: float, end: float) -> float:

@@ -25,7 +25,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import passreid_models
-from passreid_models.data.images import ImageError, find_images
+from passreid_models.data.images import ImageError, find_images, open_image
 from passreid_models.embed import MAX_NAMES, WHOLE, Embedder, is_not_finite, save_features
 from passreid_models.pass_vit import PassVisionTransformer
 from passreid_models.synthetic import SyntheticPersons
@@ -707,6 +707,17 @@ def test_crops_are_the_boxes_of_the_frame_in_their_order(embed, frame, persons):
     descriptors, parts = embed.crops(frame, BOXES, parts=True)
     assert torch.allclose(descriptors, expected, atol=1e-6)
     assert torch.allclose(parts, embed(persons[:3], parts=True)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_frame_is_turned_upright_once_and_its_crops_not_again(embed, frame, tmp_path, orientation):
+    path, shown = _turned(frame, tmp_path / "image", orientation)
+    boxes = [[0, 0, 40, 80], [20, 10, 60, 90]]
+    expected = embed.crops(shown, boxes)
+    assert torch.equal(embed.crops(path, boxes), expected)
+    with Image.open(path) as image:
+        assert torch.equal(embed.crops(image, boxes), expected)
+    assert open_image(open_image(path)) == shown
 
 
 def test_boxes_past_the_border_are_cut_and_fractions_are_rounded(embed, frame):

@@ -99,6 +99,19 @@ def test_a_file_is_replaced_at_the_end_and_not_before(tmp_path):
     assert names(path.parent) == ["record.json"]
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_symbolic_link_to_a_file_is_followed(tmp_path, is_there):
+    (tmp_path / "shared").mkdir()
+    if is_there:
+        (tmp_path / "shared" / "record.json").write_text("old")
+    (tmp_path / "record.json").symlink_to("shared/record.json")
+    with atomic_file(tmp_path / "record.json") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "record.json").is_symlink()
+    assert (tmp_path / "shared" / "record.json").read_text() == "new"
+    assert names(tmp_path / "shared") == ["record.json"]
+
+
 def test_a_place_where_no_file_can_be_is_named_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(IsADirectoryError, match=r"folder: name a file"), atomic_file(tmp_path):

@@ -162,8 +162,6 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
         backbone["reg_token"] = torch.cat([source[token].float() + source[pos].float() for token, pos in pairs], dim=1)
         folded["reg_token"] = names
 
-    architecture = _read_architecture(backbone, size)
-    neck, neck_kind = _convert_necks(bottlenecks, architecture.num_parts, ignored)
     pos_embed = backbone.get("pos_embed")
     if "cls_pos" not in source and "reg_token" not in source and pos_embed is not None:
         count, expected = pos_embed.shape[1], (size[0] // 16) * (size[1] // 16) if size else 0
@@ -177,6 +175,8 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
             backbone["cls_token"] = backbone["cls_token"].float() + pos_embed[:, :1].float()
             backbone["pos_embed"] = pos_embed[:, 1:]
             folded["cls_token"] = ["cls_token", "pos_embed[:, :1]"]
+    architecture = _read_architecture(backbone, size)
+    neck, neck_kind = _convert_necks(bottlenecks, architecture.num_parts, ignored)
 
     has_heads = any(k.startswith(("head.mlp", "head.last_layer")) for k in ignored)
     supervised = bool(classifier) or any(k.startswith("base.") for k in tensors)

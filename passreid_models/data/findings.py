@@ -177,11 +177,15 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
     """Findings on files of equal content, by their effect on the scores."""
     labels: dict[Path, tuple[int, int, str]] = {}  # identity, camera, the splits as letters
     groups: dict[str, list[Path]] = defaultdict(list)
+    query, gallery = dataset.query.paths, dataset.gallery.paths
+    linked = {query[i]: gallery[row] for i, row in enumerate(dataset.own.tolist()) if row >= 0}  # left out, no copies
     for name, split in dataset.splits.items():
-        for path, pid, camid in zip(split.paths, split.pids.tolist(), split.camids.tolist(), strict=True):
+        paths = [linked.get(path, path) for path in split.paths] if name == "query" else split.paths
+        for path, pid, camid in zip(paths, split.pids.tolist(), split.camids.tolist(), strict=True):
             labels[path] = (pid, camid, labels[path][2] + name[0] if path in labels else name[0])
     for path, digest in digests.items():
-        groups[digest].append(path)
+        if path in labels:
+            groups[digest].append(path)
     kinds: dict[str, list[str]] = defaultdict(list)
     for group in groups.values():
         if len(group) > 1:

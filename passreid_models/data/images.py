@@ -256,7 +256,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    rgb.info.clear()  # or the copy would be turned again, where it is opened as an image in its turn
+    return rgb
 
 
 def reason(error: Exception) -> str:

@@ -22,10 +22,9 @@ from passreid_models.evaluation.extract import extract
 from passreid_models.evaluation.feature_cache import FeatureCache, has_own_code
 from passreid_models.evaluation.pictures import draw_evaluation
 from passreid_models.evaluation.report import Evaluation, Retrieved, percent
-from passreid_models.figure import require_matplotlib
 from passreid_models.retrieval.k_reciprocal import sparse
-from passreid_models.retrieval.protocol import JUNK, Protocol
-from passreid_models.runtime import check_file, on_first, world, write_json
+from passreid_models.retrieval.protocol import JUNK, no_match
+from passreid_models.runtime import check_file, on_first, require, world, write_json
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ def evaluate_model(
         OSError: If ``json_file`` or ``pictures`` cannot be written.
     """
     if pictures is not None:
-        require_matplotlib("pictures")
+        require("matplotlib.figure", "viz", "pictures")
     if rerank:
         sparse()
     files = [Path(file) for file in (json_file, pictures and Path(pictures) / "ranking.png") if file is not None]
@@ -181,23 +180,10 @@ def score(
     return {key: scores[key] for key in ("mAP", "rank1")}
 
 
-def _require_matches(dataset: ReIDDataset) -> None:
-    """Check, by the labels alone, that a query has a match.
-
-    Raises:
-        ValueError: If none has.
-    """
-    if not dataset.matches.any():
-        query, gallery = dataset.query, dataset.gallery
-        query_camids, gallery_camids = (query.camids, gallery.camids) if dataset.has_cameras else (None, None)
-        finite = np.ones(len(query), dtype=bool), np.ones(len(gallery), dtype=bool)
-        protocol = Protocol(finite, query.pids, gallery.pids, query_camids, gallery_camids, dataset.own)
-        raise ValueError(protocol.explain_no_match())
-
-
 def _retrieve(dataset: ReIDDataset, embed: Embedder, cache: FeatureCache | None, progress: bool) -> Retrieved:
     """Descriptors of queries and gallery, without junk and images that have none."""
-    _require_matches(dataset.require("query", "gallery"))
+    if not dataset.require("query", "gallery").matches.any():
+        raise ValueError(no_match(dataset.has_cameras))
     rows_q, rows_g = (np.flatnonzero(split.pids != -1) for split in (dataset.query, dataset.gallery))
     paths = [dataset.query.paths[i] for i in rows_q] + [dataset.gallery.paths[i] for i in rows_g]
     files = {path: row for row, path in enumerate(dict.fromkeys(paths))}  # once each: a query can be in the gallery

@@ -262,6 +262,9 @@ def _load_heads(network: PASSNetwork, config: PretrainConfig, weights: NamedMode
         )
     try:
         network.heads.load_state_dict(check_tensors(saved))
+        if config.norm_last_layer:
+            for head in network.heads:
+                nn.init.ones_(cast(ProjectionHead, head).last_layer.parametrizations.weight.original0)
     except CheckpointError as e:
         raise CheckpointError(f"init: projection heads of {weights.file}: {e}") from None
 

@@ -50,7 +50,7 @@ class PretrainRun(Run):
 
     def prepare(self, device: torch.device, checkpoint: dict[str, Any] | None) -> PretrainTrainer:
         config = self.config
-        self.probed = open_probe(config.probe) if config.probe else None
+        self.eval_dataset = open_probe(config.probe) if config.probe else None
         self.source = open_source(config.data)
         return PretrainTrainer(config, len(self.source), device, self.source.fingerprint, checkpoint)
 
@@ -80,10 +80,10 @@ class PretrainRun(Run):
         ]
 
     def _describe_probe(self) -> list[str]:
-        if not self.probed:
+        if not self.eval_dataset:
             return []
-        paths = [*self.probed.query.paths, *self.probed.gallery.paths]
-        lines = [f"probe: {self.probed.description}"]
+        paths = [*self.eval_dataset.query.paths, *self.eval_dataset.gallery.paths]
+        lines = [f"probe: {self.eval_dataset.description}"]
         if isinstance(self.source, FileSource) and (shared := self.source.shared(paths)):
             images = count(shared, "image is", "images are")
             lines.append(f"probe: {images} trained on too; scores are not those of images that the model has not seen")
@@ -97,11 +97,11 @@ class PretrainRun(Run):
 
     def after_epoch(self) -> None:
         t = self.trainer
-        if self.probed is None or t.epoch % self.config.probe_epochs:
+        if self.eval_dataset is None or t.epoch % self.config.probe_epochs:
             return
         share_first(t.teacher.backbone.buffers())  # the BatchNorms of a conv stem have statistics of each process
         try:
-            scores = score(t.teacher.backbone, self.probed, t.device)  # the processes share the images
+            scores = score(t.teacher.backbone, self.eval_dataset, t.device)  # the processes share the images
         except (ValueError, OSError) as e:
             _logger.warning(f"probe: {e}")
         else:

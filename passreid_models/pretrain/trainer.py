@@ -75,7 +75,7 @@ class PretrainTrainer(BaseTrainer):
             ValueError: If there are fewer images than a batch takes, the batch cannot be shared by the processes, or
                 ``state`` is of a run with other settings or data.
         """
-        super().__init__(config, num_images, num_images // config.batch_size, config.epochs, device, fingerprint)
+        super().__init__(config, num_images, num_images // config.batch_size, device, fingerprint)
         if num_images < config.batch_size:
             raise ValueError(f"batch_size: {config.batch_size} is more than the {num_images} images of {config.data}")
         if config.batch_size % (share := self.world_size * config.accumulate):
@@ -94,6 +94,7 @@ class PretrainTrainer(BaseTrainer):
         self.photometric = Photometric(cfg["mean"], cfg["std"]).to(device)
         self.optimizer = make_optimizer(self.student)
         self.parallel = self.wrap(self.student)
+        self.teacher.load_state_dict(self.student.state_dict())  # in all processes those of the first, by DDP
         if config.compile:
             self.student.compile_blocks()
             self.teacher.compile_blocks()
@@ -161,8 +162,11 @@ class PretrainTrainer(BaseTrainer):
 
     @torch.no_grad()
     def _inspect(self, outputs: Projections, targets: Projections, temp: float, global_views: Tensor) -> None:
+        kept = [x.clone() for x in self.teacher.buffers()]  # BatchNorms of a conv stem count this pass, too
         with torch.compiler.set_stance("force_eager"):  # rather than compile for this shape
             tokens = self.teacher.tokens(global_views[:1])[0]
+        for x, before in zip(self.teacher.buffers(), kept, strict=True):
+            x.copy_(before)
         self.indicators = collapse_indicators(self.criterion, outputs, targets, temp, tokens)
 
     def tensors(self) -> dict[str, Any]:

@@ -102,10 +102,6 @@ class ReIDConfig(RunConfig):
         self.check_intervals((("crop_scale downscale", 1), ("blur_radius", math.inf), ("jpeg_quality", 100)))
         self.check_size("size")
 
-    def resolved(self, **values: Any) -> Self:
-        """Return a copy in which these values replace those that were left to their defaults."""
-        return replace(self, **values)
-
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(ReIDConfig):
@@ -185,7 +181,8 @@ class FinetuneConfig(ReIDConfig):
         return self.ids_per_batch * self.images_per_id
 
     def resolved(self, **values: Any) -> Self:
-        return super().resolved(warmup_epochs=self.num_warmup_epochs, **values)
+        """Return a copy in which these values replace those that were left to their defaults."""
+        return replace(self, warmup_epochs=self.num_warmup_epochs, **values)
 
     @property
     def num_warmup_epochs(self) -> int:
@@ -278,8 +275,9 @@ class ClusterConfig(ReIDConfig):
         return self.clusters_per_batch * self.images_per_cluster
 
     def resolved(self, **values: Any) -> Self:
+        """Return a copy in which these values replace those that were left to their defaults."""
         neck = self.neck or ("multi" if self.source else "single")
-        return super().resolved(neck=neck, lr_step=self.num_lr_step, **values)
+        return replace(self, neck=neck, lr_step=self.num_lr_step, **values)
 
     @property
     def num_lr_step(self) -> int:

@@ -157,6 +157,8 @@ def make_backbone(
         size["num_parts"] = 0 if parts is None else parts.shape[1]
     elif config.init != "random":
         weights = weights or find_weights(config.init, config.model)
+        if weights.run:
+            size["num_parts"] = weights.converted.architecture.num_parts
         start = weights.create(config.model, num_classes=0, neck="", **size)
         size["num_parts"] = start.num_parts
     backbone = timm.create_model(

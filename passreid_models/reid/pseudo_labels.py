@@ -13,6 +13,7 @@ from torch import Tensor
 
 from passreid_models.retrieval.k_reciprocal import encode, jaccard, minima, nearest, sparse
 from passreid_models.retrieval.similarity import Similarities, as_tensor
+from passreid_models.runtime import require
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -145,11 +146,7 @@ def find_dbscan() -> Any:
     Raises:
         ValueError: If scikit-learn is not installed.
     """
-    try:
-        from sklearn.cluster import DBSCAN
-    except ImportError:
-        raise ValueError('clustering needs scikit-learn: pip install ".[reid]" in a clone of passreid-models') from None
-    return DBSCAN
+    return require("sklearn.cluster", "reid", "clustering needs scikit-learn").DBSCAN
 
 
 def _to_descriptors(features: Tensor | ArrayLike) -> Tensor:

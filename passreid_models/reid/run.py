@@ -30,6 +30,8 @@ _logger = logging.getLogger(__name__)
 class ReIDRun(Run):
     """Run on a re-ID dataset, evaluated before the first step and between epochs."""
 
+    method: ClassVar[str]
+    """Name in the provenance."""
     labelled = True
     epoch_figure = "mAP"
     erasing: ClassVar[dict[str, Any]] = {}
@@ -53,11 +55,14 @@ class ReIDRun(Run):
         return trainer
 
     def _evaluated_images(self) -> tuple[int, int]:
-        """Number of images that the run is evaluated on, and of those that are training images, by folder and name."""
+        """Number of images that the run is evaluated on, and of those of them that are training images, links too."""
         dataset, real = self.eval_dataset, cache(os.path.realpath)  # a split may be a link to the other
 
         def places(split: Split) -> set[str]:
-            return {os.path.join(real(path.parent), path.name) for path in split.paths}
+            return {
+                os.path.realpath(path) if path.is_symlink() else os.path.join(real(path.parent), path.name)
+                for path in split.paths
+            }
 
         images = set() if dataset is None else places(dataset.query) | places(dataset.gallery)
         return len(images), len(images & places(self.train_split))
@@ -130,7 +135,7 @@ class ReIDRun(Run):
         return lines
 
     def about(self) -> dict[str, Any]:
-        return {"data": self.dataset.description}
+        return {"method": self.method, "data": self.dataset.description}
 
     def before_training(self) -> None:
         dataset = self.eval_dataset

@@ -76,7 +76,7 @@ class SupervisedTrainer(ReIDTrainer):
             ValueError: If the identities of a batch cannot be shared by the processes, or ``state`` is of a run with
                 other settings or data.
         """
-        super().__init__(config, num_images, epoch_steps, config.epochs, device, fingerprint)
+        super().__init__(config, num_images, epoch_steps, device, fingerprint)
         if config.ids_per_batch % self.world_size:
             raise ValueError(f"ids_per_batch: {config.ids_per_batch} is not divisible by {self.world_size} processes")
         if config.batch_size < 2 * (1 if self.is_synchronized else self.world_size):
@@ -184,6 +184,7 @@ class SupervisedRun(ReIDRun):
     """Fine-tuning run: the classes are the identities."""
 
     program = "passreid finetune"
+    method = "supervised re-ID"
     trainer_class = SupervisedTrainer
     shown = ("loss", "loss_id", "loss_triplet", "accuracy", "lr", "images_per_s", "wait_share", "mAP", "rank1")
 
@@ -226,6 +227,3 @@ class SupervisedRun(ReIDRun):
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
         return self.trainer.model.descriptor_model()
-
-    def about(self) -> dict[str, Any]:
-        return {"method": "supervised re-ID", **super().about()}

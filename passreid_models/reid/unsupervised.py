@@ -70,7 +70,8 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     """Fine-tune on the source, and return the configuration of the adaptation that follows."""
     source, started = _source_config(config), time.monotonic()
     checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
-    completed = complete(config, checkpoint)  # errors in the target are reported now, not after hours on the source
+    began = replace(config, init=checkpoint["config"]["init"]) if checkpoint else config
+    completed = complete(began, checkpoint)  # errors in the target are reported now, not after hours on the source
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))
@@ -157,7 +158,7 @@ class ClusterTrainer(ReIDTrainer):
         Raises:
             ValueError: If ``state`` is of a run with other settings or data.
         """
-        super().__init__(config, num_images, config.steps, config.epochs, device, fingerprint)
+        super().__init__(config, num_images, config.steps, device, fingerprint)
         torch.manual_seed(config.seed)
         backbone = make_backbone(config, "bicubic", state and state["model"])
         self.prepare(backbone, backbone)
@@ -216,6 +217,7 @@ class ClusterRun(ReIDRun):
     """Clustering run: the classes are clusters, computed again in each epoch."""
 
     program = "passreid cluster"
+    method = "cluster contrast"
     trainer_class = ClusterTrainer
     shown = ("loss", "lr", "clusters", "outliers", "purity", "ari", "images_per_s", "wait_share", "mAP", "rank1")
     labelled = False
@@ -311,9 +313,6 @@ class ClusterRun(ReIDRun):
 
     def exported(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
         return without_drop_path(self.trainer.backbone), {}
-
-    def about(self) -> dict[str, Any]:
-        return {"method": "cluster contrast", **super().about()}
 
 
 def compare_with_labels(clusters: np.ndarray, pids: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 
 from passreid_models.retrieval.protocol import integer_ranges
 from passreid_models.retrieval.similarity import Similarities, chunks, top
+from passreid_models.runtime import require
 
 TERM_BYTES = 64  # temporary memory per minimum of two weights
 CACHED_TERMS = 2**17  # more at a time exceed the processor's cache and take longer
@@ -27,12 +28,7 @@ def sparse() -> Any:
     Raises:
         ValueError: If scipy is not installed; the message says how to install it.
     """
-    try:
-        import scipy.sparse
-    except ImportError:
-        message = 're-ranking and clustering need scipy: pip install ".[reid]" in a clone of passreid-models'
-        raise ValueError(message) from None
-    return scipy.sparse
+    return require("scipy.sparse", "reid", "re-ranking and clustering need scipy")
 
 
 def nearest(pairs: Similarities, k: int, budget_mb: float, farthest: np.ndarray | None = None) -> np.ndarray:

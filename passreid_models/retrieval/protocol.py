@@ -98,16 +98,19 @@ class Protocol:
         """Error message for the case that no query has a match: likely causes, and what to do."""
         if not len(self.query_pids):
             return "there are no queries"
-        left_out = (
-            f"; {self.num_not_finite} descriptors that are not finite are left out" if self.num_not_finite else ""
+        return no_match(self.cameras is not None, self.num_not_finite)
+
+
+def no_match(has_cameras: bool, num_not_finite: int = 0) -> str:
+    """Error message for the case that no query has a match: likely causes, and what to do."""
+    left_out = f"; {num_not_finite} descriptors that are not finite are left out" if num_not_finite else ""
+    if has_cameras:
+        return (
+            "no query has a match in the gallery under another camera: is this data of a single camera, or are "
+            "identities of query and gallery disjoint? For data of one camera or none leave the cameras out and give "
+            f"`own`, the row of each query's own image in the gallery{left_out}"
         )
-        if self.cameras:
-            return (
-                "no query has a match in the gallery under another camera: is this data of a single camera, or are "
-                "identities of query and gallery disjoint? For data of one camera or none leave the cameras out and "
-                f"give `own`, the row of each query's own image in the gallery{left_out}"
-            )
-        return f"no query has a match in the gallery besides its own image: are their identities disjoint?{left_out}"
+    return f"no query has a match in the gallery besides its own image: are their identities disjoint?{left_out}"
 
 
 def own_rows(own: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:

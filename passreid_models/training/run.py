@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from passreid_models.checkpoints.local_dir import save_pretrained
+from passreid_models.data.datasets import ReIDDataset
 from passreid_models.data.loader import SIGHUP, SIGNALS
 from passreid_models.device import process_group
-from passreid_models.runtime import all_reduce_mean, num_cores, on_first, world
+from passreid_models.runtime import all_reduce_mean, num_cores, on_first, require, world
 from passreid_models.training.config import RunConfig
 from passreid_models.training.folder import RunFolder, is_dead_worker
 from passreid_models.training.log import TimeLeft, Window, log_to
@@ -62,6 +63,8 @@ class Run:
 
     config: Any
     trainer: Any
+    eval_dataset: ReIDDataset | None = None
+    """Dataset that is evaluated in training, set by ``prepare``."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.folder = RunFolder(config.out, self.program, self.trainer_class.state_keys)
@@ -140,23 +143,28 @@ class Run:
     # ---- Common to all tasks
 
     def _check_same(self) -> None:
-        """Check that all processes are at the same step, and found the same images."""
+        """Check that all processes are at the same step, and found the same images to train and to evaluate on."""
         t = self.trainer
         if t.world_size == 1:
             return
-        step, images = float(t.step), float(int(t.fingerprint[:5] or "0", 16))  # of which squares and sums are exact
-        moments = torch.tensor([step, step**2, images, images**2], dtype=torch.float64, device=t.device)
-        mean, mean_of_squares, mean_images, mean_of_images = all_reduce_mean(moments).tolist()
-        if mean**2 != mean_of_squares:  # the variance: all processes see it alike, and stop together
+        evaluated = self.eval_dataset.fingerprint if self.eval_dataset else ""
+        hashes = [int(fingerprint[:5] or "0", 16) for fingerprint in (t.fingerprint, evaluated)]
+        x = torch.tensor([t.step, *hashes], dtype=torch.float64, device=t.device)  # squares and sums are exact
+        means, means_of_squares = all_reduce_mean(torch.stack([x, x**2])).tolist()
+        # by the variance, which all processes see alike, so that they stop together
+        steps, images, evaluation = (a**2 != b for a, b in zip(means, means_of_squares, strict=True))
+        if steps:
             raise ValueError(
-                f"out: the processes found different steps (this one {t.step}, their mean is {mean:g}): "
+                f"out: the processes found different steps (this one {t.step}, their mean is {means[0]:g}): "
                 f"{self.folder.path.absolute()} must be one folder for all processes"
             )
-        if mean_images**2 != mean_of_images:
+        if images:
             raise ValueError(
                 f"data: the processes found different images in {self.config.data} (this one {t.num_images:,}), and "
                 "all need the same"
             )
+        if evaluation:
+            raise ValueError("the processes found different images to evaluate on, and all need the same")
 
     def close(self) -> None:
         """Unlock the folder, without waiting for this object to be freed: a traceback may keep it alive."""
@@ -218,7 +226,10 @@ class Run:
                 stop, is_due = self._agree(received)
                 is_last, is_good = trainer.step == trainer.total_steps, record["loss"] == record["loss"]  # not NaN
                 if stop or is_last or (is_good and is_due):
+                    before = time.perf_counter()
                     on_first(self._save)  # what fails there, such as a full disk, ends all processes
+                    if window:
+                        window.start += time.perf_counter() - before
                 if ends_epoch:
                     self.after_epoch()  # after saving, since it may fail
                 if stop and trainer.step < trainer.total_steps:
@@ -431,8 +442,5 @@ def pick_workers(config: RunConfig) -> int:
 
 def _tensorboard(folder: RunFolder, step: int) -> Any:
     """Writer that takes back what was written from ``step`` on: a resumed run repeats it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError('tensorboard: pip install ".[train]" in a clone of passreid-models') from None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)
+    tensorboard = require("torch.utils.tensorboard", "train", "tensorboard")
+    return tensorboard.SummaryWriter(str(folder.path / "tensorboard"), purge_step=step)

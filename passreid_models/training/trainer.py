@@ -3,6 +3,7 @@
 A trainer holds the networks and updates them in ``training_step``; ``training.run.Run`` is the loop around it.
 """
 
+import itertools
 import logging
 import math
 from bisect import bisect_right
@@ -41,7 +42,6 @@ class BaseTrainer:
         config: RunConfig,
         num_images: int,
         epoch_steps: int | Sequence[int],
-        epochs: int,
         device: torch.device,
         fingerprint: str = "",
     ) -> None:
@@ -50,17 +50,14 @@ class BaseTrainer:
             config: Configuration of the run.
             num_images: Number of training images.
             epoch_steps: Steps of every epoch, or a list with those of each.
-            epochs: Number of epochs.
             device: Device of this process.
             fingerprint: Hash of the list of images, which a resumed run must share.
         """
         self.config: Any = config
         self.device, self.fingerprint, self.num_images = device, fingerprint, num_images
         self.rank, self.world_size = world()
-        steps = [epoch_steps] * epochs if isinstance(epoch_steps, int) else epoch_steps
-        self.epoch_starts = [0]
-        for count in steps:
-            self.epoch_starts.append(self.epoch_starts[-1] + count)
+        steps = [epoch_steps] * config.epochs if isinstance(epoch_steps, int) else epoch_steps
+        self.epoch_starts = [0, *itertools.accumulate(steps)]
         self.total_steps = self.epoch_starts[-1]
         self.step, self.skipped = 0, 0
         self.images_seen = 0
@@ -145,8 +142,9 @@ class BaseTrainer:
         if self.world_size == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # no broadcast of BatchNorms' statistics before each step: ``share_first`` shares them where they are used
-        return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+        parallel.broadcast_buffers = False  # before each step; ``share_first`` shares statistics where they are used
+        return parallel
 
     def autocast(self) -> AbstractContextManager:
         """Context of the forward pass: computes in the run's dtype, and changes nothing in float32."""

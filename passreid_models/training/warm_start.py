@@ -2,14 +2,12 @@
 
 import logging
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from passreid_models.architectures import ARCHITECTURES
-from passreid_models.checkpoints.local_dir import exported_folder
 from passreid_models.checkpoints.names import NamedModel, find_model
 from passreid_models.checkpoints.read import AGAIN, CheckpointError
 from passreid_models.pass_vit import PassVisionTransformer
@@ -36,16 +34,15 @@ def find_weights(init: str, model: str, heads: bool = False) -> NamedModel:
         ValueError: If ``init`` names no weights, or those of another architecture.
         CheckpointError: If a checkpoint cannot be read, and there is no export.
     """
-    checkpoint = RunFolder(init).latest() if heads else None
-    weights = NamedModel(file=checkpoint) if checkpoint else _find(init, model)
-    try:
-        run = weights.run
-    except CheckpointError as e:
-        export = exported_folder(Path(init)) if checkpoint else None
-        if export is None:
-            raise
-        _logger.warning(f"init: {str(e).removesuffix(AGAIN)}; {export} is taken instead")
-        weights, run = _find(init, model), {}
+    weights = _find(init, model)
+    if heads and weights.name.startswith("local-dir:") and (checkpoint := RunFolder(init).latest()):
+        newest = NamedModel(file=checkpoint)
+        try:
+            weights = newest if newest.run else weights
+        except CheckpointError as e:
+            export = weights.name.removeprefix("local-dir:")
+            _logger.warning(f"init: {str(e).removesuffix(AGAIN)}; {export} is taken instead")
+    run = weights.run
     architecture = run["config"].get("model", "") if run else weights.architecture
     if architecture not in ("", model):
         raise ValueError(f"init: {init} holds {architecture}, and model is {model}")

@@ -326,6 +326,18 @@ def transreid(conv_stem: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, keys
 
 
+def test_a_transreid_file_of_384x128_keeps_its_size(tmp_path):
+    torch.manual_seed(0)
+    reference = VisionTransformer(img_size=(384, 128), num_classes=0, **SMALL).eval()
+    torch.save(reference.state_dict(), tmp_path / "large.pth")
+    assert convert_state_dict(reference.state_dict()).architecture.img_size == (384, 128)
+    convert_checkpoint(tmp_path / "large.pth", tmp_path / "out", num_heads=2)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert load_report(model).resized == {}
+    images = torch.randn(2, 3, 384, 128)
+    torch.testing.assert_close(model(images), reference(images), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("conv_stem", [False, True])
 @pytest.mark.parametrize("layout", ["backbone", "pretrain", "supervised", "unsupervised"])

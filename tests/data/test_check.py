@@ -1,6 +1,7 @@
 """Check of a dataset: every error and remark is found with its files, and a sound dataset has none."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -266,6 +267,19 @@ def test_errors_and_remarks_are_found_with_their_files(tmp_path, case):
     assert len(matching) == 1, str(report)
     assert str(matching[0]) in str(report).splitlines()
     assert report.ok == (level == "remark"), str(report)
+
+
+def test_a_link_to_a_gallery_image_is_the_image_itself_and_no_copy(tmp_path):
+    names = [f"{split}/{pid}/{i}.jpg" for split in ("train", "gallery") for pid in "ab" for i in "12"]
+    root = write(tmp_path / "own", names)
+    (root / "query").symlink_to("gallery")
+    assert not [f for f in check(root).findings if "duplicates" in f.kind]
+    (root / "query").unlink()
+    (root / "query" / "a").mkdir(parents=True)
+    os.link(root / "gallery" / "a" / "1.jpg", root / "query" / "a" / "1.jpg")
+    assert not [f for f in check(root).findings if "duplicates" in f.kind]
+    shutil.copy(root / "gallery" / "a" / "1.jpg", root / "query" / "a" / "3.jpg")
+    assert "copy" in str([f.kind for f in check(root).findings])
 
 
 def test_a_sound_dataset_has_no_findings_but_counts(tmp_path):

@@ -156,6 +156,29 @@ def test_a_run_and_its_checkpoint_give_the_teachers_backbone_and_heads(run, what
     assert not equal(student.state_dict(), state["student"])
 
 
+def test_a_folder_beside_a_name_does_not_take_its_place(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "pass_vit_tiny_patch16.synth")
+    monkeypatch.chdir(tmp_path)
+    expected = timm.create_model("pass_vit_tiny_patch16.synth", pretrained=True, img_size=(64, 32)).state_dict()
+    student, _ = start(model="pass_vit_tiny_patch16", init="pass_vit_tiny_patch16.synth")
+    assert equal(student.backbone.state_dict(), expected)
+
+
+def test_gains_of_a_run_that_trained_them_become_1_where_they_are_to_stay_so(run, tmp_path):
+    checkpoint = RunFolder(run).latest()
+    state = read_checkpoint(checkpoint)
+    gains = [k for k in state["teacher"] if k.endswith("weight.original0")]
+    assert len(gains) == 4
+    for key in gains:
+        state["teacher"][key] = state["teacher"][key] + 0.5
+    torch.save(state, tmp_path / "step_000000001.pt")
+    for norm_last_layer, gain in ((True, 1.0), (False, 1.5)):
+        student, teacher = start(init=tmp_path / "step_000000001.pt", norm_last_layer=norm_last_layer)
+        for network in (student, teacher):
+            values = torch.cat([network.state_dict()[key].flatten() for key in gains])
+            assert torch.equal(values, torch.full_like(values, gain))
+
+
 def test_of_a_run_without_checkpoints_the_export_is_taken(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(copy / "checkpoints")

@@ -10,9 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
+from passreid_models.checkpoints.local_dir import save_pretrained
 from passreid_models.evaluation.evaluate import evaluate_model
 from passreid_models.pretrain.batches import StepSampler
 from passreid_models.pretrain.config import PretrainConfig
@@ -27,6 +29,7 @@ from tests.tiny_runs import (
     LONG,
     LONG_STEPS,
     STEPS,
+    assert_same_bits,
     files,
     flags,
     metrics,
@@ -198,6 +201,36 @@ def test_processes_that_find_different_images_are_refused(data, tmp_path):
     for rank, child in enumerate(children):
         assert f"data: the processes found different images in {tmp_path}/images{rank} (" in one_sentence(child.output)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_find_other_images_to_evaluate_on_are_refused(data, tmp_path):
+    for rank, ids in enumerate((3, 4)):
+        write_flat(tmp_path / f"probe{rank}", ids)
+    with ExitStack() as stack:
+        words = flags(data, tmp_path / "run", probe=tmp_path / "probe{rank}")
+        children = world(run_cli, words, folder=tmp_path / "world")
+        for child in children:
+            stack.enter_context(child)
+        assert [child.wait() for child in children] == [2, 2]
+    for child in children:
+        assert "the processes found different images to evaluate on" in one_sentence(child.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_begin_with_other_weights_train_with_those_of_the_first(data, home, tmp_path):
+    for rank in range(2):
+        torch.manual_seed(rank)
+        save_pretrained(timm.create_model("test_pass_vit", img_size=(64, 32)), tmp_path / f"start{rank}")
+    runs = {}
+    for name, init in (("same", "start0"), ("other", "start{rank}")):
+        runs[name] = tmp_path / name
+        with ExitStack() as stack:
+            words = flags(data, runs[name], init=tmp_path / init, epochs=1, **TWO)
+            children = world(run_cli, words, folder=tmp_path / f"world_{name}")
+            for child in children:
+                stack.enter_context(child)
+            assert [child.wait() for child in children] == [0, 0]
+    assert_same_bits(runs["other"], result(runs["same"]))
 
 
 def test_what_fails_in_the_first_process_alone_ends_all_with_the_same_sentence(data, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
-from passreid_models import load_report
+from passreid_models import load_report, save_pretrained
 from passreid_models.checkpoints.publish import files_to_publish
 from passreid_models.data.datasets import Split, open_dataset
 from passreid_models.device import process_group
@@ -583,6 +583,23 @@ def test_a_training_image_in_the_gallery_of_other_data_is_counted(data, tmp_path
     run = finetune(finetune_config(data, tmp_path / "run", epochs=1, eval_data=str(other / "gallery.csv"))).parent
     assert "evaluation: on the training images (1 of 25), so" in (run / "log.txt").read_text()
     assert json.loads((run / "best" / "config.json").read_text())["provenance"]["evaluated_training_images"] == 1
+
+
+def test_a_link_to_a_training_image_in_the_gallery_is_counted(data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    image = min((data / "bounding_box_train").iterdir())
+    (other / "bounding_box_test" / image.name).symlink_to(image)
+    run = finetune(finetune_config(data, tmp_path / "run", epochs=1, eval_data=str(other))).parent
+    assert re.search(r"evaluation: on the training images \(1 of \d+\), so", (run / "log.txt").read_text())
+
+
+def test_a_run_of_another_number_of_parts_is_fine_tuned_further(data, tmp_path):
+    save_pretrained(timm.create_model("test_pass_vit", num_parts=2, img_size=(64, 32)), tmp_path / "start")
+    first = finetune(finetune_config(data, tmp_path / "first", epochs=1, init=str(tmp_path / "start"))).parent
+    finetune(finetune_config(data, tmp_path / "second", epochs=1, init=str(first)))
+    export = timm.create_model(f"local-dir:{tmp_path}/second/export", pretrained=True)
+    assert export.num_parts == 2
+    assert "classifier: kept" in (tmp_path / "second" / "log.txt").read_text()
 
 
 def test_an_evaluation_on_other_images_is_stated_as_accuracy(whole):

@@ -320,7 +320,7 @@ def test_a_source_is_fine_tuned_on_first_and_its_backbone_adapted(data, tmp_path
     cluster(replace(config, resume="auto"))
     assert files(tmp_path / "run") == before - {f for f in before if "source/checkpoints/step" in str(f)}
     shutil.rmtree(tmp_path / "run" / "source")  # the checkpoint of the adaptation holds all weights
-    cluster(replace(config, resume="auto", source="nowhere"))
+    cluster(replace(config, resume="auto", source="nowhere", init=""))
     assert not (tmp_path / "run" / "source").exists()
 
 
