@@ -1,22 +1,36 @@
-"""Command line: arguments only. Imports are local, so that ``--help`` is quick."""
+"""Command line: arguments only. What the package itself does not load is imported where it is needed."""
 
 import argparse
 import io
+import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
+import torch
+from huggingface_hub.utils import disable_progress_bars
+
+from passreid_models import __version__
 from passreid_models.architectures import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    import torch
-
-    from passreid_models.pretrain.config import PretrainConfig
+from passreid_models.checkpoints import zoo
+from passreid_models.checkpoints.local_dir import convert_checkpoint
+from passreid_models.checkpoints.names import known_names
+from passreid_models.device import pick_device, pick_dtype
+from passreid_models.runtime import (
+    check_file,
+    did_you_mean,
+    keep_freed_memory,
+    not_found,
+    printable,
+    require,
+    write_json,
+)
 
 SHOWN = 5  # images that are named, of those whose descriptor is not finite
 MODEL = "name, tag, hf-hub:ORG/NAME, exported folder, run or checkpoint file (default: %(default)s)"
@@ -81,8 +95,6 @@ def run(program: str, work: Callable[[], int]) -> int:
     elif isinstance(error, SystemExit):
         raise error
     if message and sys.stderr is not None:
-        from passreid_models.runtime import printable
-
         try:
             print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
         except OSError:
@@ -129,8 +141,6 @@ def _discard(stream: TextIO) -> None:
 
 def _explain(error: Exception, program: str) -> tuple[int, str]:
     """Exit code and message of an error; one of the program itself is raised again."""
-    from torch import OutOfMemoryError
-
     from passreid_models.evaluation.report import NonFiniteError
     from passreid_models.training.run import Stopped
     from passreid_models.training.trainer import NonFiniteLossError
@@ -138,7 +148,7 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return 128 + error.signum if error.signum else 0, str(error) if _is_first() else ""
     is_full = isinstance(error, RuntimeError) and re.search("DefaultCPUAllocator|out of memory", str(error))
-    if isinstance(error, OutOfMemoryError | MemoryError) or is_full:  # of the CPU, of Apple's GPUs
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or is_full:  # of the CPU, of Apple's GPUs
         advice = {
             "passreid": "a smaller --batch-size needs less",
             "passreid-train": "a smaller --batch-size, --accumulate 2 or more, or --grad-checkpointing needs less",
@@ -155,17 +165,13 @@ def _explain(error: Exception, program: str) -> tuple[int, str]:
 def _command(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if getattr(args, "quiet", False):
-        from huggingface_hub.utils import disable_progress_bars
-
         disable_progress_bars()
     code: int = args.run(args)
     return code
 
 
 def _train(argv: Sequence[str]) -> int:
-    from passreid_models.device import pick_device
     from passreid_models.pretrain.run import train
-    from passreid_models.runtime import keep_freed_memory
 
     config = _train_config(argv)
     if pick_device(config.device).type == "cpu":
@@ -173,7 +179,7 @@ def _train(argv: Sequence[str]) -> int:
     return _print_export(train(config))
 
 
-def _train_config(argv: Sequence[str]) -> "PretrainConfig":
+def _train_config(argv: Sequence[str]) -> Any:
     from passreid_models.pretrain.config import PRESETS, PretrainConfig
     from passreid_models.training.command import read_config
 
@@ -237,8 +243,6 @@ class _Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        from passreid_models.runtime import did_you_mean, printable
-
         if option := re.search(r"unrecognized arguments: (--[\w-]+)", message):
             message += did_you_mean(option[1], self._option_string_actions)
         elif word := re.search(r"invalid choice: '([^']*)' \(choose", message):
@@ -251,8 +255,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from passreid_models import __version__
-
     parser = _Parser(prog="passreid", description="Part-aware person re-identification models for timm.")
     parser.add_argument("--version", action="version", version=f"passreid-models {__version__}")
     parser.add_argument(
@@ -421,8 +423,6 @@ class _PrintCompletion(argparse.Action):
     SHELLS = ("bash", "zsh", "tcsh")
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        from passreid_models.runtime import require
-
         shtab = require("shtab", "completion", "completion")
         if values not in self.SHELLS:
             parser.error(f"expected one of {', '.join(self.SHELLS)}, got {values!r}")
@@ -443,8 +443,6 @@ class _PrintCompletion(argparse.Action):
 
 def _add_training_options(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     """Add the options of the commands that parse their own arguments."""
-    from dataclasses import fields
-
     from passreid_models.pretrain.config import PRESETS, PretrainConfig
     from passreid_models.reid import config as reid
 
@@ -465,8 +463,6 @@ def _add_training_options(commands: Mapping[str, argparse.ArgumentParser]) -> No
 
 def _complete_models() -> dict[str, str]:
     """Shell functions that complete a file or the name of a model, by shell."""
-    from passreid_models.checkpoints.names import known_names
-
     names = " ".join(known_names())
     return {
         "bash": f'_passreid_models() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
@@ -515,10 +511,8 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
 
 
-def _dtype(args: argparse.Namespace) -> "torch.dtype":
+def _dtype(args: argparse.Namespace) -> torch.dtype:
     """Dtype of ``--dtype``; float32 in place of bfloat16, and a warning, on a CPU that is slow at it."""
-    from passreid_models.device import pick_device, pick_dtype
-
     device = pick_device(args.device)
     dtype, fast = pick_dtype(args.dtype, device), pick_dtype("auto", device)
     if args.dtype != "bfloat16" or device.type != "cpu" or fast == dtype or args.force_dtype:
@@ -533,8 +527,6 @@ def _dtype(args: argparse.Namespace) -> "torch.dtype":
 
 def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
     """Print the images that are left out, each with the reason; those beyond ``limit`` as a number."""
-    from passreid_models.runtime import printable
-
     for reason in reasons[:limit]:
         print(f"passreid: left out: {printable(reason)}", file=sys.stderr)
     if more := len(reasons) - len(reasons[:limit]):
@@ -544,7 +536,6 @@ def _print_left_out(reasons: Sequence[str], limit: int | None = None) -> None:
 def _image_names(images: Sequence[str]) -> list[str]:
     """Files among the arguments, and the images of the folders among them; one at least has to be there."""
     from passreid_models.data.images import find_images
-    from passreid_models.runtime import not_found
 
     if not any(map(os.path.lexists, images)):
         raise not_found(images[0])
@@ -631,7 +622,6 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _data_check(args: argparse.Namespace) -> int:
     from passreid_models.data.check import check_dataset
-    from passreid_models.runtime import check_file, write_json
 
     if args.json:
         check_file(args.json)
@@ -665,8 +655,6 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.local_dir import convert_checkpoint
-
     report = convert_checkpoint(
         args.checkpoint,
         args.folder,
@@ -704,11 +692,6 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _weights_list(args: argparse.Namespace) -> int:
-    import json
-    from dataclasses import asdict
-
-    from passreid_models.checkpoints import zoo
-
     rows = zoo.list_weights(args.architecture)
     if not rows:
         raise ValueError(f"no weights of {args.architecture!r}; see `passreid weights list`")
@@ -727,8 +710,6 @@ def _weights_list(args: argparse.Namespace) -> int:
 
 
 def _weights_pull(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints import zoo
-
     print(zoo.pull(args.name, args.source, args.force))
     if record := zoo.read_record(zoo.get_weight(args.name).name):
         print(f"SHA-256 of the source file: {record['source_sha256']}")
@@ -736,9 +717,7 @@ def _weights_pull(args: argparse.Namespace) -> int:
 
 
 def _weights_verify(args: argparse.Namespace) -> int:
-    from passreid_models.checkpoints.zoo import verify
-
-    states = verify(args.name)
+    states = zoo.verify(args.name)
     for name, state in states:
         print(f"{name:<53}{state}")
     return 1 if any(state in ("damaged", "missing") for _, state in states) else 0

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -98,8 +99,6 @@ class Embedder:
             network.set_input_size(size)
         if not network.global_pool:
             raise ValueError("the model is unpooled (global_pool='') and gives no descriptors: choose a fusion")
-        from timm.data import create_transform, resolve_data_config  # imports torchvision
-
         # before they are rounded: descriptors of one network in two dtypes can be compared
         self._weights = "" if self.dtype == torch.float32 else _hash_weights(network)
         self.model: Any = network.eval().requires_grad_(False).to(self.device, self.dtype)

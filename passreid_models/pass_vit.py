@@ -8,14 +8,14 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -334,7 +334,11 @@ def _create_pass_vit(
     variant: str, pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any
 ) -> PassVisionTransformer:
     """Build a registered model; the ``config.json`` of a folder or Hub repository is checked before it is believed."""
-    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get("source") not in FOLDERS:
+    is_dict = isinstance(pretrained_cfg, dict)
+    if is_dict and not (pretrained_cfg.get("source") or pretrained_cfg.get("tag")) and _names_weights(pretrained_cfg):
+        kwargs["pretrained_cfg_overlay"] = {**pretrained_cfg, **(kwargs.get("pretrained_cfg_overlay") or {})}
+        pretrained_cfg = None
+    if not is_dict or not pretrained_cfg or pretrained_cfg.get("source") not in FOLDERS:
         return _build(variant, pretrained, pretrained_cfg, **kwargs)
     where = f"config.json of {pretrained_cfg.get('file') or pretrained_cfg.get('hf_hub_id')}"
     check_config({"architecture": variant, "pretrained_cfg": pretrained_cfg, "model_args": kwargs}, where)
@@ -345,6 +349,10 @@ def _create_pass_vit(
     except Exception as e:  # of timm, by values of any kind
         kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
         raise ValueError(f"{where}: no model can be made from it ({kind}{' '.join(str(e).split())[:200]})") from None
+
+
+def _names_weights(cfg: Mapping[str, Any]) -> bool:
+    return any(cfg.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
 
 
 def _build(
@@ -360,13 +368,15 @@ def _build(
     The weights come from the overlay (``state_dict``, ``file``, ``hf_hub_id``, ``url``), the folder or Hub repository
     that the name points to, or ``zoo.resolve`` for a tag. Fusion and neck follow the tag unless given.
     """
-    arch = ARCHITECTURES[variant]
+    arch, overlay = ARCHITECTURES[variant], pretrained_cfg_overlay or {}
+    is_overlaid = _names_weights(overlay)
+    if pretrained_cfg is None and not is_overlaid:
+        pretrained_cfg = overlay.get("tag")
     if isinstance(pretrained_cfg, str):
         zoo.get_weight(f"{variant}.{pretrained_cfg}")  # raises for an unknown tag
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     entry = zoo.find_weight(variant, cfg.tag or "")
     source, is_folder = cfg.source, cfg.source in FOLDERS
-    overlay = pretrained_cfg_overlay or {}
     saved = _saved_config(cfg, kwargs.get("cache_dir")) if pretrained and is_folder else {}
     if is_folder:  # timm throws the tensors of these layers away, or makes new ones of them
         cfg = replace(cfg, **{k: v for k, v in _cfg(variant).items() if k in ("classifier", "first_conv")})
@@ -375,7 +385,6 @@ def _build(
     converted = None
     if pretrained:
         cfg, converted = _read_weights(variant, cfg, pretrained_cfg, overlay, kwargs.get("cache_dir"))
-    is_overlaid = any(overlay.get(k) for k in ("state_dict", "file", "hf_hub_id", "url"))
     is_untagged = pretrained_cfg is None and is_overlaid
     if is_untagged:  # what the cfg has is of the default weights; a file that does not tell is taken for pre-trained
         mean, std = IMAGENET
@@ -385,7 +394,7 @@ def _build(
         cfg = replace(cfg, **UNCLAIMED)
     file = cfg.file or cfg.hf_hub_id or UNNAMED
     if converted and is_folder:
-        _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
+        _check_dimensions(converted, {**vars(arch), **kwargs}, cfg.input_size[1:], str(file))
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -430,6 +439,8 @@ def _build(
     except CheckpointError as e:
         raise CheckpointError(f"{file}: {e}") from None
     network = getattr(model, "model", model)  # features_only wraps the model
+    if not hasattr(network, "origin"):  # in a graph, of feature_cls="fx"
+        return model
     for m in (model, network):  # each has its own cfg
         m.pretrained_cfg.pop("state_dict", None)  # needed for loading only
     if source:
@@ -457,11 +468,18 @@ def _saved_config(cfg: Any, cache_dir: str | None) -> dict[str, Any]:
     return read_config(Path(cfg.file))
 
 
-def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:
-    """Raise CheckpointError, before a model is made, if the weights are not as wide or deep as their config says."""
+def _check_dimensions(converted: Converted, declared: Mapping[str, Any], size: Sequence[int], file: str) -> None:
+    """Raise CheckpointError, before a model is made, if the weights have other dimensions than their config says."""
     held = {name: getattr(converted.architecture, name) for name in ("embed_dim", "depth", "num_parts")}
     if wrong := [f"{name} {declared[name]} and not {value}" for name, value in held.items() if declared[name] != value]:
         raise CheckpointError(f"{file}: the model is to have {', '.join(wrong)} as in the weights")
+    rows, columns = (s // p for s, p in zip(size, to_2tuple(declared.get("patch_size", 16)), strict=True))
+    positions = converted.backbone.get("pos_embed")
+    if positions is not None and positions.shape[1] != rows * columns:
+        raise CheckpointError(
+            f"{file}: it has {positions.shape[1]} patch positions, and its config.json states {size[0]}x{size[1]} "
+            f"pixels, which have {rows * columns}: correct input_size there"
+        )
 
 
 def _read_weights(

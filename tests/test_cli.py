@@ -502,7 +502,7 @@ def test_weights_pull_from_a_file_that_is_missing_names_it(tmp_path, capsys):
 
 
 def test_publish_dry_run_shows_the_files_and_the_card_and_asks_nobody(model_dir, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda *a, **k: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr("passreid_models.checkpoints.publish.HfApi", lambda *a, **k: pytest.fail("the Hub was asked"))
     assert run("weights", "publish", model_dir, "org/name", "--dry-run") == 0
     listing, card = capsys.readouterr().out.split("\n\n", 1)
     sizes = {row.split()[1]: int(row.split()[0].replace(",", "")) for row in listing.splitlines()}

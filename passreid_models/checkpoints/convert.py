@@ -164,7 +164,8 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
 
     pos_embed = backbone.get("pos_embed")
     if "cls_pos" not in source and "reg_token" not in source and pos_embed is not None:
-        count, expected = pos_embed.shape[1], (size[0] // 16) * (size[1] // 16) if size else 0
+        patch = backbone["patch_embed.proj.weight"].shape[-2:] if "patch_embed.proj.weight" in backbone else (16, 16)
+        count, expected = pos_embed.shape[1], (size[0] // patch[0]) * (size[1] // patch[1]) if size else 0
         guesses = guess_grid(count), guess_grid(count - 1)
         if size is None and count > 3 and guesses[0] and guesses[1]:
             raise CheckpointError(
@@ -175,11 +176,15 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
             backbone["cls_token"] = backbone["cls_token"].float() + pos_embed[:, :1].float()
             backbone["pos_embed"] = pos_embed[:, 1:]
             folded["cls_token"] = ["cls_token", "pos_embed[:, :1]"]
+    elif size is None and "cls_pos" in source and pos_embed is not None and pos_embed.shape[1] == 22 * 11:
+        raise CheckpointError(
+            "pos_embed has 242 positions: those of 256x128 with a stride of 11 pixels, which models here do not have"
+        )
     architecture = _read_architecture(backbone, size)
     neck, neck_kind = _convert_necks(bottlenecks, architecture.num_parts, ignored)
 
     has_heads = any(k.startswith(("head.mlp", "head.last_layer")) for k in ignored)
-    supervised = bool(classifier) or any(k.startswith("base.") for k in tensors)
+    supervised = bool(classifier) or any(re.match(r"((module|_orig_mod)\.)*base\.", k) for k in tensors)
     task = "supervised" if supervised else "unsupervised" if neck else "pretrain" if has_heads else ""
     widths = {2 * architecture.embed_dim: "cat", architecture.embed_dim: "mean"}
     fused = classifier.get("classifier.weight") if classifier else None
@@ -214,9 +219,10 @@ def _one_network(tensors: StateDict, network: str) -> tuple[StateDict, str, dict
             f"it holds {len(prefixes)} networks, with keys of {names}; expected one, or one that is called "
             f"{'teacher or ema' if network == 'teacher' else network}"
         )
-    taken = {k.removeprefix(chosen[0]): v for k, v in tensors.items() if k.startswith(chosen[0])}
-    others = {k: f"not among the keys of {chosen[0]!r}" for k in tensors if not k.startswith(chosen[0])}
-    return taken, chosen[0], others
+    prefix = chosen[0].removesuffix("base.")  # beside the backbone of a supervised model stand neck and classifier
+    taken = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    others = {k: f"not among the keys of {prefix!r}" for k in tensors if not k.startswith(prefix)}
+    return taken, prefix, others
 
 
 def _strip_wrappers(tensors: StateDict) -> StateDict:

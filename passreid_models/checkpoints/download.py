@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import get_session
 from huggingface_hub.utils import are_progress_bars_disabled
 from tqdm import tqdm
 
@@ -181,8 +182,6 @@ def _transfer(
 
 @contextmanager
 def _response(url: str, params: Mapping[str, str], headers: Mapping[str, str]) -> Iterator[Any]:
-    from huggingface_hub import get_session
-
     timeout = (min(10.0, TIMEOUT), TIMEOUT, TIMEOUT, TIMEOUT)  # to connect, without a byte, to send, for a connection
     stream: Any = get_session().stream("GET", url, params=dict(params) or None, headers=dict(headers), timeout=timeout)
     try:

@@ -12,6 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers
+
 from passreid_models.checkpoints.download import (
     MAX_BYTES,
     InterruptedTransferError,
@@ -42,10 +51,6 @@ def download_hub(hub_id: str, filename: str = "model.safetensors", cache: str | 
         WeightsUnavailableError: If the repository or the file is not available.
         CheckpointError: If the file is damaged after a second download too.
     """
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.utils import build_hf_headers
-
     repo_id, revision = _split(hub_id)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", str(filename)):  # config.json can name it
         raise ValueError(f"{hub_id}: expected the name of a file in the repository, got {str(filename)[:80]!r}")
@@ -106,8 +111,6 @@ def _split(hub_id: str) -> tuple[str, str]:
 
 
 def _cached(hub_id: str, filename: str, cache: str | Path | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
     repo_id, revision = _split(hub_id)
     path = try_to_load_from_cache(repo_id, filename, cache, revision)
     return Path(path) if isinstance(path, str) else None
@@ -115,9 +118,6 @@ def _cached(hub_id: str, filename: str, cache: str | Path | None) -> Path | None
 
 def _metadata(url: str, where: str) -> Any:
     """Size, ETag and commit of a file, from the Hub's client."""
-    from huggingface_hub import constants, get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     try:
         return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except OfflineModeIsEnabled:

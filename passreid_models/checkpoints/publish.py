@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCardData
 
 from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.download import WeightsUnavailableError, short_error
@@ -28,8 +29,6 @@ CITATION = """@inproceedings{zhu2022pass,
 
 def model_card(config: dict[str, Any], repo_id: str) -> str:
     """Model card (README.md) by the conventions of the Hub and of timm, from the folder's ``config.json``."""
-    from huggingface_hub import ModelCardData
-
     cfg = config["pretrained_cfg"]
     weight = next((w for w in list_weights() if w.name == f"{config['architecture']}.{cfg.get('tag')}"), None)
     license = cfg.get("license") or "other"
@@ -132,8 +131,6 @@ def _is_descriptor_of(weight: Weight, config: dict[str, Any]) -> bool:
 
 def _eval_results(accuracy: dict[str, Any] | None) -> list[Any] | None:
     """Entries of the card's ``model-index``."""
-    from huggingface_hub import EvalResult
-
     if accuracy is None:
         return None
     dataset = accuracy["measured_on"].partition(": ")[0]  # without its counts
@@ -198,7 +195,8 @@ def files_to_publish(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)  # the one that users will get
         config = {k: v for k, v in config.items() if k not in ("provenance", "load_report")}
         config |= zip(DESCRIPTOR, (model.global_pool, model.neck, model.neck != "multi"), strict=True)
-        config["model_args"] = {**config.get("model_args", {}), "global_pool": model.global_pool, "neck": model.neck}
+        args = {k: v for k, v in config.get("model_args", {}).items() if k != "num_classes"}  # transformers adds it
+        config["model_args"] = {**args, "global_pool": model.global_pool, "neck": model.neck}
         cfg = {k: v for k, v in config["pretrained_cfg"].items() if k not in CLAIMS}
         config["pretrained_cfg"] = {**cfg, "license": "other"}
         files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
@@ -240,8 +238,6 @@ def publish(
     sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in files.items()}
     if dry_run:
         return "", sizes
-
-    from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(library_name="passreid-models")
     try:

@@ -145,7 +145,8 @@ def unwrap_checkpoint(checkpoint: Any, network: str = "teacher") -> tuple[StateD
             layout = layout or f"'{name}' of a training checkpoint"
             layout += f", not its {', '.join(map(repr, others))}" if others else ""
             checkpoint = checkpoint[name]
-    tensors = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor)} if isinstance(checkpoint, Mapping) else {}
+    entries = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
+    tensors = {k: v.detach() for k, v in entries if isinstance(v, Tensor)}  # without the history of Parameters
     if not tensors or not all(isinstance(k, str) for k in tensors):
         raise CheckpointError(f"expected a dictionary of named tensors, got {_describe(checkpoint)}")
     return tensors, layout

@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+from torchvision.transforms.functional import resized_crop
 
 from passreid_models.architectures import HALF
 from passreid_models.data import loader
@@ -62,7 +64,6 @@ def train_transform(
         erase_value: Fill of the erased area, after normalisation: three numbers, or None for standard normal noise.
         erase_uniform: Draw the aspect ratio of the erased area uniformly, as Cluster Contrast does, not log-uniformly.
     """
-    from torchvision import transforms as T
     from torchvision.transforms import v2
 
     c, size = config, cast(tuple[int, int], config.size)
@@ -85,9 +86,7 @@ def train_transform(
 
 def resize_to(size: tuple[int, int]) -> Any:
     """Return the bicubic resizing of a PIL image to a height and width."""
-    from torchvision.transforms import InterpolationMode, Resize
-
-    return Resize(size, InterpolationMode.BICUBIC)
+    return T.Resize(size, T.InterpolationMode.BICUBIC)
 
 
 class _ResizedCrop:
@@ -97,12 +96,9 @@ class _ResizedCrop:
         self.size, self.scale = size, scale
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        from torchvision.transforms import InterpolationMode, RandomResizedCrop
-        from torchvision.transforms.functional import resized_crop
-
         aspect = image.width / image.height
-        box = RandomResizedCrop.get_params(image, self.scale, [aspect * 3 / 4, aspect * 4 / 3])
-        return resized_crop(image, *box, self.size, InterpolationMode.BICUBIC)
+        box = T.RandomResizedCrop.get_params(image, self.scale, [aspect * 3 / 4, aspect * 4 / 3])
+        return resized_crop(image, *box, self.size, T.InterpolationMode.BICUBIC)
 
 
 class _Downscale:
@@ -151,9 +147,7 @@ class _Erasing:
 
     def draw(self, image: Tensor) -> tuple[tuple[int, int, int, int], Tensor] | None:
         """Draw box and fill for an image ``[3, H, W]``; None if no rectangle fits."""
-        from torchvision.transforms import RandomErasing
-
-        *box, fill = RandomErasing.get_params(image, self.scale, self.ratio, self.value)
+        *box, fill = T.RandomErasing.get_params(image, self.scale, self.ratio, self.value)
         return None if fill is image else (cast(tuple[int, int, int, int], tuple(box)), fill)
 
 

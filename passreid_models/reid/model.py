@@ -107,10 +107,10 @@ class ReIDModel(nn.Module):
         source = Path(source)
         args: dict[str, Any] = {}
         if source.is_dir():
-            read_config(source)  # raises for one that makes no model
+            size = tuple(read_config(source)["pretrained_cfg"]["input_size"][1:])
             files = [source / "model.safetensors", source / "extras.safetensors"]
             parts = [read_checkpoint(file) for file in files if file == files[0] or file.is_file()]
-            converted = convert_state_dict({k: v for part in parts for k, v in part.items()}, file=source)
+            converted = convert_state_dict({k: v for part in parts for k, v in part.items()}, file=source, size=size)
             name = f"local-dir:{source}"
         else:
             converted = convert_file(source)

@@ -326,6 +326,59 @@ def transreid(conv_stem: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, keys
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.", "net._orig_mod."])
+def test_a_supervised_file_behind_the_prefix_of_another_trainer_is_what_it_is_without(prefix):
+    plain = read_checkpoint(GOLDEN / "upstream_supervised_multineck_mean.pth")
+    assert "classifier.weight" in plain
+    wrapped = {prefix + k: v for k, v in plain.items()}
+    expected, converted = convert_state_dict(plain), convert_state_dict(wrapped)
+    assert (converted.task, converted.neck_kind) == (expected.task, expected.neck_kind) == ("supervised", "multi")
+    assert converted.neck.keys() == expected.neck.keys()
+    assert converted.classifier.keys() == expected.classifier.keys()
+    assert converted.fusion == expected.fusion == "mean"
+    del wrapped[f"{prefix}classifier.weight"]
+    assert convert_state_dict(wrapped).task == "supervised"
+
+
+def test_parameters_load_as_their_values_do():
+    tensors = torch.load(GOLDEN / "upstream_backbone.pth")
+    parameters = {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in tensors.items()}
+    ours, expected = overlay(PASS, parameters), overlay(PASS, tensors)
+    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+def test_a_pass_file_of_another_stride_is_refused():
+    tensors = dict(torch.load(GOLDEN / "upstream_backbone.pth"))
+    tensors["pos_embed"] = torch.rand(1, 22 * 11, 32)
+    with pytest.raises(CheckpointError, match="242 positions: those of 256x128 with a stride of 11 pixels"):
+        convert_state_dict(tensors)
+
+
+@pytest.mark.parametrize("patch_size", [8, 32])
+def test_a_model_without_parts_and_of_other_patches_loads_as_it_was_saved(tmp_path, patch_size):
+    torch.manual_seed(0)
+    size = (7 * patch_size, 4 * patch_size)  # 28 positions are 9x3 with one of CLS
+    model = timm.create_model("transreid_vit_small_patch16", patch_size=patch_size, img_size=size, depth=1)
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    save_pretrained(model, tmp_path / "model")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_folder_whose_config_states_another_size_than_its_positions_is_refused(tmp_path):
+    save_pretrained(timm.create_model("test_pass_vit", img_size=(96, 32)), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"], config["model_args"]["img_size"] = [3, 64, 32], [64, 32]  # as transformers
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"has 12 patch positions, and .* states 64x32 pixels, which have 8"):
+        timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    config["pretrained_cfg"]["input_size"], config["model_args"]["img_size"] = [3, 96, 32], [96, 32]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    resized = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True, img_size=(64, 32))
+    assert load_report(resized).resized == {"pos_embed": "6x2 -> 4x2, bicubic antialiased"}
+
+
 def test_a_transreid_file_of_384x128_keeps_its_size(tmp_path):
     torch.manual_seed(0)
     reference = VisionTransformer(img_size=(384, 128), num_classes=0, **SMALL).eval()
@@ -426,6 +479,15 @@ def test_conversion_leaves_its_arguments_as_they_are(file):
     assert_untouched(checkpoint, before)
     assert_untouched(dict(model.state_dict()), dict(state))
     assert chosen["pos_embed"].shape == (1, 192, 32)
+
+
+def test_a_file_in_the_cfg_is_read_as_one_in_the_overlay_is():
+    file = str(GOLDEN / "upstream_unsupervised_singleneck_mean.pth.tar")
+    expected = timm.create_model(PASS, pretrained=True, pretrained_cfg_overlay={"file": file}, **SMALL)
+    ours = timm.create_model(PASS, pretrained=True, pretrained_cfg={"file": file}, **SMALL)
+    assert (ours.neck, ours.global_pool) == (expected.neck, expected.global_pool) == ("single", "mean")
+    assert ours.pretrained_cfg["input_size"] == expected.pretrained_cfg["input_size"] == (3, 256, 128)
+    assert all(torch.equal(v, ours.state_dict()[k]) for k, v in expected.state_dict().items())
 
 
 def test_a_state_dict_given_as_overlay_is_not_changed():

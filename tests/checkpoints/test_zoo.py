@@ -440,6 +440,13 @@ def test_a_pulled_tag_loads_offline_and_as_a_folder(tmp_path, cache, small, no_n
         assert cfg["interpolation"] == get_pretrained_cfg(name).interpolation
 
 
+def test_a_tag_in_an_overlay_gives_its_weights_with_their_statistics():
+    named = timm.create_model("pass_vit_tiny_patch16.synth", pretrained=True)
+    overlaid = timm.create_model("pass_vit_tiny_patch16", pretrained=True, pretrained_cfg_overlay={"tag": "synth"})
+    assert all(torch.equal(v, overlaid.state_dict()[k]) for k, v in named.state_dict().items())
+    assert overlaid.pretrained_cfg["mean"] == named.pretrained_cfg["mean"] != (0.5, 0.5, 0.5)
+
+
 def test_a_tag_given_as_timms_cfg_loads_what_its_name_loads(tmp_path, cache, small, no_network):
     official_file(tmp_path / "file.pth", prefix="module.")
     pull(UDA, tmp_path / "file.pth")
