@@ -8,7 +8,7 @@ Shapes: B batch, P parts, T = 1 + P prefix tokens, N patches, D embedding width.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -370,7 +370,7 @@ def _build(
     """
     arch, overlay = ARCHITECTURES[variant], pretrained_cfg_overlay or {}
     is_overlaid = _names_weights(overlay)
-    if pretrained_cfg is None and not is_overlaid:
+    if pretrained_cfg is None and pretrained and not is_overlaid:
         pretrained_cfg = overlay.get("tag")
     if isinstance(pretrained_cfg, str):
         zoo.get_weight(f"{variant}.{pretrained_cfg}")  # raises for an unknown tag
@@ -394,7 +394,8 @@ def _build(
         cfg = replace(cfg, **UNCLAIMED)
     file = cfg.file or cfg.hf_hub_id or UNNAMED
     if converted and is_folder:
-        _check_dimensions(converted, {**vars(arch), **kwargs}, cfg.input_size[1:], str(file))
+        _check_dimensions(converted, {**vars(arch), **kwargs}, str(file))
+        _check_positions(converted, saved, str(file))
 
     model_args: dict[str, Any] = dict(
         embed_dim=arch.embed_dim,
@@ -439,12 +440,12 @@ def _build(
     except CheckpointError as e:
         raise CheckpointError(f"{file}: {e}") from None
     network = getattr(model, "model", model)  # features_only wraps the model
-    if not hasattr(network, "origin"):  # in a graph, of feature_cls="fx"
-        return model
     for m in (model, network):  # each has its own cfg
         m.pretrained_cfg.pop("state_dict", None)  # needed for loading only
     if source:
         model.pretrained_cfg["source"] = source
+    if not hasattr(network, "origin"):  # in a graph, of feature_cls="fx"
+        return model
     if pretrained:
         report = load_report(model)
         report.source = str(file)
@@ -468,17 +469,22 @@ def _saved_config(cfg: Any, cache_dir: str | None) -> dict[str, Any]:
     return read_config(Path(cfg.file))
 
 
-def _check_dimensions(converted: Converted, declared: Mapping[str, Any], size: Sequence[int], file: str) -> None:
-    """Raise CheckpointError, before a model is made, if the weights have other dimensions than their config says."""
+def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: str) -> None:
+    """Raise CheckpointError, before a model is made, if the weights are not as wide or deep as their config says."""
     held = {name: getattr(converted.architecture, name) for name in ("embed_dim", "depth", "num_parts")}
     if wrong := [f"{name} {declared[name]} and not {value}" for name, value in held.items() if declared[name] != value]:
         raise CheckpointError(f"{file}: the model is to have {', '.join(wrong)} as in the weights")
-    rows, columns = (s // p for s, p in zip(size, to_2tuple(declared.get("patch_size", 16)), strict=True))
-    positions = converted.backbone.get("pos_embed")
-    if positions is not None and positions.shape[1] != rows * columns:
+
+
+def _check_positions(converted: Converted, saved: Mapping[str, Any], file: str) -> None:
+    """Raise CheckpointError if the positions are not those of the size that the folder's config.json states."""
+    args, positions = saved.get("model_args", {}), converted.backbone.get("pos_embed")
+    size = to_2tuple(args.get("img_size") or saved.get("pretrained_cfg", {}).get("input_size", (3, 0, 0))[1:])
+    rows, columns = (s // p for s, p in zip(size, to_2tuple(args.get("patch_size", 16)), strict=True))
+    if rows and positions is not None and positions.shape[1] != rows * columns:
         raise CheckpointError(
             f"{file}: it has {positions.shape[1]} patch positions, and its config.json states {size[0]}x{size[1]} "
-            f"pixels, which have {rows * columns}: correct input_size there"
+            f"pixels, which have {rows * columns}: correct img_size of model_args and input_size there"
         )
 
 

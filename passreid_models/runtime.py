@@ -39,7 +39,7 @@ def check_file(path: str | Path) -> None:
         raise IsADirectoryError(f"{path} is a folder: name a file")
     if path.exists() and not path.is_file():  # a device, which the new file would replace
         raise OSError(f"{path} is no regular file: name another")
-    folder = next((parent for parent in path.parents if parent.exists()), None)
+    folder = next((parent for parent in Path(os.path.realpath(path)).parents if parent.exists()), None)
     if folder is None:
         raise FileNotFoundError(f"{path}: there is no {path.anchor or 'such folder'}")
     if not folder.is_dir():

@@ -825,11 +825,11 @@ def test_features_only_agrees_with_forward_intermediates(name, neck):
 
 
 def test_features_by_a_graph_are_those_of_the_blocks():
-    torch.manual_seed(0)
-    model = timm.create_model("test_pass_vit", features_only=True, feature_cls="fx", out_indices=(0, 2)).eval()
-    torch.manual_seed(0)
-    whole = timm.create_model("test_pass_vit").eval()
-    x = torch.rand(1, 3, 64, 32)
+    name = "pass_vit_tiny_patch16.synth"
+    model = timm.create_model(name, True, features_only=True, feature_cls="fx", out_indices=(0, 2)).eval()
+    assert "state_dict" not in model.pretrained_cfg
+    whole = timm.create_model(name, True).eval()
+    x = torch.rand(1, 3, 256, 128)
     expected = whole.forward_intermediates(x, indices=[0, 2], output_fmt="NLC", return_prefix_tokens=True)[1]
     for ours, (patches, prefix) in zip(model(x), expected, strict=True):
         torch.testing.assert_close(ours, torch.cat([prefix, patches], 1))

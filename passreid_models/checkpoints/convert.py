@@ -164,8 +164,10 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
 
     pos_embed = backbone.get("pos_embed")
     if "cls_pos" not in source and "reg_token" not in source and pos_embed is not None:
-        patch = backbone["patch_embed.proj.weight"].shape[-2:] if "patch_embed.proj.weight" in backbone else (16, 16)
-        count, expected = pos_embed.shape[1], (size[0] // patch[0]) * (size[1] // patch[1]) if size else 0
+        stem = backbone.get("patch_embed.proj.weight", torch.empty(0))
+        is_plain = stem.ndim == 4 and stem.numel() and "patch_embed.proj.conv.0.weight" not in backbone
+        height, width = stem.shape[2:] if is_plain else (16, 16)
+        count, expected = pos_embed.shape[1], (size[0] // height) * (size[1] // width) if size else 0
         guesses = guess_grid(count), guess_grid(count - 1)
         if size is None and count > 3 and guesses[0] and guesses[1]:
             raise CheckpointError(
@@ -178,7 +180,8 @@ def _convert(checkpoint: Any, network: str, size: tuple[int, int] | None) -> Con
             folded["cls_token"] = ["cls_token", "pos_embed[:, :1]"]
     elif size is None and "cls_pos" in source and pos_embed is not None and pos_embed.shape[1] == 22 * 11:
         raise CheckpointError(
-            "pos_embed has 242 positions: those of 256x128 with a stride of 11 pixels, which models here do not have"
+            "pos_embed has 242 positions: those of a stride of 11 pixels, which models here do not have, or 22x11, of "
+            "which a config.json beside the file would tell"
         )
     architecture = _read_architecture(backbone, size)
     neck, neck_kind = _convert_necks(bottlenecks, architecture.num_parts, ignored)

@@ -177,8 +177,9 @@ def _duplicates(dataset: ReIDDataset, digests: dict[Path, str]) -> Iterator[Find
     """Findings on files of equal content, by their effect on the scores."""
     labels: dict[Path, tuple[int, int, str]] = {}  # identity, camera, the splits as letters
     groups: dict[str, list[Path]] = defaultdict(list)
-    query, gallery = dataset.query.paths, dataset.gallery.paths
-    linked = {query[i]: gallery[row] for i, row in enumerate(dataset.own.tolist()) if row >= 0}  # left out, no copies
+    query, gallery, own = dataset.query, dataset.gallery, dataset.own
+    left_out = [i for i in np.flatnonzero(own >= 0) if query.pids[i] == gallery.pids[own[i]]]
+    linked = {query.paths[i]: gallery.paths[own[i]] for i in left_out}  # of one file, which is no copy of itself
     for name, split in dataset.splits.items():
         paths = [linked.get(path, path) for path in split.paths] if name == "query" else split.paths
         for path, pid, camid in zip(paths, split.pids.tolist(), split.camids.tolist(), strict=True):

@@ -70,8 +70,8 @@ def _fine_tune_on_source(config: ClusterConfig) -> ClusterConfig:
     """Fine-tune on the source, and return the configuration of the adaptation that follows."""
     source, started = _source_config(config), time.monotonic()
     checkpoint = RunFolder(config.out, ClusterRun.program, ClusterTrainer.state_keys).find(config.resume)
-    began = replace(config, init=checkpoint["config"]["init"]) if checkpoint else config
-    completed = complete(began, checkpoint)  # errors in the target are reported now, not after hours on the source
+    resumed = replace(config, init=checkpoint["config"]["init"]) if checkpoint else config
+    completed = complete(resumed, checkpoint)  # errors in the target are reported now, not after hours on the source
     dataset = open_dataset(config.data, labelled=False).require("train")
     evaluation_data(completed, dataset, labelled=False)
     _check(config, len(dataset.train))

@@ -275,6 +275,10 @@ def test_a_link_to_a_gallery_image_is_the_image_itself_and_no_copy(tmp_path):
     (root / "query").symlink_to("gallery")
     assert not [f for f in check(root).findings if "duplicates" in f.kind]
     (root / "query").unlink()
+    (root / "query" / "b").mkdir(parents=True)
+    (root / "query" / "b" / "3.jpg").symlink_to("../../gallery/a/1.jpg")
+    assert "duplicates: labels" in [f.kind for f in check(root).findings]
+    shutil.rmtree(root / "query")
     (root / "query" / "a").mkdir(parents=True)
     os.link(root / "gallery" / "a" / "1.jpg", root / "query" / "a" / "1.jpg")
     assert not [f for f in check(root).findings if "duplicates" in f.kind]

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 
+from passreid_models.architectures import ARCHITECTURES
 from passreid_models.checkpoints.read import read_checkpoint
 from passreid_models.data.sources import open_source
 from passreid_models.device import pick_dtype
@@ -50,6 +51,19 @@ def batches_of(config: PretrainConfig) -> list[list[ViewBatch]]:
     sampler = StepSampler(IMAGES, config.batch_size, steps, config.seed, accumulate=config.accumulate)
     flat = list(make_loader(dataset, sampler, 0, False))
     return [flat[i * config.accumulate : (i + 1) * config.accumulate] for i in range(steps)]
+
+
+def test_the_signs_of_collapse_leave_the_statistics_of_a_stem_as_they_are(monkeypatch, batches):
+    stemmed = replace(ARCHITECTURES["test_pass_vit"], conv_stem=True)
+    monkeypatch.setitem(ARCHITECTURES, "test_pass_vit", stemmed)
+    watched, plain = make(), make()
+    monkeypatch.setattr(plain, "_inspect", lambda *args: None)
+    for trainer in (watched, plain):
+        run(trainer, batches[:EPOCH_STEPS])
+    assert watched.indicators
+    assert any("batch_norm.running_mean" in name for name, _ in watched.teacher.named_buffers())
+    for (name, ours), expected in zip(watched.teacher.named_buffers(), plain.teacher.buffers(), strict=True):
+        assert torch.equal(ours, expected), name
 
 
 @pytest.fixture(scope="module")
