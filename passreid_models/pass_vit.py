@@ -33,7 +33,7 @@ from passreid_models.checkpoints.convert import Converted, convert_file, convert
 from passreid_models.checkpoints.fields import check_config
 from passreid_models.checkpoints.hub import check_cached, download_hub
 from passreid_models.checkpoints.load import Origin, load_report, pretrained_filter_fn
-from passreid_models.checkpoints.local_dir import CLAIMS, is_ours, read_config
+from passreid_models.checkpoints.local_dir import CLAIMS, is_ours, read_config, stated_size
 from passreid_models.checkpoints.read import CheckpointError
 from passreid_models.layers import (
     ConvStem,
@@ -334,11 +334,7 @@ def _create_pass_vit(
     variant: str, pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any
 ) -> PassVisionTransformer:
     """Build a registered model; the ``config.json`` of a folder or Hub repository is checked before it is believed."""
-    is_dict = isinstance(pretrained_cfg, dict)
-    if is_dict and not (pretrained_cfg.get("source") or pretrained_cfg.get("tag")) and _names_weights(pretrained_cfg):
-        kwargs["pretrained_cfg_overlay"] = {**pretrained_cfg, **(kwargs.get("pretrained_cfg_overlay") or {})}
-        pretrained_cfg = None
-    if not is_dict or not pretrained_cfg or pretrained_cfg.get("source") not in FOLDERS:
+    if not isinstance(pretrained_cfg, dict) or pretrained_cfg.get("source") not in FOLDERS:
         return _build(variant, pretrained, pretrained_cfg, **kwargs)
     where = f"config.json of {pretrained_cfg.get('file') or pretrained_cfg.get('hf_hub_id')}"
     check_config({"architecture": variant, "pretrained_cfg": pretrained_cfg, "model_args": kwargs}, where)
@@ -369,12 +365,15 @@ def _build(
     that the name points to, or ``zoo.resolve`` for a tag. Fusion and neck follow the tag unless given.
     """
     arch, overlay = ARCHITECTURES[variant], pretrained_cfg_overlay or {}
+    is_loose = isinstance(pretrained_cfg, dict) and not (pretrained_cfg.get("source") or pretrained_cfg.get("tag"))
+    if is_loose and _names_weights(pretrained_cfg):  # weights of the user's, as in an overlay
+        overlay, pretrained_cfg = {**pretrained_cfg, **overlay}, None
     is_overlaid = _names_weights(overlay)
     if pretrained_cfg is None and pretrained and not is_overlaid:
         pretrained_cfg = overlay.get("tag")
     if isinstance(pretrained_cfg, str):
         zoo.get_weight(f"{variant}.{pretrained_cfg}")  # raises for an unknown tag
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     entry = zoo.find_weight(variant, cfg.tag or "")
     source, is_folder = cfg.source, cfg.source in FOLDERS
     saved = _saved_config(cfg, kwargs.get("cache_dir")) if pretrained and is_folder else {}
@@ -478,10 +477,10 @@ def _check_dimensions(converted: Converted, declared: Mapping[str, Any], file: s
 
 def _check_positions(converted: Converted, saved: Mapping[str, Any], file: str) -> None:
     """Raise CheckpointError if the positions are not those of the size that the folder's config.json states."""
-    args, positions = saved.get("model_args", {}), converted.backbone.get("pos_embed")
-    size = to_2tuple(args.get("img_size") or saved.get("pretrained_cfg", {}).get("input_size", (3, 0, 0))[1:])
-    rows, columns = (s // p for s, p in zip(size, to_2tuple(args.get("patch_size", 16)), strict=True))
-    if rows and positions is not None and positions.shape[1] != rows * columns:
+    size, positions = stated_size(saved), converted.backbone.get("pos_embed")
+    patch_size = to_2tuple(saved.get("model_args", {}).get("patch_size", 16))
+    rows, columns = (s // p for s, p in zip(size, patch_size, strict=True))
+    if positions is not None and positions.shape[1] != rows * columns:
         raise CheckpointError(
             f"{file}: it has {positions.shape[1]} patch positions, and its config.json states {size[0]}x{size[1]} "
             f"pixels, which have {rows * columns}: correct img_size of model_args and input_size there"

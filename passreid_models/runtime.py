@@ -280,10 +280,15 @@ def gather_rows(x: Tensor) -> Tensor:
     rank, size = world()
     if size == 1:
         return x
-    shares = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(shares, x.detach().contiguous())
+    shares = _gather(x.detach().contiguous())
     shares[rank] = x
     return torch.cat(shares)
+
+
+def _gather(x: Tensor) -> list[Tensor]:
+    shares = [torch.empty_like(x) for _ in range(world()[1])]
+    dist.all_gather(shares, x)
+    return shares
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -314,12 +319,9 @@ def on_first(function: Callable[[], T]) -> T:
 
 def share_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite the tensors of all processes with those of the first, in place; gathered, as in ``on_first``."""
-    size = world()[1]
-    if size > 1:
+    if world()[1] > 1:
         for x in tensors:
-            copies = [torch.empty_like(x) for _ in range(size)]
-            dist.all_gather(copies, x)
-            x.copy_(copies[0])
+            x.copy_(_gather(x)[0])
 
 
 def require(module: str, extra: str, use: str) -> Any:

@@ -319,6 +319,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return cast(dict[str, Any], config)
 
 
+def stated_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels that a ``config.json`` states; timm before 1.0.31 saves a tag's ``input_size``."""
+    img_size = config.get("model_args", {}).get("img_size")
+    height, width = to_2tuple(img_size or config["pretrained_cfg"]["input_size"][1:])
+    return height, width
+
+
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether this package wrote a ``config.json`` last, after whose check the claims of a tag hold for the weights.
 

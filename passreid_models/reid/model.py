@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from passreid_models.architectures import HALF
 from passreid_models.checkpoints.convert import convert_file, convert_state_dict
-from passreid_models.checkpoints.local_dir import model_of, read_config
+from passreid_models.checkpoints.local_dir import model_of, read_config, stated_size
 from passreid_models.checkpoints.names import NamedModel
 from passreid_models.checkpoints.read import CheckpointError, read_checkpoint
 from passreid_models.layers import MultiNeck, SingleNeck, fuse_tokens
@@ -107,7 +107,7 @@ class ReIDModel(nn.Module):
         source = Path(source)
         args: dict[str, Any] = {}
         if source.is_dir():
-            size = tuple(read_config(source)["pretrained_cfg"]["input_size"][1:])
+            size = stated_size(read_config(source))
             files = [source / "model.safetensors", source / "extras.safetensors"]
             parts = [read_checkpoint(file) for file in files if file == files[0] or file.is_file()]
             converted = convert_state_dict({k: v for part in parts for k, v in part.items()}, file=source, size=size)
